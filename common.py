@@ -1,0 +1,1526 @@
+"""Everything about *running* a model and a run; nothing about any method's maths.
+
+The sections, in the order a run meets them:
+  1. errors, hashing, atomic files          5. fresh LoRA, composed adapters, saving
+  2. ranks (torchrun or alone)              6. packing and log-probabilities
+  3. fairness: invariants and hashes        7. sampling
+  4. rows, chat template, models            8. the run directory: lock, log, checkpoint, resume
+                                            9. results/metrics.json
+
+Shapes: T tokens of a pack, N its sequences, K its predicted (trained or scored) tokens, V vocabulary, B rows.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its note on optional CPU kernels at every import
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from filelock import FileLock, Timeout
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+try:  # CUDA's packed attention; its CPU path below has the same semantics
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # pragma: no cover
+    varlen_attn = None
+VARLEN = inspect.signature(varlen_attn).parameters if varlen_attn else {}
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+QWEN = "Qwen/Qwen2.5-0.5B@060db6499f32faf8b98477b0a26969ef7d8b9987"
+ULTRACHAT = "HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a:train_sft"
+ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized@3949bf5f8c17c394422ccfab0c31ea9c20bdeb85:train_prefs"
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Errors, hashing, atomic files
+# ------------------------------------------------------------------------------------------------
+
+def fail(message: str) -> NoReturn:
+    """One clear error for a bad input: on stderr, exit code 2. Called before anything expensive or written."""
+    if rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def say(message: str = "") -> None:
+    """Print on rank 0."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def sha256_json(obj: Any) -> str:
+    """Hex sha256 of canonical JSON (sorted keys, no spaces, UTF-8)."""
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary_path)` in the target's folder, then rename it onto `path`: a reader sees all or nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    write_text(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n")
+
+
+def tensors_sha256(files: Iterable[Path]) -> str:
+    """sha256 over (name, dtype, shape, bytes) of every tensor in safetensors files, in order of name.
+
+    Independent of sharding, file names and metadata, so it identifies weights, not files.
+    """
+    where = {}
+    for file in files:
+        with open(file, "rb") as f:
+            (n,) = struct.unpack("<Q", f.read(8))
+            for name, entry in json.loads(f.read(n)).items():
+                if name != "__metadata__":
+                    where[name] = (file, 8 + n, entry)
+    digest = hashlib.sha256()
+    for name in sorted(where):
+        file, start, entry = where[name]
+        begin, end = entry["data_offsets"]
+        digest.update(f"{name}|{entry['dtype']}|{entry['shape']}|".encode())
+        with open(file, "rb") as f:
+            f.seek(start + begin)
+            left = end - begin
+            while left:
+                chunk = f.read(min(left, 1 << 24))
+                if not chunk:
+                    fail(f"{file} is truncated: tensor {name} ends early")
+                digest.update(chunk)
+                left -= len(chunk)
+    return digest.hexdigest()
+
+
+def bucket(text: str) -> float:
+    """A fixed place in [0, 1) for a text, by sha256: splits that no seed, order or file moves."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Ranks: torchrun or alone, same code
+# ------------------------------------------------------------------------------------------------
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def setup_device(device: str = "auto") -> torch.device:
+    """The device of this process; joins the process group under torchrun (NCCL on GPUs, gloo on CPUs)."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        fail(f"--device {device}, but torch sees no GPU; use --device cpu")
+    if world() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    return torch.device(device)
+
+
+def all_reduce_(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place; alone, the tensor as it is."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum gradients over ranks in one flat all-reduce. A rank without a share contributes zeros."""
+    if world() == 1:
+        return
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = all_reduce_(torch.cat([g.reshape(-1) for g in grads]))
+    for p, g, summed in zip(parameters, grads, flat.split([g.numel() for g in grads])):
+        p.grad = summed.view_as(g)
+
+
+def from_rank0(value: Any = None) -> Any:
+    """Rank 0's value on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def my_share(lengths: Sequence[int]) -> list[int]:
+    """Indices of this rank's units of a step: dealt longest first to the rank with the fewest tokens so far.
+
+    Every unit goes to exactly one rank, and the deal is the same on all ranks.
+    """
+    loads, shares = [0] * world(), [[] for _ in range(world())]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        r = min(range(world()), key=lambda r: (loads[r], r))
+        loads[r] += lengths[i]
+        shares[r].append(i)
+    return sorted(shares[rank()])
+
+
+def batches(n: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The rows of every step: each epoch a permutation of its own, cut into batches; an epoch's last may be smaller."""
+    steps = []
+    for epoch in range(epochs):
+        order = permutation(n, seed, "epoch", epoch)
+        steps += [order[i:i + batch_size] for i in range(0, n, batch_size)]
+    return steps
+
+
+def set_seed(seed: int) -> None:
+    """Seed torch on every device. Data order never uses this state: it comes from `permutation`."""
+    torch.manual_seed(seed)
+
+
+def permutation(n: int, seed: int, *salt: Any) -> list[int]:
+    """A permutation of range(n) that depends on nothing but (n, seed, salt)."""
+    key = int(sha256_json([seed, *salt])[:15], 16)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(key)).tolist()
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Fairness: what every run shares, and what a result depends on
+# ------------------------------------------------------------------------------------------------
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_SCALE = 2  # alpha / r, of every adapter in a chain
+
+
+@dataclass(frozen=True)
+class TrainInvariants:
+    """What must be equal for two methods to be compared. Its hash is `train_invariants`."""
+    model: str
+    revision: str | None
+    weights_sha256: str
+    chat_template: str
+    quantization: str  # the policy: "qlora" or "none"
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_bias: str = "none"
+    target_modules: tuple[str, ...] = TARGET_MODULES
+
+    @classmethod
+    def of(cls, model: str, model_dir: Path, tokenizer, quantization: str) -> TrainInvariants:
+        """The invariants of a base model; a local directory is known by its weights, not by its path."""
+        name, _, revision = model.partition("@")
+        local = Path(model).is_dir()
+        return cls(model="(local)" if local else name, revision=None if local else revision or Path(model_dir).name,
+                   weights_sha256=weights_sha256(model_dir), chat_template=tokenizer.chat_template,
+                   quantization=quantization)
+
+    @property
+    def hash(self) -> str:
+        return sha256_json(dataclasses.asdict(self))[:8]
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """What must be equal for two evaluations to be compared. Its hash is `eval_hash`; training never sees it."""
+    protocol: str                                   # "plain": no chat template; "chat": template, few-shot as turns
+    tasks: tuple[tuple[str, int, int | None], ...]  # (task, num_fewshot, limit; per subject for MMLU)
+    data: str                                       # fingerprint of the evaluation data
+    max_gen_toks: int | None                        # None: each task's own
+    dtype: str
+    quantization: str = "none"
+    adapter_merged: bool = False
+
+    @property
+    def hash(self) -> str:
+        return sha256_json(dataclasses.asdict(self))[:8]
+
+
+# Fields of a script's Args that name a place or change speed, never the mathematics. What `model`, `data` and
+# `sft_adapter` point at enters config_hash by content: invariants, data fingerprints, the parent's hash.
+RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "eval_data", "out", "overwrite", "max_dropped",
+                       "micro_tokens", "compile", "device", "checkpoint_every", "track"})
+
+
+def config_hash(method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None,
+                seed: bool = True) -> str:
+    """First 8 hex digits of sha256 over everything that a result depends on.
+
+    `args` is a script's dataclass, `data` its fingerprints by role, `parent` the run.json it starts from.
+    With seed=False, the seed is left out along the whole lineage: the hash of the `family`.
+    """
+    science = {k: v for k, v in dataclasses.asdict(args).items() if k not in RUN_KNOBS}
+    if not seed:
+        science.pop("seed", None)
+    return sha256_json({"method": method, "args": science, "train_invariants": invariants.hash, "data": data,
+                        "parent": parent and parent["config_hash" if seed else "family"]})[:8]
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "lm-eval", "tokenizers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    gpu = torch.cuda.is_available()
+    return {"device": torch.cuda.get_device_name() if gpu else platform.machine(), "gpus": world() if gpu else 0,
+            "cpu_threads": torch.get_num_threads()}
+
+
+def git_commit() -> str | None:
+    """Commit of this code, with '+' when the tree is changed; None outside a checkout."""
+    def git(*command):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True)
+    try:
+        head = git("rev-parse", "HEAD")
+        dirty = git("status", "--porcelain", "--untracked-files=no").stdout
+    except FileNotFoundError:
+        return None
+    return head.stdout.strip() + ("+" if dirty else "") if head.returncode == 0 else None
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Rows, chat template, models
+# ------------------------------------------------------------------------------------------------
+
+DATA_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+
+
+def load_rows(source: str, columns: Sequence[str]):
+    """Rows of a local file, a local data-set directory or a hub data set.
+
+    source: `file.jsonl[.gz]`, `file.parquet`, `directory[:split]` or `org/name[@revision][:[config/]split]`.
+    Returns (rows, fingerprint): rows supports len() and rows[i] -> dict; the fingerprint is a content hash for local
+    files (decompressed; row order is part of it), id + commit + split for the hub.
+    Fails on a source that is missing, unreadable or empty, or lacks a column.
+    """
+    import datasets
+    datasets.disable_progress_bars()
+    split = None
+    if not Path(source).exists() and ":" in source:
+        source, split = source.rsplit(":", 1)
+    path = Path(source)
+    try:
+        if path.is_file():
+            if not source.endswith(DATA_SUFFIXES):
+                fail(f"{source}: want one of {', '.join(DATA_SUFFIXES)}")
+            kind = "parquet" if source.endswith(".parquet") else "json"
+            rows = datasets.load_dataset(kind, data_files=source, split="train")
+            fingerprint = "sha256:" + file_sha256(path)
+        elif path.is_dir():
+            rows = datasets.load_dataset(source, split=split or "train")
+            files = sorted(p for p in path.rglob("*") if p.name.endswith(DATA_SUFFIXES))
+            fingerprint = "sha256:" + sha256_json([[str(p.relative_to(path)), file_sha256(p)] for p in files]) \
+                + f":{split or 'train'}"
+        elif source.endswith(DATA_SUFFIXES) or source.startswith((".", "/", "~")) or source.count("/") != 1:
+            fail(f"no such data file: {source} (give a {'/'.join(DATA_SUFFIXES)} file, a directory or org/name)")
+        else:
+            name, _, revision = source.partition("@")
+            if not revision:
+                from huggingface_hub import HfApi
+                revision = HfApi().dataset_info(name).sha
+            config, _, split = (split or "train").rpartition("/")
+            rows = datasets.load_dataset(name, config or None, split=split, revision=revision)
+            fingerprint = f"{name}@{revision}:{config or 'default'}/{split}"
+    except SystemExit:
+        raise
+    except Exception as e:  # every reader raises its own kind: one message that says which source and why
+        reason = str(e.__cause__ or e).strip().splitlines() or [repr(e)]
+        fail(f"can't read the data set {source}: {reason[0]}")
+    if not len(rows):
+        fail(f"the data set {source} has no rows")
+    missing = [c for c in columns if c not in rows.column_names]
+    if missing:
+        fail(f"{source}: rows have no column {', '.join(map(repr, missing))}; they have {', '.join(rows.column_names)}")
+    return rows, fingerprint
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's content, decompressed when it ends in .gz."""
+    digest = hashlib.sha256()
+    with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def heldout_source(data: str, heldout_data: str | None) -> str:
+    """The held-out source: as given, else beside the training source by the usual names.
+
+    `sft.jsonl.gz` -> `sft_heldout.jsonl.gz`, `org/name:train_sft` -> `org/name:test_sft`.
+    """
+    if heldout_data:
+        return heldout_data
+    if Path(data).is_file():
+        stem, dot, suffix = Path(data).name.partition(".")
+        beside = Path(data).with_name(f"{stem}_heldout{dot}{suffix}")
+        if beside.is_file():
+            return str(beside)
+    elif re.search(r":(.*/)?train", data):
+        head, _, split = data.rpartition(":")
+        return head + ":" + split.replace("train", "test", 1)
+    fail(f"no held-out rows found beside {data}; name them with --heldout-data")
+
+
+def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
+    """A conversation: an optional system message, then user and assistant in turn, the assistant last.
+
+    `where` names the row in the error. Returns [{role, content}] with other keys dropped.
+    """
+    if not isinstance(messages, list) or not messages:
+        fail(f"{where}: want a list of messages with role and content, got {str(messages)[:80]!r}")
+    clean = []
+    for m in messages:
+        if not isinstance(m, dict) or not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
+            fail(f"{where}: want messages with a text role and a text content, got {str(m)[:80]!r}")
+        clean.append({"role": m["role"], "content": m["content"]})
+    roles = [m["role"] for m in clean]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != ["user", "assistant"] * (len(turns) // 2) or not turns:
+        fail(f"{where}: roles out of order: {', '.join(roles)}; want [system,] user, assistant, user, assistant, …")
+    return clean
+
+
+def as_pair(row: dict, where: str) -> tuple[list[dict], str, str]:
+    """(prompt messages, chosen text, rejected text) of a preference row, in any of its usual layouts.
+
+    prompt: messages, a text, or absent; chosen and rejected: a text, one assistant message, or the whole conversation.
+    """
+    prompt = row.get("prompt")
+    answers = []
+    for side in ("chosen", "rejected"):
+        answer = row[side]
+        if isinstance(answer, str):
+            answer = [{"role": "assistant", "content": answer}]
+        if not isinstance(answer, list) or not answer:
+            fail(f"{where}: {side} is neither a text nor messages: {str(row[side])[:80]!r}")
+        if len(answer) == 1:
+            before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            if not isinstance(before, list):
+                fail(f"{where}: no prompt before {side}: give a prompt column or whole conversations")
+            answer = before + answer
+        answers.append(check_messages(answer, f"{where}, {side}"))
+    if answers[0][:-1] != answers[1][:-1]:
+        fail(f"{where}: chosen and rejected answer different prompts")
+    return answers[0][:-1], answers[0][-1]["content"], answers[1][-1]["content"]
+
+
+def prompt_key(prompt: list[dict]) -> str:
+    """Canonical text of a prompt, for splits by hash."""
+    return json.dumps([[m["role"], m["content"]] for m in prompt], ensure_ascii=False)
+
+
+def preference_part(prompt: list[dict]) -> str:
+    """"A" (60 %: reward model, DPO, KTO) or "B" (40 %: PPO's prompts), by sha256 of the prompt."""
+    return "A" if bucket(prompt_key(prompt)) < 0.6 else "B"
+
+
+def is_judge_prompt(prompt: list[dict]) -> bool:
+    """Held-out prompts set aside for the judge: 10 % by sha256 (200 of UltraFeedback's 2,000)."""
+    return bucket(prompt_key(prompt)) < 0.1
+
+
+def take_rows(rows, n: int, seed: int, build: Callable[[list[tuple[int, dict]]], list], max_dropped: float,
+              source: str) -> tuple[list, Counter, list[int]]:
+    """The first `n` usable rows of the seed's shuffle.
+
+    build: [(index, row)] -> for each an item to keep, a str (why the row is degenerate: dropped and counted) or None
+    (not a candidate: another part of a split). Returns (items, dropped reasons, row indices of the items).
+    Fails when more than `max_dropped` of the rows looked at are degenerate, or none is usable.
+    """
+    items, kept, dropped = [], [], Counter()
+    order = permutation(len(rows), seed, "rows")
+    for at in range(0, len(order), 1024):
+        chunk = order[at:at + 1024]
+        for i, item in zip(chunk, build([(i, rows[i]) for i in chunk])):
+            if isinstance(item, str):
+                dropped[item] += 1
+            elif item is not None:
+                items.append(item)
+                kept.append(i)
+            if len(items) == n:
+                break
+        if len(items) == n:
+            break
+    bad, seen = sum(dropped.values()), sum(dropped.values()) + len(items)
+    why = ", ".join(f"{k} {v}" for k, v in dropped.most_common())
+    if not items:
+        fail(f"{source}: no usable row among {len(rows)}" + (f" (dropped: {why})" if why else ""))
+    if bad > max_dropped * seen:
+        fail(f"{source}: {bad} of {seen} rows are degenerate ({why}), more than {max_dropped:.0%}; "
+             f"clean the data, or allow more with --max-dropped")
+    if len(items) < n:
+        say(f"note: {source} has {len(items)} usable rows, fewer than the {n} asked for")
+    return items, dropped, kept
+
+
+# A base model already reads plain role markers. Its own EOS ends the assistant's turn (Qwen2.5-base: <|endoftext|>).
+PLAIN_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}{{ 'Assistant: ' + message['content'] + eos_token + '\n\n' }}"
+    "{%- else -%}{{ message['role'] | capitalize + ': ' + message['content'] + '\n\n' }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}")
+
+
+def load_tokenizer(model_dir: str | Path):
+    """The tokenizer with the one chat template: the model's own where that ends assistant turns with EOS, else ours."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    if tokenizer.eos_token is None:
+        fail(f"{model_dir}: the tokenizer has no EOS token")
+    sample = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine, thanks."}]
+    native = tokenizer.chat_template and tokenizer.apply_chat_template(sample, tokenize=False)
+    if not native or f"Fine, thanks.{tokenizer.eos_token}" not in native:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    ids, _ = render(tokenizer, sample)
+    whole = tokenizer(tokenizer.apply_chat_template(sample, tokenize=False), add_special_tokens=False)["input_ids"]
+    if whole[:len(ids)] != ids:
+        fail(f"{model_dir}: this tokenizer encodes a text differently piece by piece; it needs a byte-level one")
+    return tokenizer
+
+
+def render(tokenizer, messages: list[dict], train: str = "all") -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation and its completion_mask (True = counts in the loss). See render_many."""
+    return render_many(tokenizer, [messages], train)[0]
+
+
+def render_prompt(tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids of a prompt, ending where the assistant's answer begins: a prefix of what `render` gives."""
+    return render_many(tokenizer, [messages + [{"role": "assistant", "content": ""}]], train="none", prompt=True)[0][0]
+
+
+def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
+                prompt: bool = False) -> list[tuple[list[int], list[bool]]]:
+    """Render conversations with the chat template and tokenise each once.
+
+    train: "all" assistant turns count in the loss, or only the "last". A turn's trained part runs from the end of the
+    generation prompt through its EOS. Text after the last EOS is cut. Prompt and completion are encoded apart, so that
+    the prompt's ids are those a sampler starts from. Special tokens inside content stay plain text.
+    """
+    eos = tokenizer.eos_token
+    specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+    special_id = {s: tokenizer.convert_tokens_to_ids(s) for s in specials}
+    hide = {s: chr(0x10FF00 + i) for i, s in enumerate(specials)}  # content's copies hide in private-use characters
+    split = re.compile("(" + "|".join(map(re.escape, specials)) + ")")
+
+    def template(messages, **kw):
+        return tokenizer.apply_chat_template(messages, tokenize=False, **kw)
+
+    plans = []  # a conversation -> [(text, trained)]
+    for messages in conversations:
+        messages = [{**m, "content": split.sub(lambda x: hide[x[0]], m["content"])} for m in messages]
+        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        plan, at = [], 0
+        for i, m in enumerate(messages):
+            if m["role"] != "assistant":
+                continue
+            start = len(template(messages[:i], add_generation_prompt=True))
+            text = template(messages[:i + 1])
+            end = text.rindex(eos) + len(eos)
+            if prompt and i == last:
+                end = start
+            plan += [(text[at:start], False), (text[start:end], train == "all" or (train == "last" and i == last))]
+            at = end
+        plans.append(plan)
+
+    reveal = str.maketrans({c: s for s, c in hide.items()})
+    pieces = {p: None for plan in plans for text, _ in plan for p in split.split(text) if p and p not in special_id}
+    plain = [p.translate(reveal) for p in pieces]
+    encoded = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"] if plain else []
+    ids_of = dict(zip(pieces, encoded))
+    out = []
+    for plan in plans:
+        ids, mask = [], []
+        for text, trained in plan:
+            for p in split.split(text):
+                if p:
+                    new = [special_id[p]] if p in special_id else ids_of[p]
+                    ids += new
+                    mask += [trained] * len(new)
+        out.append((ids, mask))
+    return out
+
+
+def resolve_model(model: str) -> Path:
+    """Local directory of a model given as a directory or `org/name[@revision]`. Only safetensors and JSON are read."""
+    path = Path(model)
+    if not path.is_dir():
+        name, _, revision = model.partition("@")
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            fail(f"no such model directory: {model}")
+        from huggingface_hub import snapshot_download
+        try:
+            path = Path(snapshot_download(name, revision=revision or None,
+                                          allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
+        except Exception as e:  # hub errors come in many kinds; all mean that the model can't be had
+            fail(f"can't get the model {model} from the hub ({type(e).__name__}); "
+                 f"give a local directory, or check the name, the network and HF_HUB_OFFLINE")
+    if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
+        fail(f"{model}: a model directory needs config.json and *.safetensors"
+             + (" (this is an adapter)" if (path / "adapter_config.json").is_file() else ""))
+    return path
+
+
+def weights_sha256(model_dir: str | Path) -> str:
+    """Content hash of a model directory's tensors."""
+    return tensors_sha256(p for p in Path(model_dir).glob("*.safetensors") if p.name != "adapter_model.safetensors")
+
+
+def max_positions(model_dir: Path) -> int:
+    """Positions the model was made for; a large number when its config doesn't say."""
+    config = json.loads((model_dir / "config.json").read_text())
+    return config.get("max_position_embeddings") or 1 << 30
+
+
+def check_max_length(model_dir: Path, max_length: int, micro_tokens: int, unit: int = 1) -> None:
+    """Lengths that the model and a pack can hold."""
+    if max_length > max_positions(model_dir):
+        fail(f"--max-length {max_length} is beyond the model's {max_positions(model_dir)} positions")
+    if micro_tokens < unit * max_length:
+        fail(f"--micro-tokens {micro_tokens} can't hold {unit} x --max-length {max_length} tokens; "
+             f"give at least {unit * max_length}")
+
+
+def check_positive(args: Any, *names: str) -> None:
+    """Fail unless the named fields are above zero."""
+    for name in names:
+        if not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+
+
+def check_nf4() -> None:
+    """Fail unless bitsandbytes can serve NF4 here."""
+    try:
+        import bitsandbytes.functional as bnb
+        bnb.quantize_4bit(torch.zeros(64), quant_type="nf4")
+    except Exception as e:
+        fail(f"NF4 needs bitsandbytes, which can't serve here ({type(e).__name__}: {e}); use --quantization none")
+
+
+def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantization: str = "none",
+               dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> nn.Module:
+    """A causal LM in eval mode: the base, or with `adapter` merged into its weights.
+
+    quantization: "none" (dtype) or "nf4" (4-bit NF4, double quantisation, bfloat16 compute; no adapter then).
+    The merge W + (alpha/r)·B·A is computed in fp32 from the original weights and rounded once.
+    """
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": "packed", "use_safetensors": True}
+    if quantization == "nf4":
+        if adapter is not None:
+            raise ValueError("an adapter can't be merged into NF4 weights")
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16)
+        kwargs["device_map"] = {"": device}
+    model = AutoModelForCausalLM.from_pretrained(model_dir, **kwargs)
+    config = model.config
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            fail(f"{model_dir}: this model rescales its logits ({name}), which packed log-probabilities don't do")
+    if quantization != "nf4":
+        model = model.to(device)
+    if adapter is not None:
+        scale, factors = read_factors(adapter)
+        for name, (a, b) in factors.items():
+            weight = model.get_submodule(name).weight
+            delta = scale * (b.to(device) @ a.to(device))
+            weight.data = (weight.data.float() + delta).to(weight.dtype)
+    config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Fresh LoRA, composed adapters, saving
+# ------------------------------------------------------------------------------------------------
+
+def add_lora(model: nn.Module, r: int = 16, alpha: int = 32) -> PeftModel:
+    """The model with a fresh trainable LoRA on the seven projections: fp32, cast in the forward, B = 0."""
+    found = {n.rsplit(".", 1)[-1] for n, _ in model.named_modules()}
+    if missing := [t for t in TARGET_MODULES if t not in found]:
+        fail(f"this model has no {', '.join(missing)}; its LoRA would differ from the invariants")
+    policy = get_peft_model(model, LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=list(TARGET_MODULES),
+        task_type="CAUSAL_LM"))
+    for p in policy.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    return policy
+
+
+def compile_layers(policy: nn.Module) -> None:
+    """Compile each decoder layer (CUDA): one graph for packs of any size."""
+    base = base_of(policy)
+    for layer in getattr(base, base.base_model_prefix).layers:
+        layer.compile(dynamic=True)
+
+
+def trainable(policy: nn.Module) -> list[nn.Parameter]:
+    return [p for p in policy.parameters() if p.requires_grad]
+
+
+def reference(policy: PeftModel):
+    """Context in which the new adapter is off: the reference policy (base, or base + SFT merged)."""
+    return policy.disable_adapter()
+
+
+def attach_adapter(model: nn.Module, adapter: str | Path) -> PeftModel:
+    """The model with a saved adapter beside its weights (unmerged, fp32, cast in the forward), for evaluation."""
+    return PeftModel.from_pretrained(model, adapter).eval().requires_grad_(False)
+
+
+def read_factors(adapter: str | Path) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+    """(alpha/r, {module name: (A [r, in], B [out, r])}) of a PEFT adapter directory."""
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    tensors = load_file(Path(adapter) / "adapter_model.safetensors")
+    factors = {}
+    for key, a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            b = tensors[key.replace(".lora_A.", ".lora_B.")]
+            factors[key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")] = (a.float(), b.float())
+    return config["lora_alpha"] / config["r"], factors
+
+
+def read_adapter(adapter: str | Path, weights: str | None = None) -> dict[str, Any]:
+    """The run.json of a trained adapter, after checking that it is what it says and belongs to the base.
+
+    weights: content hash of the base it will be put on. Fails on a missing, unfinished or altered directory, another
+    base, other target modules or another alpha/r.
+    """
+    adapter = Path(adapter)
+    for file in ("adapter_config.json", "adapter_model.safetensors", "run.json"):
+        if not (adapter / file).is_file():
+            known = sorted(str(p.parent) for p in adapter.parent.glob("*/run.json")) if adapter.parent.is_dir() else []
+            unfinished = " (its run has not finished)" if (adapter / "run.json").is_file() else ""
+            fail(f"{adapter} is not a trained adapter: no {file}{unfinished}"
+                 + (f"; adapters there: {', '.join(known)}" if known else ""))
+    run, config = json.loads((adapter / "run.json").read_text()), json.loads((adapter / "adapter_config.json").read_text())
+    if run.get("status") != "finished":
+        fail(f"{adapter} is not finished; run its command again to continue it")
+    if config["lora_alpha"] != LORA_SCALE * config["r"]:
+        fail(f"{adapter}: alpha/r is {config['lora_alpha']}/{config['r']}, want {LORA_SCALE}, as in every row")
+    if sorted(config["target_modules"]) != sorted(TARGET_MODULES):
+        fail(f"{adapter}: target modules {sorted(config['target_modules'])}, want {sorted(TARGET_MODULES)}")
+    found = tensors_sha256([adapter / "adapter_model.safetensors"])
+    if found != run["adapter_sha256"]:
+        fail(f"{adapter}: its weights ({found[:8]}) are not those its run.json names ({run['adapter_sha256'][:8]})")
+    if weights is not None and weights != run["weights_sha256"]:
+        fail(f"{adapter} was trained on base weights {run['weights_sha256'][:8]} ({run['model']}), "
+             f"but the base given has {weights[:8]}")
+    return run
+
+
+def read_parent(adapter: str, model: str | None):
+    """What a method that starts from a trained adapter needs before any model loads.
+
+    model: the base, or None for the one the adapter was trained on. Returns (the adapter's run.json, model, its
+    directory, tokenizer, invariants). Fails when the adapter was trained under other invariants.
+    """
+    run = read_adapter(adapter)
+    model = model or run["model"]
+    model_dir = resolve_model(model)
+    tokenizer = load_tokenizer(model_dir)
+    invariants = TrainInvariants.of(model, model_dir, tokenizer, run["invariants"]["quantization"])
+    if invariants.weights_sha256 != run["weights_sha256"]:
+        fail(f"{adapter} was trained on base weights {run['weights_sha256'][:8]} ({run['model']}), but {model} has "
+             f"{invariants.weights_sha256[:8]}")
+    if invariants.hash != run["train_invariants"]:
+        now = json.loads(json.dumps(dataclasses.asdict(invariants)))
+        fail(f"{adapter} was trained under other invariants; they differ in "
+             + ", ".join(k for k in now if now[k] != run["invariants"].get(k)))
+    return run, model, model_dir, tokenizer, invariants
+
+
+def save_policy(policy: PeftModel, parent: str | Path | None, directory: Path, tokenizer, base: str) -> str:
+    """Write a PEFT directory that is relative to the *pretrained* base, and return its content hash.
+
+    With a parent (the SFT adapter merged under the policy), the two are concatenated into one adapter of their summed
+    rank: [B1 B2][A1; A2], the same alpha/r, so that any PEFT reader gets the whole policy from the base alone.
+    """
+    tensors, r = {}, 0
+    _, before = read_factors(parent) if parent else (None, {})
+    for name, module in policy.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = (x["default"].weight.detach().float().cpu() for x in (module.lora_A, module.lora_B))
+            if parent:
+                a, b = torch.cat([before[name][0], a]), torch.cat([before[name][1], b], 1)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+            r = a.shape[0]
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(directory)
+    config = LoraConfig(r=r, lora_alpha=LORA_SCALE * r, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+                        target_modules=sorted(TARGET_MODULES), inference_mode=True).to_dict()
+    name, _, revision = base.partition("@")
+    config.update(base_model_name_or_path=name, revision=revision or None)
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    write_json(directory / "adapter_config.json", config)
+    write_atomic(directory / "adapter_model.safetensors", lambda p: save_file(tensors, p, {"format": "pt"}))
+    return tensors_sha256([directory / "adapter_model.safetensors"])
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Packing and log-probabilities
+# ------------------------------------------------------------------------------------------------
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None,
+                     max_length_q=None, **kwargs):
+    """Causal attention inside each sequence of a pack, never across (query [1, heads, T, d]).
+
+    On CUDA in half precision one varlen kernel, elsewhere sdpa sequence by sequence: the same semantics. Without
+    cu_seq_lens (sampling with a cache and an explicit mask) it is transformers' own sdpa.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
+                                      **kwargs)
+    if query.is_cuda and query.dtype != torch.float32:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
+        if "enable_gqa" in VARLEN:
+            kind = {"window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+        else:  # torch 2.11
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            kind = {"window_size": (-1, 0)} if "window_size" in VARLEN else {"is_causal": True}
+        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, **kind)
+        return out[None], None
+    bounds = cu_seq_lens_q.tolist()
+    parts = [F.scaled_dot_product_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True,
+                                            scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+             for a, b in zip(bounds, bounds[1:])]
+    return torch.cat(parts, 2).transpose(1, 2), None  # [1, T, heads, d]
+
+
+def _mask(*args, attention_mask=None, **kwargs):
+    """No mask for a pack (the attention knows its sequences); transformers' own where a caller gives one."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", _mask)
+
+
+@dataclass
+class Example:
+    """A tokenised sequence and what is predicted in it: the hidden state at predict[k] predicts targets[k]."""
+    ids: list[int]
+    predict: list[int]
+    targets: list[int]
+
+    @classmethod
+    def masked(cls, ids: list[int], mask: Sequence[bool]) -> Example:
+        """Predict every token that the mask marks, each from the position before it."""
+        at = [i for i in range(1, len(ids)) if mask[i]]
+        return cls(ids, [i - 1 for i in at], [ids[i] for i in at])
+
+
+@dataclass
+class Pack:
+    """Sequences laid end to end: one forward, no padding."""
+    input_ids: Tensor      # [1, T]
+    position_ids: Tensor   # [1, T], from 0 in each sequence
+    cu_seqlens: Tensor     # [N + 1] int32, where sequences begin and end
+    max_length: int        # at least the longest sequence
+    predict: Tensor        # [K] positions in T
+    targets: Tensor        # [K] token ids
+    sequence: Tensor       # [K] which of the N sequences a predicted token belongs to
+    examples: list[int]    # [N] index of each sequence in the list that was packed
+
+    @property
+    def rows(self) -> list[int]:
+        """[K] index, in the list that was packed, of the example each predicted token belongs to."""
+        return [self.examples[s] for s in self.sequence.tolist()]
+
+    def to(self, device) -> Pack:
+        move = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Pack(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in move.items()})
+
+    def sum_by_sequence(self, values: Tensor) -> Tensor:
+        """[K] -> [N]: sums over each sequence's predicted tokens."""
+        return values.new_zeros(len(self.examples)).index_add(0, self.sequence, values)
+
+
+def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="cpu") -> list[Pack]:
+    """First-fit decreasing of examples into packs of at most `micro_tokens` tokens.
+
+    `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. Each example is in one pack.
+    """
+    units = [range(i, i + unit) for i in range(0, len(examples), unit)]
+    size = {u: sum(len(examples[i].ids) for i in u) for u in units}
+    bins: list[list] = []  # [tokens, units]
+    for u in sorted(units, key=lambda u: (-size[u], u[0])):
+        if size[u] > micro_tokens:
+            raise ValueError(f"{size[u]} tokens that belong together don't fit into --micro-tokens {micro_tokens}")
+        for b in bins:
+            if b[0] + size[u] <= micro_tokens:
+                b[0] += size[u]
+                b[1].append(u)
+                break
+        else:
+            bins.append([size[u], [u]])
+    packs = []
+    for _, members in bins:
+        ids, position, cu, predict, targets, sequence, order = [], [], [0], [], [], [], []
+        for i in (i for u in members for i in u):
+            e, start = examples[i], len(ids)
+            ids += e.ids
+            position += range(len(e.ids))
+            cu.append(len(ids))
+            predict += [start + p for p in e.predict]
+            targets += e.targets
+            sequence += [len(order)] * len(e.predict)
+            order.append(i)
+        longest = max(b - a for a, b in zip(cu, cu[1:]))
+        packs.append(Pack(torch.tensor([ids]), torch.tensor([position]), torch.tensor(cu, dtype=torch.int32),
+                          1 << (longest - 1).bit_length(), torch.tensor(predict, dtype=torch.long),
+                          torch.tensor(targets, dtype=torch.long), torch.tensor(sequence, dtype=torch.long),
+                          order).to(device))
+    return packs
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def precision(model: nn.Module):
+    """Autocast to bfloat16 for a bfloat16 base (fp32 adapters are cast in the forward); nothing for an fp32 one."""
+    head = base_of(model).get_output_embeddings().weight
+    return torch.autocast(head.device.type, torch.bfloat16, enabled=head.dtype == torch.bfloat16)
+
+
+def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
+    """Last hidden states of a pack, [T, H]."""
+    base = base_of(model)
+    body = getattr(base, base.base_model_prefix)
+    with precision(model):
+        return body(input_ids=pack.input_ids, position_ids=pack.position_ids, cu_seq_lens_q=pack.cu_seqlens,
+                    cu_seq_lens_k=pack.cu_seqlens, max_length_q=pack.max_length, max_length_k=pack.max_length,
+                    use_cache=False).last_hidden_state[0]
+
+
+HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time
+
+
+def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, want_correct: bool):
+    logits = head(hidden).float() / temperature                                        # [C, V]
+    logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)          # [C]
+    return logprobs, (logits.detach().argmax(1) == targets) if want_correct else None
+
+
+def token_logprobs(model: nn.Module, pack: Pack, temperature: float = 1.0, extras: Sequence[str] = ()):
+    """log softmax(logits / temperature)[target] of a pack's predicted tokens, [K] in fp32.
+
+    The LM head runs on predicted positions only, in chunks, recomputed in the backward: a [T, V] tensor never exists.
+    extras=("correct",) returns (logprobs, {"correct": [K] bool, target is the argmax}).
+    """
+    hidden, head = hidden_states(model, pack)[pack.predict], base_of(model).get_output_embeddings()
+    logprobs, correct = [], []
+    with precision(model):
+        for h, t in zip(hidden.split(HEAD_CHUNK), pack.targets.split(HEAD_CHUNK)):
+            args = (head, h, t, temperature, "correct" in extras)
+            lp, ok = recompute(_head_chunk, *args, use_reentrant=False) if h.requires_grad else _head_chunk(*args)
+            logprobs.append(lp)
+            correct.append(ok)
+    out = torch.cat(logprobs) if logprobs else hidden.new_zeros(0, dtype=torch.float32)
+    if not extras:
+        return out
+    return out, {"correct": torch.cat(correct) if correct else hidden.new_zeros(0, dtype=torch.bool)}
+
+
+@torch.no_grad()
+def mean_kl(p_model: nn.Module, q_model: nn.Module, packs: Sequence[Pack]) -> float:
+    """Mean over predicted positions of the exact KL(p ‖ q) in nats, over the whole vocabulary, in fp32."""
+    total, count = 0.0, 0
+    for pk in packs:
+        hidden = [hidden_states(m, pk)[pk.predict] for m in (p_model, q_model)]
+        heads = [base_of(m).get_output_embeddings() for m in (p_model, q_model)]
+        for hp, hq in zip(hidden[0].split(HEAD_CHUNK), hidden[1].split(HEAD_CHUNK)):
+            with precision(p_model):
+                logp, logq = (head(h).float().log_softmax(1) for head, h in zip(heads, (hp, hq)))
+            total += (logp.exp() * (logp - logq)).sum().item()
+            count += len(hp)
+    return total / max(count, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Sampling
+# ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Completion:
+    ids: list[int]          # sampled ids, EOS included when it was sampled
+    logprobs: list[float]   # of each id under softmax(logits / temperature); temperature 1 for greedy
+    stopped: str            # "eos", "string" or "length"
+    text: str               # decoded, without EOS, cut before the stop string
+
+
+class KVCache:
+    """Keys and values of B rows in one fixed buffer a layer, [B, heads, length, d]; rows share the write position."""
+
+    def __init__(self, length: int):
+        self.length, self.start, self.rows = length, 0, slice(None)
+        self.layers: dict[int, list[Tensor]] = {}
+        self.batch = 0
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write [b, heads, t, d] of the rows in turn at the write position; return all up to there."""
+        if layer not in self.layers:
+            shape = (self.batch, key.shape[1], self.length, key.shape[3])
+            self.layers[layer] = [key.new_zeros(shape) for _ in range(2)]
+        end = self.start + key.shape[2]
+        for buffer, new in zip(self.layers[layer], (key, value)):
+            buffer[self.rows, :, self.start:end] = new
+        return tuple(buffer[self.rows, :, :end] for buffer in self.layers[layer])
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows stay."""
+        self.batch = len(rows)
+        self.layers = {i: [b[rows] for b in kv] for i, kv in self.layers.items()}
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        return self.start
+
+
+def keyed_uniform(seed: int, rows: Tensor, position: int) -> Tensor:
+    """Uniform numbers in (0, 1) that depend on (seed, row, position) alone: splitmix64 of the three, [B] float64."""
+    def mix(x):
+        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+            x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        return x ^ ((x >> 31) & ((1 << 33) - 1))
+    x = torch.full_like(rows, seed * 1_000_003 + 12345)
+    for part in (rows, torch.full_like(rows, position)):
+        x = mix(x + part * -7046029254386353131 + 7046029254386353131)
+    return ((x >> 11) & ((1 << 53) - 1)).double() / 2**53 + 2**-54
+
+
+class Sampler:
+    """Decoding with a preallocated cache; nothing comes from generation_config. Greedy at temperature 0.
+
+    A batch is as many rows as the cache memory holds; rows that have finished leave when half have.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None):
+        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+        self.device = base_of(model).get_output_embeddings().weight.device
+        self.eos = tokenizer.eos_token_id
+
+    def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], temperature: float = 0.0,
+               top_p: float = 1.0, seed: int = 0, stop_strings: Sequence[Sequence[str]] | None = None,
+               progress: Callable[[int], Any] | None = None) -> list[Completion]:
+        """One completion a prompt, in order.
+
+        prompts: token ids. max_new_tokens and stop_strings: for all, or one entry a prompt. A completion ends at EOS,
+        at a stop string or at its length. Row i's noise is keyed by (seed, i, position): independent of its neighbours.
+        progress(n) is called as rows finish. ValueError on an empty prompt or one beyond the model's positions.
+        """
+        n = len(prompts)
+        budgets = [max_new_tokens] * n if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        stops = [list(s) for s in stop_strings] if stop_strings else [[]] * n
+        limit = getattr(base_of(self.model).config, "max_position_embeddings", None)
+        for i, p in enumerate(prompts):
+            if not len(p) or budgets[i] < 1:
+                raise ValueError(f"prompt {i}: want at least one prompt token and one new token")
+            if limit and len(p) + budgets[i] > limit:
+                raise ValueError(f"prompt {i}: {len(p)} + {budgets[i]} tokens are beyond the model's {limit} positions")
+        done: list[Completion | None] = [None] * n
+        order = sorted(range(n), key=lambda i: (-len(prompts[i]) - budgets[i], i))
+        while order:
+            size = self._batch_size(len(prompts[order[0]]) + budgets[order[0]])
+            batch, order = order[:size], order[size:]
+            self._sample_batch(prompts, budgets, stops, batch, temperature, top_p, seed, done, progress)
+        return done
+
+    def _batch_size(self, length: int) -> int:
+        """Rows whose keys and values fit: a third of free GPU memory, 2 GiB on CPU; at most 256."""
+        c = base_of(self.model).config
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        row = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * 4 * length
+        free = torch.cuda.mem_get_info(self.device)[0] / 3 if self.device.type == "cuda" else 2 << 30
+        return max(1, min(256, int(free // row), self.max_batch or 256))
+
+    @torch.inference_mode()
+    def _sample_batch(self, prompts, budgets, stops, batch, temperature, top_p, seed, done, progress):
+        device, width = self.device, max(len(prompts[i]) for i in batch)
+        pad = torch.tensor([width - len(prompts[i]) for i in batch], device=device)           # [B] left padding
+        cache = KVCache(width + max(budgets[i] for i in batch))
+        cache.batch = len(batch)
+        logits = torch.cat([self._prefill(cache, prompts, batch, rows, width, pad)
+                            for rows in torch.arange(len(batch)).split(max(1, 32768 // width))])
+        cache.start, cache.rows = width, slice(None)
+        rows = torch.tensor(batch, device=device)                                             # [B] prompt index
+        live, ids, logprobs = list(batch), {i: [] for i in batch}, {i: [] for i in batch}
+        for position in range(cache.length - width):
+            token, lp = self._choose(logits, temperature, top_p, seed, rows, position)
+            finished = []
+            for b, (i, t, l) in enumerate(zip(live, token.tolist(), lp.tolist())):
+                if done[i] is not None:
+                    continue
+                ids[i].append(t)
+                logprobs[i].append(l)
+                if end := self._ended(ids[i], budgets[i], stops[i]):
+                    done[i] = Completion(ids[i], logprobs[i], *end)
+                    finished.append(i)
+            if progress and finished:
+                progress(len(finished))
+            alive = [b for b, i in enumerate(live) if done[i] is None]
+            if not alive:
+                return
+            if 2 * len(alive) <= len(live):
+                keep = torch.tensor(alive, device=device)
+                cache.keep(keep)
+                live, rows, pad, token = [live[b] for b in alive], rows[keep], pad[keep], token[keep]
+            end = cache.start + 1
+            mask = (torch.arange(end, device=device)[None] >= pad[:, None])[:, None, None]    # [B, 1, 1, end]
+            logits = self._forward(token[:, None], (cache.start - pad)[:, None], mask, cache)
+            cache.start = end
+
+    def _prefill(self, cache: KVCache, prompts, batch, rows: Tensor, width: int, pad: Tensor) -> Tensor:
+        """Fill the cache for some rows of the batch; logits after their last prompt token, [b, V]."""
+        device, pad = self.device, pad[rows[0]:rows[-1] + 1]
+        tokens = torch.full((len(rows), width), self.eos)
+        for b, r in enumerate(rows.tolist()):
+            p = prompts[batch[r]]
+            tokens[b, width - len(p):] = torch.as_tensor(p)
+        at = torch.arange(width, device=device)
+        seen = (at[None, None] <= at[None, :, None]) & (at[None, None] >= pad[:, None, None])  # [b, query, key]
+        seen |= torch.eye(width, dtype=torch.bool, device=device)                              # padding sees itself
+        cache.start, cache.rows = 0, slice(int(rows[0]), int(rows[-1]) + 1)
+        position = (at[None] - pad[:, None]).clamp(min=0)
+        return self._forward(tokens.to(device), position, seen[:, None], cache)
+
+    def _forward(self, tokens, position, mask, cache) -> Tensor:
+        """Logits after the last of the given tokens, [B, V] fp32."""
+        base = base_of(self.model)
+        with precision(self.model):
+            hidden = getattr(base, base.base_model_prefix)(
+                input_ids=tokens, position_ids=position, attention_mask=mask, past_key_values=cache,
+                use_cache=True).last_hidden_state[:, -1]
+            return base.get_output_embeddings()(hidden).float()
+
+    @staticmethod
+    def _choose(logits: Tensor, temperature: float, top_p: float, seed: int, rows: Tensor, position: int):
+        """Token [B] and its log-probability [B] under softmax(logits / temperature)."""
+        logprobs = (logits / (temperature or 1.0)).log_softmax(1)
+        if temperature == 0:
+            token = logits.argmax(1)
+        else:
+            probs, order = logprobs.exp().sort(dim=1, descending=True, stable=True)
+            below = probs.double().cumsum(1)
+            if top_p < 1:  # the smallest set whose mass reaches top_p
+                below = torch.where(below - probs < top_p, below, below.new_zeros(()))
+                below = below.cummax(1).values
+            u = keyed_uniform(seed, rows, position)[:, None] * below[:, -1:]
+            token = order.gather(1, torch.searchsorted(below, u).clamp(max=order.shape[1] - 1))[:, 0]
+        return token, logprobs.gather(1, token[:, None])[:, 0]
+
+    def _ended(self, ids: list[int], budget: int, stops: list[str]) -> tuple[str, str] | None:
+        """("eos" | "string" | "length", text) when a completion has ended."""
+        def text(x):
+            return self.tokenizer.decode(x, skip_special_tokens=True)
+        if ids[-1] == self.eos:
+            return "eos", text(ids)
+        if stops:
+            tail = text(ids[-(max(map(len, stops)) + 8):])
+            if any(s in tail for s in stops):
+                whole = text(ids)
+                return "string", whole[:min(whole.find(s) for s in stops if s in whole)]
+        if len(ids) >= budget:
+            return "length", text(ids)
+        return None
+
+
+def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> float:
+    """Share of greedy completions that end with EOS within `max_new_tokens`, over all ranks' prompts."""
+    mine = prompts[rank()::world()]
+    done = Sampler(model, tokenizer).sample(mine, max_new_tokens) if mine else []
+    device = base_of(model).get_output_embeddings().weight.device
+    ended = all_reduce_(torch.tensor(float(sum(c.stopped == "eos" for c in done)), device=device))
+    rate = ended.item() / len(prompts)
+    if rate < 0.9:
+        say(f"WARNING: only {rate:.0%} of {len(prompts)} held-out answers end with EOS within {max_new_tokens} tokens")
+    return rate
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. The run directory
+# ------------------------------------------------------------------------------------------------
+
+class Run:
+    """runs/<name>/: one training run, from the first check to the finished adapter.
+
+    Construct after the rows are checked and before any model loads. A finished run of the same configuration ends the
+    process with exit code 0; another configuration in the directory is an error, or is moved aside with --overwrite;
+    an unfinished run of the same configuration is continued.
+    """
+
+    def __init__(self, method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None = None,
+                 parent_dir: str | None = None):
+        self.method, self.args, self.parent_dir = method, args, parent_dir
+        self.directory = Path(args.out)
+        self.stop_signal, self.seconds, self.started = 0, 0.0, time.time()
+        self.bar, self.tracker = None, None
+        self.checkpoint_file = self.directory / "checkpoint" / "state.safetensors"
+        link = parent and {k: parent[k] for k in ("name", "method", "config_hash", "adapter_sha256", "family")}
+        self.record = {
+            "status": "running", "method": method, "name": self.directory.name, "model": args_model(args, parent),
+            "config_hash": config_hash(method, args, invariants, data, parent),
+            "train_invariants": invariants.hash, "invariants": dataclasses.asdict(invariants),
+            "family": config_hash(method, args, invariants, data, parent, seed=False), "seed": args.seed,
+            "parent": link, "data": data, "weights_sha256": invariants.weights_sha256,
+            "args": dataclasses.asdict(args), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        }
+        decision = None
+        if rank() == 0:
+            try:
+                decision = self._open()
+            except SystemExit as e:
+                decision = e.code
+        decision = from_rank0(decision)
+        if decision is not None:
+            raise SystemExit(decision)
+
+    def _open(self) -> int | None:
+        """Lock the directory and settle what to do with what it holds; an exit code, or None to go on."""
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.directory.parent / f".{self.directory.name}.lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            fail(f"another process is training in {self.directory}")
+        file = self.directory / "run.json"
+        if file.is_file():
+            old = json.loads(file.read_text())
+            changed = [k for k in ("method", "train_invariants", "data", "args", "parent")
+                       if self._identity(old, k) != self._identity(self.record, k)]
+            if not changed and old["status"] == "finished":
+                say(f"{self.directory} is finished (config {old['config_hash']}): nothing to do")
+                return 0
+            if changed and not self.args.overwrite:
+                fail(f"{self.directory} holds another run (config {old['config_hash']}, this one is "
+                     f"{self.record['config_hash']}; they differ in {self._difference(old, changed)}); "
+                     f"choose another --out, or --overwrite to move it aside")
+            if changed:
+                aside = self.directory.with_name(f"{self.directory.name}.{old['config_hash']}.{int(time.time())}")
+                os.rename(self.directory, aside)
+                say(f"moved the old run to {aside}")
+        elif self.directory.exists() and any(self.directory.iterdir()):
+            fail(f"{self.directory} is not empty and holds no run.json; choose another --out")
+        self.directory.mkdir(exist_ok=True)
+        write_json(file, self.record)
+        return None
+
+    @staticmethod
+    def _identity(record: dict, key: str) -> Any:
+        """What must agree for two records to be the same run. A parent counts with its weights, not only its config."""
+        value = record.get(key)
+        if key == "args":
+            value = {k: v for k, v in value.items() if k not in RUN_KNOBS}
+        if key == "parent" and value:
+            value = [value["config_hash"], value["adapter_sha256"]]
+        return json.loads(json.dumps(value))
+
+    def _difference(self, old: dict, changed: list[str]) -> str:
+        names = [k for k in changed if k != "args"]
+        if "args" in changed:
+            a, b = self._identity(old, "args"), self._identity(self.record, "args")
+            names += [f"{k} {a.get(k)} -> {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+        return ", ".join(names)
+
+    def resume(self, policy: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int) -> int:
+        """Restore the last checkpoint, if there is one; the step to go on with. Starts log, progress bar and signals."""
+        step, self.log_file = 0, self.directory / "log.jsonl"
+        if self.checkpoint_file.is_file():
+            from safetensors import safe_open
+            with safe_open(self.checkpoint_file, "pt") as f:
+                meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+            step, self.seconds = int(meta["step"]), float(meta["seconds"])
+            for name, p in policy.named_parameters():
+                if p.requires_grad:
+                    p.data.copy_(tensors[f"parameter/{name}"])
+                    state = {k: tensors[f"{k}/{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[p] = {"step": tensors[f"step/{name}"], **state}
+            torch.set_rng_state(tensors["rng/cpu"])
+            if "rng/cuda" in tensors and torch.cuda.is_available():
+                torch.cuda.set_rng_state(tensors["rng/cuda"])
+            say(f"resuming {self.directory} at step {step} of {total_steps}")
+        if rank() == 0:
+            kept = self.log_file.read_text().splitlines(True) if step and self.log_file.is_file() else []
+            write_text(self.log_file, "".join(line for line in kept if json.loads(line)["step"] < step))
+            from tqdm import tqdm
+            self.bar = tqdm(total=total_steps, initial=step, desc=self.record["name"], unit="step",
+                            dynamic_ncols=True, mininterval=0.5, file=sys.stderr)
+            if self.args.track:
+                import wandb
+                self.tracker = wandb.init(project="rungs", name=self.record["name"], config=self.record,
+                                          id=f"{self.record['config_hash']}", resume="allow")
+        self.total_steps, self.started, self.last_tick = total_steps, time.time(), time.time()
+        self.old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        return step
+
+    def _on_signal(self, number, frame) -> None:
+        self.stop_signal = number
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """One line of log.jsonl: `metrics` (means or sums over the whole step and all ranks), rate, memory, time.
+
+        A "tokens" entry gives tokens_per_s. A loss that is not finite stops the run, naming the step.
+        """
+        metrics = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        now = time.time()
+        if "tokens" in metrics:
+            metrics["tokens_per_s"] = round(metrics["tokens"] / (now - self.last_tick), 1)
+        self.last_tick = now
+        if torch.cuda.is_available():
+            metrics["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        line = {"step": step, **metrics, "seconds": round(self.seconds + now - self.started, 3)}
+        if rank() == 0:
+            with open(self.log_file, "a") as f:
+                f.write(json.dumps(line) + "\n")
+            self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in ("loss", "accuracy", "tokens_per_s", "peak_gib")
+                                  if k in metrics}, refresh=False)
+            self.bar.update(1)
+            if self.tracker:
+                self.tracker.log(line, step=step)
+
+    def check_finite(self, loss: float, step: int, row_ids: Sequence[int]) -> None:
+        """Stop the run at a loss that is not finite, naming the step and the rows."""
+        if not math.isfinite(loss):
+            self._release()
+            raise FloatingPointError(f"loss is {loss} at step {step}; rows of the data set in this step: "
+                                     f"{sorted(row_ids)}; the last checkpoint is kept")
+
+    def checkpoint(self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """After `step` steps: save atomically when it is time or a signal asked; then leave if one did."""
+        stop = all_reduce_(torch.tensor(float(self.stop_signal), device=trainable(policy)[0].device)) if world() > 1 \
+            else self.stop_signal
+        stop = int(stop)
+        if stop or step == self.total_steps or step % self.args.checkpoint_every == 0:
+            if rank() == 0:
+                tensors = {"rng/cpu": torch.get_rng_state()}
+                if torch.cuda.is_available():
+                    tensors["rng/cuda"] = torch.cuda.get_rng_state()
+                for name, p in policy.named_parameters():
+                    if p.requires_grad:
+                        state = optimizer.state[p]
+                        tensors[f"parameter/{name}"] = p.detach().cpu().contiguous()
+                        tensors[f"step/{name}"] = state["step"].cpu()
+                        for k in ("exp_avg", "exp_avg_sq"):
+                            tensors[f"{k}/{name}"] = state[k].cpu().contiguous()
+                meta = {"step": str(step), "seconds": str(self.seconds + time.time() - self.started)}
+                write_atomic(self.checkpoint_file, lambda p: save_file(tensors, p, meta))
+            if stop:
+                self._release()
+                say(f"\nstopped by a signal after step {step}; run the same command again to continue")
+                raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
+
+    def save(self, policy: PeftModel, tokenizer) -> None:
+        """Write the adapter, relative to the pretrained base."""
+        if rank() == 0:
+            self.bar.close()
+            self.record["adapter_sha256"] = save_policy(policy, self.parent_dir, self.directory, tokenizer,
+                                                        self.record["model"])
+        from_rank0()
+
+    def finish(self, metrics: dict[str, Any], curves: Sequence[str], description: str) -> None:
+        """Write curves.png, the model card and the finished run.json; then the checkpoint goes."""
+        if rank() == 0:
+            self.record.update(
+                status="finished", metrics=metrics, wall_time_s=round(self.seconds + time.time() - self.started, 1),
+                versions=versions(), git_commit=git_commit(), hardware=hardware())
+            lines = [json.loads(line) for line in self.log_file.read_text().splitlines()]
+            write_atomic(self.directory / "curves.png", lambda p: plot_curves(lines, curves, self.record["name"], p))
+            write_text(self.directory / "README.md", model_card(self.record, description))
+            write_json(self.directory / "run.json", self.record)
+            shutil.rmtree(self.directory / "checkpoint", ignore_errors=True)
+            if self.tracker:
+                self.tracker.summary.update(metrics)
+        self._release()
+        say(f"{self.directory}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                                              for k, v in metrics.items()))
+
+    def _release(self) -> None:
+        for s, handler in self.old_handlers.items():
+            signal.signal(s, handler)
+        if rank() == 0:
+            self.bar.close()
+            if self.tracker:
+                self.tracker.finish()
+            self.lock.release()
+
+
+def args_model(args: Any, parent: dict | None) -> str:
+    """The base model as named: by --model, else the parent's."""
+    return getattr(args, "model", None) or parent["model"]
+
+
+def plot_curves(lines: list[dict], keys: Sequence[str], title: str, path: Path) -> None:
+    """Small multiples of logged quantities over steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    keys = [k for k in keys if any(k in line for line in lines)]
+    columns = min(3, max(1, len(keys)))
+    figure, axes = plt.subplots(max(1, math.ceil(len(keys) / columns)), columns, squeeze=False,
+                                figsize=(4 * columns, 2.6 * max(1, math.ceil(len(keys) / columns))))
+    for axis in axes.flat[len(keys):]:
+        axis.set_axis_off()
+    for axis, key in zip(axes.flat, keys):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        axis.plot(*zip(*points), linewidth=1.2)
+        axis.set_title(key, fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, format="png", dpi=110)
+    plt.close(figure)
+
+
+def model_card(record: dict, description: str) -> str:
+    """README.md of a run directory."""
+    base, _, revision = record["model"].partition("@")
+    facts = "\n".join(f"| {k} | {v} |" for k, v in record["metrics"].items())
+    loads = "\n".join([
+        "from peft import PeftModel", "from transformers import AutoModelForCausalLM",
+        f"base = AutoModelForCausalLM.from_pretrained({base!r}" + (f", revision={revision!r})" if revision else ")"),
+        f"policy = PeftModel.from_pretrained(base, {record['args']['out']!r})"])
+    front = f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [lora, {record['method']}, rungs]\n---\n" \
+        if Path(base).is_dir() is False else ""
+    return (f"{front}# {record['name']}\n\n{description}\n\nThe adapter is relative to the pretrained base, whatever "
+            f"it was trained on top of:\n\n```python\n{loads}\n```\n\n| | |\n|---|---|\n"
+            f"| config_hash | {record['config_hash']} |\n| train_invariants | {record['train_invariants']} |\n"
+            f"| parent | {(record['parent'] or {}).get('name', 'none')} |\n| seed | {record['seed']} |\n"
+            f"| adapter_sha256 | {record['adapter_sha256'][:16]}… |\n| minutes | {record['wall_time_s'] / 60:.1f} |\n"
+            f"{facts}\n\nCommand: `python {record['command']}`. Curves: curves.png; every step: log.jsonl.\n")
+
+
+# What a run prints before it loads a model
+
+def evaluation_ngrams(eval_data: str | None, n: int = 13) -> set[tuple[str, ...]]:
+    """All runs of `n` words in the evaluation prompts under a directory (questions and instructions of the tasks)."""
+    grams = set()
+    for file in sorted(Path(eval_data).rglob("*.json*")) if eval_data else []:
+        if file.name.split(".")[0] in ("test", "validation") or "ifeval" in file.parts:
+            with (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
+                for line in f:
+                    row = json.loads(line)
+                    grams |= ngrams(row.get("question") or row.get("prompt") or "", n)
+    return grams
+
+
+def ngrams(text: str, n: int = 13) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)}
+
+
+def preflight(tokenizer, examples: Sequence[Example], texts: Sequence[str], dropped: Counter, truncated: int,
+              eval_data: str | None) -> dict[str, int]:
+    """Print what will be trained on, and stop at a mask that can't be meant.
+
+    Shows one example with its trained tokens between ⟦ ⟧, counts, token totals and the 13-word overlap of the training
+    texts with the evaluation prompts. Fails on an empty mask, a trained part without EOS, or a doubled BOS.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for i, e in enumerate(examples):
+        if not e.targets:
+            fail(f"example {i} has no trained token: {tokenizer.decode(e.ids)[:200]!r}")
+        if e.targets[-1] != eos or e.predict[-1] != len(e.ids) - 2:
+            fail(f"example {i} does not end with a trained EOS: …{tokenizer.decode(e.ids)[-200:]!r}")
+        if bos is not None and bos != eos and e.ids[:2] == [bos, bos]:
+            fail(f"example {i} begins with two BOS tokens; the chat template and the tokenizer both add one")
+    shown, trained, out = examples[0], {p + 1 for p in examples[0].predict}, []
+    for i, t in enumerate(shown.ids):
+        out.append(("⟦" if i in trained and i - 1 not in trained else "") + tokenizer.decode([t])
+                   + ("⟧" if i in trained and i + 1 not in trained else ""))
+    grams = evaluation_ngrams(eval_data)
+    overlap = sum(not grams.isdisjoint(ngrams(t)) for t in texts) if grams else 0
+    total, counted = sum(len(e.ids) for e in examples), sum(len(e.targets) for e in examples)
+    say("-- one example, trained tokens between ⟦ ⟧ " + "-" * 40 + "\n" + "".join(out) + "\n" + "-" * 83)
+    say(f"{len(examples):,} sequences, {total:,} tokens, {counted:,} of them trained ({counted / total:.0%}); "
+        f"longest {max(len(e.ids) for e in examples):,}; {truncated:,} cut at a turn's end; dropped "
+        + (", ".join(f"{v} ({k})" for k, v in dropped.items()) or "none"))
+    say(f"13-word overlap with the evaluation prompts: {overlap:,} of {len(texts):,} training rows" if eval_data else
+        "13-word overlap with the evaluation prompts: not counted (no --eval-data)")
+    return {"tokens": total, "trained_tokens": counted, "dropped": sum(dropped.values()), "truncated": truncated,
+            "eval_overlap": overlap if eval_data else None}
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. results/metrics.json
+# ------------------------------------------------------------------------------------------------
+
+SCHEMA_VERSION = 1
+ROW_KEY = ("name", "config_hash", "adapter_sha256", "eval_hash")
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """{"schema_version": 1, "runs": [row, …]}; empty when there is no file. Fails on a newer schema."""
+    path = Path(path)
+    if not path.exists():
+        return {"schema_version": SCHEMA_VERSION, "runs": []}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        version = results["schema_version"]
+        results["runs"]
+    except (ValueError, KeyError, TypeError) as e:
+        fail(f"{path} is not a results file ({type(e).__name__}: {e})")
+    if version > SCHEMA_VERSION:
+        fail(f"{path} has schema_version {version}, newer than this code's {SCHEMA_VERSION}; update the code")
+    return results
+
+
+def upsert_row(path: str | Path, row: dict[str, Any]) -> None:
+    """Add a row under a file lock; it replaces only the row of the same name, config, adapter and evaluation."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        results = read_results(path)
+        key = [row[k] for k in ROW_KEY]
+        runs = [r for r in results["runs"] if [r[k] for k in ROW_KEY] != key] + [row]
+        runs.sort(key=lambda r: (r["phase"], r["name"], r["protocol"], r["timestamp"]))
+        write_json(path, {"schema_version": SCHEMA_VERSION, "runs": runs})

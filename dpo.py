@@ -1,0 +1,252 @@
+"""DPO: direct preference optimisation of an SFT policy on chosen/rejected pairs, with LoRA.
+
+    h    = (log π_θ(y_w|x) − log π_ref(y_w|x)) − (log π_θ(y_l|x) − log π_ref(y_l|x))
+    L(θ) = − mean over pairs of [(1−ε) log σ(βh) + ε log σ(−βh)]
+
+Paper: Rafailov et al. 2023 (2305.18290), eq. 7; label smoothing ε: Mitchell 2023, "A note on DPO with noisy
+preferences". In symbols: y_w chosen, y_l rejected, π_θ the policy, π_ref the reference (base + SFT). log π(y|x) is the
+sum over the answer's tokens, EOS included. Reference implementation: eric-mitchell/direct-preference-optimization.
+
+Deviations from the usual script, on purpose:
+  1. The reference is the policy with its new adapter switched off, in the same pack: no second model, and at step 0
+     the margin is exactly 0 and the loss exactly ln 2, which is asserted.
+  2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; the rounding's KL is logged) and a fresh
+     LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
+  3. No padding: a pair's two answers are packed together, and attention never crosses sequences.
+  4. Pairs with an over-long side are dropped and counted, never cut.
+
+    python dpo.py --beta 0.1 --sft-adapter runs/sft_v2
+
+A row: {"prompt": "…" or messages, "chosen": …, "rejected": …}, or chosen and rejected as whole conversations. Pairs
+come from part A of the prompts (60 % by sha256); part B is kept for PPO.
+"""
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+import common
+from common import Example
+
+
+@dataclass(frozen=True)
+class Args:
+    # -- model --
+    sft_adapter: str = "runs/sft_v2"
+    """The adapter to start from; it is also the reference."""
+    model: str | None = None
+    """The pretrained base; by default the one that --sft-adapter was trained on."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Weights of base + SFT. Adapter and Adam state are always fp32."""
+    # -- data --
+    data: str = common.ULTRAFEEDBACK
+    """Preference pairs: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]."""
+    heldout_data: str | None = None
+    """Held-out pairs; by default found beside --data (x.jsonl -> x_heldout.jsonl, train_prefs -> test_prefs)."""
+    eval_data: str | None = None
+    """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
+    rows: int = 5000
+    """Training pairs: the first usable ones of part A in the seed's shuffle."""
+    heldout_rows: int = 256
+    """Held-out pairs for loss and accuracy; the judge's prompts are not among them."""
+    max_length: int = 1024
+    """Longest prompt + answer in tokens."""
+    max_dropped: float = 0.05
+    """Largest share of degenerate pairs (empty, equal, too long) that doesn't end the run."""
+    # -- method --
+    beta: float = 0.1
+    """Strength of the pull to the reference [paper: sec. 6, "Training details" in app. B]."""
+    label_smoothing: float = 0.0
+    """ε, the assumed share of swapped labels [0 is the paper's loss]."""
+    # -- optimisation --
+    lr: float = 5e-6
+    """Peak learning rate [ours; full fine-tunes use 5e-7 to 1e-6, LoRA about ten times that]."""
+    batch_size: int = 16
+    """Pairs a step, over all ranks."""
+    epochs: int = 1
+    """Passes over the pairs."""
+    warmup: float = 0.03
+    """Share of steps with a rising rate; then linear to 0."""
+    max_grad_norm: float = 1.0
+    """Gradient clip, over all trained parameters."""
+    # -- what is measured at the end --
+    eos_prompts: int = 64
+    """Held-out prompts answered greedily for eos_rate."""
+    eos_tokens: int = 256
+    """Tokens an answer may take there."""
+    # -- run --
+    seed: int = 42
+    """Seed of the row shuffle, the order and the LoRA initialisation."""
+    out: str = "runs/dpo_v1"
+    """Run directory."""
+    overwrite: bool = False
+    """Move another configuration's run in --out aside."""
+    micro_tokens: int = 8192
+    """Tokens of one forward: memory and speed, not the update."""
+    compile: bool = True
+    """Compile the decoder layers (on CUDA)."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    track: bool = False
+    """Log to Weights & Biases too (needs wandb)."""
+
+
+# -- the method's maths ---------------------------------------------------------------------------
+
+def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float,
+             label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of each pair and its implicit rewards, from summed log-probabilities (all [pairs], nats).
+
+    Returns (losses, rewards chosen, rewards rejected), rewards = β (log π − log π_ref), without gradient.
+    """
+    h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
+    # eq. 7 with conservative labels: −(1−ε) log σ(βh) − ε log σ(−βh)
+    losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+    return losses, beta * (policy_chosen - ref_chosen).detach(), beta * (policy_rejected - ref_rejected).detach()
+
+
+def learning_rate(step: int, total: int, args: Args) -> float:
+    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): no step, the last included, has rate 0."""
+    w = max(1, math.ceil(args.warmup * total))
+    return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
+
+
+def pair_metrics(policy, pack: common.Pack, args: Args) -> tuple[Tensor, Tensor]:
+    """(losses [pairs], sums over the pack of what METRICS names) of a pack of (chosen, rejected) pairs."""
+    with torch.no_grad(), common.reference(policy):
+        reference = pack.sum_by_sequence(common.token_logprobs(policy, pack))             # [2 * pairs]
+    logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))
+    (pi_w, pi_l), (ref_w, ref_l) = logprobs.view(-1, 2).T, reference.view(-1, 2).T        # each [pairs]
+    losses, rewards_w, rewards_l = dpo_loss(pi_w, pi_l, ref_w, ref_l, args.beta, args.label_smoothing)
+    margin = rewards_w - rewards_l
+    right = (margin > 0).float() + 0.5 * (margin == 0).float()  # a tie is half right
+    return losses, torch.stack([losses.detach(), right, margin, rewards_w, rewards_l, pi_w.detach(),
+                                pi_l.detach()]).sum(1)
+
+
+METRICS = ("loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected", "logprobs_chosen", "logprobs_rejected")
+
+
+# -- rows to tensors ------------------------------------------------------------------------------
+
+def build_pairs(tokenizer, args: Args, source: str, wanted):
+    """A function from data rows to (chosen, rejected, prompt), the reason why a row can't be used, or None (unwanted)."""
+    def build(rows: list[tuple[int, dict]]):
+        pairs = [common.as_pair(row, f"{source}, row {i}") for i, row in rows]
+        sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
+        rendered = [Example.masked(*r) for r in common.render_many(tokenizer, sides, train="last")]
+        out = []
+        for (prompt, chosen, rejected), w, l in zip(pairs, rendered[::2], rendered[1::2]):
+            if not wanted(prompt):
+                out.append(None)
+            elif not chosen.strip() or not rejected.strip():
+                out.append("empty answer")
+            elif chosen == rejected:
+                out.append("chosen equals rejected")
+            elif max(len(w.ids), len(l.ids)) > args.max_length:
+                out.append("too long")
+            else:
+                out.append((w, l, prompt))
+        return out
+    return build
+
+
+@torch.no_grad()
+def evaluate_pairs(policy, pairs: list[tuple], args: Args, device) -> dict[str, float]:
+    """Means of METRICS over held-out pairs and all ranks."""
+    mine = [pairs[i] for i in common.my_share([len(w.ids) + len(l.ids) for w, l, _ in pairs])]
+    totals = torch.zeros(len(METRICS), device=device)
+    for pack in common.pack([e for w, l, _ in mine for e in (w, l)], args.micro_tokens, unit=2, device=device):
+        totals += pair_metrics(policy, pack, args)[1]
+    return dict(zip(METRICS, (common.all_reduce_(totals) / len(pairs)).tolist()))
+
+
+def main(args: Args) -> None:
+    # 1. Check everything that can be checked without a model.
+    common.check_positive(args, "beta", "rows", "heldout_rows", "max_length", "lr", "batch_size", "epochs",
+                          "max_grad_norm", "eos_prompts", "eos_tokens", "checkpoint_every")
+    if not 0 <= args.label_smoothing < 0.5:
+        common.fail(f"--label-smoothing must be in [0, 0.5), got {args.label_smoothing}")
+    device, dtype = common.setup_device(args.device), getattr(torch, args.dtype)
+    parent, model, model_dir, tokenizer, invariants = common.read_parent(args.sft_adapter, args.model)
+    common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
+    heldout_source = common.heldout_source(args.data, args.heldout_data)
+    rows, data = common.load_rows(args.data, ["chosen", "rejected"])
+    heldout_rows, heldout_data = common.load_rows(heldout_source, ["chosen", "rejected"])
+    part_a = build_pairs(tokenizer, args, args.data, lambda prompt: common.preference_part(prompt) == "A")
+    pairs, dropped, kept = common.take_rows(rows, args.rows, args.seed, part_a, args.max_dropped, args.data)
+    not_judge = build_pairs(tokenizer, args, heldout_source, lambda prompt: not common.is_judge_prompt(prompt))
+    heldout, _, _ = common.take_rows(heldout_rows, args.heldout_rows, args.seed, not_judge, args.max_dropped,
+                                     heldout_source)
+    prompts = [ids for _, _, prompt in heldout[:args.eos_prompts] if
+               len(ids := common.render_prompt(tokenizer, prompt)) + args.eos_tokens <= common.max_positions(model_dir)]
+    texts = ["\n".join(m["content"] for m in prompt) for _, _, prompt in pairs]
+    counts = common.preflight(tokenizer, [e for w, l, _ in pairs for e in (w, l)], texts, dropped, 0, args.eval_data)
+    run = common.Run("dpo", args, invariants, {"train": data, "heldout": heldout_data}, parent, args.sft_adapter)
+
+    # 2. The policy: base + SFT merged, frozen, and a fresh LoRA; without the LoRA it is the reference.
+    common.set_seed(args.seed)
+    merged = common.load_model(model_dir, args.sft_adapter, "none", dtype, device)
+    beside = common.attach_adapter(common.load_model(model_dir, None, "none", dtype, device), args.sft_adapter)
+    sample = common.pack([w for w, _, _ in heldout[:8]], args.micro_tokens, device=device)
+    counts["merge_kl"] = common.mean_kl(beside, merged, sample)  # nats a token that rounding the merge costs
+    del beside
+    policy = common.add_lora(merged)
+    if args.compile and device.type == "cuda":
+        common.compile_layers(policy)
+    params = common.trainable(policy)
+    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8)
+    steps = common.batches(len(pairs), args.batch_size, args.epochs, args.seed)
+    common.say(f"{len(steps)} steps of {args.batch_size} pairs = {common.world()} ranks x "
+               f"{args.batch_size / common.world():g}; {sum(p.numel() for p in params):,} trained parameters")
+
+    # 3. Train.
+    for step in range(run.resume(policy, optimizer, len(steps)), len(steps)):
+        batch = [pairs[i] for i in steps[step]]
+        lengths = [len(w.ids) + len(l.ids) for w, l, _ in batch]
+        mine = [e for i in common.my_share(lengths) for e in batch[i][:2]]  # chosen, rejected, chosen, rejected, …
+
+        # 3a. Forward (reference, policy) and backward, a pack at a time; the denominator is the step's pairs.
+        totals = torch.zeros(len(METRICS), device=device)
+        for pack in common.pack(mine, args.micro_tokens, unit=2, device=device):
+            losses, sums = pair_metrics(policy, pack, args)
+            (losses.sum() / len(batch)).backward()
+            totals += sums
+        metrics = dict(zip(METRICS, (common.all_reduce_(totals) / len(batch)).tolist()))
+        run.check_finite(metrics["loss"], step, [kept[i] for i in steps[step]])
+        if step == 0:  # policy = reference: h = 0, σ(0) = ½; a compiled graph may differ between the two passes
+            bound = 1e-6 if not (args.compile and device.type == "cuda") else 0.02
+            assert abs(metrics["loss"] - math.log(2)) <= bound and abs(metrics["margin"]) <= 2 * bound, \
+                f"step 0: loss {metrics['loss']}, margin {metrics['margin']}; the reference is not the policy"
+
+        # 3b. Sum over ranks, clip, step.
+        common.all_reduce_gradients(params)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # 3c. Log and checkpoint.
+        run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(lengths),
+                       "chosen_tokens": sum(len(w.targets) for w, _, _ in batch) / len(batch),
+                       "rejected_tokens": sum(len(l.targets) for _, l, _ in batch) / len(batch)})
+        run.checkpoint(step + 1, policy, optimizer)
+
+    # 4. Save (relative to the pretrained base) and measure on held-out pairs and prompts.
+    run.save(policy, tokenizer)
+    metrics = {**counts, **{f"heldout_{k}": v for k, v in evaluate_pairs(policy, heldout, args, device).items()}}
+    metrics["heldout_pairs"] = len(heldout)
+    metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens) if prompts else None
+    run.finish(metrics, ["loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected", "logprobs_chosen",
+                         "logprobs_rejected", "grad_norm", "tokens_per_s"],
+               f"DPO (β = {args.beta}) from {args.sft_adapter} with LoRA on {len(pairs):,} pairs of {args.data}.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

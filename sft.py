@@ -1,0 +1,237 @@
+"""SFT: supervised fine-tuning of a base model on conversations, with LoRA.
+
+    L(θ) = − Σ_t m_t log π_θ(x_t | x_<t) / Σ_t m_t          m_t = 1 on assistant tokens, EOS included
+
+Paper: Ouyang et al. 2022 (2203.02155), section 3.5; LoRA: Hu et al. 2021 (2106.09685); NF4: Dettmers et al. 2023
+(2305.14314). A well-known implementation to compare with: TRL's SFTTrainer.
+
+Deviations from the usual script, on purpose:
+  1. One mean over all trained tokens of a step (all micro-batches, all ranks), never a mean of means.
+  2. Every assistant turn is trained, no user or system token is; a turn's EOS is trained, so the policy learns to stop.
+  3. No padding: a step's conversations are packed end to end, and attention never crosses them.
+  4. Over-long conversations are cut at the end of a turn, never inside an answer.
+  5. The held-out loss is measured where later phases use the adapter: merged into the bfloat16 base.
+
+    python sft.py                                     # Qwen2.5-0.5B on 5,000 rows of UltraChat
+    python sft.py --model DIR --data my.jsonl --quantization none --out runs/mine
+    torchrun --nproc-per-node 2 sft.py                # the same update on two GPUs
+
+A row: {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}.
+"""
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+import common
+from common import Example
+
+
+@dataclass(frozen=True)
+class Args:
+    # -- model --
+    model: str = common.QWEN
+    """The pretrained base: a local directory or a hub id[@revision]."""
+    quantization: Literal["qlora", "none"] = "qlora"
+    """Policy for the whole climb: "qlora" trains SFT on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Base weights where they are not NF4. Adapter and Adam state are always fp32."""
+    # -- data --
+    data: str = common.ULTRACHAT
+    """Training conversations: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]."""
+    heldout_data: str | None = None
+    """Held-out conversations; by default found beside --data (x.jsonl -> x_heldout.jsonl, train_sft -> test_sft)."""
+    eval_data: str | None = None
+    """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
+    rows: int = 5000
+    """Training rows: the first usable ones of the seed's shuffle."""
+    heldout_rows: int = 256
+    """Held-out rows for the loss."""
+    max_length: int = 1024
+    """Longest conversation in tokens."""
+    max_dropped: float = 0.05
+    """Largest share of degenerate rows (empty answer, first exchange too long) that doesn't end the run."""
+    # -- optimisation --
+    lr: float = 2e-4
+    """Peak learning rate [QLoRA: table 9, up to 13B]."""
+    batch_size: int = 16
+    """Conversations a step, over all ranks [QLoRA: table 9]."""
+    epochs: int = 1
+    """Passes over the rows."""
+    warmup: float = 0.03
+    """Share of steps with a rising rate; then linear to 0 [QLoRA: sec. B]."""
+    max_grad_norm: float = 1.0
+    """Gradient clip, over all trained parameters."""
+    # -- what is measured at the end --
+    eos_prompts: int = 64
+    """Held-out prompts answered greedily for eos_rate."""
+    eos_tokens: int = 256
+    """Tokens an answer may take there."""
+    # -- run --
+    seed: int = 42
+    """Seed of the row shuffle, the order and the LoRA initialisation."""
+    out: str = "runs/sft_v2"
+    """Run directory."""
+    overwrite: bool = False
+    """Move another configuration's run in --out aside."""
+    micro_tokens: int = 8192
+    """Tokens of one forward: memory and speed, not the update."""
+    compile: bool = True
+    """Compile the decoder layers (on CUDA)."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    track: bool = False
+    """Log to Weights & Biases too (needs wandb)."""
+
+
+# -- the method's maths ---------------------------------------------------------------------------
+
+def sft_loss(logprobs: Tensor, step_tokens: int) -> Tensor:
+    """A micro-batch's share of L: −Σ log π / N, with N the trained tokens of the *whole step*. logprobs [K] -> []."""
+    return -logprobs.sum() / step_tokens
+
+
+def learning_rate(step: int, total: int, args: Args) -> float:
+    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): no step, the last included, has rate 0."""
+    w = max(1, math.ceil(args.warmup * total))
+    return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
+
+
+# -- rows to tensors ------------------------------------------------------------------------------
+
+def build_examples(tokenizer, args: Args, source: str):
+    """A function from data rows to (Example, was it cut?, text), or the reason why a row can't be used."""
+    def build(rows: list[tuple[int, dict]]):
+        conversations = [common.check_messages(row["messages"], f"{source}, row {i}") for i, row in rows]
+        out = []
+        for messages, (ids, mask) in zip(conversations, common.render_many(tokenizer, conversations)):
+            # A trained part ends where the mask does: the place of a turn's EOS.
+            ends = [i + 1 for i in range(len(ids)) if mask[i] and not (i + 1 < len(ids) and mask[i + 1])]
+            fitting = [end for end in ends if end <= args.max_length]
+            if not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
+                out.append("empty answer")
+            elif not fitting:
+                out.append("first exchange too long")
+            else:
+                text = "\n".join(m["content"] for m in messages)
+                out.append((Example.masked(ids[:fitting[-1]], mask[:fitting[-1]]), fitting[-1] < len(ids), text))
+        return out
+    return build
+
+
+def first_prompts(rows, kept: list[int], n: int, tokenizer, max_new_tokens: int, limit: int) -> list[list[int]]:
+    """Up to n held-out prompts (each conversation up to its first answer) that leave room for an answer."""
+    prompts = []
+    for i in kept[:n]:
+        messages = rows[i]["messages"]
+        first = next(k for k, m in enumerate(messages) if m["role"] == "assistant")
+        ids = common.render_prompt(tokenizer, messages[:first])
+        if len(ids) + max_new_tokens <= limit:
+            prompts.append(ids)
+    return prompts
+
+
+@torch.no_grad()
+def heldout_loss(model, examples: list[Example], micro_tokens: int, device) -> float:
+    """Mean NLL of the trained tokens of held-out conversations, over all ranks."""
+    mine = [examples[i] for i in common.my_share([len(e.ids) for e in examples])]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for pack in common.pack(mine, micro_tokens, device=device):
+        total -= common.token_logprobs(model, pack).sum()
+    return common.all_reduce_(total).item() / sum(len(e.targets) for e in examples)
+
+
+def main(args: Args) -> None:
+    # 1. Check everything that can be checked without a model.
+    common.check_positive(args, "rows", "heldout_rows", "max_length", "lr", "batch_size", "epochs", "max_grad_norm",
+                          "eos_prompts", "eos_tokens", "checkpoint_every")
+    device, dtype = common.setup_device(args.device), getattr(torch, args.dtype)
+    model_dir = common.resolve_model(args.model)
+    common.check_max_length(model_dir, args.max_length, args.micro_tokens)
+    if args.quantization == "qlora":
+        common.check_nf4()
+    tokenizer = common.load_tokenizer(model_dir)
+    heldout_source = common.heldout_source(args.data, args.heldout_data)
+    rows, data = common.load_rows(args.data, ["messages"])
+    heldout_rows, heldout_data = common.load_rows(heldout_source, ["messages"])
+    items, dropped, kept = common.take_rows(rows, args.rows, args.seed, build_examples(tokenizer, args, args.data),
+                                            args.max_dropped, args.data)
+    heldout, _, heldout_kept = common.take_rows(heldout_rows, args.heldout_rows, args.seed,
+                                                build_examples(tokenizer, args, heldout_source), args.max_dropped,
+                                                heldout_source)
+    examples, cut, texts = zip(*items)
+    heldout = [e for e, _, _ in heldout]
+    prompts = first_prompts(heldout_rows, heldout_kept, args.eos_prompts, tokenizer, args.eos_tokens,
+                            common.max_positions(model_dir))
+    invariants = common.TrainInvariants.of(args.model, model_dir, tokenizer, args.quantization)
+    counts = common.preflight(tokenizer, examples, texts, dropped, sum(cut), args.eval_data)
+    run = common.Run("sft", args, invariants, {"train": data, "heldout": heldout_data})
+
+    # 2. The policy: the pretrained base, frozen (NF4 under "qlora"), and a fresh LoRA.
+    common.set_seed(args.seed)
+    nf4 = args.quantization == "qlora"
+    policy = common.add_lora(common.load_model(model_dir, None, "nf4" if nf4 else "none", dtype, device))
+    base_loss = heldout_loss(policy, heldout, args.micro_tokens, device)  # B = 0: the base's own
+    if args.compile and device.type == "cuda":
+        common.compile_layers(policy)
+    params = common.trainable(policy)
+    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8)
+    steps = common.batches(len(examples), args.batch_size, args.epochs, args.seed)
+    common.say(f"{len(steps)} steps of {args.batch_size} conversations = {common.world()} ranks x "
+               f"{args.batch_size / common.world():g}; {sum(p.numel() for p in params):,} trained parameters")
+
+    # 3. Train.
+    for step in range(run.resume(policy, optimizer, len(steps)), len(steps)):
+        batch = [examples[i] for i in steps[step]]
+        step_tokens = sum(len(e.targets) for e in batch)  # the denominator: all ranks, all micro-batches
+        mine = [batch[i] for i in common.my_share([len(e.ids) for e in batch])]
+
+        # 3a. Forward and backward, a pack at a time; gradients add up to those of L.
+        totals = torch.zeros(2, device=device)
+        for pack in common.pack(mine, args.micro_tokens, device=device):
+            logprobs, extra = common.token_logprobs(policy, pack, extras=("correct",))
+            loss = sft_loss(logprobs, step_tokens)
+            loss.backward()
+            totals += torch.stack([loss.detach(), extra["correct"].sum() / step_tokens])
+        loss, accuracy = common.all_reduce_(totals).tolist()
+        run.check_finite(loss, step, [kept[i] for i in steps[step]])
+
+        # 3b. Sum over ranks, clip, step.
+        common.all_reduce_gradients(params)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # 3c. Log and checkpoint.
+        run.log(step, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": lr,
+                       "tokens": sum(len(e.ids) for e in batch), "trained_tokens": step_tokens})
+        run.checkpoint(step + 1, policy, optimizer)
+
+    # 4. Save, then measure the policy as later phases will use it: merged into the full-precision base.
+    run.save(policy, tokenizer)
+    metrics = {**counts, "heldout_loss_base": base_loss}
+    if nf4:
+        metrics["heldout_loss_nf4_base"] = base_loss
+        metrics["heldout_loss_nf4"] = heldout_loss(policy, heldout, args.micro_tokens, device)
+        base = common.load_model(model_dir, None, "none", dtype, device)
+        metrics["heldout_loss_base"] = heldout_loss(base, heldout, args.micro_tokens, device)
+        del base
+    del policy, optimizer, params
+    merged = common.load_model(model_dir, args.out, "none", dtype, device)
+    metrics["heldout_loss"] = heldout_loss(merged, heldout, args.micro_tokens, device)
+    if metrics["heldout_loss"] > metrics["heldout_loss_base"]:
+        common.say(f"WARNING: the held-out loss of base + adapter ({metrics['heldout_loss']:.4f}) is worse than the "
+                   f"base's own ({metrics['heldout_loss_base']:.4f})")
+    metrics["eos_rate"] = common.eos_rate(merged, tokenizer, prompts, args.eos_tokens) if prompts else None
+    run.finish(metrics, ["loss", "accuracy", "grad_norm", "lr", "tokens_per_s", "peak_gib"],
+               f"Supervised fine-tuning of {args.model} with LoRA on {len(examples):,} conversations of {args.data}.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
