@@ -1,0 +1,117 @@
+"""Shared fixtures: a tiny random model with a real byte-level tokenizer, in fp32, and small data files."""
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only wait for one another; subprocesses inherit it
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests' tolerances are the CPU's
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+torch.set_num_threads(1)
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+WORDS = ("the a model answers question how people learn to write code read books in many countries with small steps "
+         "why is sky blue and what makes bread rise slowly when it rains").split()
+
+
+def make_tokenizer(directory, eos="<|im_end|>", template=CHATML):
+    """A byte-level BPE tokenizer of 384 tokens trained on a few words; pad == eos, as with SmolLM2."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainers.BpeTrainer(
+        vocab_size=384, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token=eos, pad_token=eos,
+                                   extra_special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    fast.chat_template = template
+    fast.save_pretrained(directory)
+    return fast
+
+
+def make_model(directory, seed=0, kind="llama", **tokenizer_options):
+    """A random model of two layers, hidden size 64, grouped-query attention, 512 positions, saved in fp32."""
+    tokenizer = make_tokenizer(directory, **tokenizer_options)
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+                 eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, initializer_range=0.1)
+    model = LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
+    model.float().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+def sentence(generator, n):
+    return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (n,), generator=generator))
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """sft.jsonl, preference.jsonl and their held-out files: random sentences, some conversations of two exchanges."""
+    directory, g = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
+
+    def length(low, high):
+        return int(torch.randint(low, high, (1,), generator=g))
+    for name, n in (("sft", 40), ("sft_heldout", 12)):
+        rows = []
+        for i in range(n):
+            turns = []
+            for _ in range(1 + i % 2):
+                turns += [{"role": "user", "content": sentence(g, length(3, 10))},
+                          {"role": "assistant", "content": sentence(g, length(3, 14))}]
+            rows.append({"messages": turns})
+        write_jsonl(directory / f"{name}.jsonl", rows)
+    for name, n in (("preference", 60), ("preference_heldout", 30)):
+        write_jsonl(directory / f"{name}.jsonl", [
+            {"prompt": [{"role": "user", "content": f"{i} {sentence(g, length(3, 8))}"}],
+             "chosen": [{"role": "assistant", "content": sentence(g, length(3, 12)) + " yes"}],
+             "rejected": [{"role": "assistant", "content": sentence(g, length(3, 12)) + " no"}]} for i in range(n)])
+    return directory
+
+
+@pytest.fixture(scope="session")
+def sft_args(tiny_model, data_dir):
+    """Keyword arguments of a five-step SFT run in fp32."""
+    return dict(model=tiny_model, quantization="none", dtype="float32", data=str(data_dir / "sft.jsonl"), rows=40,
+                heldout_rows=8, max_length=128, batch_size=8, lr=5e-3, eos_prompts=4, eos_tokens=8, micro_tokens=512,
+                device="cpu", checkpoint_every=2)
+
+
+@pytest.fixture(scope="session")
+def dpo_args(data_dir):
+    """Keyword arguments of a DPO run of some steps in fp32; add sft_adapter and out."""
+    return dict(dtype="float32", data=str(data_dir / "preference.jsonl"), rows=24, heldout_rows=8, max_length=128,
+                batch_size=8, lr=1e-3, eos_prompts=4, eos_tokens=8, micro_tokens=512, device="cpu", checkpoint_every=2)
+
+
+@pytest.fixture(scope="session")
+def sft_run(sft_args, tmp_path_factory):
+    """A finished SFT run directory."""
+    import sft
+    out = str(tmp_path_factory.mktemp("runs") / "sft_v2")
+    sft.main(sft.Args(**sft_args, out=out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def dpo_run(dpo_args, sft_run, tmp_path_factory):
+    """A finished DPO run directory on top of sft_run."""
+    import dpo
+    out = str(tmp_path_factory.mktemp("runs") / "dpo_v1")
+    dpo.main(dpo.Args(**dpo_args, sft_adapter=sft_run, out=out))
+    return out

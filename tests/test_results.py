@@ -1,0 +1,501 @@
+"""results/metrics.json (schema, keys, concurrent and killed writers) and report.py (numbers, refusals, generated files)."""
+
+import copy
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tyro
+
+import report
+from common import SCHEMA_VERSION, read_results, upsert_row, write_json
+
+SCORES = {  # (score, stderr) by lm-eval's key
+    "mmlu/acc,none": (0.50, 0.003),
+    "gsm8k/exact_match,strict-match": (0.20, 0.012),
+    "truthfulqa_mc2/acc,none": (0.40, 0.015),
+    "ifeval/prompt_level_strict_acc,none": (0.10, 0.012),
+    "ifeval/inst_level_strict_acc,none": (0.25, 0.016),
+}
+N = {"mmlu": 13_848, "gsm8k": 1_319, "truthfulqa_mc2": 817, "ifeval": 541}
+README = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe rest.\n"
+
+
+def make_row(name, phase=0, method="base", adapter=None, config=None, protocol="plain", limit=None, **scores):
+    """A row as evaluate.py writes it; scores by task (or ifeval_prompt) replace those of SCORES."""
+    values = dict(SCORES)
+    for key, value in scores.items():
+        (full,) = [k for k in values if k.replace("ifeval/prompt", "ifeval_prompt/").startswith(key + "/")]
+        values[full] = value
+    metrics = {}
+    for key, (value, stderr) in values.items():
+        metrics |= {key: value, key.replace(",", "_stderr,"): stderr}
+    tasks = [["mmlu", 5, limit or 1000], ["truthfulqa_mc2", 0, limit], ["gsm8k", 8, limit], ["ifeval", 0, limit]]
+    return {
+        "name": name, "phase": phase, "method": method, "model": "org/base", "revision": "0123abcd", "adapter": None,
+        "config_hash": config or (f"c{phase:07d}" if adapter else None), "adapter_sha256": adapter and adapter * 64,
+        "weights_sha256": "e" * 64, "train_invariants": "aaaa1111", "invariants": {"lora_r": 16, "quantization": "none"},
+        "eval_hash": {"plain": "bbbb2222", "chat": "cccc3333"}[protocol], "parent": None, "family": "f", "seed": 42,
+        "eval": {"protocol": protocol, "tasks": tasks, "data": "d" * 64, "max_gen_toks": None, "dtype": "bfloat16",
+                 "quantization": "none", "adapter_merged": False},
+        "data": None, "protocol": protocol, "limit": limit, "quantization": "none", "dtype": "bfloat16",
+        "metrics": metrics, "n": {task: limit or n for task, n in N.items()}, "task_versions": {"mmlu": 2, "gsm8k": 3},
+        "samples": "samples/x", "training": None, "wall_time_s": 1.0, "versions": {}, "hardware": {},
+        "timestamp": f"2026-01-0{1 + phase}T00:00:00+00:00",
+    }  # fmt: skip
+
+
+def three_rows(**kwargs):
+    return [make_row("base", **kwargs), make_row("sft_v2", 1, "sft", "5", **kwargs), make_row("dpo_v1", 2, "dpo", "d", **kwargs)]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty project: results/ and a README with the markers, as the current directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
+
+
+def run(rows, *flags):
+    """report.py on these rows; rows None leaves metrics.json as it is."""
+    if rows is not None:
+        write_json("results/metrics.json", {"schema_version": 1, "runs": rows})
+    report.main(tyro.cli(report.Args, args=list(flags)))
+
+
+def exits(code, rows, *flags):
+    with pytest.raises(SystemExit) as e:
+        run(rows, *flags)
+    assert e.value.code == code
+
+
+def table(after, path="results/README.md"):
+    """{first text cell that names the row: the other cells} of the first markdown table below the line `after`."""
+    lines = Path(path).read_text().split(after, 1)[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    cells = {}
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        texts = [cell.strip() for cell in line.strip("|").split("|")]
+        key = texts.pop(1) if re.fullmatch(r"\d|phase|:--", texts[0]) and texts[1] != "--:" else texts.pop(0)
+        cells[key] = texts
+    return cells
+
+
+# ------------------------------------------------------------------ metrics.json
+
+
+def test_no_file_is_an_empty_result(tmp_path):
+    assert read_results(tmp_path / "metrics.json") == {"schema_version": SCHEMA_VERSION, "runs": []}
+
+
+def test_written_file_has_schema_and_whole_row(tmp_path):
+    path, row = tmp_path / "results" / "metrics.json", make_row("base")
+    upsert_row(path, row)
+    assert json.loads(path.read_text()) == {"schema_version": 1, "runs": [row]}
+    assert read_results(path) == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("key", ["name", "config_hash", "adapter_sha256", "eval_hash"])
+def test_upsert_replaces_only_the_same_key(tmp_path, key):
+    path = tmp_path / "metrics.json"
+    first = make_row("sft_v2", 1, "sft", "5")
+    upsert_row(path, first)
+    upsert_row(path, first | {"seed": 7, "timestamp": "2026-02-01"})  # same key: replaced, whatever else changed
+    (stored,) = read_results(path)["runs"]
+    assert stored["seed"] == 7
+    upsert_row(path, first | {key: "different"})  # another key: beside it
+    runs = read_results(path)["runs"]
+    assert sorted(r[key] for r in runs) == sorted([first[key], "different"])
+    assert [r["seed"] for r in runs if r[key] == first[key]] == [7]
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 99])
+def test_newer_schema_is_refused_and_kept(here, capsys, version):
+    text = json.dumps({"schema_version": version, "runs": [], "new": True})
+    Path("results/metrics.json").write_text(text)
+    path = "results/metrics.json"
+    for call in (lambda: read_results(path), lambda: upsert_row(path, make_row("base")), lambda: run(None)):
+        with pytest.raises(SystemExit) as e:
+            call()
+        assert e.value.code == 2
+        assert f"schema_version {version}" in capsys.readouterr().err
+    assert Path("results/metrics.json").read_text() == text
+    assert not Path("results/README.md").exists() and Path("README.md").read_text() == README
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema_version": 1}', '{"runs": []}'])
+def test_a_damaged_file_is_refused_and_kept(tmp_path, capsys, text):
+    path = tmp_path / "metrics.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as e:
+        upsert_row(path, make_row("base"))
+    assert e.value.code == 2 and str(path) in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def write_many(path, writer, count):
+    for i in range(count):
+        upsert_row(path, make_row(f"w{writer}_{i}", 1, "sft", "5"))
+
+
+def test_concurrent_writers_lose_nothing_and_readers_see_whole_files(tmp_path):
+    path, fork = tmp_path / "metrics.json", multiprocessing.get_context("fork")
+    writers = [fork.Process(target=write_many, args=(path, w, 8)) for w in range(6)]
+    for process in writers:
+        process.start()
+    sizes = []
+    while any(process.is_alive() for process in writers):
+        if path.exists():
+            sizes.append(len(json.loads(path.read_text())["runs"]))  # raises on half a file
+        time.sleep(0.002)
+    for process in writers:
+        process.join()
+    assert [process.exitcode for process in writers] == [0] * 6
+    assert sizes == sorted(sizes) and len(set(sizes)) > 1  # watched while they wrote; no row ever vanished
+    assert {r["name"] for r in read_results(path)["runs"]} == {f"w{w}_{i}" for w in range(6) for i in range(8)}
+
+
+def test_killed_writers_leave_a_valid_file_and_no_lock(tmp_path):
+    path, fork = tmp_path / "metrics.json", multiprocessing.get_context("fork")
+    upsert_row(path, make_row("base"))
+    seen = 1
+    for attempt in range(8):
+        process = fork.Process(target=write_many, args=(path, attempt, 10_000))
+        process.start()
+        time.sleep(0.05 + 0.007 * attempt)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        runs = json.loads(path.read_text())["runs"]
+        assert len(runs) >= seen and "base" in {r["name"] for r in runs}
+        seen = len(runs)
+    assert seen > 1
+    upsert_row(path, make_row("after"))  # would wait for ever on a lock that outlived its holder
+    assert len(read_results(path)["runs"]) == seen + 1
+
+
+# ------------------------------------------------------------------ the numbers
+
+
+def test_scores_and_differences_against_hand_computed_values(here):
+    base = make_row("base", mmlu=(0.50, 0.003), gsm8k=(0.300, 0.012), truthfulqa_mc2=(0.40, 0.015), ifeval_prompt=(0.100, 0.006))
+    sft = make_row("sft_v2", 1, "sft", "5", mmlu=(0.49, 0.004), gsm8k=(0.280, 0.005), truthfulqa_mc2=(0.40, 0.020), ifeval_prompt=(0.226, 0.008))
+    dpo = make_row("dpo_v1", 2, "dpo", "d", mmlu=(0.4704, 0.003), gsm8k=(0.340, 0.012), truthfulqa_mc2=(0.43, 0.020), ifeval_prompt=(0.216, 0.006))
+    run([dpo, base, sft])  # in any order
+    state = table("### Current state")
+    # columns: MMLU, GSM8K, TruthfulQA, IFEval prompt, IFEval instruction
+    assert state["base"] == ["0", "50.0 ± 0.3", "30.0 ± 1.2", "40.0 ± 1.5", "10.0 ± 0.6", "25.0 ± 1.6"]
+    assert state["sft_v2"][:5] == ["1", "49.0 ± 0.4", "28.0 ± 0.5", "40.0 ± 2.0", "22.6 ± 0.8"]
+    # se by Pythagorean triples: (3, 4, 5), (12, 5, 13), (15, 20, 25), (6, 8, 10); instruction: 1.6 sqrt 2 = 2.26
+    against_base = table("### Change against base")
+    assert against_base["sft_v2 − base"] == ["**−1.0 ± 0.5**", "−2.0 ± 1.3 ~", "0.0 ± 2.5 ~", "**+12.6 ± 1.0**", "0.0 ± 2.3 ~"]
+    # mmlu: 0.3 sqrt 2 = 0.42; gsm8k: 1.2 sqrt 2 = 1.70, 4.0 > 3.4; prompt: 0.6 sqrt 2 = 0.85
+    assert against_base["dpo_v1 − base"] == ["**−3.0 ± 0.4**", "**+4.0 ± 1.7**", "+3.0 ± 2.5 ~", "**+11.6 ± 0.8**", "0.0 ± 2.3 ~"]
+    # truthfulqa: 2 sqrt 2 = 2.83
+    against_sft = table("### Change against SFT")
+    assert against_sft["dpo_v1 − sft_v2"] == ["**−2.0 ± 0.5**", "**+6.0 ± 1.3**", "+3.0 ± 2.8 ~", "−1.0 ± 1.0 ~", "0.0 ± 2.3 ~"]
+    assert set(against_base) == {"difference", ":--", "sft_v2 − base", "dpo_v1 − base"}
+    assert set(against_sft) == {"difference", ":--", "dpo_v1 − sft_v2"}
+    # the README's compact table carries the same numbers
+    compact = table(report.BEGIN, "README.md")
+    assert compact["base"][1] == "50.0 ± 0.3"
+    assert compact["sft_v2"][1:3] == ["49.0 ± 0.4 (**−1.0**)", "28.0 ± 0.5 (−2.0 ~)"]
+
+
+def test_header_says_shots_and_items(here):
+    run(three_rows())
+    header = table("### Current state")["row"]
+    assert header == ["phase", "MMLU<br>5-shot<br>n = 13,848", "GSM8K<br>strict<br>8-shot<br>n = 1,319",
+                      "TruthfulQA<br>MC2<br>0-shot<br>n = 817", "IFEval<br>prompt<br>0-shot<br>n = 541",
+                      "IFEval<br>instruction<br>0-shot<br>n = 541"]  # fmt: skip
+
+
+@pytest.mark.parametrize("points, clear", [(10.0, True), (-10.0, True), (9.9, False), (-9.9, False), (10.1, True), (0.0, False)])
+def test_noise_flag_on_both_sides_of_two_standard_errors(points, clear):
+    # se = sqrt(3^2 + 4^2) = 5, so the threshold is 10 points, itself beyond noise
+    found, stderr, flag = report.delta((40.0 + points, 3.0), (40.0, 4.0))
+    assert found == pytest.approx(points) and stderr == 5.0 and flag is clear
+    cell = report.delta_cell(found, stderr, flag)
+    assert cell.startswith("**") is clear and cell.endswith("~") is not clear
+
+
+def test_no_difference_is_noise_even_where_no_item_varies(here):
+    rows = three_rows(gsm8k=(0.0, 0.0))
+    run(rows)
+    assert table("### Change against base")["sft_v2 − base"][1] == "0.0 ± 0.0 ~"
+    assert "± 0.0: every item scored alike" in Path("results/README.md").read_text()
+
+
+@pytest.mark.parametrize("missing", [None, "N/A", float("nan")])
+def test_a_missing_standard_error_is_shown_and_never_flagged(here, missing):
+    rows = three_rows()
+    rows[2] = make_row("dpo_v1", 2, "dpo", "d", gsm8k=(0.9, missing))
+    run(rows)
+    assert table("### Current state")["dpo_v1"][2] == "90.0 ± ?"
+    assert table("### Change against base")["dpo_v1 − base"][1] == "+70.0 ± ?"  # neither ~ nor bold
+    assert table(report.BEGIN, "README.md")["dpo_v1"][2] == "90.0 ± ? (+70.0 ?)"
+    del rows[2]["metrics"]["gsm8k/exact_match_stderr,strict-match"]  # the same when the key isn't there
+    before = Path("results/README.md").read_text()
+    run(rows)
+    assert Path("results/README.md").read_text() == before
+
+
+def test_a_task_that_was_not_measured_is_not_zero(here):
+    rows = three_rows()
+    for key in [key for key in rows[2]["metrics"] if key.startswith("gsm8k/")]:
+        del rows[2]["metrics"][key]
+    del rows[2]["n"]["gsm8k"]
+    run(rows)
+    assert table("### Current state")["dpo_v1"][1:3] == ["50.0 ± 0.3", "–"]
+    assert table("### Change against base")["dpo_v1 − base"][1] == "–"
+
+
+def test_rows_without_a_result_are_planned_never_zero(here):
+    run(three_rows())
+    for path, mark in (("results/README.md", "### Current state"), ("README.md", report.BEGIN)):
+        state = table(mark, path)
+        assert list(state) == ["row", ":--", "base", "sft_v2", "dpo_v1", "rm_v1", "ppo_v1", "grpo_v1", "kto_v1"]
+        for name, phase in (("rm_v1", "3"), ("ppo_v1", "3"), ("grpo_v1", "4"), ("kto_v1", "5")):
+            assert state[name] == [phase, "planned", "", "", "", ""]
+    assert "ppo_v1 −" not in Path("results/README.md").read_text()
+
+
+def test_no_results_at_all(here):
+    run(None)
+    state = table("# Results")
+    assert [cells[1] for name, cells in state.items() if name not in ("row", ":--")] == ["planned"] * 7
+    assert "0.0" not in Path("README.md").read_text()
+    run(None, "--check")
+
+
+def test_other_names_follow_their_phase(here):
+    run([*three_rows(), make_row("sft_2ep", 1, "sft", "6", config="c2e"), make_row("kto_big", 5, "kto", "7")])
+    names = list(table("### Current state"))[2:]
+    assert names == ["base", "sft_v2", "sft_2ep", "dpo_v1", "rm_v1", "ppo_v1", "grpo_v1", "kto_v1", "kto_big"]
+    # without a parent in the row, a method is compared with the row of the climb, not with a control
+    assert "dpo_v1 − sft_v2" in table("### Change against SFT")
+
+
+def test_a_rerun_with_another_adapter_stands_beside_the_first_and_is_marked(here):
+    rows = three_rows()
+    for row in rows:
+        upsert_row("results/metrics.json", row)
+    again = make_row("dpo_v1", 2, "dpo", "9", mmlu=(0.40, 0.003)) | {"timestamp": "2026-01-09"}
+    upsert_row("results/metrics.json", again)
+    run(None)
+    state = table("### Current state")
+    assert state["dpo_v1@dddddddd"][1] == "50.0 ± 0.3" and state["dpo_v1@99999999†"][1] == "40.0 ± 0.3"
+    assert "did not reproduce" in Path("results/README.md").read_text()
+    against_base = table("### Change against base")
+    assert against_base["dpo_v1@99999999† − base"][0] == "**−10.0 ± 0.4**"
+    assert against_base["dpo_v1@dddddddd − base"][0] == "0.0 ± 0.4 ~"
+
+
+def test_another_config_of_the_same_name_is_no_rerun(here):
+    run([*three_rows(), make_row("dpo_v1", 2, "dpo", "9", config="other")])
+    assert {"dpo_v1@dddddddd", "dpo_v1@99999999"} <= set(table("### Current state"))
+    assert "†" not in Path("results/README.md").read_text()
+
+
+def test_the_parent_decides_which_sft_row_a_method_is_compared_with(here):
+    base, sft, dpo = three_rows()
+    other = make_row("sft_v2", 1, "sft", "9", config="other", mmlu=(0.40, 0.004))
+    run([base, sft, other, dpo])  # two candidates and no parent: left out, and said so
+    assert "### Change against SFT" in (text := Path("results/README.md").read_text())
+    assert "dpo_v1 is left out: it could be compared with sft_v2@55555555 or sft_v2@99999999." in text
+    dpo["parent"] = {"name": "sft_v2", "method": "sft", "adapter_sha256": "9" * 64}
+    run([base, sft, other, dpo])
+    assert table("### Change against SFT")["dpo_v1 − sft_v2@99999999"][0] == "**+10.0 ± 0.5**"
+    run([base, sft, dpo])  # its parent has no row: not compared with another SFT row instead
+    assert "dpo_v1 − sft_v2" not in (text := Path("results/README.md").read_text())
+    assert "dpo_v1 is left out: sft_v2, from which it was trained, has no row here" in text
+
+
+def test_training_facts_whichever_exist(here):
+    rows = three_rows()
+    rows[1]["training"] = {"heldout_loss": 1.2345, "eos_rate": 0.975, "tokens": 3_812_345, "wall_time_s": 90.0, "grad_norm": 0.3}
+    rows[2]["training"] = {"heldout_accuracy": 0.6815, "tokens": 12, "wall_time_s": 600.0}
+    chat = three_rows(protocol="chat")
+    chat[1]["training"], chat[2]["training"] = rows[1]["training"], rows[2]["training"]
+    run([*rows, *chat])
+    found = table("## Training")
+    assert found["row"] == ["method", "seed", "config_hash", "held-out<br>accuracy", "held-out<br>loss", "EOS rate", "tokens", "minutes"]
+    assert found["sft_v2"] == ["sft", "42", "c0000001", "–", "1.234", "97.5 %", "3,812,345", "1.5"]
+    assert found["dpo_v1"] == ["dpo", "42", "c0000002", "68.2 %", "–", "–", "12", "10.0"]
+    assert "base" not in found
+
+
+def test_a_trial_says_so_with_its_error(here):
+    run(three_rows(limit=8))
+    text = Path("results/README.md").read_text()
+    # sqrt(0.5 * 0.5 / 8) = 0.1768
+    assert "**Trial, not a result: mmlu 8, gsm8k 8, truthfulqa_mc2 8, ifeval 8 items.**" in text
+    assert "on 8 items has a standard error of 17.7 points" in text and "Limits: mmlu 8 a subject, truthfulqa_mc2 8" in text
+    run(three_rows())
+    assert "Trial" not in Path("results/README.md").read_text() + Path("README.md").read_text()
+
+
+# ------------------------------------------------------------------ rows that can't stand together
+
+
+def changed(path, value, **hashes):
+    rows = three_rows()
+    target = rows[2]
+    for key in path[:-1]:
+        target[key] = copy.deepcopy(target[key])
+        target = target[key]
+    target[path[-1]] = value
+    rows[2] |= hashes
+    return rows
+
+
+REFUSED = {
+    "lora": (changed(["invariants", "lora_r"], 64, train_invariants="ffff0000"), "invariants.lora_r 16 / 64"),
+    "model": (changed(["model"], "org/other", train_invariants="ffff0000"), "model org/base / org/other"),
+    "data": (changed(["eval", "data"], "another", eval_hash="ffff0000"), f"eval.data {'d' * 64} / another"),
+    "dtype": (changed(["eval", "dtype"], "float32", eval_hash="ffff0000"), "eval.dtype bfloat16 / float32"),
+    "limit": (changed(["eval", "tasks"], [["gsm8k", 8, 4]], eval_hash="ffff0000"), "eval.gsm8k.limit None / 4"),
+    "shots": (changed(["eval", "tasks"], [["mmlu", 0, 1000]], eval_hash="ffff0000"), "eval.mmlu.num_fewshot 5 / 0"),
+    "unexplained": (changed(["family"], "x", train_invariants="ffff0000"), "train_invariants aaaa1111 / ffff0000"),
+    "items": (changed(["n", "gsm8k"], 500), "n.gsm8k 1319 / 500"),
+    "version": (changed(["task_versions", "mmlu"], 1), "task_versions.mmlu 2 / 1"),
+}
+
+
+@pytest.mark.parametrize("rows, named", REFUSED.values(), ids=REFUSED)
+def test_rows_that_differ_are_refused_with_the_field_named(here, capsys, rows, named):
+    exits(2, rows)
+    error = capsys.readouterr().err
+    assert "base / dpo_v1: " in error and named in error
+    assert "base / sft_v2" not in error  # only those that differ
+    assert not Path("results/README.md").exists() and Path("README.md").read_text() == README
+
+
+def test_long_values_are_named_by_their_hash(here, capsys):
+    exits(2, changed(["invariants", "chat_template"], "{% for m in messages %}" * 50, train_invariants="ffff0000"))
+    assert re.search(r"invariants.chat_template absent / \(sha256 [0-9a-f]{8}\)", capsys.readouterr().err)
+
+
+def test_group_picks_one_side(here, capsys):
+    rows = changed(["eval", "data"], "another", eval_hash="ffff0000")
+    run(rows, "--group", "bbbb2222")
+    state = table("### Current state")
+    assert state["sft_v2"][1] == "50.0 ± 0.3" and state["dpo_v1"][1] == "planned"
+    run(rows, "--group", "aaaa1111", "ffff0000")
+    state = table("### Current state")
+    assert state["sft_v2"][1] == "planned" and state["dpo_v1"][1] == "50.0 ± 0.3"
+    assert "`python report.py --group aaaa1111 ffff0000`" in Path("README.md").read_text()
+    capsys.readouterr()
+    exits(2, rows, "--group", "deadbeef")
+    error = capsys.readouterr().err
+    assert "deadbeef" in error and "eval_hash ffff0000: dpo_v1" in error
+
+
+def test_protocols_are_separate_tables_of_one_training_setup(here, capsys):
+    plain, chat = three_rows(), three_rows(protocol="chat", mmlu=(0.61, 0.004))
+    run([*plain, *chat])
+    assert table("## Plain protocol")["base"][1] == "50.0 ± 0.3" and table("## Chat protocol")["base"][1] == "61.0 ± 0.4"
+    for row in chat:
+        row["train_invariants"] = "ffff0000"
+        row["revision"] = "another"
+    exits(2, [*plain, *chat])
+    assert "revision 0123abcd / another" in capsys.readouterr().err
+
+
+def test_a_row_without_its_fields_is_refused(here, capsys):
+    rows = three_rows()
+    del rows[1]["eval_hash"], rows[1]["n"]
+    exits(2, rows)
+    assert "row sft_v2 lacks eval_hash, n" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ the generated files
+
+
+def test_only_the_section_changes_and_writing_is_deterministic(here):
+    run(three_rows())
+    text = Path("README.md").read_text()
+    assert text.startswith(f"# Title\n\n{report.BEGIN}\n<!-- written by `python report.py`") and text.endswith(f"{report.END}\n\nThe rest.\n")
+    assert "\nold\n" not in text
+    again = [Path(p).read_text() for p in ("README.md", "results/README.md")]
+    run(list(reversed(three_rows())))  # order in the file doesn't matter
+    assert [Path(p).read_text() for p in ("README.md", "results/README.md")] == again
+    assert sorted(p.name for p in Path("results").iterdir()) == ["README.md", "metrics.json"]  # no temporary file left
+
+
+@pytest.mark.parametrize("path", ["README.md", "results/README.md"])
+def test_check_finds_one_edited_digit(here, capsys, path):
+    run(three_rows())
+    run(None, "--check")
+    text = Path(path).read_text()
+    Path(path).write_text(edited := text.replace("50.0 ± 0.3", "50.1 ± 0.3", 1))
+    assert edited != text
+    capsys.readouterr()
+    exits(1, None, "--check")
+    error = capsys.readouterr().err
+    assert "-| 0 | base | 50.1" in error and "+| 0 | base | 50.0" in error and f"{path}: not what metrics.json says" in error
+    assert Path(path).read_text() == edited  # --check writes nothing
+    run(None)
+    run(None, "--check")
+
+
+def test_check_finds_a_changed_metric_and_a_missing_file(here):
+    rows = three_rows()
+    run(rows)
+    rows[1]["metrics"]["mmlu/acc,none"] = 0.512
+    exits(1, rows, "--check")
+    run(None)
+    Path("results/README.md").unlink()
+    exits(1, None, "--check")
+    assert not Path("results/README.md").exists()
+
+
+def test_text_outside_the_markers_is_not_checked(here):
+    run(three_rows())
+    Path("README.md").write_text(Path("README.md").read_text().replace("The rest.", "Another rest."))
+    run(None, "--check")
+
+
+@pytest.mark.parametrize("text", ["# none\n", f"{report.BEGIN}\n", f"{report.END}\n{report.BEGIN}\n", README + README])
+@pytest.mark.parametrize("flags", [[], ["--check"]])
+def test_missing_or_double_markers_are_an_error_and_nothing_is_written(here, capsys, text, flags):
+    Path("README.md").write_text(text)
+    exits(2, three_rows(), *flags)
+    assert report.BEGIN in capsys.readouterr().err
+    assert Path("README.md").read_text() == text and not Path("results/README.md").exists()
+
+
+def test_missing_readme_or_results_directory_is_an_error(here, capsys):
+    exits(2, three_rows(), "--readme", "NOT.md")
+    assert "NOT.md" in capsys.readouterr().err
+    exits(2, None, "--results", "nowhere")
+    assert "nowhere" in capsys.readouterr().err
+    run(None, "--readme", "none")  # as the demo does
+    assert Path("README.md").read_text() == README and "--readme none" in Path("results/README.md").read_text()
+
+
+def test_terminal_tables_are_whole_when_piped(here, capsys):
+    run(three_rows())
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if " dpo_v1 − base" in line)
+    assert line.split("dpo_v1 − base")[1].count("0.0 ±") == 5  # on one line
+    assert "planned" in out and "TruthfulQA" in out and "**" not in out
+
+
+def test_as_a_command(here):
+    """The script itself, from a shell."""
+    run(three_rows())
+    Path("README.md").write_text(Path("README.md").read_text().replace("50.0", "60.0", 1))
+    command = [sys.executable, Path(report.__file__).resolve(), "--check"]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert checked.returncode == 1 and "+| 0 | base | 50.0" in checked.stderr and "Traceback" not in checked.stderr
