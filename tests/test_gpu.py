@@ -71,9 +71,9 @@ def test_varlen_does_not_look_across(pair):
 def test_compiled_close_to_plain(pair):
     directory, tokenizer, _, _ = pair
     results = []
-    for compiled in (False, True):
+    for dtype, compiled in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         torch.manual_seed(0)
-        policy = common.add_lora(common.load_model(directory, None, "none", torch.bfloat16, "cuda"))
+        policy = common.add_lora(common.load_model(directory, None, "none", dtype, "cuda"))
         for n, p in policy.named_parameters():
             if "lora_B" in n:
                 torch.nn.init.normal_(p, std=0.02)
@@ -85,15 +85,18 @@ def test_compiled_close_to_plain(pair):
             logprobs.sum().backward()
             out.append(logprobs.detach())
         results.append((torch.cat(out), torch.cat([p.grad.flatten() for p in common.trainable(policy)])))
-    (a, ga), (b, gb) = results
-    assert (a - b).abs().mean() < 0.02
-    assert torch.nn.functional.cosine_similarity(ga, gb, 0) > 0.99
+    (exact, g), (plain, gp), (compiled, gc) = results
+    gaps = [(x - exact).abs().mean().item() for x in (plain, compiled)]
+    angles = [torch.nn.functional.cosine_similarity(x, g, 0).item() for x in (gp, gc)]
+    print("bf16 plain, compiled against fp32: mean |log-prob gap|", gaps, "gradient cosine", angles)
+    assert gaps[1] < 1.2 * gaps[0] + 1e-3          # compilation adds no error to that of bf16
+    assert angles[1] > angles[0] - 0.005
 
 
 def test_greedy_sampler_fp32_equals_generate(pair):
     directory, tokenizer, _, _ = pair
     model = common.load_model(directory, None, "none", torch.float32, "cuda")
-    prompts = [torch.randint(3, 380, (n,)).tolist() for n in (4, 17, 9)]
+    prompts = [torch.randint(3, len(tokenizer), (n,)).tolist() for n in (4, 17, 9)]
     got = common.Sampler(model, tokenizer).sample(prompts, 24)
     from transformers import AutoModelForCausalLM
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).cuda()
@@ -103,7 +106,7 @@ def test_greedy_sampler_fp32_equals_generate(pair):
 
 
 @pytest.mark.parametrize("quantization", ["qlora", "none"])
-def test_sft_and_dpo_on_gpu(quantization, tmp_path, data_dir, tmp_path_factory):
+def test_sft_and_dpo_on_gpu(quantization, tmp_path, data_dir):
     """Both scripts as a user runs them in bf16 with compilation: finite, falling, step 0 of DPO at ln 2."""
     import dpo
     import sft
