@@ -11,8 +11,7 @@ PY      ?= $(VENV)/bin/python
 RUN     ?= $(PY)
 SMOLLM2 := models/smollm2-135m-instruct
 
-# What a user replaces. Empty: the script's own default. (UltraFeedback: pairs beyond 1,024 tokens are dropped and
-# counted; they are no sign of broken data, so more than the usual 5 % may go.)
+# What a user replaces. Empty: the script's own default.
 MODEL     ?=
 QUANT     ?= qlora
 SFT_DATA  ?=
@@ -25,7 +24,7 @@ OUT       ?= runs
 RESULTS   ?= $(if $(filter runs,$(OUT)),results,$(OUT)/results)
 README    ?= $(if $(filter results,$(RESULTS)),README.md,none)
 SFT_FLAGS ?=
-DPO_FLAGS ?= --max-dropped 0.15
+DPO_FLAGS ?=
 EVAL_FLAGS ?=
 
 flag  = $(if $(2),$(1) $(2))

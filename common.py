@@ -284,7 +284,7 @@ class EvalProtocol:
 
 # Fields of a script's Args that name a place or change speed, never the mathematics. What `model`, `data` and
 # `sft_adapter` point at enters config_hash by content: invariants, data fingerprints, the parent's hash.
-RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "eval_data", "out", "overwrite", "max_dropped",
+RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "eval_data", "out", "overwrite", "max_dropped", "max_overlong",
                        "micro_tokens", "compile", "device", "checkpoint_every", "track"})
 
 
@@ -469,13 +469,14 @@ def is_judge_prompt(prompt: list[dict]) -> bool:
     return bucket(prompt_key(prompt)) < 0.1
 
 
-def take_rows(rows, n: int, seed: int, build: Callable[[list[tuple[int, dict]]], list], max_dropped: float,
-              source: str) -> tuple[list, Counter, list[int]]:
+def take_rows(rows, n: int, seed: int, build: Callable[[list[tuple[int, dict]]], list], source: str,
+              max_dropped: float, max_overlong: float | None = None) -> tuple[list, Counter, list[int]]:
     """The first `n` usable rows of the seed's shuffle.
 
     build: [(index, row)] -> for each an item to keep, a str (why the row is degenerate: dropped and counted) or None
     (not a candidate: another part of a split). Returns (items, dropped reasons, row indices of the items).
-    Fails when more than `max_dropped` of the rows looked at are degenerate, or none is usable.
+    Fails when more than `max_dropped` of the rows looked at are degenerate, or none is usable; rows that are "too
+    long" have a limit of their own when `max_overlong` is given.
     """
     items, kept, dropped = [], [], Counter()
     order = permutation(len(rows), seed, "rows")
@@ -491,13 +492,18 @@ def take_rows(rows, n: int, seed: int, build: Callable[[list[tuple[int, dict]]],
                 break
         if len(items) == n:
             break
-    bad, seen = sum(dropped.values()), sum(dropped.values()) + len(items)
+    seen = sum(dropped.values()) + len(items)
     why = ", ".join(f"{k} {v}" for k, v in dropped.most_common())
     if not items:
         fail(f"{source}: no usable row among {len(rows)}" + (f" (dropped: {why})" if why else ""))
+    overlong = dropped["too long"] if max_overlong is not None else 0
+    bad = sum(dropped.values()) - overlong
     if bad > max_dropped * seen:
         fail(f"{source}: {bad} of {seen} rows are degenerate ({why}), more than {max_dropped:.0%}; "
              f"clean the data, or allow more with --max-dropped")
+    if overlong and overlong > max_overlong * seen:
+        fail(f"{source}: {overlong} of {seen} rows are beyond --max-length, more than {max_overlong:.0%}; "
+             f"raise it, or allow more with --max-overlong")
     if len(items) < n:
         say(f"note: {source} has {len(items)} usable rows, fewer than the {n} asked for")
     return items, dropped, kept

@@ -56,7 +56,9 @@ class Args:
     max_length: int = 1024
     """Longest prompt + answer in tokens."""
     max_dropped: float = 0.05
-    """Largest share of degenerate pairs (empty, equal, too long) that doesn't end the run."""
+    """Largest share of degenerate pairs (empty or equal answers) that doesn't end the run."""
+    max_overlong: float = 0.15
+    """Largest share of pairs beyond --max-length that doesn't end the run [at least 6 % of UltraFeedback]."""
     # -- method --
     beta: float = 0.1
     """Strength of the pull to the reference [paper: sec. 6, "Training details" in app. B]."""
@@ -180,10 +182,11 @@ def main(args: Args) -> None:
     rows, data = common.load_rows(args.data, ["chosen", "rejected"])
     heldout_rows, heldout_data = common.load_rows(heldout_source, ["chosen", "rejected"])
     part_a = build_pairs(tokenizer, args, args.data, lambda prompt: common.preference_part(prompt) == "A")
-    pairs, dropped, kept = common.take_rows(rows, args.rows, args.seed, part_a, args.max_dropped, args.data)
+    pairs, dropped, kept = common.take_rows(rows, args.rows, args.seed, part_a, args.data, args.max_dropped,
+                                            args.max_overlong)
     not_judge = build_pairs(tokenizer, args, heldout_source, lambda prompt: not common.is_judge_prompt(prompt))
-    heldout, _, _ = common.take_rows(heldout_rows, args.heldout_rows, args.seed, not_judge, args.max_dropped,
-                                     heldout_source)
+    heldout, _, _ = common.take_rows(heldout_rows, args.heldout_rows, args.seed, not_judge, heldout_source,
+                                     args.max_dropped, args.max_overlong)
     prompts = [ids for _, _, prompt in heldout[:args.eos_prompts] if
                len(ids := common.render_prompt(tokenizer, prompt)) + args.eos_tokens <= common.max_positions(model_dir)]
     texts = ["\n".join(m["content"] for m in prompt) for _, _, prompt in pairs]

@@ -3,7 +3,7 @@
     task            shots  score of an item                                  its keys in the row
     mmlu            5      is the right letter the likeliest of A-D          mmlu/acc,none, and those of each subject
     truthfulqa_mc2  0 *    share of probability on the true answers          truthfulqa_mc2/acc,none
-    gsm8k           8      is the number after "####" (or the last) right    gsm8k/exact_match,strict-match (flexible-extract)
+    gsm8k           8      is the number after "####" (or the last) right    gsm8k/exact_match,strict-match; ,flexible-extract
     ifeval          0      does the response follow every instruction        ifeval/prompt_level_strict_acc,none, ...
     * beyond the six worked pairs that its prompt has built in
 
@@ -183,7 +183,7 @@ class RungsLM(TemplateLM):
         return self.encoded.get(string) or self.encode_many([string], self.bos)[0]
 
     def encode_many(self, strings: list[str], bos: str | None) -> list[list[int]]:
-        """Token ids of each string, with the special tokens that the tokenizer adds unless a string begins with `bos`."""
+        """Token ids of each string, with what special tokens the tokenizer adds unless it begins with `bos` already."""
         ids: list[list[int]] = [[]] * len(strings)
         for own_bos in (True, False):
             at = [i for i, s in enumerate(strings) if has_bos_prefix(s, bos) == own_bos]
@@ -214,34 +214,31 @@ class RungsLM(TemplateLM):
         """requests: ((context, continuation), context ids, continuation ids). Those whose inputs are the same (the four
         letters of an MMLU item) are one sequence, whose last positions are read once for each of them."""
         groups: dict[tuple, list[int]] = defaultdict(list)  # input ids -> requests
-        for i, (_, context, continuation) in enumerate(requests):
+        for i, (texts, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
-                raise ValueError(f"{requests[i][0]!r}: {len(context)} + {len(continuation)} tokens, room for {self.max_length}")
-            # The last token is only predicted. Over-long contexts are cut from the left.
+                raise ValueError(f"{len(context)} + {len(continuation)} tokens, room for {self.max_length}: {texts!r}")
+            # The last token is only predicted. An over-long context is cut from the left.
             groups[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(i)
-        inputs = list(groups)
         examples = []
-        for ids in inputs:
+        for ids, members in groups.items():
+            continuations = [requests[i][2] for i in members]
             # token j of a continuation of n tokens is predicted at position len(ids) - n + j
-            continuations = [requests[i][2] for i in groups[ids]]
             predict = [len(ids) - len(c) + j for c in continuations for j in range(len(c))]
             examples.append(Example(list(ids), predict, [token for c in continuations for token in c]))
-        logprobs: list[list[float]] = [[] for _ in examples]  # of each example's targets, in order
-        correct: list[list[bool]] = [[] for _ in examples]
+        members = list(groups.values())
+        scored: list[list[tuple[float, bool]]] = [[] for _ in examples]  # of an example's targets, in order
         with torch.no_grad():
-            for pack in common.pack(examples, max(self.micro_tokens, max(map(len, inputs))), device=self.model.device):
-                values, extras = common.token_logprobs(self.model, pack, extras=("correct",))  # [K] predicted tokens
-                for row, value, ok in zip(pack.rows, values.tolist(), extras["correct"].tolist(), strict=True):
-                    logprobs[row].append(value)
-                    correct[row].append(ok)
-                self.bar.update(sum(len(groups[inputs[row]]) for row in pack.examples))
+            for pack in common.pack(examples, max(self.micro_tokens, *map(len, groups)), device=self.model.device):
+                logprobs, extras = common.token_logprobs(self.model, pack, extras=("correct",))  # [K] predicted tokens
+                for example, *score in zip(pack.rows, logprobs.tolist(), extras["correct"].tolist(), strict=True):
+                    scored[example].append(score)
+                self.bar.update(sum(len(members[example]) for example in pack.examples))
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for k, ids in enumerate(inputs):
-            start = 0
-            for i in groups[ids]:
-                end = start + len(requests[i][2])
-                results[i] = (sum(logprobs[k][start:end]), all(correct[k][start:end]))
-                start = end
+        for tokens, requests_of in zip(scored, members, strict=True):
+            for i in requests_of:
+                n = len(requests[i][2])
+                own, tokens = tokens[:n], tokens[n:]
+                results[i] = (sum(logprob for logprob, _ in own), all(correct for _, correct in own))
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
@@ -255,10 +252,10 @@ class RungsLM(TemplateLM):
         lengths, stops = [], []
         for i, request in enumerate(requests):
             options = normalize_gen_kwargs(request.args[1])  # max_gen_toks: 256 where the task says nothing, as in HFLM
-            if options.pop("do_sample") or options.pop("temperature"):
-                raise NotImplementedError(f"evaluation is greedy; the task asks for {request.args[1]}")
             stops.append([s for s in options.pop("until") if s])
             lengths.append(options.pop("max_gen_toks"))
+            if options.pop("do_sample") or options.pop("temperature", 0.0) or options:
+                raise NotImplementedError(f"evaluation is greedy; the task asks for {request.args[1]}")
             prompts[i] = prompts[i][-(self.max_length - lengths[i]) :]  # over-long prompts are cut from the left
         with tqdm(total=len(requests), desc="responses", disable=disable_tqdm) as bar:
             completions = Sampler(self.model, self.tokenizer, self.max_batch).sample(
@@ -279,8 +276,8 @@ class RungsLM(TemplateLM):
 
 
 def read_eval_data(directory: Path) -> tuple[dict[tuple[str, str], list[dict]], dict[str, str]]:
-    """({(task, split): rows}, {"task/split": content hash}) of an evaluation directory. Ends the run if a file, a column
-    or a few-shot example is missing."""
+    """({(task, split): rows}, {"task/split": content hash}) of an evaluation directory. Ends the run if a file, a
+    column or a few-shot example is missing."""
     expected = "expected layout: " + ", ".join(f"{task}/{split}.jsonl[.gz]" for task, split in LAYOUT)
     if not directory.is_dir():
         fail(f"--eval-data {directory}: no such directory; {expected}")
@@ -299,7 +296,7 @@ def read_eval_data(directory: Path) -> tuple[dict[tuple[str, str], list[dict]], 
                     for column, kind in columns.items():
                         if not isinstance(rows[-1].get(column), kind):
                             fail(f"{path}, line {number}: column {column!r} is missing or not a {kind.__name__}")
-        except (OSError, EOFError, ValueError, AttributeError) as error:
+        except Exception as error:  # gzip, zlib, unicode, JSON and a line that is no object: each has its own
             fail(f"{path}: not readable as JSON Lines ({error})")
         if not rows:
             fail(f"{path}: no rows")
@@ -327,21 +324,20 @@ def write_tasks(data: dict[tuple[str, str], list[dict]], index: dict, folder: Pa
     def write(name: str, **overrides) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(index[name].yaml_path), **overrides}))
 
-    def write_task(name: str, splits: dict[str, list[dict]]) -> None:
-        files = {}
-        for split, rows in splits.items():
-            files[split] = str(folder / f"{name}.{split}.jsonl")
-            Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        options = {"data_files": files, "cache_dir": str(folder / "cache")}
-        write(name, dataset_path="json", dataset_name=None, dataset_kwargs=options)
-
-    for task in ("truthfulqa_mc2", "gsm8k", "ifeval"):
-        write_task(task, {split: rows for (t, split), rows in data.items() if t == task})
-    dev, test = by_subject(data["mmlu", "dev"]), by_subject(data["mmlu", "test"])
+    files: dict[str, dict[str, list[dict]]] = defaultdict(dict)  # lm-eval task -> split -> rows
+    for (task, split), rows in data.items():
+        for subject, part in by_subject(rows).items() if task == "mmlu" else [(None, rows)]:
+            files[f"mmlu_{subject}" if subject else task][split] = part
+    test = by_subject(data["mmlu", "test"])
     if unknown := [subject for subject in test if f"mmlu_{subject}" not in index]:
         fail(f"mmlu/test has subject {unknown[0]!r}, which lm-eval's mmlu doesn't have")
-    for subject in test:
-        write_task(f"mmlu_{subject}", {"dev": dev[subject], "test": test[subject]})
+    for name, splits in files.items():
+        if "test" in splits or not name.startswith("mmlu"):  # a subject may have few-shot examples and no items
+            paths = {split: str(folder / f"{name}.{split}.jsonl") for split in splits}
+            for split, rows in splits.items():
+                Path(paths[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            options = {"data_files": paths, "cache_dir": str(folder / "cache")}
+            write(name, dataset_path="json", dataset_name=None, dataset_kwargs=options)
     tags = {tag for subject in test for tag in index[f"mmlu_{subject}"].tags}
     groups = [group for group in index["mmlu"].cfg["task"] if tags & set(index[group].cfg["task"])]
     for group in groups:
@@ -360,9 +356,9 @@ def prepare_ifeval(rows: list[dict] | None, data_dir: Path | None) -> None:
         nltk.data.find("tokenizers/punkt_tab/english/")
     except LookupError:
         if needs and not (rows is None and nltk.download("punkt_tab", quiet=True)):
-            fail("IFEval counts sentences with NLTK's punkt_tab data, which is not installed: run `python -m nltk.downloader "
-                 "punkt_tab`, or set NLTK_DATA to a directory that has tokenizers/punkt_tab/english (a directory nltk_data in "
-                 "or beside --eval-data is found by itself)")  # fmt: skip
+            fail("IFEval counts sentences with NLTK's punkt_tab data, which is not here: `python -m nltk.downloader "
+                 "punkt_tab`, or set NLTK_DATA to a directory that has tokenizers/punkt_tab/english (a directory "
+                 "nltk_data in or beside --eval-data is found by itself)")  # fmt: skip
     with patch.dict(os.environ, LOCAL_RANK="1"):  # on local rank 0 this import downloads punkt_tab, needed or not
         from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
     for row in rows or []:
@@ -400,8 +396,8 @@ def load_tasks(args: Args, folder: Path):
 
 
 def clustered_stderr(clusters: list[list[bool]]) -> float | None:
-    """Standard error of the ratio r = sum_i x_i / sum_i m_i, where x_i of the m_i values of cluster i are true and the n
-    clusters, not the values, are independent: se^2 = n / (n - 1) sum_i (x_i - r m_i)^2 / (sum_i m_i)^2
+    """Standard error of the ratio r = sum_i x_i / sum_i m_i, where x_i of the m_i values of cluster i are true and the
+    n clusters, not the values, are independent: se^2 = n / (n - 1) sum_i (x_i - r m_i)^2 / (sum_i m_i)^2
     [Cochran, Sampling Techniques (1977), eq. 6.13, without its finite-population factor]. None for one cluster."""
     n = len(clusters)
     if n < 2:
@@ -431,7 +427,9 @@ def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args
     """-> (result: metrics, n, versions, wall time; the items' lines)."""
     start = time.time()
     # What lm_eval.simple_evaluate sets, without its survey of the machine for every call.
-    random.seed(0), np.random.seed(1234), torch.manual_seed(1234)
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
     for unit in loaded["tasks"].values():
         if unit.get_config("num_fewshot") != 0:
             unit.set_config("num_fewshot", shots)
@@ -504,7 +502,7 @@ def main(args: Args) -> dict:
     room = resolve_max_length(AutoConfig.from_pretrained(model_dir), tokenizer)
     longest = args.max_gen_toks or manager.task_index["ifeval"].cfg["generation_kwargs"]["max_gen_toks"]
     if room <= longest:
-        fail(f"{args.model} has room for {room} tokens, of which IFEval's responses take {longest}; give --max-gen-toks")
+        fail(f"{args.model} has room for {room} tokens, of which IFEval's responses take {longest}: use --max-gen-toks")
 
     # 2. What is there already: the row, or some of its tasks.
     protocol = EvalProtocol(args.protocol, tasks, fingerprint, args.max_gen_toks, args.dtype)

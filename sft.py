@@ -160,10 +160,10 @@ def main(args: Args) -> None:
     rows, data = common.load_rows(args.data, ["messages"])
     heldout_rows, heldout_data = common.load_rows(heldout_source, ["messages"])
     items, dropped, kept = common.take_rows(rows, args.rows, args.seed, build_examples(tokenizer, args, args.data),
-                                            args.max_dropped, args.data)
+                                            args.data, args.max_dropped)
     heldout, _, heldout_kept = common.take_rows(heldout_rows, args.heldout_rows, args.seed,
-                                                build_examples(tokenizer, args, heldout_source), args.max_dropped,
-                                                heldout_source)
+                                                build_examples(tokenizer, args, heldout_source), heldout_source,
+                                                args.max_dropped)
     examples, cut, texts = zip(*items)
     heldout = [e for e, _, _ in heldout]
     prompts = first_prompts(heldout_rows, heldout_kept, args.eos_prompts, tokenizer, args.eos_tokens,
