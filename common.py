@@ -16,6 +16,7 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import logging
@@ -284,8 +285,8 @@ class EvalProtocol:
 
 # Fields of a script's Args that name a place or change speed, never the mathematics. What `model`, `data` and
 # `sft_adapter` point at enters config_hash by content: invariants, data fingerprints, the parent's hash.
-RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "eval_data", "out", "overwrite", "max_dropped", "max_overlong",
-                       "micro_tokens", "compile", "device", "checkpoint_every", "track"})
+RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "eval_data", "out", "overwrite", "max_dropped",
+                       "max_overlong", "micro_tokens", "compile", "device", "checkpoint_every", "track"})
 
 
 def config_hash(method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None,
@@ -598,9 +599,8 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
 
 def convert_gguf(source: str, out: str) -> None:
     """An ordinary model directory (bfloat16 safetensors, tokenizer) from a GGUF file, or from the one a package ships."""
-    from importlib.util import find_spec
     from transformers import GgufConfig
-    spec = find_spec(source) if source.isidentifier() else None
+    spec = importlib.util.find_spec(source) if source.isidentifier() else None
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else [Path(source)]
     if not files or not files[0].is_file():
         fail(f"no GGUF file {source}, and no installed package of that name that ships one")
@@ -1241,6 +1241,8 @@ class Run:
             "parent": link, "data": data, "weights_sha256": invariants.weights_sha256,
             "args": dataclasses.asdict(args), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
+        if args.track and not importlib.util.find_spec("wandb"):
+            fail("--track needs wandb: pip install wandb")
         decision = None
         if rank() == 0:
             try:
@@ -1335,7 +1337,7 @@ class Run:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line of log.jsonl: `metrics` (means or sums over the whole step and all ranks), rate, memory, time.
 
-        A "tokens" entry gives tokens_per_s. A loss that is not finite stops the run, naming the step.
+        A "tokens" entry gives tokens_per_s.
         """
         metrics = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
         now = time.time()
@@ -1354,12 +1356,12 @@ class Run:
             if self.tracker:
                 self.tracker.log(line, step=step)
 
-    def check_finite(self, loss: float, step: int, row_ids: Sequence[int]) -> None:
-        """Stop the run at a loss that is not finite, naming the step and the rows."""
-        if not math.isfinite(loss):
+    def check_finite(self, step: int, rows: Sequence[int], **values: float) -> None:
+        """Before the update: stop the run at a value that is not finite, naming the step and the rows of the data."""
+        if bad := {k: v for k, v in values.items() if not math.isfinite(v)}:
             self._release()
-            raise FloatingPointError(f"loss is {loss} at step {step}; rows of the data set in this step: "
-                                     f"{sorted(row_ids)}; the last checkpoint is kept")
+            raise FloatingPointError(f"{bad} at step {step}; rows of the data set in it: {sorted(rows)}; "
+                                     f"the last checkpoint is kept")
 
     def checkpoint(self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """After `step` steps: save atomically when it is time or a signal asked; then leave if one did."""

@@ -137,8 +137,20 @@ METRICS = ("loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected", "
 
 # -- rows to tensors ------------------------------------------------------------------------------
 
+@dataclass(frozen=True)
+class Pair:
+    chosen: Example
+    rejected: Example
+    prompt: list[dict]
+    text: str  # of prompt and both answers
+
+    @property
+    def tokens(self) -> int:
+        return len(self.chosen.ids) + len(self.rejected.ids)
+
+
 def build_pairs(tokenizer, args: Args, source: str, wanted):
-    """A function from data rows to (chosen, rejected, prompt), the reason why a row can't be used, or None (unwanted)."""
+    """A function from data rows to Pairs, or the reason why a row can't be used, or None where `wanted(prompt)` is false."""
     def build(rows: list[tuple[int, dict]]):
         pairs = [common.as_pair(row, f"{source}, row {i}") for i, row in rows]
         sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
@@ -154,17 +166,17 @@ def build_pairs(tokenizer, args: Args, source: str, wanted):
             elif max(len(w.ids), len(l.ids)) > args.max_length:
                 out.append("too long")
             else:
-                out.append((w, l, prompt))
+                out.append(Pair(w, l, prompt, "\n".join([*(m["content"] for m in prompt), chosen, rejected])))
         return out
     return build
 
 
 @torch.no_grad()
-def evaluate_pairs(policy, pairs: list[tuple], args: Args, device) -> dict[str, float]:
+def evaluate_pairs(policy, pairs: list[Pair], args: Args, device) -> dict[str, float]:
     """Means of METRICS over held-out pairs and all ranks."""
-    mine = [pairs[i] for i in common.my_share([len(w.ids) + len(l.ids) for w, l, _ in pairs])]
+    mine = [e for i in common.my_share([p.tokens for p in pairs]) for e in (pairs[i].chosen, pairs[i].rejected)]
     totals = torch.zeros(len(METRICS), device=device)
-    for pack in common.pack([e for w, l, _ in mine for e in (w, l)], args.micro_tokens, unit=2, device=device):
+    for pack in common.pack(mine, args.micro_tokens, unit=2, device=device):
         totals += pair_metrics(policy, pack, args)[1]
     return dict(zip(METRICS, (common.all_reduce_(totals) / len(pairs)).tolist()))
 
@@ -187,17 +199,17 @@ def main(args: Args) -> None:
     not_judge = build_pairs(tokenizer, args, heldout_source, lambda prompt: not common.is_judge_prompt(prompt))
     heldout, _, _ = common.take_rows(heldout_rows, args.heldout_rows, args.seed, not_judge, heldout_source,
                                      args.max_dropped, args.max_overlong)
-    prompts = [ids for _, _, prompt in heldout[:args.eos_prompts] if
-               len(ids := common.render_prompt(tokenizer, prompt)) + args.eos_tokens <= common.max_positions(model_dir)]
-    texts = ["\n".join(m["content"] for m in prompt) for _, _, prompt in pairs]
-    counts = common.preflight(tokenizer, [e for w, l, _ in pairs for e in (w, l)], texts, dropped, 0, args.eval_data)
+    prompts = [ids for p in heldout[:args.eos_prompts] if len(ids := common.render_prompt(tokenizer, p.prompt))
+               + args.eos_tokens <= common.max_positions(model_dir)]
+    counts = common.preflight(tokenizer, [e for p in pairs for e in (p.chosen, p.rejected)], [p.text for p in pairs],
+                              dropped, 0, args.eval_data)
     run = common.Run("dpo", args, invariants, {"train": data, "heldout": heldout_data}, parent, args.sft_adapter)
 
     # 2. The policy: base + SFT merged, frozen, and a fresh LoRA; without the LoRA it is the reference.
     common.set_seed(args.seed)
     merged = common.load_model(model_dir, args.sft_adapter, "none", dtype, device)
     beside = common.attach_adapter(common.load_model(model_dir, None, "none", dtype, device), args.sft_adapter)
-    sample = common.pack([w for w, _, _ in heldout[:8]], args.micro_tokens, device=device)
+    sample = common.pack([p.chosen for p in heldout[:8]], args.micro_tokens, device=device)
     counts["merge_kl"] = common.mean_kl(beside, merged, sample)  # nats a token that rounding the merge costs
     del beside
     policy = common.add_lora(merged)
@@ -212,8 +224,7 @@ def main(args: Args) -> None:
     # 3. Train.
     for step in range(run.resume(policy, optimizer, len(steps)), len(steps)):
         batch = [pairs[i] for i in steps[step]]
-        lengths = [len(w.ids) + len(l.ids) for w, l, _ in batch]
-        mine = [e for i in common.my_share(lengths) for e in batch[i][:2]]  # chosen, rejected, chosen, rejected, …
+        mine = [e for i in common.my_share([p.tokens for p in batch]) for e in (batch[i].chosen, batch[i].rejected)]
 
         # 3a. Forward (reference, policy) and backward, a pack at a time; the denominator is the step's pairs.
         totals = torch.zeros(len(METRICS), device=device)
@@ -222,7 +233,6 @@ def main(args: Args) -> None:
             (losses.sum() / len(batch)).backward()
             totals += sums
         metrics = dict(zip(METRICS, (common.all_reduce_(totals) / len(batch)).tolist()))
-        run.check_finite(metrics["loss"], step, [kept[i] for i in steps[step]])
         if step == 0:  # policy = reference: h = 0, σ(0) = ½; a compiled graph may differ between the two passes
             bound = 1e-6 if not (args.compile and device.type == "cuda") else 0.02
             assert abs(metrics["loss"] - math.log(2)) <= bound and abs(metrics["margin"]) <= 2 * bound, \
@@ -230,15 +240,16 @@ def main(args: Args) -> None:
 
         # 3b. Sum over ranks, clip, step.
         common.all_reduce_gradients(params)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+        run.check_finite(step, [kept[i] for i in steps[step]], loss=metrics["loss"], grad_norm=grad_norm)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # 3c. Log and checkpoint.
-        run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(lengths),
-                       "chosen_tokens": sum(len(w.targets) for w, _, _ in batch) / len(batch),
-                       "rejected_tokens": sum(len(l.targets) for _, l, _ in batch) / len(batch)})
+        run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(p.tokens for p in batch),
+                       "chosen_tokens": sum(len(p.chosen.targets) for p in batch) / len(batch),
+                       "rejected_tokens": sum(len(p.rejected.targets) for p in batch) / len(batch)})
         run.checkpoint(step + 1, policy, optimizer)
 
     # 4. Save (relative to the pretrained base) and measure on held-out pairs and prompts.

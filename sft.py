@@ -199,11 +199,11 @@ def main(args: Args) -> None:
             loss.backward()
             totals += torch.stack([loss.detach(), extra["correct"].sum() / step_tokens])
         loss, accuracy = common.all_reduce_(totals).tolist()
-        run.check_finite(loss, step, [kept[i] for i in steps[step]])
 
         # 3b. Sum over ranks, clip, step.
         common.all_reduce_gradients(params)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+        run.check_finite(step, [kept[i] for i in steps[step]], loss=loss, grad_norm=grad_norm)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
