@@ -30,6 +30,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ except ImportError:  # pragma: no cover
     varlen_attn = None
 VARLEN = inspect.signature(varlen_attn).parameters if varlen_attn else {}
 
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks transformers the old way
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -524,15 +526,26 @@ def load_tokenizer(model_dir: str | Path):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     if tokenizer.eos_token is None:
         fail(f"{model_dir}: the tokenizer has no EOS token")
-    sample = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine, thanks."}]
-    native = tokenizer.chat_template and tokenizer.apply_chat_template(sample, tokenize=False)
-    if not native or f"Fine, thanks.{tokenizer.eos_token}" not in native:
+    sample = [{"role": r, "content": c} for r, c in (("user", "How are you?"), ("assistant", "Fine, thanks."),
+                                                     ("user", "And they?"), ("assistant", "Well enough."))]
+    if not (tokenizer.chat_template and only_adds(tokenizer, sample)):
         tokenizer.chat_template = PLAIN_TEMPLATE
     ids, _ = render(tokenizer, sample)
     whole = tokenizer(tokenizer.apply_chat_template(sample, tokenize=False), add_special_tokens=False)["input_ids"]
     if whole[:len(ids)] != ids:
         fail(f"{model_dir}: this tokenizer encodes a text differently piece by piece; it needs a byte-level one")
     return tokenizer
+
+
+def only_adds(tokenizer, messages: list[dict]) -> bool:
+    """Does the chat template end answers with EOS, and only add text as a conversation grows? Masks rely on both."""
+    def text(n: int, **kw) -> str:
+        return tokenizer.apply_chat_template(messages[:n], tokenize=False, **kw)
+    for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
+        answered = text(i, add_generation_prompt=True) + messages[i]["content"] + tokenizer.eos_token
+        if not all(text(n).startswith(answered) for n in range(i + 1, len(messages) + 1)):
+            return False
+    return True
 
 
 def render(tokenizer, messages: list[dict], train: str = "all") -> tuple[list[int], list[bool]]:
@@ -554,7 +567,8 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
     the prompt's ids are those a sampler starts from. Special tokens inside content stay plain text.
     """
     eos = tokenizer.eos_token
-    specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+    named = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {*tokenizer.all_special_tokens}
+    specials = sorted(named, key=lambda t: (-len(t), t))
     special_id = {s: tokenizer.convert_tokens_to_ids(s) for s in specials}
     hide = {s: chr(0x10FF00 + i) for i, s in enumerate(specials)}  # content's copies hide in private-use characters
     split = re.compile("(" + "|".join(map(re.escape, specials)) + ")")
@@ -753,11 +767,10 @@ def read_factors(adapter: str | Path) -> tuple[float, dict[str, tuple[Tensor, Te
     return config["lora_alpha"] / config["r"], factors
 
 
-def read_adapter(adapter: str | Path, weights: str | None = None) -> dict[str, Any]:
-    """The run.json of a trained adapter, after checking that it is what it says and belongs to the base.
+def read_adapter(adapter: str | Path) -> dict[str, Any]:
+    """The run.json of a trained adapter, after checking that it is what it says.
 
-    weights: content hash of the base it will be put on. Fails on a missing, unfinished or altered directory, another
-    base, other target modules or another alpha/r.
+    Fails on a missing, unfinished or altered directory, other target modules or another alpha/r. Its base: check_base.
     """
     adapter = Path(adapter)
     for file in ("adapter_config.json", "adapter_model.safetensors", "run.json"):
@@ -775,10 +788,14 @@ def read_adapter(adapter: str | Path, weights: str | None = None) -> dict[str, A
     found = tensors_sha256([adapter / "adapter_model.safetensors"])
     if found != run["adapter_sha256"]:
         fail(f"{adapter}: its weights ({found[:8]}) are not those its run.json names ({run['adapter_sha256'][:8]})")
-    if weights is not None and weights != run["weights_sha256"]:
+    return run
+
+
+def check_base(adapter: str | Path, run: dict[str, Any], weights: str) -> None:
+    """Fail unless the adapter (its run.json given) was trained on the base of this content hash."""
+    if weights != run["weights_sha256"]:
         fail(f"{adapter} was trained on base weights {run['weights_sha256'][:8]} ({run['model']}), "
              f"but the base given has {weights[:8]}")
-    return run
 
 
 def read_parent(adapter: str, model: str | None):
@@ -792,9 +809,7 @@ def read_parent(adapter: str, model: str | None):
     model_dir = resolve_model(model)
     tokenizer = load_tokenizer(model_dir)
     invariants = TrainInvariants.of(model, model_dir, tokenizer, run["invariants"]["quantization"])
-    if invariants.weights_sha256 != run["weights_sha256"]:
-        fail(f"{adapter} was trained on base weights {run['weights_sha256'][:8]} ({run['model']}), but {model} has "
-             f"{invariants.weights_sha256[:8]}")
+    check_base(adapter, run, invariants.weights_sha256)
     if invariants.hash != run["train_invariants"]:
         now = json.loads(json.dumps(dataclasses.asdict(invariants)))
         fail(f"{adapter} was trained under other invariants; they differ in "
@@ -892,21 +907,21 @@ class Pack:
     max_length: int        # at least the longest sequence
     predict: Tensor        # [K] positions in T
     targets: Tensor        # [K] token ids
-    sequence: Tensor       # [K] which of the N sequences a predicted token belongs to
+    counts: Tensor         # [N] predicted tokens of each sequence
     examples: list[int]    # [N] index of each sequence in the list that was packed
 
     @property
     def rows(self) -> list[int]:
         """[K] index, in the list that was packed, of the example each predicted token belongs to."""
-        return [self.examples[s] for s in self.sequence.tolist()]
+        return [i for i, n in zip(self.examples, self.counts.tolist()) for _ in range(n)]
 
     def to(self, device) -> Pack:
         move = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return Pack(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in move.items()})
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
-        """[K] -> [N]: sums over each sequence's predicted tokens."""
-        return values.new_zeros(len(self.examples)).index_add(0, self.sequence, values)
+        """[K] -> [N]: sums over each sequence's predicted tokens, in a fixed order (index_add on CUDA has none)."""
+        return torch.segment_reduce(values, "sum", lengths=self.counts)
 
 
 def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="cpu") -> list[Pack]:
@@ -929,7 +944,7 @@ def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="
             bins.append([size[u], [u]])
     packs = []
     for _, members in bins:
-        ids, position, cu, predict, targets, sequence, order = [], [], [0], [], [], [], []
+        ids, position, cu, predict, targets, counts, order = [], [], [0], [], [], [], []
         for i in (i for u in members for i in u):
             e, start = examples[i], len(ids)
             ids += e.ids
@@ -937,12 +952,12 @@ def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="
             cu.append(len(ids))
             predict += [start + p for p in e.predict]
             targets += e.targets
-            sequence += [len(order)] * len(e.predict)
+            counts.append(len(e.predict))
             order.append(i)
         longest = max(b - a for a, b in zip(cu, cu[1:]))
         packs.append(Pack(torch.tensor([ids]), torch.tensor([position]), torch.tensor(cu, dtype=torch.int32),
                           1 << (longest - 1).bit_length(), torch.tensor(predict, dtype=torch.long),
-                          torch.tensor(targets, dtype=torch.long), torch.tensor(sequence, dtype=torch.long),
+                          torch.tensor(targets, dtype=torch.long), torch.tensor(counts, dtype=torch.long),
                           order).to(device))
     return packs
 
@@ -1190,11 +1205,11 @@ class Sampler:
             return self.tokenizer.decode(x, skip_special_tokens=True)
         if ids[-1] == self.eos:
             return "eos", text(ids)
-        if stops:
-            tail = text(ids[-(max(map(len, stops)) + 8):])
+        if stops:  # a stop string may be a special token, which the text then lacks
+            tail = self.tokenizer.decode(ids[-(max(len(s.encode()) for s in stops) + 8):])
             if any(s in tail for s in stops):
                 whole = text(ids)
-                return "string", whole[:min(whole.find(s) for s in stops if s in whole)]
+                return "string", whole[:min((whole.find(s) for s in stops if s in whole), default=None)]
         if len(ids) >= budget:
             return "length", text(ids)
         return None

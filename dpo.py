@@ -236,7 +236,7 @@ def main(args: Args) -> None:
         if step == 0:  # policy = reference: h = 0, σ(0) = ½; a compiled graph may differ between the two passes
             bound = 1e-6 if not (args.compile and device.type == "cuda") else 0.02
             assert abs(metrics["loss"] - math.log(2)) <= bound and abs(metrics["margin"]) <= 2 * bound, \
-                f"step 0: loss {metrics['loss']}, margin {metrics['margin']}; the reference is not the policy"
+                f"step 0: loss {metrics['loss']}, margin {metrics['margin']}: the reference is not the policy"
 
         # 3b. Sum over ranks, clip, step.
         common.all_reduce_gradients(params)

@@ -3,7 +3,7 @@
     task            shots  score of an item                                  its keys in the row
     mmlu            5      is the right letter the likeliest of A-D          mmlu/acc,none, and those of each subject
     truthfulqa_mc2  0 *    share of probability on the true answers          truthfulqa_mc2/acc,none
-    gsm8k           8      is the number after "####" (or the last) right    gsm8k/exact_match,strict-match; ,flexible-extract
+    gsm8k           8      is the number after "####" (or the last) right    gsm8k/exact_match,strict-match, ...flexible
     ifeval          0      does the response follow every instruction        ifeval/prompt_level_strict_acc,none, ...
     * beyond the six worked pairs that its prompt has built in
 
@@ -73,8 +73,9 @@ from common import EvalProtocol, Example, Sampler, TrainInvariants, fail
 @dataclass(frozen=True)
 class Args:
     # model
-    model: str = "Qwen/Qwen2.5-0.5B@060db6499f32faf8b98477b0a26969ef7d8b9987"
-    """Base model: a local directory or a hub id, with @revision."""
+    model: str | None = None
+    """Base model: a local directory or a hub id[@revision]. By default the one the adapter was trained on, or
+    Qwen2.5-0.5B."""
     adapter: str | None = None
     """Run directory of the adapter to evaluate on the base model (runs/dpo_v1); none evaluates the base model."""
     name: str | None = None
@@ -264,9 +265,9 @@ class RungsLM(TemplateLM):
         return [self.cut(completion.ids, stop) for completion, stop in zip(completions, stops, strict=True)]
 
     def cut(self, ids: list[int], stops: list[str]) -> str:
-        """The text before EOS, before a special token that is a stop string, and before the first stop string."""
+        """The text before EOS, before a special token that has a stop string, and before the first stop string."""
         stops = handle_stop_sequences(list(stops), self.tokenizer.decode([self.eot_token_id]))  # and EOS
-        special = {i for i in self.tokenizer.all_special_ids if self.tokenizer.decode([i]) in stops}
+        special = {i for i in self.tokenizer.all_special_ids if any(s in self.tokenizer.decode([i]) for s in stops)}
         end = next((k for k, i in enumerate(ids) if i in special), len(ids))
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return postprocess_generated_text(text, stops, None)
@@ -484,9 +485,12 @@ def main(args: Args) -> dict:
     device = common.setup_device(args.device)
     out = Path(args.out)
     stored = common.read_results(out / "metrics.json")
-    model_dir = common.resolve_model(args.model)
+    run = common.read_adapter(args.adapter) if args.adapter else None
+    model_name = args.model or (run["model"] if run else common.QWEN)
+    model_dir = common.resolve_model(model_name)
     weights = common.weights_sha256(model_dir)
-    run = common.read_adapter(args.adapter, weights) if args.adapter else None  # refuses one trained on other weights
+    if run:
+        common.check_base(args.adapter, run, weights)  # refuses an adapter trained on other weights
     name = args.name or (Path(args.adapter).resolve().name if args.adapter else "base")
     if not re.fullmatch(r"[\w.+-]+", name):
         fail(f"--name {name!r}: only letters, digits and . _ + - (it names a directory)")
@@ -494,20 +498,20 @@ def main(args: Args) -> dict:
     if args.quantization and args.quantization != policy:
         fail(f"--quantization {args.quantization}, but {args.adapter} was trained under {policy!r}; leave the flag out")
     tokenizer = common.load_tokenizer(model_dir)
-    invariants = TrainInvariants.of(args.model, model_dir, tokenizer, policy)
+    invariants = TrainInvariants.of(model_name, model_dir, tokenizer, policy)
     if run and args.protocol == "chat" and run["invariants"]["chat_template"] != tokenizer.chat_template:
-        fail(f"--protocol chat: {args.adapter} was trained with another chat template than {args.model} has now")
+        fail(f"--protocol chat: {args.adapter} was trained with another chat template than {model_name} has now")
     scratch = tempfile.TemporaryDirectory(prefix="rungs-eval-")  # task files and data cache, gone at the end
     manager, tasks, fingerprint = load_tasks(args, Path(scratch.name))
     room = resolve_max_length(AutoConfig.from_pretrained(model_dir), tokenizer)
     longest = args.max_gen_toks or manager.task_index["ifeval"].cfg["generation_kwargs"]["max_gen_toks"]
     if room <= longest:
-        fail(f"{args.model} has room for {room} tokens, of which IFEval's responses take {longest}: use --max-gen-toks")
+        fail(f"{model_name} has room for {room} tokens, of which IFEval's responses take {longest}: use --max-gen-toks")
 
     # 2. What is there already: the row, or some of its tasks.
     protocol = EvalProtocol(args.protocol, tasks, fingerprint, args.max_gen_toks, args.dtype)
     identity = {
-        "config_hash": run["config_hash"] if run else None,
+        "config_hash": run["config_hash"] if run else common.sha256_json(["base", invariants.hash])[:8],
         "adapter_sha256": run["adapter_sha256"] if run else None,
         "weights_sha256": weights,
         "eval_hash": protocol.hash,
@@ -543,7 +547,8 @@ def main(args: Args) -> dict:
         lm = RungsLM(model, tokenizer, args.micro_tokens, args.max_batch)
     for task, shots, limit in tasks:
         if task in loaded:
-            print(f"{name}: {task}, {shots}-shot" + (f", {limit} items at most" if limit else ""), flush=True)
+            at_most = f", {limit} items{' a subject' if task == 'mmlu' else ''} at most" if limit else ""
+            print(f"{name}: {task}, {shots}-shot{at_most}", flush=True)
             result, lines = run_task(lm, loaded.pop(task), task, shots, limit, args)
             path = out / samples / f"{task}.json"
             write_lines(path.with_suffix(".jsonl.gz"), lines)
@@ -557,7 +562,7 @@ def main(args: Args) -> dict:
         **wanted,
         "phase": PHASES[run["method"]] if run else 0,
         "method": run["method"] if run else "base",
-        "model": args.model.partition("@")[0],
+        "model": model_name.partition("@")[0],
         "revision": invariants.revision,
         "adapter": args.adapter,
         "invariants": run["invariants"] if run else asdict(invariants),

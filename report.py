@@ -52,6 +52,10 @@ METRICS = {  # column title: (task, metric, filter) of lm-eval
 }
 # The climb. A rung without a result is shown as planned; rows of other names follow those of their phase.
 LADDER = {"base": 0, "sft_v2": 1, "dpo_v1": 2, "rm_v1": 3, "ppo_v1": 3, "grpo_v1": 4, "kto_v1": 5}  # row: phase
+TRAINING = {  # facts of a training run: key in run.json's metrics -> column title
+    "heldout_loss_base": "held-out loss\nof the base", "heldout_loss": "held-out\nloss",
+    "heldout_accuracy": "held-out\naccuracy", "eos_rate": "EOS rate", "tokens": "tokens", "wall_time_s": "minutes",
+}
 PROTOCOLS = {"plain": "no chat template", "chat": "chat template applied, few-shot examples as turns"}
 SMALL = 200  # items; with fewer, the standard error of a score near 50 % is above 3.5 points
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -271,9 +275,7 @@ def training_table(rows: list[dict]) -> Table | None:
     """What the training runs say of themselves: a line an adapter, a column for each fact that any of them has."""
     once = {(row["name"], row["config_hash"], row["adapter_sha256"]): row for row in rows if row.get("training")}
     facts = {key for row in once.values() for key in row["training"]}
-    titles = {key: key.replace("heldout_", "held-out\n").replace("_", " ") for key in sorted(facts) if "heldout_" in key}
-    last = {"eos_rate": "EOS rate", "tokens": "tokens", "wall_time_s": "minutes"}
-    titles |= {key: title for key, title in last.items() if key in facts}
+    titles = {key: title for key, title in TRAINING.items() if key in facts}
 
     def cell(key: str, value: object) -> str:
         if not isinstance(value, (int, float)) or not math.isfinite(value):

@@ -11,6 +11,11 @@ from conftest import make_model
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+def sequence_of(pack):
+    """[K] which of the pack's sequences each predicted token belongs to."""
+    return torch.arange(len(pack.examples), device=pack.counts.device).repeat_interleave(pack.counts)
+
+
 def packs(tokenizer, device, n=12):
     g = torch.Generator().manual_seed(1)
     examples = []
@@ -54,7 +59,7 @@ def test_varlen_packed_equals_alone(pair):
             ids = pk.input_ids[0, a:b].tolist()
             alone = common.token_logprobs(gpu, common.pack([common.Example.masked(ids, [True] * len(ids))], 512,
                                                            device="cuda")[0])
-            torch.testing.assert_close(together[pk.sequence == s], alone, atol=0.05, rtol=0)
+            torch.testing.assert_close(together[sequence_of(pk) == s], alone, atol=0.05, rtol=0)
 
 
 def test_varlen_does_not_look_across(pair):
@@ -64,8 +69,8 @@ def test_varlen_does_not_look_across(pair):
     end = int(pk.cu_seqlens[1])
     pk.input_ids[0, :end] = pk.input_ids[0, :end].flip(0)
     after = common.token_logprobs(gpu, pk)
-    assert torch.equal(before[pk.sequence > 0], after[pk.sequence > 0])
-    assert not torch.equal(before[pk.sequence == 0], after[pk.sequence == 0])
+    assert torch.equal(before[sequence_of(pk) > 0], after[sequence_of(pk) > 0])
+    assert not torch.equal(before[sequence_of(pk) == 0], after[sequence_of(pk) == 0])
 
 
 def test_compiled_close_to_plain(pair):
@@ -105,13 +110,14 @@ def test_greedy_sampler_fp32_equals_generate(pair):
         assert c.ids == want
 
 
-@pytest.mark.parametrize("quantization", ["qlora", "none"])
-def test_sft_and_dpo_on_gpu(quantization, tmp_path, data_dir):
-    """Both scripts as a user runs them in bf16 with compilation: finite, falling, step 0 of DPO at ln 2."""
+@pytest.mark.parametrize("quantization, compiled", [("qlora", True), ("none", False)])
+def test_sft_and_dpo_on_gpu(quantization, compiled, tmp_path, data_dir):
+    """Both scripts as a user runs them in bf16: finite, falling, step 0 of DPO at ln 2 (exactly, uncompiled)."""
     import dpo
     import sft
     model = make_model(tmp_path / "model", hidden_size=256)
-    kwargs = dict(max_length=128, batch_size=8, eos_prompts=4, eos_tokens=8, micro_tokens=512, device="cuda")
+    kwargs = dict(max_length=128, batch_size=8, eos_prompts=4, eos_tokens=8, micro_tokens=512, device="cuda",
+                  compile=compiled)
     sft.main(sft.Args(model=model, quantization=quantization, data=str(data_dir / "sft.jsonl"), rows=40, heldout_rows=8,
                       lr=5e-3, out=str(tmp_path / "sft_v2"), **kwargs))
     record = json.loads((tmp_path / "sft_v2" / "run.json").read_text())["metrics"]
@@ -120,5 +126,6 @@ def test_sft_and_dpo_on_gpu(quantization, tmp_path, data_dir):
     dpo.main(dpo.Args(sft_adapter=str(tmp_path / "sft_v2"), data=str(data_dir / "preference.jsonl"), rows=24,
                       heldout_rows=8, lr=1e-3, out=str(tmp_path / "dpo_v1"), **kwargs))
     first = json.loads((tmp_path / "dpo_v1" / "log.jsonl").read_text().splitlines()[0])
-    assert math.isclose(first["loss"], math.log(2), abs_tol=0.02)
+    assert math.isclose(first["loss"], math.log(2), abs_tol=0.02 if compiled else 1e-6)
+    assert compiled or first["margin"] == 0
     print(quantization, record, first)

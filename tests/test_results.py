@@ -343,9 +343,9 @@ def test_training_facts_whichever_exist(here):
     chat[1]["training"], chat[2]["training"] = rows[1]["training"], rows[2]["training"]
     run([*rows, *chat])
     found = table("## Training")
-    assert found["row"][3:] == ["held-out<br>accuracy", "held-out<br>loss", "EOS rate", "tokens", "minutes"]
-    assert found["sft_v2"] == ["sft", "42", "c0000001", "–", "1.234", "97.5 %", "3,812,345", "1.5"]
-    assert found["dpo_v1"] == ["dpo", "42", "c0000002", "68.2 %", "–", "–", "12", "10.0"]
+    assert found["row"][3:] == ["held-out<br>loss", "held-out<br>accuracy", "EOS rate", "tokens", "minutes"]
+    assert found["sft_v2"] == ["sft", "42", "c0000001", "1.234", "–", "97.5 %", "3,812,345", "1.5"]
+    assert found["dpo_v1"] == ["dpo", "42", "c0000002", "–", "68.2 %", "–", "12", "10.0"]
     assert "base" not in found
 
 

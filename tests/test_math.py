@@ -1,0 +1,717 @@
+"""The maths of SFT, DPO, log-probabilities, the schedule, sampling and merging, each derived another way.
+
+The other ways: numbers worked by hand, plain transformers one sequence at a time (eager attention, full logits), TRL's
+own loss from the same rows, and statistics. Tolerance 1e-5 in fp32 unless a test says why not.
+"""
+import copy
+import json
+import math
+import shutil
+from collections import Counter
+
+import pytest
+import scipy.stats
+import torch
+from conftest import WORDS, make_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+import dpo
+import sft
+from common import Example
+
+LN2 = 0.6931471805599453
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+
+
+def plain_model(directory, dtype=torch.float32):
+    """The model as anyone would load it: eager attention, nothing of ours."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+
+
+def plain_logprobs(model, ids, temperature=1.0):
+    """[len(ids)] log-probability of every token given those before it (the first has none), from full logits."""
+    logits = model(torch.tensor([ids]), use_cache=False).logits[0].double() / temperature
+    out = [torch.zeros((), dtype=torch.double)]
+    for t in range(1, len(ids)):
+        out.append(torch.log_softmax(logits[t - 1], -1)[ids[t]])
+    return torch.stack(out)
+
+
+def random_sequences(n, seed=0, low=2, high=30, vocab=300):
+    """n sequences of unequal length with a random mask of at least one token (never the first)."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(n):
+        ids = torch.randint(3, vocab, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist()
+        mask = (torch.rand(len(ids), generator=g) < 0.6).tolist()
+        mask[0], mask[-1] = False, True
+        out.append((ids, mask))
+    return out
+
+
+def two_policies(directory, seed=0):
+    """The same random (not fresh) LoRA on our model and on a plain PEFT model."""
+    ours = common.add_lora(common.load_model(directory, dtype=torch.float32))
+    plain = get_peft_model(plain_model(directory), LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM",
+        target_modules="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()))
+    g = torch.Generator().manual_seed(seed)
+    copies = dict(plain.named_parameters())
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            p.data = torch.randn(p.shape, generator=g) * 0.05
+            copies[name].data.copy_(p.data)
+    return ours, plain
+
+
+def gradients(model):
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_gradients(ours, plain, tolerance=1e-5):
+    """Every adapter tensor's gradient, to `tolerance` of the largest entry."""
+    a, b = gradients(ours), gradients(plain)
+    assert a.keys() == b.keys() and len(a) == 2 * 2 * 7  # two layers, seven projections, A and B
+    scale = max(g.abs().max() for g in b.values())
+    assert scale > 1e-4
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= tolerance * scale, name
+
+
+# -- the losses, by hand ----------------------------------------------------------------------------
+
+def test_sft_loss_by_hand():
+    """Probabilities 1/2, 1/4, 1/8: the mean NLL is (1 + 2 + 3) ln 2 / 3 = 2 ln 2, however the tokens are split."""
+    logprobs = torch.tensor([0.5, 0.25, 0.125]).log().requires_grad_()
+    loss = sft.sft_loss(logprobs, 3)
+    assert loss.item() == pytest.approx(2 * LN2, abs=1e-6)
+    loss.backward()
+    assert logprobs.grad.tolist() == pytest.approx([-1 / 3] * 3)  # descending raises every trained token
+
+    parts = sft.sft_loss(logprobs[:1].detach(), 3) + sft.sft_loss(logprobs[1:].detach(), 3)
+    assert parts.item() == pytest.approx(2 * LN2, abs=1e-6)
+    assert abs((1 + 2.5) / 2 * LN2 - parts.item()) > 0.1  # the mean of means is something else
+    assert sft.sft_loss(torch.zeros(0), 3).item() == 0  # a rank without tokens
+
+
+def pair(pi_w=-1.0, pi_l=-5.0, ref_w=-2.0, ref_l=-4.0):
+    """log-ratios +1 (chosen) and -1 (rejected): h = 2."""
+    return [torch.tensor([x], requires_grad=True) for x in (pi_w, pi_l, ref_w, ref_l)]
+
+
+@pytest.mark.parametrize("epsilon, expected, slope", [
+    (0.0, 0.31326169, -0.13447071),  # β = 1/2, βh = 1: ln(1 + 1/e);      slope −½ · 0.26894142
+    (0.1, 0.41326169, -0.08447071),  # 0.9 · 0.31326169 + 0.1 · 1.31326169; −½ (0.9 · 0.26894142 − 0.1 · 0.73105858)
+])
+def test_dpo_loss_by_hand(epsilon, expected, slope):
+    tensors = pair()
+    losses, rewards_w, rewards_l = dpo.dpo_loss(*tensors, beta=0.5, label_smoothing=epsilon)
+    assert losses.tolist() == pytest.approx([expected], abs=1e-6)
+    assert rewards_w.tolist() == [0.5] and rewards_l.tolist() == [-0.5]
+    assert not rewards_w.requires_grad and not rewards_l.requires_grad
+    losses.sum().backward()
+    pi_w, pi_l, ref_w, ref_l = (t.grad.item() for t in tensors)
+    assert pi_w == pytest.approx(slope, abs=1e-6)  # descending raises the chosen answer,
+    assert pi_l == pytest.approx(-slope, abs=1e-6)  # lowers the rejected one
+    assert (ref_w, ref_l) == pytest.approx((-slope, slope), abs=1e-6)
+
+
+def test_dpo_loss_wrong_order_and_extremes():
+    """βh = −1: 1 + ln(1 + 1/e); a batch keeps pairs apart; nothing overflows at |βh| = 1000."""
+    wrong = [torch.tensor([-1.0, -3.0]), torch.tensor([-5.0, -3.0]), torch.tensor([-2.0, -2.0]),
+             torch.tensor([-4.0, -4.0])]  # the second pair: ratios −1 and +1
+    losses, _, _ = dpo.dpo_loss(*wrong, beta=0.5)
+    assert losses.tolist() == pytest.approx([0.31326169, 1.31326169], abs=1e-6)
+    zero = torch.zeros(2)
+    losses, _, _ = dpo.dpo_loss(torch.tensor([2000.0, -2000.0]), zero, zero, zero, beta=0.5)
+    assert losses.tolist() == [0.0, 1000.0]
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.4])
+def test_dpo_loss_is_ln2_where_policy_is_reference(beta, epsilon):
+    logprobs_w, logprobs_l = torch.tensor([-3.5, -80.0, -0.1]), torch.tensor([-7.25, -2.0, -300.0])
+    losses, rewards_w, rewards_l = dpo.dpo_loss(logprobs_w, logprobs_l, logprobs_w, logprobs_l, beta, epsilon)
+    assert losses.tolist() == pytest.approx([LN2] * 3, abs=1e-7)
+    assert (rewards_w - rewards_l).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_label_smoothing_moves_the_minimum_to_its_log_odds():
+    """With a share ε = 0.1 of swapped labels the best h has σ(βh) = 0.9, so βh = ln 9; without, it is at infinity."""
+    for beta_h, sign in ((math.log(9) - 0.1, -1), (math.log(9), 0), (math.log(9) + 0.1, 1)):
+        pi_w = torch.tensor([beta_h / 0.1], requires_grad=True)
+        zero = torch.zeros(1)
+        dpo.dpo_loss(pi_w, zero, zero, zero, 0.1, 0.1)[0].sum().backward()
+        assert abs(pi_w.grad.item()) < 1e-7 if sign == 0 else pi_w.grad.item() * sign > 1e-5
+        pi_w.grad = None
+        dpo.dpo_loss(pi_w, zero, zero, zero, 0.1, 0.0)[0].sum().backward()
+        assert pi_w.grad.item() < 0
+
+
+# -- the schedule -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", [sft, dpo])
+def test_learning_rate(script):
+    def rates(total, **kw):
+        args = script.Args(lr=1.0, **kw)
+        assert args.warmup == kw.get("warmup", 0.03)
+        return [script.learning_rate(t, total, args) for t in range(total)]
+
+    assert rates(1) == [1.0]  # w = 1
+    assert rates(2) == [1.0, 1.0]  # w = 1: min(1, 2/1), min(2, 1/1)
+    assert rates(10) == pytest.approx([1, 1, 8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9])
+    long = rates(313)  # w = ⌈9.39⌉ = 10
+    assert long[:12] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1, 302 / 303])
+    assert long[-2:] == pytest.approx([2 / 303, 1 / 303])
+    falls = [a - b for a, b in zip(long[10:], long[11:])]
+    assert falls == pytest.approx([1 / 303] * 302)  # a straight line
+    assert rates(4, warmup=1.0) == pytest.approx([0.25, 0.5, 0.75, 1.0])  # T − w = 0
+    assert rates(3, warmup=0.0) == pytest.approx([1, 1, 0.5])
+    for total in range(1, 60):
+        assert min(rates(total)) > 0 and max(rates(total)) == 1.0
+
+
+# -- log-probabilities ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_token_logprobs_are_shifted_log_softmax(tmp_path, kind, temperature):
+    directory = make_model(tmp_path, seed=3, kind=kind)
+    model, plain = common.load_model(directory, dtype=torch.float32), plain_model(directory)
+    sequences = random_sequences(9)
+    packs = common.pack([Example.masked(*s) for s in sequences], 90)
+    assert len(packs) > 1
+    seen = Counter()
+    for pack in packs:
+        found, extra = common.token_logprobs(model, pack, temperature, extras=("correct",))
+        assert found.dtype == torch.float32
+        expected, right = [], []
+        for i in pack.examples:
+            ids, mask = sequences[i]
+            with torch.no_grad():
+                logprobs = plain_logprobs(plain, ids, temperature)
+                best = plain(torch.tensor([ids])).logits[0].argmax(-1)
+            expected += [logprobs[t] for t in range(len(ids)) if mask[t]]
+            right += [best[t - 1] == ids[t] for t in range(len(ids)) if mask[t]]
+            seen[i] += 1
+        torch.testing.assert_close(found, torch.stack(expected).float(), **CLOSE)
+        assert extra["correct"].tolist() == [bool(r) for r in right]
+    assert seen == Counter(range(9))
+
+
+def test_correct_marks_the_models_own_choices(tiny_model):
+    """A sequence of the model's greedy choices is all correct; changing one token makes that one wrong."""
+    plain, model = plain_model(tiny_model), common.load_model(tiny_model, dtype=torch.float32)
+    ids = [5, 9]
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(int(plain(torch.tensor([ids])).logits[0, -1].argmax()))
+    ids[-1] = ids[-1] - 1
+    (pack,) = common.pack([Example.masked(ids, [False] * 2 + [True] * 6)], 64)
+    _, extra = common.token_logprobs(model, pack, extras=("correct",))
+    assert extra["correct"].tolist() == [True] * 5 + [False]
+
+
+def test_chunked_loss_is_the_full_loss_in_value_and_gradient(tiny_model, monkeypatch):
+    """Seven trained tokens at a time against one full [T, V] computation; the head never sees more than seven."""
+    monkeypatch.setattr(common, "HEAD_CHUNK", 7)
+    ours, plain = two_policies(tiny_model)
+    sequences = random_sequences(6, seed=1)
+    n = sum(sum(mask) for _, mask in sequences)
+    widths = []
+    hook = common.base_of(ours).get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: widths.append(inputs[0].shape[0]))
+    (pack,) = common.pack([Example.masked(*s) for s in sequences], 10_000)
+    logprobs = common.token_logprobs(ours, pack)
+    loss = sft.sft_loss(logprobs, n)
+    loss.backward()
+    hook.remove()
+    assert len(pack.targets) == n > 3 * 7
+    assert max(widths) == 7 and sum(widths) == 2 * n  # once forward, once recomputed
+
+    full = -sum(plain_logprobs(plain, ids)[torch.tensor(mask)].sum() for ids, mask in sequences) / n
+    full.backward()
+    assert loss.item() == pytest.approx(full.item(), abs=1e-5)
+    assert_same_gradients(ours, plain)
+
+
+def test_no_predicted_token_gives_an_empty_tensor(tiny_model):
+    model = common.load_model(tiny_model, dtype=torch.float32)
+    (pack,) = common.pack([Example([5, 6, 7], [], [])], 10)
+    logprobs, extra = common.token_logprobs(model, pack, extras=("correct",))
+    assert logprobs.shape == (0,) and extra["correct"].shape == (0,)
+    assert pack.sum_by_sequence(logprobs).tolist() == [0.0]
+
+
+# -- parity with TRL, from the rows on ---------------------------------------------------------------
+
+# ChatML without a newline after the last turn, so that TRL's completion ends with EOS too; `generation` marks, for TRL's
+# assistant_only_loss, what render() must find by itself.
+TRL_TEMPLATE = (
+    "{% for m in messages %}{{ '' if loop.first else '\n' }}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}")
+
+
+def text(g, low, high):
+    return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (int(torch.randint(low, high, (1,), generator=g)),),
+                                                         generator=g))
+
+
+def trl_config(kind, tmp_path, **kw):
+    return kind(output_dir=str(tmp_path / "trl"), per_device_train_batch_size=8, report_to="none", use_cpu=True,
+                bf16=False, fp16=False, gradient_checkpointing=False, disable_tqdm=True, **kw)
+
+
+def test_sft_loss_is_trls(tmp_path):
+    """TRL's SFTTrainer (own tokenising, own assistant mask, padding) and ours on the same messages: loss and gradient."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    directory = make_model(tmp_path / "model", template=TRL_TEMPLATE)
+    g = torch.Generator().manual_seed(4)
+    rows = []
+    for i in range(6):
+        turns = [{"role": "system", "content": text(g, 2, 5)}] if i % 3 == 0 else []
+        for _ in range(1 + i % 3):
+            turns += [{"role": "user", "content": text(g, 2, 8)}, {"role": "assistant", "content": text(g, 1, 20)}]
+        rows.append({"messages": turns})
+    ours, plain = two_policies(directory)
+
+    trainer = SFTTrainer(plain, trl_config(SFTConfig, tmp_path, assistant_only_loss=True, max_length=None),
+                         train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(directory))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+    loss_trl = trainer.compute_loss(trainer.model, batch)
+    loss_trl.backward()
+
+    build = sft.build_examples(common.load_tokenizer(directory), sft.Args(max_length=512), "rows")
+    examples = [e for e, _, _ in build(list(enumerate(rows)))]
+    n = sum(len(e.targets) for e in examples)
+    assert n == int((batch["labels"] != -100).sum())
+    loss, correct = 0.0, 0
+    packs = common.pack(examples, 200)
+    assert len(packs) > 1
+    for pack in packs:
+        logprobs, extra = common.token_logprobs(ours, pack, extras=("correct",))
+        share = sft.sft_loss(logprobs, n)
+        share.backward()
+        loss, correct = loss + share.item(), correct + int(extra["correct"].sum())
+    assert loss == pytest.approx(loss_trl.item(), abs=1e-5)
+    assert correct / n == pytest.approx(trainer._metrics["train"]["mean_token_accuracy"][0], abs=1e-6)
+    assert_same_gradients(ours, plain)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_dpo_loss_is_trls(tmp_path, epsilon):
+    """TRL's DPOTrainer and dpo.pair_metrics on the same rows, policy ≠ reference: loss, rewards, log-probs, gradient.
+
+    TRL 1.16's "sigmoid" loss ignores label_smoothing. Its "aot" loss doesn't, and on a batch of one pair, where there is
+    nothing to sort, that is the smoothed DPO loss.
+    """
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    directory = make_model(tmp_path / "model", template=TRL_TEMPLATE)
+    g = torch.Generator().manual_seed(5)
+    rows = []
+    for i in range(5):  # some prompts hold an earlier answer, which neither side is scored on
+        before = [{"role": "user", "content": text(g, 2, 8)}, {"role": "assistant", "content": text(g, 2, 8)}] * (i % 2)
+        rows.append({"prompt": before + [{"role": "user", "content": text(g, 2, 8)}],
+                     "chosen": [{"role": "assistant", "content": text(g, 1, 15)}],
+                     "rejected": [{"role": "assistant", "content": text(g, 1, 15)}]})
+    ours, _ = two_policies(directory)
+
+    args = dpo.Args(beta=0.3, label_smoothing=epsilon, max_length=512)
+    trainer = DPOTrainer(
+        plain_model(directory), args=trl_config(DPOConfig, tmp_path, beta=0.3, label_smoothing=epsilon, max_length=None,
+                                                loss_type=["aot" if epsilon else "sigmoid"]),
+        train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(directory),
+        peft_config=LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM", target_modules=list(common.TARGET_MODULES)))
+    theirs = dict(trainer.model.named_parameters())
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            theirs[name].data.copy_(p.data)
+    loss_trl = 0.0
+    for batch in [[i] for i in range(5)] if epsilon else [range(5)]:
+        share = trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[i] for i in batch]))
+        (share * len(batch) / 5).backward()
+        loss_trl += share.item() * len(batch) / 5
+    metrics_trl = {k: sum(v) / len(v) for k, v in trainer._metrics["train"].items()}
+
+    build = dpo.build_pairs(common.load_tokenizer(directory), args, "rows", lambda prompt: True)
+    pairs = build(list(enumerate(rows)))
+    totals = torch.zeros(len(dpo.METRICS))
+    packs = common.pack([e for p in pairs for e in (p.chosen, p.rejected)], 150, unit=2)
+    assert len(packs) > 1
+    for pack in packs:
+        losses, sums = dpo.pair_metrics(ours, pack, args)
+        (losses.sum() / 5).backward()
+        totals += sums / 5
+    metrics = dict(zip(dpo.METRICS, totals.tolist()))
+    assert abs(loss_trl - LN2) > 0.01  # the policy is not the reference
+    assert metrics["loss"] == pytest.approx(loss_trl, abs=1e-5)
+    for name, name_trl in (("rewards_chosen", "rewards/chosen"), ("rewards_rejected", "rewards/rejected"),
+                           ("margin", "rewards/margins"), ("accuracy", "rewards/accuracies"),
+                           ("logprobs_chosen", "logps/chosen"), ("logprobs_rejected", "logps/rejected")):
+        assert metrics[name] == pytest.approx(metrics_trl[name_trl], rel=1e-5, abs=1e-5), name
+    assert_same_gradients(ours, trainer.model)
+
+
+# -- KL ----------------------------------------------------------------------------------------------
+
+def test_mean_kl_to_and_from_the_uniform(tiny_model, monkeypatch):
+    """KL(p‖uniform) = ln V − H(p) and KL(uniform‖p) = −ln V − mean of ln p, over all predicted positions of all packs."""
+    monkeypatch.setattr(common, "HEAD_CHUNK", 5)
+    model, plain = common.load_model(tiny_model, dtype=torch.float32), plain_model(tiny_model)
+    for m in (model, plain):
+        m.get_output_embeddings().weight.data *= 3  # a sharper p, so that the two directions differ
+    uniform = common.load_model(tiny_model, dtype=torch.float32)
+    uniform.get_output_embeddings().weight.data.zero_()
+    sequences = random_sequences(5, seed=2)
+    packs = common.pack([Example.masked(*s) for s in sequences], 40)
+    assert len({len(p.targets) for p in packs}) > 1  # unequal packs: a mean of means would differ
+    entropy, mean_log = [], []
+    for ids, mask in sequences:
+        with torch.no_grad():
+            logits = plain(torch.tensor([ids])).logits[0].double()
+        for t in range(len(ids)):
+            if mask[t]:
+                logp = torch.log_softmax(logits[t - 1], -1)
+                entropy.append(-(logp.exp() * logp).sum().item())
+                mean_log.append(logp.mean().item())
+    ln_v = math.log(model.config.vocab_size)
+    forward, backward = ln_v - sum(entropy) / len(entropy), -ln_v - sum(mean_log) / len(mean_log)
+    assert abs(forward - backward) > 0.1
+    assert common.mean_kl(model, uniform, packs) == pytest.approx(forward, abs=1e-5)
+    assert common.mean_kl(uniform, model, packs) == pytest.approx(backward, abs=1e-5)
+    assert common.mean_kl(model, model, packs) == 0
+
+
+# -- order of rows -----------------------------------------------------------------------------------
+
+def test_permutation_depends_on_its_arguments_alone():
+    first = common.permutation(50, 1, "rows")
+    assert sorted(first) == list(range(50)) and first != list(range(50))
+    state = torch.get_rng_state()
+    torch.manual_seed(99)
+    assert common.permutation(50, 1, "rows") == first  # torch's global state is not read…
+    torch.manual_seed(99)
+    expected = torch.rand(1)
+    torch.manual_seed(99)
+    common.permutation(50, 1, "rows")
+    assert torch.equal(torch.rand(1), expected)  # …nor moved
+    torch.set_rng_state(state)
+    others = [common.permutation(50, 2, "rows"), common.permutation(50, 1, "epoch"),
+              common.permutation(50, 1, "epoch", 0), common.permutation(50, 1, "epoch", 1)]
+    assert len({tuple(p) for p in [first, *others]}) == 5
+
+
+def test_permutation_is_fair():
+    """Over 3,000 seeds each of six places holds each of six items equally often (χ², 36 cells)."""
+    counts = torch.zeros(6, 6)
+    for seed in range(3000):
+        for place, item in enumerate(common.permutation(6, seed, "rows")):
+            counts[place, item] += 1
+    assert scipy.stats.chi2.sf(((counts - 500) ** 2 / 500).sum().item(), 25) > 1e-3
+
+
+@pytest.mark.parametrize("n, size, epochs", [(10, 4, 1), (12, 4, 3), (5, 8, 2), (1, 1, 1), (7, 1, 2)])
+def test_batches_cover_each_epoch_once(n, size, epochs):
+    steps = common.batches(n, size, epochs, seed=3)
+    a_epoch = -(-n // size)
+    assert len(steps) == a_epoch * epochs
+    for e in range(epochs):
+        mine = steps[e * a_epoch:(e + 1) * a_epoch]
+        assert sorted(i for step in mine for i in step) == list(range(n))
+        assert all(len(step) == size for step in mine[:-1]) and 0 < len(mine[-1]) <= size
+    assert steps == common.batches(n, size, epochs, seed=3)
+    if n > 5 and epochs > 1:
+        assert steps[:a_epoch] != steps[a_epoch:2 * a_epoch]
+    if n > 5:
+        assert steps != common.batches(n, size, epochs, seed=4)
+
+
+# -- noise -------------------------------------------------------------------------------------------
+
+def noise(seeds, rows, positions):
+    """[seeds, rows, positions] of keyed_uniform."""
+    r = torch.arange(rows)
+    return torch.stack([torch.stack([common.keyed_uniform(s, r, p) for p in range(positions)], 1) for s in range(seeds)])
+
+
+def test_keyed_uniform_is_uniform_and_distinct():
+    u = noise(20, 100, 50)
+    assert u.dtype == torch.float64 and u.min() > 0 and u.max() < 1
+    assert scipy.stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
+    for axis in ((0, 0, slice(None)), (0, slice(None), 0), (slice(None), 0, 0)):  # along each key alone
+        assert scipy.stats.kstest(u[axis].numpy(), "uniform").pvalue > 1e-3
+    assert u.flatten().unique().numel() == u.numel()  # no (seed, row, position) shares its noise with another
+    assert scipy.stats.kstest((u.flatten() * 2**30 % 1).numpy(), "uniform").pvalue > 1e-3  # its low bits too
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_keyed_uniform_neighbours_are_independent(axis):
+    """Pairs of neighbours along seed, row or position fill a 10 x 10 grid evenly (χ²), and so at distance 1 to 3."""
+    u = noise(40, 60, 40)
+    for distance in (1, 2, 3):
+        a, b = u.narrow(axis, 0, u.shape[axis] - distance), u.narrow(axis, distance, u.shape[axis] - distance)
+        cells = ((a * 10).long() * 10 + (b * 10).long()).flatten()
+        assert scipy.stats.chisquare(torch.bincount(cells, minlength=100).numpy()).pvalue > 1e-3, distance
+
+
+def test_keyed_uniform_ignores_the_company():
+    rows = torch.tensor([7, 3, 1000, 0])
+    together = common.keyed_uniform(5, rows, 9)
+    for i, r in enumerate(rows):
+        assert common.keyed_uniform(5, r[None], 9).item() == together[i].item()
+
+
+# -- sampling ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def talker(sft_run, sft_args):
+    """(our model, a plain one, tokenizer) of base + SFT, merged by us and by PEFT: it ends some answers with EOS."""
+    plain = PeftModel.from_pretrained(plain_model(sft_args["model"]), sft_run).merge_and_unload().eval()
+    return common.load_model(sft_args["model"], sft_run, dtype=torch.float32), plain, common.load_tokenizer(
+        sft_args["model"])
+
+
+@pytest.fixture(scope="module")
+def prompts(talker):
+    g = torch.Generator().manual_seed(8)
+    return [common.render_prompt(talker[2], [{"role": "user", "content": text(g, 1, 3 + 2 * i)}]) for i in range(12)]
+
+
+def greedy(plain, prompt, budget, eos):
+    """transformers' generate on one prompt, everything explicit."""
+    out = plain.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                         do_sample=False, num_beams=1, max_new_tokens=budget, eos_token_id=eos, pad_token_id=eos,
+                         repetition_penalty=1.0, use_cache=True)
+    return out[0, len(prompt):].tolist()
+
+
+def test_greedy_equals_transformers_generate(talker, prompts):
+    """Ragged prompts, a budget each; rows leave at EOS at different times, so the batch shrinks under the others."""
+    model, plain, tokenizer = talker
+    budgets = [40 - 3 * (i % 5) for i in range(len(prompts))]
+    expected = [greedy(plain, p, b, tokenizer.eos_token_id) for p, b in zip(prompts, budgets)]
+    lengths = sorted(map(len, expected))
+    assert lengths[len(lengths) // 2] <= lengths[-1] // 2 and len(set(map(len, prompts))) > 6
+    kinds = {e[-1] == tokenizer.eos_token_id for e in expected}
+    assert kinds == {True, False}  # some stop at EOS, some at their budget
+    for max_batch in (None, 5, 1):
+        done = common.Sampler(model, tokenizer, max_batch).sample(prompts, budgets)
+        assert [c.ids for c in done] == expected
+        for c, b in zip(done, budgets):
+            assert c.stopped == ("eos" if c.ids[-1] == tokenizer.eos_token_id else "length")
+            assert c.stopped == "eos" or len(c.ids) == b
+            assert c.text == tokenizer.decode([t for t in c.ids if t != tokenizer.eos_token_id])
+
+
+def test_greedy_with_an_unmerged_adapter(sft_run, sft_args, talker, prompts):
+    _, plain, tokenizer = talker
+    policy = common.attach_adapter(common.load_model(sft_args["model"], dtype=torch.float32), sft_run)
+    done = common.Sampler(policy, tokenizer).sample(prompts[:4], 12)
+    assert [c.ids for c in done] == [greedy(plain, p, 12, tokenizer.eos_token_id) for p in prompts[:4]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0, 1.5])
+def test_sampled_logprobs_are_the_recomputed_ones(talker, prompts, temperature):
+    """At temperature 0 they are those at temperature 1."""
+    model, _, tokenizer = talker
+    done = common.Sampler(model, tokenizer).sample(prompts, 20, temperature=temperature, seed=1)
+    examples = [Example.masked(p + c.ids, [False] * len(p) + [True] * len(c.ids)) for p, c in zip(prompts, done)]
+    for pack in common.pack(examples, 10_000):
+        found = common.token_logprobs(model, pack, temperature or 1.0)
+        given = torch.tensor([x for i in pack.examples for x in done[i].logprobs])
+        torch.testing.assert_close(given, found, **CLOSE)
+
+
+def next_probabilities(plain, prompt, temperature):
+    with torch.no_grad():
+        return torch.softmax(plain(torch.tensor([prompt])).logits[0, -1].double() / temperature, -1)
+
+
+def fits(counts, probabilities, n):
+    """p-value of a χ² test of counts {token: count} against probabilities, cells of under five expected pooled."""
+    seen, wanted, rest_seen, rest_wanted = [], [], 0, 0.0
+    for token, p in enumerate(probabilities.tolist()):
+        if n * p >= 5:
+            seen.append(counts[token])
+            wanted.append(n * p)
+        else:
+            rest_seen += counts[token]
+            rest_wanted += n * p
+    if rest_wanted > 1:
+        seen.append(rest_seen)
+        wanted.append(rest_wanted)
+    scale = sum(seen) / sum(wanted)  # a rest of under one expected count is left out
+    assert len(seen) > 5
+    return scipy.stats.chisquare(seen, [w * scale for w in wanted]).pvalue
+
+
+def draw(model, tokenizer, prompt, temperature, top_p=1.0, seeds=30, rows=256):
+    counts = Counter()
+    for seed in range(seeds):
+        done = common.Sampler(model, tokenizer).sample([prompt] * rows, 1, temperature, top_p=top_p, seed=seed)
+        counts.update(c.ids[0] for c in done)
+    return counts, seeds * rows
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_sampling_distribution(talker, prompts, temperature):
+    model, plain, tokenizer = talker
+    counts, n = draw(model, tokenizer, prompts[0], temperature)
+    assert fits(counts, next_probabilities(plain, prompts[0], temperature), n) > 1e-3
+    assert fits(counts, next_probabilities(plain, prompts[0], temperature * 1.4), n) < 1e-6  # the test has power
+
+
+def test_top_p_keeps_the_smallest_set_and_its_proportions(talker, prompts):
+    model, plain, tokenizer = talker
+    probabilities = next_probabilities(plain, prompts[0], 0.5)
+    nucleus, mass = set(), 0.0
+    for token in probabilities.argsort(descending=True).tolist():
+        if mass >= 0.4:
+            break
+        nucleus.add(token)
+        mass += probabilities[token].item()
+    assert 5 < len(nucleus) < 100
+    counts, n = draw(model, tokenizer, prompts[0], 0.5, top_p=0.4)
+    assert set(counts) == nucleus
+    kept = torch.tensor([p if t in nucleus else 0.0 for t, p in enumerate(probabilities.tolist())])
+    assert fits(counts, kept / kept.sum(), n) > 1e-3
+    only_best, _ = draw(model, tokenizer, prompts[0], 1.0, top_p=1e-6, seeds=1)
+    assert set(only_best) == {int(probabilities.argmax())}
+
+
+def test_top_p_boundary_is_exact():
+    """Masses 1/2, 1/4, 1/8, 1/8: top_p 0.5 keeps one token, 0.51 two, 0.75 two, 0.76 three."""
+    logits = torch.tensor([0.125, 0.5, 0.125, 0.25]).log().expand(4096, 4)
+    for top_p, kept in ((0.5, {1}), (0.51, {1, 3}), (0.75, {1, 3}), (0.76, {0, 1, 3}), (1.0, {0, 1, 2, 3})):
+        token, logprobs = common.Sampler._choose(logits, 1.0, top_p, 0, torch.arange(4096), 0)
+        assert set(token.tolist()) == kept
+        torch.testing.assert_close(logprobs, logits[torch.arange(4096), token])  # of the whole softmax, not renormalised
+
+
+def test_a_rows_sample_does_not_depend_on_its_neighbours(talker, prompts):
+    model, _, tokenizer = talker
+    sampler = common.Sampler(model, tokenizer)
+    alone = sampler.sample(prompts, 20, 0.9, seed=4)
+    other = sampler.sample([*reversed(prompts[:3]), prompts[3], *[prompts[0]] * 6], 20, 0.9, seed=4)
+    assert other[3].ids == alone[3].ids
+    assert sampler.sample(prompts[:4], 20, 0.9, seed=4)[3].ids == alone[3].ids
+    assert other[0].ids != alone[0].ids
+    for max_batch in (1, 5):
+        same = common.Sampler(model, tokenizer, max_batch).sample(prompts, 20, 0.9, seed=4)
+        assert [c.ids for c in same] == [c.ids for c in alone]
+    shorter = sampler.sample(prompts, [20 if i == 3 else 2 for i in range(12)], 0.9, seed=4)
+    assert shorter[3].ids == alone[3].ids  # its neighbours leave at once
+    assert [c.ids for c in shorter[:3]] == [c.ids[:2] for c in alone[:3]]
+    assert [c.ids for c in sampler.sample(prompts, 20, 0.9, seed=5)] != [c.ids for c in alone]
+    twins = sampler.sample([prompts[0]] * 8, 20, 0.9, seed=4)
+    assert len({tuple(c.ids) for c in twins}) == 8  # equal prompts, different rows
+
+
+def test_stop_strings(talker, prompts):
+    """Each row stops at the first token that completes a stop string (a special token too), and its text ends before it."""
+    model, _, tokenizer = talker
+    free = common.Sampler(model, tokenizer).sample(prompts, 30, 1.0, seed=2)
+    stops = []
+    for i, c in enumerate(free):  # a piece from the middle of what the row says, one that never comes, or none
+        middle = len(c.text) // 2
+        stops.append([[c.text[middle:middle + 1 + i % 4], "no such text"], ["no such text"], []][i % 3]
+                     if c.text[middle:] else [])
+    done = common.Sampler(model, tokenizer).sample(prompts, 30, 1.0, seed=2, stop_strings=stops)
+    stopped = 0
+    for c, f, stop in zip(done, free, stops):
+        expected, cut = f.ids, f.text
+        for k in range(1, len(f.ids) + 1):
+            so_far = tokenizer.decode(f.ids[:k], skip_special_tokens=True)
+            if f.ids[k - 1] != tokenizer.eos_token_id and any(s in tokenizer.decode(f.ids[:k]) for s in stop):
+                expected, cut = f.ids[:k], min((so_far.split(s)[0] for s in stop), key=len)
+                break
+        assert c.ids == expected and c.text == cut and len(c.logprobs) == len(c.ids)
+        assert (c.stopped == "string") == (expected != f.ids or cut != f.text)
+        stopped += c.stopped == "string"
+    assert stopped >= 3
+    assert [c.stopped == "string" for c in done].count(False) >= 6
+
+
+@pytest.mark.parametrize("stop, said", [
+    ("<|endoftext|>", "one two"),  # a special token, which the text then lacks
+    ("日本語日本語日本", "one two"),
+])
+def test_stop_string_of_many_bytes_or_a_special_token(talker, stop, said):
+    """A row that says `said` and then the stop string, one token a byte, ends there and not before."""
+    model, _, tokenizer = talker
+    sampler, ids = common.Sampler(model, tokenizer), []
+    for part in (said, stop):
+        ids += tokenizer(part, add_special_tokens=False)["input_ids"]
+    assert [sampler._ended(ids[:k], 1000, [stop]) for k in range(1, len(ids))] == [None] * (len(ids) - 1)
+    assert sampler._ended(ids, 1000, [stop]) == ("string", said)
+
+
+def test_budgets_and_bad_prompts(talker, prompts):
+    model, _, tokenizer = talker
+    sampler, given = common.Sampler(model, tokenizer), copy.deepcopy(prompts)
+    budgets = [1 + i for i in range(12)]
+    finished = []
+    done = sampler.sample(prompts, budgets, 2.0, seed=3, progress=finished.append)
+    assert all(len(c.ids) == b or c.stopped == "eos" for c, b in zip(done, budgets))
+    assert all(len(c.ids) <= b for c, b in zip(done, budgets)) and done[0].stopped in ("eos", "length")
+    assert sum(finished) == 12
+    assert prompts == given and budgets == [1 + i for i in range(12)]  # nothing of the caller's is changed
+    assert sampler.sample([], 5) == []
+    with pytest.raises(ValueError, match="prompt 1"):
+        sampler.sample([[5], []], 5)
+    with pytest.raises(ValueError, match="512 positions"):
+        sampler.sample([[5] * 500], 13)
+    assert len(sampler.sample([[5] * 500], 12, 1.0)[0].ids) <= 12
+
+
+def test_generation_config_is_ignored(tiny_model, tmp_path):
+    """A generation_config.json that turns transformers' own generate upside down changes nothing here."""
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model, directory)
+    tokenizer = common.load_tokenizer(tiny_model)
+    prompts = [[5, 6, 7], [9, 10], [300, 20, 41, 8]]
+    plain = plain_model(tiny_model)
+    usual = [greedy(plain, p, 12, tokenizer.eos_token_id) for p in prompts]
+    (directory / "generation_config.json").write_text(json.dumps(
+        {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.01, "repetition_penalty": 50.0, "max_length": 6,
+         "eos_token_id": [t for u in usual for t in u[:2]], "no_repeat_ngram_size": 1, "min_new_tokens": 4}))
+    changed = plain_model(directory)
+    assert changed.generation_config.top_k == 1
+    theirs = [changed.generate(torch.tensor([p]), max_new_tokens=12)[0, len(p):].tolist() for p in prompts]
+    assert theirs != usual  # it would matter
+    for temperature in (0.0, 1.0):
+        with_config, without = (
+            common.Sampler(common.load_model(d, dtype=torch.float32), tokenizer).sample(prompts, 12, temperature, seed=6)
+            for d in (directory, tiny_model))
+        assert with_config == without
+        assert temperature or [c.ids for c in without] == usual
+
+
+# -- merging -----------------------------------------------------------------------------------------
+
+def test_merge_is_pefts_merge(sft_run, sft_args):
+    merged = common.load_model(sft_args["model"], sft_run, dtype=torch.float32).state_dict()
+    theirs = PeftModel.from_pretrained(plain_model(sft_args["model"]), sft_run).merge_and_unload().state_dict()
+    base = plain_model(sft_args["model"]).state_dict()
+    assert merged.keys() == theirs.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-6)
+        changed = not torch.equal(weight, base[name])
+        assert changed == any(f".{target}." in name for target in common.TARGET_MODULES), name
+
+
+def test_bfloat16_merge_is_computed_in_fp32_and_rounded_once(sft_run, sft_args, tmp_path):
+    """On a bfloat16 base: PEFT's merge in fp32, then rounded, bit for bit (PEFT's own bfloat16 merge is not that)."""
+    shutil.copytree(sft_args["model"], tmp_path / "model")
+    plain_model(sft_args["model"], torch.bfloat16).save_pretrained(tmp_path / "model")
+    merged = common.load_model(tmp_path / "model", sft_run, dtype=torch.bfloat16).state_dict()
+    theirs = PeftModel.from_pretrained(plain_model(tmp_path / "model"), sft_run).merge_and_unload().state_dict()
+    for name, weight in merged.items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, theirs[name].bfloat16()), name

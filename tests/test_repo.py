@@ -1,0 +1,319 @@
+"""The repository holds together: arguments, imports, the commands in README.md and Makefile, what is committed."""
+import ast
+import dataclasses
+import importlib
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+REPO = Path(__file__).parent.parent
+
+
+def is_script(path):
+    return any(isinstance(node, ast.ClassDef) and node.name == "Args" for node in ast.parse(path.read_text()).body)
+
+
+SCRIPTS = sorted(p.stem for p in REPO.glob("*.py") if is_script(p))
+
+
+def committed():
+    """What is in the repository, or would be by the next `git add`: paths relative to its root."""
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPO,
+                            capture_output=True, check=True, text=True).stdout.split("\0")
+    return [name for name in listed if name and (REPO / name).is_file()]
+
+
+def test_the_scripts_are_there():
+    assert {"sft", "dpo", "evaluate", "report"} <= set(SCRIPTS)
+    assert "common" not in SCRIPTS
+
+
+# -- arguments ------------------------------------------------------------------------------------
+
+def args_class(script):
+    (node,) = [n for n in ast.parse((REPO / f"{script}.py").read_text()).body
+               if isinstance(n, ast.ClassDef) and n.name == "Args"]
+    return node
+
+
+def docstrings(script):
+    """{field: the text below it in the source, or None}."""
+    body, found = args_class(script).body, {}
+    for node, below in zip(body, [*body[1:], None]):
+        if isinstance(node, ast.AnnAssign):
+            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
+            found[node.target.id] = text
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_field(script, monkeypatch, capsys):
+    """`python X.py --help`, run as the main program: exit code 0, and each field's flag with its docstring."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPO / f"{script}.py"), run_name="__main__")
+    assert stop.value.code == 0
+    help_text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    described = docstrings(script)
+    assert described.keys() == {f.name for f in dataclasses.fields(importlib.import_module(script).Args)}
+    for name, text in described.items():
+        assert f"--{name.replace('_', '-')}" in help_text
+        assert text and len(text) > 10, f"{script}.Args.{name} has no docstring"
+        assert " ".join(text.split()) in help_text, f"--help does not show the docstring of {name}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_args_are_a_frozen_dataclass_of_at_most_30_fields(script):
+    args = importlib.import_module(script).Args
+    assert 0 < len(dataclasses.fields(args)) <= 30
+    name = dataclasses.fields(args)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(args(), name, None)
+
+
+def reads(path):
+    """Names x in `args.x` and `self.args.x`, where they are read."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            if (isinstance(owner, ast.Name) and owner.id == "args") or \
+                    (isinstance(owner, ast.Attribute) and owner.attr == "args"):
+                found.add(node.attr)
+    return found
+
+
+def uses_run(path):
+    return any(isinstance(n, ast.Attribute) and n.attr == "Run" or isinstance(n, ast.Name) and n.id == "Run"
+               for n in ast.walk(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_field_is_read(script):
+    """In the script, or in common.py where the script hands its Args to common.Run."""
+    path = REPO / f"{script}.py"
+    read = reads(path) | (reads(REPO / "common.py") if uses_run(path) else set())
+    fields = {f.name for f in dataclasses.fields(importlib.import_module(script).Args)}
+    assert fields - read == set(), "fields that nothing reads"
+    assert reads(path) - fields == set(), "reads of fields that Args doesn't have"
+
+
+# -- imports --------------------------------------------------------------------------------------
+
+def imports(path):
+    """First parts of the names of all modules that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0] if node.level == 0 else ".")
+    return found
+
+
+def test_scripts_import_common_and_libraries_only():
+    ours = {p.stem for p in REPO.glob("*.py")}
+    for name in ours:
+        assert imports(REPO / f"{name}.py") & (ours | {".", "tests", "conftest"}) <= {"common"} - {name}, name
+    assert all("common" in imports(REPO / f"{s}.py") for s in SCRIPTS)
+
+
+# -- commands -------------------------------------------------------------------------------------
+
+def parses(words):
+    """Check a command's words: a script's with its Args, exactly as typed; True when it was one of ours."""
+    words = list(words)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # environment
+        words.pop(0)
+    if not words:
+        return False
+    program = Path(words[0]).name
+    if program == "torchrun" or words[1:3] == ["-m", "torch.distributed.run"]:
+        words = ["python", *words[next(i for i, w in enumerate(words) if w.endswith(".py")):]]
+    elif not re.fullmatch(r"python3?(\.\d+)?", program) or len(words) < 2 or not words[1].endswith(".py"):
+        return False
+    script = Path(words[1]).stem
+    assert words[1] == f"{script}.py" and script in SCRIPTS, f"no such script: {words[1]}"
+    if words[2:] == ["--help"]:
+        return True
+    try:
+        tyro.cli(importlib.import_module(script).Args, args=words[2:])
+    except SystemExit as e:
+        pytest.fail(f"`{shlex.join(words)}` does not parse (exit {e.code})")
+    return True
+
+
+def commands(text):
+    """Simple commands of a shell text as lists of words: continued lines joined, split at && ; and |, no comments."""
+    found = []
+    for line in re.sub(r"\\\n", " ", text).splitlines():
+        lexer = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars="&;|")
+        lexer.whitespace_split = True
+        words = []
+        for token in [*lexer, ";"]:
+            if set(token) <= set("&;|"):
+                found += [words] if words else []
+                words = []
+            else:
+                words.append(token)
+    return found
+
+
+OURS = re.compile(r"^\s*(?:\$ )?(?:[A-Z_]+=\S* )*(?:python3?|torchrun|make)\s.*", re.M)
+OTHERS = {"git", "cd", "pip", "lm_eval", "vllm"}  # programs of others that a document may name
+
+
+def readme_commands():
+    """Commands of README.md: of its shell blocks, and of any other code that begins like one of ours."""
+    text = (REPO / "README.md").read_text()
+    fence = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+    blocks = fence.findall(text)
+    shell = [block for language, block in blocks if language in ("bash", "sh", "shell", "console")]
+    rest = [block for language, block in blocks if language in ("", "text")]
+    rest += re.findall(r"`([^`]+)`", fence.sub("", text))
+    shell += [line for code in rest for line in OURS.findall(code.replace("\\\n", " "))]
+    return [c for code in shell for c in commands(code)]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of what is committed, for make: a fresh clone, and nothing that make does touches this checkout."""
+    directory = tmp_path_factory.mktemp("clone")
+    for name in committed():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(REPO / name, directory / name)
+    return directory
+
+
+def make(clone, *words):
+    """make, with no variable of the caller's: the Makefile takes them from the environment and from an outer make."""
+    env = {k: os.environ[k] for k in ("PATH", "HOME") if k in os.environ}
+    return subprocess.run(["make", *words], cwd=clone, env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_commands_of_the_readme_parse(clone):
+    """Every `python X.py …`, `torchrun … X.py …` and `make …` in README.md is one that the code accepts."""
+    python, made = [], []
+    for words in readme_commands():
+        if parses(words):
+            python.append(words)
+        elif words[0] == "make":
+            result = make(clone, "-n", *words[1:])
+            assert result.returncode == 0, f"`{shlex.join(words)}`: {result.stderr}"
+            made.append(words)
+        else:
+            assert words[0] in OTHERS, f"what is `{shlex.join(words)}`?"
+    assert {"sft.py", "dpo.py", "evaluate.py", "report.py"} <= {w for words in python for w in words}
+    assert ["python", "dpo.py", "--beta", "0.1", "--sft-adapter", "runs/sft_v2"] in python
+    assert {"demo", "all", "test", "help"} <= {w for words in made for w in words}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_in_a_scripts_docstring_parse(script):
+    text = ast.get_docstring(ast.parse((REPO / f"{script}.py").read_text()))
+    lines = [re.split(r"\s{3,}", line.strip())[0] for line in OURS.findall(text)]  # an explanation may stand beside
+    found = [words for line in lines for words in commands(line)]
+    assert [words for words in found if not parses(words)] == []
+    assert any(f"{script}.py" in words for words in found)
+
+
+@pytest.mark.parametrize("words", [["all"], ["demo"], ["all", "MODEL=models/mine", "QUANT=none", "SFT_DATA=a.jsonl",
+                                                      "PREF_DATA=b.jsonl", "EVAL_DATA=data/demo/eval", "OUT=runs/mine"],
+                                   ["all", "RUN=torchrun --nproc-per-node 2"], ["all", "PY=python3"]],
+                         ids=["all", "demo", "replaced", "torchrun", "own python"])
+def test_commands_of_the_makefile_parse(clone, words):
+    """What make would run, from nothing to the table: each script's command line parses, in the order of the climb."""
+    result = make(clone, "-n", *words)
+    assert result.returncode == 0, result.stderr
+    ours = [c for c in commands(result.stdout) if parses(c)]
+    scripts = [next(Path(w).stem for w in c if w.endswith(".py")) for c in ours]
+    assert scripts.count("evaluate") >= 3 and scripts[-1] == "report"
+    assert scripts.index("sft") < scripts.index("dpo") < len(scripts) - 1
+    assert len(re.findall(r"\w+\.py\b", result.stdout)) == len(ours), "commands that were not checked"
+    if "OUT=runs/mine" in words:
+        for script, flags in (("sft", ["--model models/mine", "--data a.jsonl", "--quantization none"]),
+                              ("dpo", ["--data b.jsonl", "--sft-adapter runs/mine/sft_v2"]),
+                              ("evaluate", ["--model models/mine", "--eval-data data/demo/eval"])):
+            for c in (c for c, s in zip(ours, scripts) if s == script):
+                assert all(flag in shlex.join(c) for flag in flags), f"{shlex.join(c)} lacks one of {flags}"
+        assert "ultra" not in result.stdout.lower() and "runs/mine" in result.stdout
+
+
+def test_make_demo_stays_out_of_the_committed_results(clone):
+    """Everything the demo writes is under runs/demo: no command of it names another --out, --results or README."""
+    ours = [c for c in commands(make(clone, "-n", "demo").stdout) if parses(c)]
+    for c in ours:
+        places = [value for flag, value in zip(c, c[1:]) if flag in ("--out", "--results")]
+        assert places and all(p == "runs/demo" or p.startswith("runs/demo/") for p in places), shlex.join(c)
+        assert "report.py" not in c or c[c.index("--readme") + 1] == "none"
+
+
+def test_make_help_lists_each_target(clone):
+    """Every phony target that is meant for people, one a line with a text; no other names."""
+    rules = (clone / "Makefile").read_text()
+    phony = {t for line in re.findall(r"^\.PHONY:(.*)$", re.sub(r"\\\n", " ", rules), re.M) for t in line.split()}
+    phony = {t for t in phony if t.lower() != "force" and not t.startswith((".", "_"))}
+    assert {"all", "demo", "test", "help"} <= phony
+    result = make(clone, "help")
+    assert result.returncode == 0, result.stderr
+    listed = re.findall(r"^\s*(?:make )?([a-z][\w-]*)\s+\S.{5,}$", result.stdout, re.M)
+    assert sorted(listed) == sorted(phony)
+    assert make(clone).stdout == result.stdout  # and it is what `make` alone shows
+
+
+def test_reading_the_makefile_writes_nothing(clone):
+    before = {p: p.stat().st_mtime_ns for p in clone.rglob("*")}
+    for words in (["help"], ["-n", "demo"], ["-n", "all"]):
+        make(clone, *words)
+    assert {p: p.stat().st_mtime_ns for p in clone.rglob("*")} == before
+
+
+# -- documents ------------------------------------------------------------------------------------
+
+def test_the_readme_explains_what_a_run_logs(sft_run, dpo_run):
+    """Each key of log.jsonl and each figure measured at the end stands in README.md, in code type."""
+    named = set(re.findall(r"`(\w+)`", (REPO / "README.md").read_text()))
+    for run in (sft_run, dpo_run):
+        keys = {k for line in (Path(run) / "log.jsonl").read_text().splitlines() for k in json.loads(line)} - {"step"}
+        assert keys - named == set(), "keys of the log that README.md doesn't explain"
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", (REPO / "README.md").read_text())
+    local = [link for link in links if "://" not in link]
+    assert local and [link for link in local if not (REPO / link).exists()] == []
+
+
+# A path or host of the machine where this was written. Split, so that this file is not its own finding.
+MACHINE = re.compile("|".join((
+    "(?<![\\w.~-])/(?:wo" + "rk|ro" + "ot)/", "https?://[^\\s\"'<>]*/sim" + "ple\\b", "py" + "pi\\.org",
+    "python" + "hosted\\.org", "fi" + "le://")))
+
+
+@pytest.mark.parametrize("text, found", [("see /wo" + "rk/x", True), ("at '/ro" + "ot/.cache'", True),
+                                         ("https://mirror.example/sim" + "ple", True), ("py" + "pi.org", True),
+                                         ("home/work/school", False), ("a simple https://example.org/page", False)])
+def test_what_counts_as_a_machine_path(text, found):
+    assert bool(MACHINE.search(text)) is found
+
+
+def test_no_machine_paths_in_committed_text():
+    texts = {}
+    for name in committed():
+        content = (REPO / name).read_bytes()
+        if b"\0" not in content:
+            texts[name] = content.decode("utf-8")
+    assert {"README.md", "Makefile", "common.py", "tests/test_repo.py"} <= texts.keys()
+    found = [f"{name}: {line.strip()[:120]}" for name, text in texts.items() for line in text.splitlines()
+             if MACHINE.search(line)]
+    assert found == []
