@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import gzip
 import hashlib
 import importlib.metadata
@@ -110,6 +111,15 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object; fails on a file that holds none."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        fail(f"{path} is not JSON ({e})")
+    return found if isinstance(found, dict) else fail(f"{path} is not a JSON object")
+
+
 def write_json(path: str | Path, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n")
 
@@ -122,8 +132,13 @@ def tensors_sha256(files: Iterable[Path]) -> str:
     where = {}
     for file in files:
         with open(file, "rb") as f:
-            (n,) = struct.unpack("<Q", f.read(8))
-            for name, entry in json.loads(f.read(n)).items():
+            head = f.read(8)
+            n = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+            try:
+                entries = json.loads(f.read(n) if 0 < n < os.path.getsize(file) else b"")
+            except ValueError:
+                fail(f"{file} is not a safetensors file (an LFS pointer, or an interrupted download?)")
+            for name, entry in entries.items():
                 if name != "__metadata__":
                     where[name] = (file, 8 + n, entry)
     digest = hashlib.sha256()
@@ -164,6 +179,8 @@ def setup_device(device: str = "auto") -> torch.device:
     """The device of this process; joins the process group under torchrun (NCCL on GPUs, gloo on CPUs)."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        fail(f"--device {device}: want auto, cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         fail(f"--device {device}, but torch sees no GPU; use --device cpu")
     if world() > 1 and not dist.is_initialized():
@@ -258,8 +275,7 @@ class TrainInvariants:
     @classmethod
     def of(cls, model: str, model_dir: Path, tokenizer, quantization: str) -> TrainInvariants:
         """The invariants of a base model; a local directory is known by its weights, not by its path."""
-        name, _, revision = model.partition("@")
-        local = Path(model).is_dir()
+        (name, revision), local = split_model(model), Path(model).is_dir()
         return cls(model="(local)" if local else name, revision=None if local else revision or Path(model_dir).name,
                    weights_sha256=weights_sha256(model_dir), chat_template=tokenizer.chat_template,
                    quantization=quantization)
@@ -357,7 +373,7 @@ def load_rows(source: str, columns: Sequence[str]):
             if not source.endswith(DATA_SUFFIXES):
                 fail(f"{source}: want one of {', '.join(DATA_SUFFIXES)}")
             kind = "parquet" if source.endswith(".parquet") else "json"
-            rows = datasets.load_dataset(kind, data_files=source, split="train")
+            rows = datasets.load_dataset(kind, data_files=glob.escape(source), split="train")
             fingerprint = "sha256:" + file_sha256(path)
         elif path.is_dir():
             rows = datasets.load_dataset(source, split=split or "train")
@@ -377,6 +393,8 @@ def load_rows(source: str, columns: Sequence[str]):
     except SystemExit:
         raise
     except Exception as e:  # every reader raises its own kind: one message that says which source and why
+        if isinstance(e.__cause__ or e, StopIteration) or "corresponds to no data" in str(e):
+            fail(f"the data set {source} has no rows")
         reason = str(e.__cause__ or e).strip().splitlines() or [repr(e)]
         fail(f"can't read the data set {source}: {reason[0]}")
     if not len(rows):
@@ -485,7 +503,11 @@ def take_rows(rows, n: int, seed: int, build: Callable[[list[tuple[int, dict]]],
     order = permutation(len(rows), seed, "rows")
     for at in range(0, len(order), 1024):
         chunk = order[at:at + 1024]
-        for i, item in zip(chunk, build([(i, rows[i]) for i in chunk])):
+        try:
+            looked_at = [(i, rows[i]) for i in chunk]
+        except UnicodeDecodeError as e:  # text is decoded when a row is read
+            fail(f"can't read the data set {source}: {e}")
+        for i, item in zip(chunk, build(looked_at)):
             if isinstance(item, str):
                 dropped[item] += 1
             elif item is not None:
@@ -523,7 +545,10 @@ PLAIN_TEMPLATE = (
 
 def load_tokenizer(model_dir: str | Path):
     """The tokenizer with the one chat template: the model's own where that ends assistant turns with EOS, else ours."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    except (OSError, ValueError) as e:
+        fail(f"{model_dir}: can't load its tokenizer ({str(e).splitlines()[0]})")
     if tokenizer.eos_token is None:
         fail(f"{model_dir}: the tokenizer has no EOS token")
     sample = [{"role": r, "content": c} for r, c in (("user", "How are you?"), ("assistant", "Fine, thanks."),
@@ -628,6 +653,12 @@ def convert_gguf(source: str, out: str) -> None:
     os.rename(temporary, out)
 
 
+def split_model(model: str) -> tuple[str, str | None]:
+    """(directory, None) or (hub id, revision or None) of a model as it is given."""
+    name, _, revision = model.partition("@")
+    return (model, None) if Path(model).is_dir() else (name, revision or None)
+
+
 def resolve_model(model: str) -> Path:
     """Local directory of a model given as a directory or `org/name[@revision]`. Only safetensors and JSON are read."""
     path = Path(model)
@@ -645,6 +676,7 @@ def resolve_model(model: str) -> Path:
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
         fail(f"{model}: a model directory needs config.json and *.safetensors"
              + (" (this is an adapter)" if (path / "adapter_config.json").is_file() else ""))
+    read_json(path / "config.json")
     return path
 
 
@@ -673,6 +705,13 @@ def check_positive(args: Any, *names: str) -> None:
     for name in names:
         if not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+
+
+def check_share(args: Any, *names: str) -> None:
+    """Fail unless the named fields are in [0, 1]."""
+    for name in names:
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
 
 
 def check_nf4() -> None:
@@ -780,7 +819,7 @@ def read_adapter(adapter: str | Path) -> dict[str, Any]:
                 if (adapter / "checkpoint").is_dir() else ""
             fail(f"{adapter} is not a trained adapter: no {file}{unfinished}"
                  + (f"; adapters there: {', '.join(known)}" if known else ""))
-    run, config = json.loads((adapter / "run.json").read_text()), json.loads((adapter / "adapter_config.json").read_text())
+    run, config = read_json(adapter / "run.json"), read_json(adapter / "adapter_config.json")
     if config["lora_alpha"] != LORA_SCALE * config["r"]:
         fail(f"{adapter}: alpha/r is {config['lora_alpha']}/{config['r']}, want {LORA_SCALE}, as in every row")
     if sorted(config["target_modules"]) != sorted(TARGET_MODULES):
@@ -837,8 +876,8 @@ def save_policy(policy: PeftModel, parent: str | Path | None, directory: Path, t
     tokenizer.save_pretrained(directory)
     config = LoraConfig(r=r, lora_alpha=LORA_SCALE * r, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
                         target_modules=sorted(TARGET_MODULES), inference_mode=True).to_dict()
-    name, _, revision = base.partition("@")
-    config.update(base_model_name_or_path=name, revision=revision or None)
+    name, revision = split_model(base)
+    config.update(base_model_name_or_path=name, revision=revision)
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     write_json(directory / "adapter_config.json", config)
     write_atomic(directory / "adapter_model.safetensors", lambda p: save_file(tensors, p, {"format": "pt"}))
@@ -1266,11 +1305,18 @@ class Run:
                 decision = e.code
         decision = from_rank0(decision)
         if decision is not None:
+            if rank() == 0 and hasattr(self, "lock"):
+                self.lock.release()
             raise SystemExit(decision)
 
     def _open(self) -> int | None:
         """Lock the directory and settle what to do with what it holds; an exit code, or None to go on."""
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        if self.directory.exists() and not self.directory.is_dir():
+            fail(f"--out {self.directory} is a file")
+        try:
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            fail(f"--out {self.directory} can't be made ({e.strerror})")
         self.lock = FileLock(self.directory.parent / f".{self.directory.name}.lock")
         try:
             self.lock.acquire(timeout=0)
@@ -1334,6 +1380,7 @@ class Run:
             say(f"resuming {self.directory} at step {step} of {total_steps}")
         if rank() == 0:
             kept = self.log_file.read_text().splitlines(True) if step and self.log_file.is_file() else []
+            kept = [line for line in kept if line.endswith("\n")]  # a crash may have cut the last one short
             write_text(self.log_file, "".join(line for line in kept if json.loads(line)["step"] < step))
             from tqdm import tqdm
             self.bar = tqdm(total=total_steps, initial=step, desc=self.record["name"], unit="step",
@@ -1411,7 +1458,14 @@ class Run:
         from_rank0()
 
     def finish(self, metrics: dict[str, Any], curves: Sequence[str], description: str) -> None:
-        """Write curves.png, the model card and the finished run.json; then the checkpoint goes."""
+        """Write curves.png, the model card and the finished run.json; then the checkpoint goes.
+
+        A metric that is not finite (the last step broke the weights) ends the run unfinished.
+        """
+        if broken := [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]:
+            self._release()
+            raise FloatingPointError(f"{', '.join(f'{k} is {metrics[k]}' for k in broken)} after the last step; "
+                                     f"the run is not finished")
         if rank() == 0:
             self.record.update(
                 metrics=metrics, wall_time_s=round(self.seconds + time.time() - self.started, 1),
@@ -1466,7 +1520,7 @@ def plot_curves(lines: list[dict], keys: Sequence[str], title: str, path: Path) 
 
 def model_card(record: dict, description: str) -> str:
     """README.md of a run directory."""
-    base, _, revision = record["model"].partition("@")
+    base, revision = split_model(record["model"])
     facts = "\n".join(f"| {k} | {v} |" for k, v in record["metrics"].items())
     loads = "\n".join([
         "from peft import PeftModel", "from transformers import AutoModelForCausalLM",
@@ -1487,6 +1541,8 @@ def model_card(record: dict, description: str) -> str:
 def evaluation_ngrams(eval_data: str | None, n: int = 13) -> set[tuple[str, ...]]:
     """All runs of `n` words in the evaluation prompts under a directory (questions and instructions of the tasks)."""
     grams = set()
+    if eval_data and not Path(eval_data).is_dir():
+        fail(f"--eval-data {eval_data}: no such directory")
     for file in sorted(Path(eval_data).rglob("*.json*")) if eval_data else []:
         if file.name.split(".")[0] in ("test", "validation") or "ifeval" in file.parts:
             with (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:

@@ -233,15 +233,15 @@ def main(args: Args) -> None:
             (losses.sum() / len(batch)).backward()
             totals += sums
         metrics = dict(zip(METRICS, (common.all_reduce_(totals) / len(batch)).tolist()))
-        if step == 0:  # policy = reference: h = 0, σ(0) = ½; a compiled graph may differ between the two passes
-            bound = 1e-6 if not (args.compile and device.type == "cuda") else 0.02
-            assert abs(metrics["loss"] - math.log(2)) <= bound and abs(metrics["margin"]) <= 2 * bound, \
-                f"step 0: loss {metrics['loss']}, margin {metrics['margin']}: the reference is not the policy"
 
         # 3b. Sum over ranks, clip, step.
         common.all_reduce_gradients(params)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
         run.check_finite(step, [kept[i] for i in steps[step]], loss=metrics["loss"], grad_norm=grad_norm)
+        if step == 0:  # policy = reference: h = 0, σ(0) = ½; a compiled graph may differ between the two passes
+            bound = 1e-6 if not (args.compile and device.type == "cuda") else 0.02
+            assert abs(metrics["loss"] - math.log(2)) <= bound and abs(metrics["margin"]) <= 2 * bound, \
+                f"step 0: loss {metrics['loss']}, margin {metrics['margin']}: the reference is not the policy"
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -562,7 +562,7 @@ def main(args: Args) -> dict:
         **wanted,
         "phase": PHASES[run["method"]] if run else 0,
         "method": run["method"] if run else "base",
-        "model": model_name.partition("@")[0],
+        "model": common.split_model(model_name)[0],
         "revision": invariants.revision,
         "adapter": args.adapter,
         "invariants": run["invariants"] if run else asdict(invariants),
