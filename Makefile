@@ -48,7 +48,7 @@ EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 .SECONDARY:
 .DEFAULT_GOAL := help
 
-all: $(EVALS) ## train and evaluate every row, then the table; about 1 h on one H100 or 24 GB GPU (estimate), 10 GiB
+all: $(EVALS) ## train and evaluate every row, then the table; hours on one 24 GB GPU (not yet measured end to end)
 	$(PY) report.py --results $(RESULTS) --readme $(README)
 
 # -- a method: one rule. Its parent adapters are its prerequisites. --
