@@ -185,13 +185,14 @@ def main(args: Args) -> None:
     # 1. Check everything that can be checked without a model.
     common.check_positive(args, "beta", "rows", "heldout_rows", "max_length", "lr", "batch_size", "epochs",
                           "max_grad_norm", "eos_prompts", "eos_tokens", "checkpoint_every")
+    common.check_share(args, "warmup", "max_dropped", "max_overlong")
     if not 0 <= args.label_smoothing < 0.5:
         common.fail(f"--label-smoothing must be in [0, 0.5), got {args.label_smoothing}")
     device, dtype = common.setup_device(args.device), getattr(torch, args.dtype)
     parent, model, model_dir, tokenizer, invariants = common.read_parent(args.sft_adapter, args.model)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
-    heldout_source = common.heldout_source(args.data, args.heldout_data)
     rows, data = common.load_rows(args.data, ["chosen", "rejected"])
+    heldout_source = common.heldout_source(args.data, args.heldout_data)
     heldout_rows, heldout_data = common.load_rows(heldout_source, ["chosen", "rejected"])
     part_a = build_pairs(tokenizer, args, args.data, lambda prompt: common.preference_part(prompt) == "A")
     pairs, dropped, kept = common.take_rows(rows, args.rows, args.seed, part_a, args.data, args.max_dropped,

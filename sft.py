@@ -150,14 +150,15 @@ def main(args: Args) -> None:
     # 1. Check everything that can be checked without a model.
     common.check_positive(args, "rows", "heldout_rows", "max_length", "lr", "batch_size", "epochs", "max_grad_norm",
                           "eos_prompts", "eos_tokens", "checkpoint_every")
+    common.check_share(args, "warmup", "max_dropped")
     device, dtype = common.setup_device(args.device), getattr(torch, args.dtype)
     model_dir = common.resolve_model(args.model)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
     if args.quantization == "qlora":
         common.check_nf4()
     tokenizer = common.load_tokenizer(model_dir)
-    heldout_source = common.heldout_source(args.data, args.heldout_data)
     rows, data = common.load_rows(args.data, ["messages"])
+    heldout_source = common.heldout_source(args.data, args.heldout_data)
     heldout_rows, heldout_data = common.load_rows(heldout_source, ["messages"])
     items, dropped, kept = common.take_rows(rows, args.rows, args.seed, build_examples(tokenizer, args, args.data),
                                             args.data, args.max_dropped)
