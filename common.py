@@ -124,30 +124,32 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n")
 
 
+def tensor_entries(file: Path) -> dict[str, dict]:
+    """{tensor name: {dtype, shape, data_offsets in the file}} of a safetensors file; reads its header only."""
+    with open(file, "rb") as f:
+        head = f.read(8)
+        n = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        try:
+            entries = json.loads(f.read(n) if 0 < n < os.path.getsize(file) else b"")
+        except ValueError:
+            fail(f"{file} is not a safetensors file (an LFS pointer, or an interrupted download?)")
+    entries.pop("__metadata__", None)
+    return {name: {**e, "data_offsets": [8 + n + at for at in e["data_offsets"]]} for name, e in entries.items()}
+
+
 def tensors_sha256(files: Iterable[Path]) -> str:
     """sha256 over (name, dtype, shape, bytes) of every tensor in safetensors files, in order of name.
 
     Independent of sharding, file names and metadata, so it identifies weights, not files.
     """
-    where = {}
-    for file in files:
-        with open(file, "rb") as f:
-            head = f.read(8)
-            n = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            try:
-                entries = json.loads(f.read(n) if 0 < n < os.path.getsize(file) else b"")
-            except ValueError:
-                fail(f"{file} is not a safetensors file (an LFS pointer, or an interrupted download?)")
-            for name, entry in entries.items():
-                if name != "__metadata__":
-                    where[name] = (file, 8 + n, entry)
+    where = {name: (file, entry) for file in files for name, entry in tensor_entries(file).items()}
     digest = hashlib.sha256()
     for name in sorted(where):
-        file, start, entry = where[name]
+        file, entry = where[name]
         begin, end = entry["data_offsets"]
         digest.update(f"{name}|{entry['dtype']}|{entry['shape']}|".encode())
         with open(file, "rb") as f:
-            f.seek(start + begin)
+            f.seek(begin)
             left = end - begin
             while left:
                 chunk = f.read(min(left, 1 << 24))
@@ -377,16 +379,16 @@ def load_rows(source: str, columns: Sequence[str]):
             fingerprint = "sha256:" + file_sha256(path)
         elif path.is_dir():
             rows = datasets.load_dataset(source, split=split or "train")
-            files = sorted(p for p in path.rglob("*") if p.name.endswith(DATA_SUFFIXES))
+            files = sorted(p for p in path.rglob("*") if p.is_file())
             fingerprint = "sha256:" + sha256_json([[str(p.relative_to(path)), file_sha256(p)] for p in files]) \
                 + f":{split or 'train'}"
         elif source.endswith(DATA_SUFFIXES) or source.startswith((".", "/", "~")) or source.count("/") != 1:
             fail(f"no such data file: {source} (give a {'/'.join(DATA_SUFFIXES)} file, a directory or org/name)")
         else:
             name, _, revision = source.partition("@")
-            if not revision:
+            if not re.fullmatch("[0-9a-f]{40}", revision):  # a branch moves: what counts is its commit
                 from huggingface_hub import HfApi
-                revision = HfApi().dataset_info(name).sha
+                revision = HfApi().dataset_info(name, revision=revision or None).sha
             config, _, split = (split or "train").rpartition("/")
             rows = datasets.load_dataset(name, config or None, split=split, revision=revision)
             fingerprint = f"{name}@{revision}:{config or 'default'}/{split}"
@@ -595,7 +597,7 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
     named = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {*tokenizer.all_special_tokens}
     specials = sorted(named, key=lambda t: (-len(t), t))
     special_id = {s: tokenizer.convert_tokens_to_ids(s) for s in specials}
-    hide = {s: chr(0x10FF00 + i) for i, s in enumerate(specials)}  # content's copies hide in private-use characters
+    hide = {s: chr(0x100000 + i) for i, s in enumerate(specials)}  # content's copies hide in private-use characters
     split = re.compile("(" + "|".join(map(re.escape, specials)) + ")")
 
     def template(messages, **kw):
@@ -676,8 +678,19 @@ def resolve_model(model: str) -> Path:
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
         fail(f"{model}: a model directory needs config.json and *.safetensors"
              + (" (this is an adapter)" if (path / "adapter_config.json").is_file() else ""))
-    read_json(path / "config.json")
+    check_architecture(path)
     return path
+
+
+def check_architecture(model_dir: Path) -> None:
+    """Fail on a model that packed log-probabilities or the invariants' LoRA don't fit, before it loads."""
+    config = read_json(model_dir / "config.json")
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if config.get(name) not in (None, 1, 1.0):
+            fail(f"{model_dir}: this model rescales its logits ({name}), which packed log-probabilities don't do")
+    names = {part for file in model_dir.glob("*.safetensors") for name in tensor_entries(file) for part in name.split(".")}
+    if missing := [t for t in TARGET_MODULES if t not in names]:
+        fail(f"{model_dir}: this model has no {', '.join(missing)}; its LoRA would differ from the invariants")
 
 
 def weights_sha256(model_dir: str | Path) -> str:
@@ -714,11 +727,11 @@ def check_share(args: Any, *names: str) -> None:
             fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
 
 
-def check_nf4() -> None:
-    """Fail unless bitsandbytes can serve NF4 here."""
+def check_nf4(device: torch.device) -> None:
+    """Fail unless bitsandbytes can serve NF4 on this device."""
     try:
         import bitsandbytes.functional as bnb
-        bnb.quantize_4bit(torch.zeros(64), quant_type="nf4")
+        bnb.quantize_4bit(torch.zeros(64, device=device), quant_type="nf4")
     except Exception as e:
         fail(f"NF4 needs bitsandbytes, which can't serve here ({type(e).__name__}: {e}); use --quantization none")
 
@@ -739,10 +752,6 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
             bnb_4bit_compute_dtype=torch.bfloat16)
         kwargs["device_map"] = {"": device}
     model = AutoModelForCausalLM.from_pretrained(model_dir, **kwargs)
-    config = model.config
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            fail(f"{model_dir}: this model rescales its logits ({name}), which packed log-probabilities don't do")
     if quantization != "nf4":
         model = model.to(device)
     if adapter is not None:
@@ -751,7 +760,7 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
             weight = model.get_submodule(name).weight
             delta = scale * (b.to(device) @ a.to(device))
             weight.data = (weight.data.float() + delta).to(weight.dtype)
-    config.use_cache = False
+    model.config.use_cache = False
     return model.eval().requires_grad_(False)
 
 
@@ -761,9 +770,6 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
 
 def add_lora(model: nn.Module, r: int = 16, alpha: int = 32) -> PeftModel:
     """The model with a fresh trainable LoRA on the seven projections: fp32, cast in the forward, B = 0."""
-    found = {n.rsplit(".", 1)[-1] for n, _ in model.named_modules()}
-    if missing := [t for t in TARGET_MODULES if t not in found]:
-        fail(f"this model has no {', '.join(missing)}; its LoRA would differ from the invariants")
     policy = get_peft_model(model, LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=list(TARGET_MODULES),
         task_type="CAUSAL_LM"))
@@ -895,6 +901,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     On CUDA in half precision one varlen kernel, elsewhere sdpa sequence by sequence: the same semantics. Without
     cu_seq_lens (sampling with a cache and an explicit mask) it is transformers' own sdpa.
     """
+    if (kwargs.get("sliding_window") or math.inf) < (max_length_q or 0) or kwargs.get("softcap") or \
+            kwargs.get("s_aux") is not None:
+        raise NotImplementedError("packed attention has no sliding window, soft cap or attention sinks")
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
                                       **kwargs)
@@ -1283,7 +1292,7 @@ class Run:
         self.method, self.args, self.parent_dir = method, args, parent_dir
         self.directory = Path(args.out)
         self.stop_signal, self.seconds, self.started = 0, 0.0, time.time()
-        self.bar, self.tracker = None, None
+        self.bar, self.tracker, self.old_handlers = None, None, {}
         self.checkpoint_file = self.directory / "checkpoint" / "state.safetensors"
         self.running = self.directory / "checkpoint" / "run.json"  # becomes the directory's run.json at the end
         link = parent and {k: parent[k] for k in ("name", "method", "config_hash", "adapter_sha256", "family")}
@@ -1311,6 +1320,8 @@ class Run:
 
     def _open(self) -> int | None:
         """Lock the directory and settle what to do with what it holds; an exit code, or None to go on."""
+        if self.parent_dir and self.directory.resolve() == Path(self.parent_dir).resolve():
+            fail(f"--out {self.directory} is the adapter to start from; choose another --out")
         if self.directory.exists() and not self.directory.is_dir():
             fail(f"--out {self.directory} is a file")
         try:
@@ -1390,7 +1401,8 @@ class Run:
                 self.tracker = wandb.init(project="rungs", name=self.record["name"], config=self.record,
                                           id=f"{self.record['config_hash']}", resume="allow")
         self.total_steps, self.started, self.last_tick = total_steps, time.time(), time.time()
-        self.old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        if step < total_steps:
+            self.old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return step
 
     def _on_signal(self, number, frame) -> None:
@@ -1444,6 +1456,8 @@ class Run:
                             tensors[f"{k}/{name}"] = state[k].cpu().contiguous()
                 meta = {"step": str(step), "seconds": str(self.seconds + time.time() - self.started)}
                 write_atomic(self.checkpoint_file, lambda p: save_file(tensors, p, meta))
+            if step == self.total_steps:  # from here on there is nothing that a signal could lose
+                self._restore_signals()
             if stop:
                 self._release()
                 say(f"\nstopped by a signal after step {step}; run the same command again to continue")
@@ -1481,9 +1495,13 @@ class Run:
         say(f"{self.directory}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                                               for k, v in metrics.items()))
 
-    def _release(self) -> None:
+    def _restore_signals(self) -> None:
         for s, handler in self.old_handlers.items():
             signal.signal(s, handler)
+        self.old_handlers = {}
+
+    def _release(self) -> None:
+        self._restore_signals()
         if rank() == 0:
             self.bar.close()
             if self.tracker:
@@ -1545,10 +1563,15 @@ def evaluation_ngrams(eval_data: str | None, n: int = 13) -> set[tuple[str, ...]
         fail(f"--eval-data {eval_data}: no such directory")
     for file in sorted(Path(eval_data).rglob("*.json*")) if eval_data else []:
         if file.name.split(".")[0] in ("test", "validation") or "ifeval" in file.parts:
-            with (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
-                for line in f:
-                    row = json.loads(line)
-                    grams |= ngrams(row.get("question") or row.get("prompt") or "", n)
+            try:
+                with (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
+                    for row in map(json.loads, f):
+                        grams |= ngrams(row.get("question") or row.get("prompt") or "", n)
+            except (ValueError, OSError, EOFError) as e:
+                fail(f"can't read the evaluation data {file}: {e}")
+    if eval_data and not grams:
+        fail(f"--eval-data {eval_data}: no evaluation prompts found; want gsm8k/test, mmlu/test, "
+             f"truthfulqa_mc2/validation and ifeval/train as .jsonl or .jsonl.gz")
     return grams
 
 

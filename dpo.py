@@ -211,7 +211,7 @@ def main(args: Args) -> None:
     merged = common.load_model(model_dir, args.sft_adapter, "none", dtype, device)
     beside = common.attach_adapter(common.load_model(model_dir, None, "none", dtype, device), args.sft_adapter)
     sample = common.pack([p.chosen for p in heldout[:8]], args.micro_tokens, device=device)
-    counts["merge_kl"] = common.mean_kl(beside, merged, sample)  # nats a token that rounding the merge costs
+    counts["merge_kl"] = common.mean_kl(beside, merged, sample)  # nats a token that rounding the merge costs, 8 answers
     del beside
     policy = common.add_lora(merged)
     if args.compile and device.type == "cuda":
@@ -256,7 +256,7 @@ def main(args: Args) -> None:
     # 4. Save (relative to the pretrained base) and measure on held-out pairs and prompts.
     run.save(policy, tokenizer)
     metrics = {**counts, **{f"heldout_{k}": v for k, v in evaluate_pairs(policy, heldout, args, device).items()}}
-    metrics["heldout_pairs"] = len(heldout)
+    metrics |= {"heldout_pairs": len(heldout), "eos_prompts": len(prompts)}
     metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens) if prompts else None
     run.finish(metrics, ["loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected", "logprobs_chosen",
                          "logprobs_rejected", "grad_norm", "tokens_per_s"],

@@ -23,7 +23,7 @@ Deliberate deviations from `lm_eval --model hf --model_args peft=...`:
    then it is that of all items as one sample, which counts the differences between subjects as well.
 5. The adapter stays unmerged, as with `peft=`: merging would round the weights once more.
 
-Every task's items and result are kept as soon as it is done, in results/samples/<name>-<eval_hash>-<adapter>/. A run
+Every task's items and result are kept as soon as it is done, in results/samples/<name>-<eval_hash>-<weights>/. A run
 that was cut off goes on at that task, and a row that is there is not evaluated again.
 
     python evaluate.py --adapter runs/sft_v2                  # on Qwen2.5-0.5B, with lm-eval's data sets from the hub
@@ -53,6 +53,7 @@ import numpy as np
 import torch
 import tyro
 import yaml
+from huggingface_hub import HfApi
 from lm_eval.api.metrics import mean_stderr
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate as lm_eval_evaluate
@@ -97,6 +98,8 @@ class Args:
     # run: these change speed and places, not numbers (beyond the rounding of the dtype)
     out: str = "results"
     """Directory of metrics.json and samples/."""
+    stamp: str | None = None
+    """File to write the row's train_invariants and eval_hash to when it is done (what make goes by)."""
     micro_tokens: int = 16384
     """Tokens of a packed forward at most; a longer sequence makes a pack of its own."""
     max_batch: int | None = None
@@ -368,6 +371,15 @@ def prepare_ifeval(rows: list[dict] | None, data_dir: Path | None) -> None:
             fail(f"ifeval/train, key {row['key']}: lm-eval has no instruction {unknown[0]!r}; it has {known}")
 
 
+def hub_revision(dataset: str) -> str:
+    """"name@commit" of the hub's newest version of a data set, which is the one that lm-eval reads."""
+    try:
+        return f"{dataset}@{HfApi().dataset_info(dataset).sha}"
+    except Exception as error:  # hub and network errors come in many kinds
+        fail(f"can't reach the hub for lm-eval's data set {dataset} ({type(error).__name__}); give local files with "
+             "--eval-data DIR")  # fmt: skip
+
+
 def load_tasks(args: Args, folder: Path):
     """-> (lm-eval's task manager, ((task, shots, limit), ...), fingerprint of the evaluation data)."""
     package = Path(lm_eval.tasks.__file__).parent
@@ -382,7 +394,8 @@ def load_tasks(args: Args, folder: Path):
         manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folder)
     else:
         prepare_ifeval(None, None)
-        content = [manager.task_index[name].cfg["dataset_path"] for name in ("mmlu_anatomy", *list(TASKS)[1:])]
+        content = [hub_revision(manager.task_index[name].cfg["dataset_path"])
+                   for name in ("mmlu_anatomy", *list(TASKS)[1:])]  # fmt: skip
     # A new version of a task is another evaluation, even of the same files.
     versions = {task: manager.task_index[task].cfg["metadata"]["version"] for task in TASKS}
     fingerprint = ("sha256:" if args.eval_data else "hub:") + common.sha256_json([content, versions])
@@ -517,14 +530,13 @@ def main(args: Args) -> dict:
         "eval_hash": protocol.hash,
     }
     train_invariants = run["train_invariants"] if run else invariants.hash
-    samples = Path("samples") / f"{name}-{protocol.hash}-{run['adapter_sha256'][:8] if run else 'base'}"
+    samples = Path("samples") / f"{name}-{protocol.hash}-{run['adapter_sha256'][:8] if run else weights[:8]}"
     results = {task: read_finished(out / samples / f"{task}.json", identity) for task in TASKS}
     wanted = {"name": name, "train_invariants": train_invariants, **identity}
     for row in stored["runs"]:
         if all(results.values()) and all(row.get(key) == value for key, value in wanted.items()):
             print(f"{out / 'metrics.json'} has this row already; nothing to do")
-            print_table(row)
-            return row
+            return finish(row, args)
     if done := [task for task in TASKS if results[task]]:
         print(f"{name}: finished before, read from {out / samples}: {', '.join(done)}")
     datasets.disable_progress_bars()
@@ -585,17 +597,20 @@ def main(args: Args) -> dict:
     }
     common.upsert_row(out / "metrics.json", row)
     print(f"row written to {out / 'metrics.json'}, items to {out / samples}")
-    print_table(row)
-    return row
+    return finish(row, args)
 
 
-def print_table(row: dict) -> None:
+def finish(row: dict, args: Args) -> dict:
+    """Print the headline metrics of a row, leave its stamp, return it."""
     print(f"{row['name']} ({row['protocol']}, eval_hash {row['eval_hash']})")
     for title, key in HEADLINE.items():
         metric, filter_name = key.split(",")
         score, stderr = row["metrics"][key], row["metrics"][f"{metric}_stderr,{filter_name}"]
         error = "  ?" if stderr is None else f"{100 * stderr:5.2f}"
         print(f"  {title:<26} {100 * score:6.2f} ± {error}   n = {row['n'][key.split('/')[0]]:,}")
+    if args.stamp:
+        common.write_text(args.stamp, f"{row['train_invariants']} {row['eval_hash']}\n")
+    return row
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Args:
     readme: str = "README.md"
     """File whose section between the two results markers gets the compact table; "none": no such file."""
     group: tuple[str, ...] = ()
-    """Report only the rows whose train_invariants or eval_hash is this; two hashes fix both."""
+    """Report only rows of these train_invariants and eval_hashes; a kind of hash that isn't named is not restricted."""
     check: bool = False
     """Write nothing; exit 1 and print a diff when a generated file disagrees with metrics.json."""
 
@@ -122,8 +122,11 @@ def listing(rows: list[dict]) -> str:
 
 def tables_of(rows: list[dict], group: tuple[str, ...], path: Path) -> dict[str, list[dict]]:
     """{protocol: its rows}; ends the run when a table would hold rows that can't be compared."""
-    kept = [row for row in rows if set(group) <= {row["train_invariants"], row["eval_hash"]}]
-    if group and not kept:
+    kept, unknown = rows, set(group)
+    for key in ("train_invariants", "eval_hash"):
+        if chosen := unknown & {row[key] for row in rows}:
+            kept, unknown = [row for row in kept if row[key] in chosen], unknown - chosen
+    if unknown or (group and not kept):
         fail(f"--group {' '.join(group)}: {path} has no such row. It holds\n{listing(rows)}")
     protocols = sorted({row["protocol"] for row in kept}, reverse=True)  # plain first
     tables = {protocol: [row for row in kept if row["protocol"] == protocol] for protocol in protocols}

@@ -62,7 +62,7 @@ class Args:
     epochs: int = 1
     """Passes over the rows."""
     warmup: float = 0.03
-    """Share of steps with a rising rate; then linear to 0 [QLoRA: sec. B]."""
+    """Share of steps with a rising rate [QLoRA: its code]; then linear to 0 [ours; QLoRA holds it constant]."""
     max_grad_norm: float = 1.0
     """Gradient clip, over all trained parameters."""
     # -- what is measured at the end --
@@ -155,7 +155,7 @@ def main(args: Args) -> None:
     model_dir = common.resolve_model(args.model)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
     if args.quantization == "qlora":
-        common.check_nf4()
+        common.check_nf4(device)
     tokenizer = common.load_tokenizer(model_dir)
     rows, data = common.load_rows(args.data, ["messages"])
     heldout_source = common.heldout_source(args.data, args.heldout_data)
@@ -229,6 +229,7 @@ def main(args: Args) -> None:
     if metrics["heldout_loss"] > metrics["heldout_loss_base"]:
         common.say(f"WARNING: the held-out loss of base + adapter ({metrics['heldout_loss']:.4f}) is worse than the "
                    f"base's own ({metrics['heldout_loss_base']:.4f})")
+    metrics["eos_prompts"] = len(prompts)
     metrics["eos_rate"] = common.eos_rate(merged, tokenizer, prompts, args.eos_tokens) if prompts else None
     run.finish(metrics, ["loss", "accuracy", "grad_norm", "lr", "tokens_per_s", "peak_gib"],
                f"Supervised fine-tuning of {args.model} with LoRA on {len(examples):,} conversations of {args.data}.")

@@ -522,3 +522,12 @@ def test_as_a_command(here):
     command = [sys.executable, Path(report.__file__).resolve(), "--check"]
     checked = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert checked.returncode == 1 and "+| 0 | base | 50.0" in checked.stderr and "Traceback" not in checked.stderr
+
+
+def test_the_committed_tables_are_what_the_committed_results_say():
+    """README.md and results/README.md against results/metrics.json, by the command that README's stamp names."""
+    root = Path(report.__file__).parent
+    stamp = re.search(r"written by `python report\.py ?([^`]*)`", (root / "README.md").read_text(encoding="utf-8"))
+    done = subprocess.run([sys.executable, "report.py", *stamp[1].split(), "--check"], cwd=root, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
