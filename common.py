@@ -1558,7 +1558,7 @@ def model_card(record: dict, description: str) -> str:
 
 def evaluation_ngrams(eval_data: str | None, n: int = 13) -> set[tuple[str, ...]]:
     """All runs of `n` words in the evaluation prompts under a directory (questions and instructions of the tasks)."""
-    grams = set()
+    grams, prompts = set(), 0
     if eval_data and not Path(eval_data).is_dir():
         fail(f"--eval-data {eval_data}: no such directory")
     for file in sorted(Path(eval_data).rglob("*.json*")) if eval_data else []:
@@ -1566,10 +1566,12 @@ def evaluation_ngrams(eval_data: str | None, n: int = 13) -> set[tuple[str, ...]
             try:
                 with (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
                     for row in map(json.loads, f):
-                        grams |= ngrams(row.get("question") or row.get("prompt") or "", n)
+                        prompt = row.get("question") or row.get("prompt") or ""
+                        grams.update(ngrams(prompt, n))
+                        prompts += bool(prompt)
             except (ValueError, OSError, EOFError) as e:
                 fail(f"can't read the evaluation data {file}: {e}")
-    if eval_data and not grams:
+    if eval_data and not prompts:
         fail(f"--eval-data {eval_data}: no evaluation prompts found; want gsm8k/test, mmlu/test, "
              f"truthfulqa_mc2/validation and ifeval/train as .jsonl or .jsonl.gz")
     return grams
@@ -1600,7 +1602,7 @@ def preflight(tokenizer, examples: Sequence[Example], texts: Sequence[str], drop
         out.append(("⟦" if i in trained and i - 1 not in trained else "") + tokenizer.decode([t])
                    + ("⟧" if i in trained and i + 1 not in trained else ""))
     grams = evaluation_ngrams(eval_data)
-    overlap = sum(not grams.isdisjoint(ngrams(t)) for t in texts) if grams else 0
+    overlap = sum(not grams.isdisjoint(ngrams(t)) for t in texts)
     total, counted = sum(len(e.ids) for e in examples), sum(len(e.targets) for e in examples)
     say("-- one example, trained tokens between ⟦ ⟧ " + "-" * 40 + "\n" + "".join(out) + "\n" + "-" * 83)
     say(f"{len(examples):,} sequences, {total:,} tokens, {counted:,} of them trained ({counted / total:.0%}); "

@@ -677,3 +677,39 @@ def test_dpo_files_and_layouts(accepted, tiny_model, tmp_path, layout, suffix):
     data = two_files(tmp_path / "other", [layout(r) for r in rows], suffix)
     seen = accepted("dpo", {"data": data, "rows": 60, "out": str(tmp_path / "b")})
     assert seen["examples"] == canonical["examples"]
+
+
+def test_out_is_the_adapter_to_start_from(base_args, sft_run, capsys):
+    before = files(sft_run)
+    with pytest.raises(SystemExit) as stop:
+        dpo.main(dpo.Args(**{**base_args["dpo"], "out": sft_run, "overwrite": True}))
+    assert stop.value.code == 2 and "is the adapter to start from" in capsys.readouterr().err
+    assert files(sft_run) == before
+
+
+def test_model_of_another_architecture(refused, tmp_path):
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=300)
+    make_model(tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "model.safetensors").unlink()
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    refused("sft", {"model": str(tmp_path / "gpt2")}, "no q_proj", "invariants")
+
+
+def test_model_that_rescales_its_logits(refused, own_model):
+    config = json.loads((own_model / "config.json").read_text())
+    (own_model / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
+    refused("sft", {"model": str(own_model)}, "rescales its logits", "final_logit_softcapping")
+
+
+def test_evaluation_data_without_prompts(refused, tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    refused("sft", {"eval_data": str(tmp_path / "evaluation")}, "no evaluation prompts", "gsm8k")
+
+
+def test_fingerprint_of_a_directory_is_of_its_content(tmp_path):
+    prints = []
+    for n, text in enumerate(("a,b\n1,2\n", "a,b\n1,3\n")):
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / "train.csv").write_text(text)
+        prints.append(common.load_rows(str(tmp_path / str(n)), ["a"])[1])
+    assert prints[0] != prints[1]

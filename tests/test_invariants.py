@@ -919,7 +919,8 @@ def test_knobs_do_not_change_the_weights(sft_args, sft_run, tmp_path):
     for name in ("sft", "sft_heldout"):
         source = Path(sft_args["data"]).with_name(name + ".jsonl").read_bytes()
         (tmp_path / f"{name[::-1]}.jsonl.gz").write_bytes(gzip.compress(source))
-    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "gsm8k").mkdir(parents=True)
+    write_jsonl(tmp_path / "eval" / "gsm8k" / "test.jsonl", [{"question": "how many are they " * 5}])
     other = {**sft_args, "model": str(tmp_path / "base"), "data": str(tmp_path / "tfs.jsonl.gz"),
              "heldout_data": str(tmp_path / "tuodleh_tfs.jsonl.gz"), "eval_data": str(tmp_path / "eval"), "overwrite": True,
              "max_dropped": 0.5, "compile": False, "device": "auto", "checkpoint_every": 1, "out": str(tmp_path / "run")}
@@ -995,3 +996,13 @@ def test_nf4_quantises_the_projections_alone(tiny_model):
     assert quantised == set(common.TARGET_MODULES)
     assert all(m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested
                for m in model.modules() if isinstance(m, Linear4bit))
+
+
+def test_packed_attention_refuses_what_it_does_not_do():
+    """A window shorter than the pack's sequences, a soft cap or sinks would be left out without a word."""
+    q = torch.randn(1, 2, 8, 16)
+    cu = torch.tensor([0, 8], dtype=torch.int32)
+    common.packed_attention(None, q, q, q, None, cu_seq_lens_q=cu, max_length_q=8, sliding_window=8)
+    for kwargs in ({"sliding_window": 4}, {"softcap": 50.0}, {"s_aux": torch.zeros(2)}):
+        with pytest.raises(NotImplementedError):
+            common.packed_attention(None, q, q, q, None, cu_seq_lens_q=cu, max_length_q=8, **kwargs)

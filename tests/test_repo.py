@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,7 @@ def commands(text):
 
 
 OURS = re.compile(r"^\s*(?:\$ )?(?:[A-Z_]+=\S* )*(?:python3?|torchrun|make)\s.*", re.M)
-OTHERS = {"git", "cd", "pip", "lm_eval", "vllm"}  # programs of others that a document may name
+OTHERS = {".", "git", "cd", "pip", "lm_eval", "vllm"}  # programs of others that a document may name
 
 
 def readme_commands():
@@ -195,9 +196,9 @@ def clone(tmp_path_factory):
     return directory
 
 
-def make(clone, *words):
+def make(clone, *words, **exported):
     """make, with no variable of the caller's: the Makefile takes them from the environment and from an outer make."""
-    env = {k: os.environ[k] for k in ("PATH", "HOME") if k in os.environ}
+    env = {k: os.environ[k] for k in ("PATH", "HOME") if k in os.environ} | exported
     return subprocess.run(["make", *words], cwd=clone, env=env, capture_output=True, text=True, timeout=60)
 
 
@@ -229,7 +230,7 @@ def test_commands_in_a_scripts_docstring_parse(script):
 
 @pytest.mark.parametrize("words", [["all"], ["demo"], ["all", "MODEL=models/mine", "QUANT=none", "SFT_DATA=a.jsonl",
                                                       "PREF_DATA=b.jsonl", "EVAL_DATA=data/demo/eval", "OUT=runs/mine"],
-                                   ["all", "RUN=torchrun --nproc-per-node 2"], ["all", "PY=python3"]],
+                                   ["all", "NPROC=2"], ["all", "PY=python3"]],
                          ids=["all", "demo", "replaced", "torchrun", "own python"])
 def test_commands_of_the_makefile_parse(clone, words):
     """What make would run, from nothing to the table: each script's command line parses, in the order of the climb."""
@@ -249,9 +250,12 @@ def test_commands_of_the_makefile_parse(clone, words):
         assert "ultra" not in result.stdout.lower() and "runs/mine" in result.stdout
 
 
-def test_make_demo_stays_out_of_the_committed_results(clone):
-    """Everything the demo writes is under runs/demo: no command of it names another --out, --results or README."""
-    ours = [c for c in commands(make(clone, "-n", "demo").stdout) if parses(c)]
+@pytest.mark.parametrize("words, exported", [((), {}), (("RESULTS=results", "README=README.md"), {}),
+                                             ((), {"RESULTS": "results", "OUT": "runs", "README": "README.md"})])
+def test_make_demo_stays_out_of_the_committed_results(clone, words, exported):
+    """Everything the demo writes is under runs/demo, whatever variables are given or exported: no command of it names
+    another --out, --results or README."""
+    ours = [c for c in commands(make(clone, "-n", "demo", *words, **exported).stdout) if parses(c)]
     for c in ours:
         places = [value for flag, value in zip(c, c[1:]) if flag in ("--out", "--results")]
         assert places and all(p == "runs/demo" or p.startswith("runs/demo/") for p in places), shlex.join(c)
@@ -317,3 +321,45 @@ def test_no_machine_paths_in_committed_text():
     found = [f"{name}: {line.strip()[:120]}" for name, text in texts.items() for line in text.splitlines()
              if MACHINE.search(line)]
     assert found == []
+
+
+STUB = """import pathlib, sys
+args, script = sys.argv[2:], pathlib.Path(sys.argv[1]).stem
+value = lambda flag: pathlib.Path(args[args.index(flag) + 1])
+print("RAN", script, *args)
+if script in ("sft", "dpo"):
+    value("--out").mkdir(parents=True, exist_ok=True)
+    (value("--out") / "run.json").write_text("{}")
+if script == "evaluate":
+    value("--stamp").parent.mkdir(parents=True, exist_ok=True)
+    value("--stamp").write_text("aaaa1111 bbbb2222\\n")
+"""
+
+
+def test_make_repeats_what_changed_and_only_that(clone, tmp_path):
+    """The graph, with a stand-in for python that only writes the target files: what runs after which change."""
+    for name in ("Makefile",):
+        shutil.copyfile(clone / name, tmp_path / name)
+    (tmp_path / "stub.py").write_text(STUB)
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("{}")
+    py = f"PY={sys.executable} stub.py"
+
+    def ran(*words):
+        done = make(tmp_path, "all", py, "SFT_DATA=a.jsonl", "PREF_DATA=b.jsonl", *words)
+        assert done.returncode == 0, done.stderr
+        time.sleep(0.02)  # files of the next call are newer
+        lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RAN")]
+        assert lines.pop()[0] == "report"
+        return [line[0] if line[0] != "evaluate" else "evaluate " + Path(
+            line[line.index("--adapter") + 1] if "--adapter" in line else "base").name for line in lines]
+    everything = ["sft", "dpo", "evaluate base", "evaluate sft_v2", "evaluate dpo_v1"]
+    assert ran() == everything
+    assert ran() == []
+    assert ran("DPO_FLAGS=--beta 0.3") == ["dpo", "evaluate dpo_v1"]
+    assert ran("DPO_FLAGS=--beta 0.3") == []
+    assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4") == ["sft", "dpo", "evaluate sft_v2", "evaluate dpo_v1"]
+    assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4", "LIMIT=4") == everything[2:]
+    (tmp_path / "b.jsonl").write_text("{} ")
+    assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4", "LIMIT=4") == ["dpo", "evaluate dpo_v1"]
+    assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4", "LIMIT=4", "RESULTS=other") == everything[2:]

@@ -435,3 +435,18 @@ def test_a_rebuilt_parent_is_another_run(state, finished, dpo_args, signal_after
     first = load_file(out / "adapter_model.safetensors")
     for name, tensor in load_file(file).items():
         assert torch.equal(first[name].narrow(0 if "lora_A" in name else 1, 0, 16), tensor)
+
+
+def test_ctrl_c_after_the_last_step_ends_the_process_and_loses_nothing(sft_args, sft_run, tmp_path, monkeypatch):
+    """Once the last checkpoint is written, SIGINT is Python's own again: it interrupts the closing measurements."""
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("SIGINT was swallowed")
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "eos_rate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sft.main(sft.Args(**sft_args, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run" / "run.json").exists()
+    gc.collect()
+    sft.main(sft.Args(**sft_args, out=str(tmp_path / "run")))
+    assert adapter(tmp_path / "run") == adapter(sft_run)
