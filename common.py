@@ -1289,7 +1289,7 @@ class Run:
 
     def __init__(self, method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None = None,
                  parent_dir: str | None = None):
-        self.method, self.args, self.parent_dir = method, args, parent_dir
+        self.args, self.parent_dir = args, parent_dir
         self.directory = Path(args.out)
         self.stop_signal, self.seconds, self.started = 0, 0.0, time.time()
         self.bar, self.tracker, self.old_handlers = None, None, {}
