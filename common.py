@@ -1406,6 +1406,10 @@ class Run:
         return step
 
     def _on_signal(self, number, frame) -> None:
+        """The first signal stops after the step; a second Ctrl-C at once, at the last checkpoint."""
+        if self.stop_signal and number == signal.SIGINT and world() == 1:
+            self._restore_signals()
+            raise KeyboardInterrupt
         self.stop_signal = number
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:

@@ -199,7 +199,7 @@ def main(args: Args) -> None:
                                             args.max_overlong)
     not_judge = build_pairs(tokenizer, args, heldout_source, lambda prompt: not common.is_judge_prompt(prompt))
     heldout, _, _ = common.take_rows(heldout_rows, args.heldout_rows, args.seed, not_judge, heldout_source,
-                                     args.max_dropped, args.max_overlong)
+                                     args.max_dropped, max_overlong=1.0)
     prompts = [ids for p in heldout[:args.eos_prompts] if len(ids := common.render_prompt(tokenizer, p.prompt))
                + args.eos_tokens <= common.max_positions(model_dir)]
     counts = common.preflight(tokenizer, [e for p in pairs for e in (p.chosen, p.rejected)], [p.text for p in pairs],

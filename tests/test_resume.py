@@ -450,3 +450,24 @@ def test_ctrl_c_after_the_last_step_ends_the_process_and_loses_nothing(sft_args,
     gc.collect()
     sft.main(sft.Args(**sft_args, out=str(tmp_path / "run")))
     assert adapter(tmp_path / "run") == adapter(sft_run)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(sft_args, sft_run, tmp_path, monkeypatch):
+    """The step in hand is lost, the checkpoint before it is not."""
+    steps, reduce = [], common.all_reduce_gradients
+
+    def interrupted(parameters):
+        steps.append(1)
+        if len(steps) == 4:  # checkpoints are written every 2 steps
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("the second SIGINT was swallowed")
+        reduce(parameters)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "all_reduce_gradients", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sft.main(sft.Args(**sft_args, out=str(tmp_path / "run")))
+    assert checkpoint_step(tmp_path / "run") == 2
+    gc.collect()
+    sft.main(sft.Args(**sft_args, out=str(tmp_path / "run")))
+    assert adapter(tmp_path / "run") == adapter(sft_run)
