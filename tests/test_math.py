@@ -567,6 +567,20 @@ def test_sampling_distribution(talker, prompts, temperature):
     assert fits(counts, next_probabilities(plain, prompts[0], temperature * 1.4), n) < 1e-6  # the test has power
 
 
+def test_second_token_has_noise_of_its_own(talker, prompts):
+    """Among rows whose first token is the same, the second follows the model's distribution after it."""
+    model, plain, tokenizer = talker
+    seconds = {}
+    for seed in range(10):
+        for c in common.Sampler(model, tokenizer).sample([prompts[0]] * 1000, 2, 0.4, seed=seed):
+            if len(c.ids) == 2:
+                seconds.setdefault(c.ids[0], Counter())[c.ids[1]] += 1
+    first = max(seconds, key=lambda t: seconds[t].total())
+    n = seconds[first].total()
+    assert n > 500
+    assert fits(seconds[first], next_probabilities(plain, prompts[0] + [first], 0.4), n) > 1e-3
+
+
 def test_top_p_keeps_the_smallest_set_and_its_proportions(talker, prompts):
     model, plain, tokenizer = talker
     probabilities = next_probabilities(plain, prompts[0], 0.5)
