@@ -25,6 +25,7 @@ OUT       ?= runs
 RESULTS   ?= $(if $(filter runs,$(OUT)),results,$(OUT)/results)
 README    ?= $(if $(filter results,$(RESULTS)),README.md,none)
 SFT_FLAGS ?=
+RM_FLAGS  ?=
 DPO_FLAGS ?=
 EVAL_FLAGS ?=
 
@@ -35,13 +36,15 @@ COMMON = $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) --s
 
 # One line a method: its flags. One rule a method, below.
 SFT  = $(strip $(COMMON) --quantization $(QUANT) $(call flag,--data,$(SFT_DATA)) $(SFT_FLAGS))
+RM   = $(strip $(COMMON) --quantization $(QUANT) $(call flag,--data,$(PREF_DATA)) $(RM_FLAGS))
 DPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(DPO_FLAGS))
 EVAL = $(strip --out $(RESULTS) $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) $(call flag,--limit,$(LIMIT)) \
        --protocol $(PROTOCOL) --quantization $(QUANT) $(EVAL_FLAGS))
 
-# The rows of the table. A method that is added is named here, beside its rule.
+# The rows of the table, and the reward model, which has no row: its figures are in $(RESULTS)/rm. A method that is
+# added is named here, beside its rule.
 POLICIES = sft_v2 dpo_v1
-RUNS     = $(POLICIES:%=$(OUT)/%/run.json)
+RUNS     = $(foreach run,$(POLICIES) rm_v1,$(OUT)/$(run)/run.json)
 EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 
 .PHONY: all demo env test help gpu-check clean-demo force
@@ -64,6 +67,10 @@ $(OUT)/dpo_v1/run.json: $(OUT)/.flags/dpo_v1 $(OUT)/sft_v2/run.json $(wildcard $
 	$(TRAIN) dpo.py $(DPO) --sft-adapter $(OUT)/sft_v2 --out $(@D) --overwrite
 	@touch $@
 
+$(OUT)/rm_v1/run.json: $(OUT)/.flags/rm_v1 $(BASE) $(wildcard $(PREF_DATA)) | $(ENV)
+	$(TRAIN) reward.py $(RM) --out $(@D) --results $(RESULTS) --overwrite
+	@touch $@
+
 # -- evaluation: the base, then any adapter; its stamp holds the hashes of its table --
 
 $(OUT)/.done/base-$(PROTOCOL): $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA)) | $(ENV)
@@ -76,6 +83,7 @@ $(OUT)/.done/%-$(PROTOCOL): $(OUT)/%/run.json $(OUT)/.flags/evaluate $(wildcard 
 
 $(OUT)/.flags/sft_v2:   LINE = $(SFT)
 $(OUT)/.flags/dpo_v1:   LINE = $(DPO)
+$(OUT)/.flags/rm_v1:    LINE = $(RM)
 $(OUT)/.flags/evaluate: LINE = $(EVAL)
 $(OUT)/.flags/%: force
 	@mkdir -p $(@D); echo '$(LINE)' | cmp -s - $@ || echo '$(LINE)' > $@
@@ -88,6 +96,7 @@ demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 3 min on tw
 	  SFT_DATA=data/demo/train/sft.jsonl PREF_DATA=data/demo/train/preference.jsonl EVAL_DATA=data/demo/eval LIMIT=8 \
 	  SFT_FLAGS='--rows 52 --batch-size 8 --max-length 320 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 4' \
 	  DPO_FLAGS='--rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 2' \
+	  RM_FLAGS='--rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --micro-tokens 1024 --checkpoint-every 2' \
 	  EVAL_FLAGS='--max-gen-toks 64'
 
 $(SMOLLM2)/config.json: | $(ENV)

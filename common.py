@@ -305,8 +305,9 @@ class EvalProtocol:
 
 # Fields of a script's Args that name a place or change speed, never the mathematics. What `model`, `data` and
 # `sft_adapter` point at enters config_hash by content: invariants, data fingerprints, the parent's hash.
-RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "eval_data", "out", "overwrite", "max_dropped",
-                       "max_overlong", "micro_tokens", "compile", "device", "checkpoint_every", "track"})
+RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "eval_data", "out", "results", "overwrite",
+                       "max_dropped", "max_overlong", "max_overlap", "micro_tokens", "compile", "device",
+                       "checkpoint_every", "track", "score", "adapter"})
 
 
 def config_hash(method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None,
@@ -490,6 +491,14 @@ def preference_part(prompt: list[dict]) -> str:
 def is_judge_prompt(prompt: list[dict]) -> bool:
     """Held-out prompts set aside for the judge: 10 % by sha256 (200 of UltraFeedback's 2,000)."""
     return bucket(prompt_key(prompt)) < 0.1
+
+
+def prompt_keys(rows, source: str) -> list[str]:
+    """prompt_key of each preference row: what tells whether two sets of prompts are disjoint."""
+    try:
+        return [prompt_key(as_pair(row, f"{source}, row {i}")[0]) for i, row in enumerate(rows)]
+    except UnicodeDecodeError as e:  # text is decoded when a row is read
+        fail(f"can't read the data set {source}: {e}")
 
 
 def take_rows(rows, n: int, seed: int, build: Callable[[list[tuple[int, dict]]], list], source: str,
@@ -779,6 +788,37 @@ def add_lora(model: nn.Module, r: int = 16, alpha: int = 32) -> PeftModel:
     return policy
 
 
+HEAD = "score"  # the reward head's name, PEFT's and transformers' own for sequence classification
+
+
+def new_head(model: nn.Module, seed: int = 0) -> nn.Linear:
+    """A scalar head for the last hidden state [H]: no bias, fp32, N(0, 1/(H+1)), the same on any device for a seed."""
+    embedding = base_of(model).get_input_embeddings().weight
+    width = embedding.shape[1]
+    head = nn.Linear(width, 1, bias=False, device=embedding.device, dtype=torch.float32)
+    noise = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
+    head.weight.data.copy_(noise / math.sqrt(width + 1))
+    return head
+
+
+def add_head(policy: PeftModel, seed: int) -> PeftModel:
+    """The policy with a fresh trainable scalar head beside its LM head: a reward model."""
+    setattr(base_of(policy), HEAD, new_head(policy, seed))
+    return policy
+
+
+def load_reward(model_dir: str | Path, adapter: str | Path, quantization: str = "none",
+                dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> PeftModel:
+    """A trained reward model, frozen: base, adapter beside its weights, head. Check it first: read_parent(reward=True).
+
+    At the quantisation and dtype it was trained with, its scores are the trained model's exactly. PEFT keeps one head
+    an adapter: `.load_adapter(another, name)` and `.set_adapter(name)` give several reward models on one base.
+    """
+    model = load_model(model_dir, None, quantization, dtype, device)
+    setattr(model, HEAD, new_head(model))
+    return attach_adapter(model, adapter)
+
+
 def compile_layers(policy: nn.Module) -> None:
     """Compile each decoder layer (CUDA): one graph for packs of any size."""
     base = base_of(policy)
@@ -812,10 +852,11 @@ def read_factors(adapter: str | Path) -> tuple[float, dict[str, tuple[Tensor, Te
     return config["lora_alpha"] / config["r"], factors
 
 
-def read_adapter(adapter: str | Path) -> dict[str, Any]:
-    """The run.json of a trained adapter, after checking that it is what it says.
+def read_adapter(adapter: str | Path, reward: bool = False) -> dict[str, Any]:
+    """The run.json of a trained adapter, after checking that it is what it says: a policy, or a reward model.
 
-    Fails on a missing, unfinished or altered directory, other target modules or another alpha/r. Its base: check_base.
+    Fails on a missing, unfinished or altered directory, other target modules or another alpha/r, on a policy where a
+    reward model is wanted and the other way round. Its base: check_base.
     """
     adapter = Path(adapter)
     for file in ("adapter_config.json", "adapter_model.safetensors", "run.json"):
@@ -830,6 +871,11 @@ def read_adapter(adapter: str | Path) -> dict[str, Any]:
         fail(f"{adapter}: alpha/r is {config['lora_alpha']}/{config['r']}, want {LORA_SCALE}, as in every row")
     if sorted(config["target_modules"]) != sorted(TARGET_MODULES):
         fail(f"{adapter}: target modules {sorted(config['target_modules'])}, want {sorted(TARGET_MODULES)}")
+    has_head = f"base_model.model.{HEAD}.weight" in tensor_entries(adapter / "adapter_model.safetensors")
+    if reward and not has_head:
+        fail(f"{adapter} has no {HEAD} head: it is not a reward model ({run['method']}); want one that reward.py wrote")
+    if not reward and (has_head or config.get("modules_to_save")):
+        fail(f"{adapter} is a reward model, not a policy; want an adapter of sft.py or of a method that starts from it")
     found = tensors_sha256([adapter / "adapter_model.safetensors"])
     if found != run["adapter_sha256"]:
         fail(f"{adapter}: its weights ({found[:8]}) are not those its run.json names ({run['adapter_sha256'][:8]})")
@@ -843,13 +889,13 @@ def check_base(adapter: str | Path, run: dict[str, Any], weights: str) -> None:
              f"but the base given has {weights[:8]}")
 
 
-def read_parent(adapter: str, model: str | None):
-    """What a method that starts from a trained adapter needs before any model loads.
+def read_parent(adapter: str, model: str | None, reward: bool = False):
+    """What a method that starts from a trained adapter (a policy, or a reward model) needs before any model loads.
 
     model: the base, or None for the one the adapter was trained on. Returns (the adapter's run.json, model, its
     directory, tokenizer, invariants). Fails when the adapter was trained under other invariants.
     """
-    run = read_adapter(adapter)
+    run = read_adapter(adapter, reward)
     model = model or run["model"]
     model_dir = resolve_model(model)
     tokenizer = load_tokenizer(model_dir)
@@ -867,6 +913,7 @@ def save_policy(policy: PeftModel, parent: str | Path | None, directory: Path, t
 
     With a parent (the SFT adapter merged under the policy), the two are concatenated into one adapter of their summed
     rank: [B1 B2][A1; A2], the same alpha/r, so that any PEFT reader gets the whole policy from the base alone.
+    A reward model's head is saved as PEFT saves one of sequence classification.
     """
     tensors, r = {}, 0
     _, before = read_factors(parent) if parent else (None, {})
@@ -878,10 +925,15 @@ def save_policy(policy: PeftModel, parent: str | Path | None, directory: Path, t
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
             tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
             r = a.shape[0]
+    head = getattr(policy.get_base_model(), HEAD, None)
+    if head is not None:
+        tensors[f"base_model.model.{HEAD}.weight"] = head.weight.detach().float().cpu().contiguous()
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(directory)
-    config = LoraConfig(r=r, lora_alpha=LORA_SCALE * r, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-                        target_modules=sorted(TARGET_MODULES), inference_mode=True).to_dict()
+    config = LoraConfig(r=r, lora_alpha=LORA_SCALE * r, lora_dropout=0.0, bias="none",
+                        task_type="CAUSAL_LM" if head is None else "SEQ_CLS", inference_mode=True,
+                        modules_to_save=None if head is None else [HEAD],
+                        target_modules=sorted(TARGET_MODULES)).to_dict()
     name, revision = split_model(base)
     config.update(base_model_name_or_path=name, revision=revision)
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
@@ -1057,6 +1109,24 @@ def token_logprobs(model: nn.Module, pack: Pack, temperature: float = 1.0, extra
     if not extras:
         return out
     return out, {"correct": torch.cat(correct) if correct else hidden.new_zeros(0, dtype=torch.bool)}
+
+
+def reward_scores(model: nn.Module, pack: Pack) -> Tensor:
+    """The head's scalar at the last token (the EOS) of each sequence, [N] in fp32; `pack.examples` says whose."""
+    last = pack.cu_seqlens[1:].long() - 1                                              # [N] places in T
+    return getattr(base_of(model), HEAD)(hidden_states(model, pack)[last].float())[:, 0]
+
+
+@torch.no_grad()
+def score_examples(model: nn.Module, examples: Sequence[Example], micro_tokens: int, unit: int = 1,
+                   device="cpu") -> Tensor:
+    """reward_scores of every example in order, [B] in fp32 on the CPU: ranks share the work, all get all scores."""
+    size = [sum(len(e.ids) for e in examples[i:i + unit]) for i in range(0, len(examples), unit)]
+    mine = [unit * i + k for i in my_share(size) for k in range(unit)]
+    scores = torch.zeros(len(examples), device=device)
+    for pk in pack([examples[i] for i in mine], micro_tokens, unit, device):
+        scores[torch.tensor([mine[i] for i in pk.examples], device=device)] = reward_scores(model, pk)
+    return all_reduce_(scores).cpu()
 
 
 @torch.no_grad()
@@ -1544,10 +1614,12 @@ def model_card(record: dict, description: str) -> str:
     """README.md of a run directory."""
     base, revision = split_model(record["model"])
     facts = "\n".join(f"| {k} | {v} |" for k, v in record["metrics"].items())
+    kind, name, labels = ("SequenceClassification", "reward", ", num_labels=1") if record["method"] == "reward" else \
+        ("CausalLM", "policy", "")
     loads = "\n".join([
-        "from peft import PeftModel", "from transformers import AutoModelForCausalLM",
-        f"base = AutoModelForCausalLM.from_pretrained({base!r}" + (f", revision={revision!r})" if revision else ")"),
-        f"policy = PeftModel.from_pretrained(base, {record['args']['out']!r})"])
+        "from peft import PeftModel", f"from transformers import AutoModelFor{kind}",
+        f"base = AutoModelFor{kind}.from_pretrained({base!r}{labels}" + (f", revision={revision!r})" if revision else ")"),
+        f"{name} = PeftModel.from_pretrained(base, {record['args']['out']!r})"])
     front = f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [lora, {record['method']}, rungs]\n---\n" \
         if Path(base).is_dir() is False else ""
     return (f"{front}# {record['name']}\n\n{description}\n\nThe adapter is relative to the pretrained base, whatever "

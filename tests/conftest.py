@@ -115,3 +115,20 @@ def dpo_run(dpo_args, sft_run, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("runs") / "dpo_v1")
     dpo.main(dpo.Args(**dpo_args, sft_adapter=sft_run, out=out))
     return out
+
+
+@pytest.fixture(scope="session")
+def reward_args(tiny_model, data_dir, tmp_path_factory):
+    """Keyword arguments of a three-step reward-model run in fp32; add out."""
+    return dict(model=tiny_model, quantization="none", dtype="float32", data=str(data_dir / "preference.jsonl"), rows=24,
+                heldout_rows=16, max_length=128, batch_size=8, lr=1e-3, micro_tokens=512, device="cpu",
+                checkpoint_every=2, results=str(tmp_path_factory.mktemp("results")))
+
+
+@pytest.fixture(scope="session")
+def reward_run(reward_args, tmp_path_factory):
+    """A finished reward-model run directory."""
+    import reward
+    out = str(tmp_path_factory.mktemp("runs") / "rm_v1")
+    reward.main(reward.Args(**reward_args, out=out))
+    return out

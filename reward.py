@@ -1,0 +1,406 @@
+"""Reward model: a scalar score of an answer, learned from chosen/rejected pairs by Bradley–Terry, with LoRA.
+
+    L(θ) = mean over pairs of [− log σ(r_c − r_r) + λ (r_c + r_r)²]          r = w · h_EOS, one number an answer
+
+Papers: Ouyang et al. 2022 (2203.02155), eq. 1; Stiennon et al. 2020 (2009.01325), sec. 3.4; the centring term λ:
+Eisenstein et al. 2023 (2312.09244). In symbols: r_c, r_r the scores of chosen and rejected, w the head, h_EOS
+the last hidden state at the answer's EOS. A well-known implementation to compare with: TRL's RewardTrainer.
+
+Deviations from the usual script, on purpose:
+  1. It starts from the pretrained base, not from SFT (2203.02155 starts from a 6B SFT model): it depends on no other
+     phase, and one reward model serves any policy of the climb.
+  2. The score is read at the last token of each packed sequence, by its place: where pad = EOS, a library's pooling
+     ("the last token that is not pad") reads a token too early in a padded batch.
+  3. The head is fp32 and never quantised, w ~ N(0, 1/(H+1)) [2403.17031: its reward head], seeded.
+  4. One comparison a prompt row, all pairs of a step in one mean; 2203.02155 batches all K(K−1)/2 pairs of a prompt.
+  5. The centring term makes the scores' level comparable between prompts; nothing else normalises them.
+  6. No padding: a pair's two answers are packed together, and attention never crosses sequences.
+  7. Pairs with an over-long side are dropped and counted, never cut: a cut answer has no EOS to read.
+
+    python reward.py
+    python reward.py --score answers.jsonl --adapter runs/rm_v1
+
+A row: {"prompt": "…" or messages, "chosen": …, "rejected": …}, or chosen and rejected as whole conversations. Pairs
+come from part A of the prompts (60 % by sha256); part B is kept for PPO. No held-out prompt may stand in the training
+file, in either part. The second command adds "score" to rows {"prompt": …, "completion": …}.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from scipy import stats
+from torch import Tensor
+
+import common
+from common import Example
+
+
+@dataclass(frozen=True)
+class Args:
+    # -- model --
+    model: str = common.QWEN
+    """The pretrained base: a local directory or a hub id[@revision]."""
+    quantization: Literal["qlora", "none"] = "qlora"
+    """Policy for the whole climb: "qlora" trains on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Base weights where they are not NF4. Adapter, head and Adam state are always fp32."""
+    # -- data --
+    data: str = common.ULTRAFEEDBACK
+    """Preference pairs: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]."""
+    heldout_data: str | None = None
+    """Held-out pairs; by default found beside --data (x.jsonl -> x_heldout.jsonl, train_prefs -> test_prefs)."""
+    eval_data: str | None = None
+    """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
+    rows: int = 5000
+    """Training pairs: the first usable ones of part A in the seed's shuffle."""
+    heldout_rows: int = 1800
+    """Held-out pairs for results/rm [UltraFeedback has 1,800 beside the judge's 200, which are not among them]."""
+    max_length: int = 1024
+    """Longest prompt + answer in tokens."""
+    max_dropped: float = 0.05
+    """Largest share of degenerate pairs (empty or equal answers) that doesn't end the run."""
+    max_overlong: float = 0.15
+    """Largest share of pairs beyond --max-length that doesn't end the run [at least 6 % of UltraFeedback]."""
+    max_overlap: float = 0.0
+    """Largest share of held-out rows whose prompt is in --data too that doesn't end the run; they are left out."""
+    # -- method --
+    centring: float = 0.01
+    """λ, the weight of (r_c + r_r)² [the term: 2312.09244; 0.01: TRL's advice]; 0 is plain Bradley–Terry."""
+    # -- optimisation --
+    lr: float = 5e-5
+    """Peak learning rate [ours; full fine-tunes use about 1e-5 (2203.02155: 9e-6), LoRA more]."""
+    batch_size: int = 16
+    """Pairs a step, over all ranks."""
+    epochs: int = 1
+    """Passes over the pairs [2203.02155: one; more overfits]."""
+    warmup: float = 0.03
+    """Share of steps with a rising rate; then linear to 0."""
+    max_grad_norm: float = 1.0
+    """Gradient clip, over all trained parameters."""
+    # -- scoring rows instead of training --
+    score: str | None = None
+    """Score this file's prompt/completion rows with --adapter, and train nothing. What it loads is the adapter's run's."""
+    adapter: str = "runs/rm_v1"
+    """The reward model for --score."""
+    # -- run --
+    seed: int = 42
+    """Seed of the row shuffle, the order and the initialisation of LoRA and head."""
+    out: str = "runs/rm_v1"
+    """Run directory; with --score the file to write (by default FILE.scored.jsonl)."""
+    results: str = "results"
+    """Where rm/<name>.json and rm/<name>.png go."""
+    overwrite: bool = False
+    """Move another configuration's run in --out aside."""
+    micro_tokens: int = 8192
+    """Tokens of one forward: memory and speed, not the update."""
+    compile: bool = True
+    """Compile the decoder layers (on CUDA)."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    track: bool = False
+    """Log to Weights & Biases too (needs wandb)."""
+
+
+# -- the method's maths ---------------------------------------------------------------------------
+
+def reward_loss(chosen: Tensor, rejected: Tensor, centring: float) -> Tensor:
+    """Loss of each pair, from the scores of its two answers (all [pairs])."""
+    # 2203.02155, eq. 1 with K = 2: −log σ(r_c − r_r); 2312.09244: + λ (r_c + r_r)²
+    return -F.logsigmoid(chosen - rejected) + centring * (chosen + rejected) ** 2
+
+
+def learning_rate(step: int, total: int, args: Args) -> float:
+    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): no step, the last included, has rate 0."""
+    w = max(1, math.ceil(args.warmup * total))
+    return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
+
+
+def above_zero(difference: Tensor) -> Tensor:
+    """1 where positive, 1/2 where zero (a tie is half right), 0 where negative."""
+    return (difference > 0).float() + 0.5 * (difference == 0).float()
+
+
+METRICS = ("loss", "accuracy", "margin", "scores_chosen", "scores_rejected", "centring")
+
+
+def pair_metrics(chosen: Tensor, rejected: Tensor, centring: float) -> tuple[Tensor, Tensor]:
+    """(losses [pairs], sums over the pairs of what METRICS names)."""
+    losses, margin = reward_loss(chosen, rejected, centring), (chosen - rejected).detach()
+    return losses, torch.stack([losses.detach(), above_zero(margin), margin, chosen.detach(), rejected.detach(),
+                                (chosen + rejected).detach() ** 2]).sum(1)
+
+
+# -- what is reported of held-out scores ----------------------------------------------------------
+
+def wilson(right: float, n: int, z: float = 1.959964) -> list[float] | None:
+    """Wilson's 95 % interval of a share, [low, high]; a tie may count as half a success. None without any trial."""
+    if not n:
+        return None
+    p, centre = right / n, (right + z * z / 2) / (n + z * z)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def share(difference: Tensor) -> dict:
+    """How often a difference is above zero, ties half: {"n", "accuracy", "interval"}."""
+    right, n = above_zero(difference).sum().item(), len(difference)
+    return {"n": n, "accuracy": right / n if n else None, "interval": wilson(right, n)}
+
+
+def correlation(x: Tensor, y: Tensor) -> dict[str, float | None]:
+    """Pearson's and Spearman's; None where one side is constant or there are fewer than two points."""
+    if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
+        return {"pearson": None, "spearman": None}
+    x, y = x.double().numpy(), y.double().numpy()
+    return {"pearson": float(stats.pearsonr(x, y)[0]), "spearman": float(stats.spearmanr(x, y)[0])}
+
+
+def calibration(margin: Tensor, bins: int = 10) -> list[dict]:
+    """Tenths of the pairs by |margin|, smallest first: is a pair that the model is p = σ(|margin|) sure of right in p?
+
+    By |margin|, the model's own certainty: which side is right would be known from the margin's sign alone.
+    """
+    order = margin.abs().argsort(stable=True)
+    return [{"n": len(part), "confidence": torch.sigmoid(margin[part].abs().double()).mean().item(),
+             "accuracy": above_zero(margin[part]).mean().item(), "largest_margin": margin[part].abs().max().item()}
+            for part in order.tensor_split(bins) if len(part)]
+
+
+def length_matched(lengths: Tensor, tolerance: float = 0.1) -> Tensor:
+    """[pairs, 2] tokens -> [pairs] bool: the two differ by at most a tenth of the longer."""
+    return (lengths[:, 0] - lengths[:, 1]).abs() <= tolerance * lengths.max(1).values
+
+
+def evaluation(scores: Tensor, lengths: Tensor, centring: float) -> dict:
+    """results/rm/<name>.json's figures, from scores and answer lengths in tokens of (chosen, rejected), [pairs, 2]."""
+    margin, longer = scores[:, 0] - scores[:, 1], (lengths[:, 0] - lengths[:, 1]).double()
+    bins = calibration(margin)
+    return {
+        **share(margin), "loss": reward_loss(*scores.T, centring).mean().item(), "longer_wins": share(longer),
+        "length_matched": share(margin[length_matched(lengths)]),
+        "score_length": correlation(scores.flatten(), lengths.flatten()), "margin_length": correlation(margin, longer),
+        "scores": {side: {"mean": s.mean().item(), "sd": s.std(correction=0).item()}
+                   for side, s in (("chosen", scores[:, 0]), ("rejected", scores[:, 1]), ("margin", margin))},
+        "calibration": bins,
+        "calibration_error": sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(margin)}
+
+
+def plot(scores: Tensor, lengths: Tensor, found: dict, title: str, path: Path) -> None:
+    """Scores by class, calibration, margin against the difference of lengths."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4))
+    edges = torch.linspace(scores.min().item() - 1e-3, scores.max().item() + 1e-3, 31).tolist()
+    for side, values in zip(("chosen", "rejected"), scores.T.tolist()):
+        left.hist(values, edges, alpha=0.5, label=side)
+    left.set(xlabel="score", ylabel="answers")
+    left.legend()
+    middle.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8)
+    middle.plot([b["confidence"] for b in found["calibration"]], [b["accuracy"] for b in found["calibration"]], "o-")
+    middle.set(xlabel="σ(|margin|), mean of a tenth of the pairs", ylabel="accuracy", ylim=(-0.03, 1.03))
+    right.axhline(0, color="grey", linewidth=0.8)
+    right.plot((lengths[:, 0] - lengths[:, 1]).tolist(), (scores[:, 0] - scores[:, 1]).tolist(), ".", markersize=3)
+    right.set(xlabel="tokens chosen − tokens rejected", ylabel="margin")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, format="png", dpi=110)
+    plt.close(figure)
+
+
+# -- rows to tensors ------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Pair:
+    chosen: Example
+    rejected: Example
+    lengths: tuple[int, int]  # answer tokens of chosen and rejected, EOS included
+    text: str                 # of prompt and both answers
+
+    @property
+    def tokens(self) -> int:
+        return len(self.chosen.ids) + len(self.rejected.ids)
+
+
+def at_eos(ids: list[int]) -> Example:
+    """A sequence that is read at its last token, the EOS: what the preflight marks and checks."""
+    return Example(ids, [len(ids) - 2], ids[-1:])
+
+
+def build_pairs(tokenizer, args: Args, source: str, wanted):
+    """A function from data rows to Pairs, or the reason why a row can't be used, or None where `wanted(prompt)` is false."""
+    def build(rows: list[tuple[int, dict]]):
+        pairs = [common.as_pair(row, f"{source}, row {i}") for i, row in rows]
+        sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
+        rendered = common.render_many(tokenizer, sides, train="last")
+        out = []
+        for (prompt, chosen, rejected), (w, w_mask), (l, l_mask) in zip(pairs, rendered[::2], rendered[1::2]):
+            if not wanted(prompt):
+                out.append(None)
+            elif not chosen.strip() or not rejected.strip():
+                out.append("empty answer")
+            elif chosen == rejected:
+                out.append("chosen equals rejected")
+            elif max(len(w), len(l)) > args.max_length:
+                out.append("too long")
+            else:
+                out.append(Pair(at_eos(w), at_eos(l), (sum(w_mask), sum(l_mask)),
+                                "\n".join([*(m["content"] for m in prompt), chosen, rejected])))
+        return out
+    return build
+
+
+def sides(pairs: list[Pair]) -> list[Example]:
+    return [e for p in pairs for e in (p.chosen, p.rejected)]
+
+
+def check_disjoint(rows, heldout_rows, args: Args, heldout_source: str) -> set[str]:
+    """The prompts of the training file, parts A and B, by key; fails when held-out prompts are among them."""
+    known = set(common.prompt_keys(rows, args.data))
+    shared = [i for i, key in enumerate(common.prompt_keys(heldout_rows, heldout_source)) if key in known]
+    if len(shared) > args.max_overlap * len(heldout_rows):
+        common.fail(f"{len(shared)} of {len(heldout_rows)} held-out prompts of {heldout_source} are in {args.data} too "
+                    f"(rows {', '.join(map(str, shared[:5]))}{', …' if len(shared) > 5 else ''}); take them out, or "
+                    f"have them left out with --max-overlap")
+    return known
+
+
+# -- scoring a file -------------------------------------------------------------------------------
+
+def score_file(args: Args) -> None:
+    """Write the rows of --score with a "score" column: the reward of each prompt's completion, at full precision."""
+    out = Path(args.out if args.out != Args.out else f"{args.score}.scored.jsonl")
+    if out.is_dir() or out.resolve() == Path(args.score).resolve():
+        common.fail(f"--out {out} is {'a directory' if out.is_dir() else 'the file to score'}; name another file")
+    device = common.setup_device(args.device)
+    run, _, model_dir, tokenizer, _ = common.read_parent(
+        args.adapter, args.model if args.model != Args.model else None, reward=True)
+    rows, _ = common.load_rows(args.score, ["prompt", "completion"])
+    rows, conversations = list(rows), []
+    for i, row in enumerate(rows):
+        prompt, answer = row["prompt"], row["completion"]
+        conversations.append(common.check_messages(
+            ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or []))
+            + ([{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer or [])),
+            f"{args.score}, row {i}"))
+    examples = [at_eos(ids) for ids, _ in common.render_many(tokenizer, conversations, train="last")]
+    limit = min(args.micro_tokens, common.max_positions(model_dir))
+    if long := [i for i, e in enumerate(examples) if len(e.ids) > limit]:
+        common.fail(f"{args.score}, row {long[0]}: {len(examples[long[0]].ids)} tokens, and {len(long)} rows in all, "
+                    f"are beyond the {limit} that the model or --micro-tokens can hold")
+    nf4 = run["invariants"]["quantization"] == "qlora"
+    if nf4:
+        common.check_nf4(device)
+    model = common.load_reward(model_dir, args.adapter, "nf4" if nf4 else "none", getattr(torch, run["args"]["dtype"]),
+                               device)
+    scores = common.score_examples(model, examples, args.micro_tokens, device=device)
+    if not scores.isfinite().all():
+        raise FloatingPointError(f"{args.adapter} gives scores that are not finite")
+    if common.rank() == 0:
+        common.write_text(out, "".join(json.dumps({**row, "score": score}, ensure_ascii=False, default=str) + "\n"
+                                       for row, score in zip(rows, scores.tolist())))
+    common.say(f"{out}: {len(rows):,} scores of {run['name']} ({run['config_hash']}), mean {scores.mean():.4g}, "
+               f"sd {scores.std(correction=0):.4g}")
+
+
+def main(args: Args) -> None:
+    if args.score:
+        return score_file(args)
+
+    # 1. Check everything that can be checked without a model.
+    common.check_positive(args, "rows", "heldout_rows", "max_length", "lr", "batch_size", "epochs", "max_grad_norm",
+                          "checkpoint_every")
+    common.check_share(args, "warmup", "max_dropped", "max_overlong", "max_overlap")
+    if not 0 <= args.centring < math.inf:
+        common.fail(f"--centring must be 0 or above, got {args.centring}")
+    device, dtype = common.setup_device(args.device), getattr(torch, args.dtype)
+    model_dir = common.resolve_model(args.model)
+    common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
+    if args.quantization == "qlora":
+        common.check_nf4(device)
+    tokenizer = common.load_tokenizer(model_dir)
+    rows, data = common.load_rows(args.data, ["chosen", "rejected"])
+    heldout_source = common.heldout_source(args.data, args.heldout_data)
+    heldout_rows, heldout_data = common.load_rows(heldout_source, ["chosen", "rejected"])
+    part_a = build_pairs(tokenizer, args, args.data, lambda prompt: common.preference_part(prompt) == "A")
+    pairs, dropped, kept = common.take_rows(rows, args.rows, args.seed, part_a, args.data, args.max_dropped,
+                                            args.max_overlong)
+    known = check_disjoint(rows, heldout_rows, args, heldout_source)
+    unseen = build_pairs(tokenizer, args, heldout_source, lambda prompt: not common.is_judge_prompt(prompt)
+                         and common.prompt_key(prompt) not in known)
+    heldout, _, _ = common.take_rows(heldout_rows, args.heldout_rows, args.seed, unseen, heldout_source,
+                                     args.max_dropped, args.max_overlong)
+    invariants = common.TrainInvariants.of(args.model, model_dir, tokenizer, args.quantization)
+    counts = common.preflight(tokenizer, sides(pairs), [p.text for p in pairs], dropped, 0, args.eval_data)
+    run = common.Run("reward", args, invariants, {"train": data, "heldout": heldout_data})
+
+    # 2. The reward model: the pretrained base, frozen (NF4 under "qlora"), a fresh LoRA and a fresh head.
+    common.set_seed(args.seed)
+    quantization = "nf4" if args.quantization == "qlora" else "none"
+    model = common.add_head(common.add_lora(common.load_model(model_dir, None, quantization, dtype, device)), args.seed)
+    if args.compile and device.type == "cuda":
+        common.compile_layers(model)
+    params = common.trainable(model)
+    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8)
+    steps = common.batches(len(pairs), args.batch_size, args.epochs, args.seed)
+    common.say(f"{len(steps)} steps of {args.batch_size} pairs = {common.world()} ranks x "
+               f"{args.batch_size / common.world():g}; {sum(p.numel() for p in params):,} trained parameters")
+
+    # 3. Train.
+    for step in range(run.resume(model, optimizer, len(steps)), len(steps)):
+        batch = [pairs[i] for i in steps[step]]
+        mine = sides([batch[i] for i in common.my_share([p.tokens for p in batch])])
+
+        # 3a. Forward and backward, a pack at a time; the denominator is the step's pairs, over all ranks.
+        totals = torch.zeros(len(METRICS), device=device)
+        for pack in common.pack(mine, args.micro_tokens, unit=2, device=device):
+            chosen, rejected = common.reward_scores(model, pack).view(-1, 2).T            # each [pairs]
+            losses, sums = pair_metrics(chosen, rejected, args.centring)
+            (losses.sum() / len(batch)).backward()
+            totals += sums
+        metrics = dict(zip(METRICS, (common.all_reduce_(totals) / len(batch)).tolist()))
+
+        # 3b. Sum over ranks, clip, step.
+        common.all_reduce_gradients(params)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+        run.check_finite(step, [kept[i] for i in steps[step]], loss=metrics["loss"], grad_norm=grad_norm)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # 3c. Log and checkpoint.
+        run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(p.tokens for p in batch),
+                       "chosen_tokens": sum(p.lengths[0] for p in batch) / len(batch),
+                       "rejected_tokens": sum(p.lengths[1] for p in batch) / len(batch)})
+        run.checkpoint(step + 1, model, optimizer)
+
+    # 4. Save (adapter and head, relative to the pretrained base), and measure on held-out pairs.
+    run.save(model, tokenizer)
+    scores = common.score_examples(model, sides(heldout), args.micro_tokens, 2, device).view(-1, 2)   # [pairs, 2]
+    lengths = torch.tensor([p.lengths for p in heldout])                                              # [pairs, 2]
+    run.check_finite(len(steps), [], heldout_scores=scores.sum().item())
+    found = evaluation(scores, lengths, args.centring)
+    if common.rank() == 0:
+        place, record = Path(args.results) / "rm" / run.record["name"], run.record
+        common.write_json(f"{place}.json", {"schema_version": 1, **{k: record[k] for k in (
+            "name", "model", "config_hash", "family", "seed", "train_invariants", "adapter_sha256", "data")}, **found})
+        common.write_atomic(f"{place}.png", lambda p: plot(scores, lengths, found, record["name"], p))
+    metrics = {**counts, "heldout_pairs": len(heldout), "heldout_loss": found["loss"],
+               "heldout_accuracy": found["accuracy"], "longer_wins": found["longer_wins"]["accuracy"],
+               "length_matched_accuracy": found["length_matched"]["accuracy"],
+               "score_length": found["score_length"]["pearson"], "calibration_error": found["calibration_error"]}
+    run.finish(metrics, ["loss", "accuracy", "margin", "scores_chosen", "scores_rejected", "centring", "grad_norm",
+                         "tokens_per_s"],
+               f"Reward model (Bradley–Terry, centring λ = {args.centring}) of {args.model} with LoRA and a scalar head "
+               f"on {len(pairs):,} pairs of {args.data}.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
