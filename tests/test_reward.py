@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ import common
 import dpo
 import evaluate
 import reward
-from conftest import WORDS, make_model, sentence, write_jsonl
+from conftest import make_model, sentence, write_jsonl
 
 REPO = Path(common.__file__).parent
 
@@ -90,35 +91,35 @@ def test_extreme_margins_stay_finite():
 
 
 @pytest.mark.parametrize("centring", [0.0, 0.01, 1.0])
-def test_loss_is_trls(tiny_model, centring):
-    """TRL's RewardTrainer on the same batch: a library's model, padded, right; ours packed, mean over the pairs."""
-    model, pairs = random_reward(tiny_model), examples(8)
-    pack, = common.pack(pairs, 4096, unit=2)
+def test_loss_is_trls(tiny_model, centring, tmp_path):
+    """TRL's RewardTrainer on the same batch, loss and gradient: a library's classifier with the saved adapter, padded
+    with a token that no sequence has; ours packed, the mean over the pairs."""
+    model, side = random_reward(tiny_model), examples(8)
+    pack, = common.pack(side, 4096, unit=2)
     chosen, rejected = common.reward_scores(model, pack).view(-1, 2).T
-    order = [pack.examples.index(i) // 2 for i in range(0, 8, 2)]
-    ours = reward.reward_loss(chosen, rejected, centring)[order].mean()
+    ours = reward.reward_loss(chosen, rejected, centring).mean()
+    ours.backward()
 
+    common.save_policy(model, None, tmp_path, common.load_tokenizer(tiny_model), tiny_model)
     library = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
-    library = common.add_lora(library)
-    theirs = dict(library.named_parameters())
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            theirs[name].data.copy_(p.data)
-    library.config.pad_token_id = library.get_base_model().config.pad_token_id = 383  # a token that no sequence has
-    assert not any(383 in e.ids for e in pairs)
-    side = pairs[::2] + pairs[1::2]  # TRL's layout: all chosen, then all rejected
-    width = max(len(e.ids) for e in side)
-    inputs = {"input_ids": torch.tensor([e.ids + [383] * (width - len(e.ids)) for e in side]),
+    library.config.pad_token_id = pad = 363
+    assert not any(pad in e.ids for e in side)
+    library = PeftModel.from_pretrained(library, tmp_path, is_trainable=True)
+    side, width = side[::2] + side[1::2], max(len(e.ids) for e in side)  # TRL's layout: all chosen, then all rejected
+    inputs = {"input_ids": torch.tensor([e.ids + [pad] * (width - len(e.ids)) for e in side]),
               "attention_mask": torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in side])}
-    stub = SimpleNamespace(model=library, args=SimpleNamespace(center_rewards_coefficient=centring or None),
-                           _metrics={"train": {k: [] for k in METRICS_OF_TRL}}, _total_train_tokens=0, _tp_size=1,
-                           accelerator=SimpleNamespace(gather_for_metrics=lambda x: x, gather=lambda x: x))
-    expected = trl.RewardTrainer.compute_loss(stub, library, inputs)
+    trainer = object.__new__(trl.RewardTrainer)
+    trainer.__dict__.update(
+        model=library, args=SimpleNamespace(center_rewards_coefficient=centring or None), _total_train_tokens=0,
+        _tp_size=1, _metrics=defaultdict(lambda: defaultdict(list)),
+        accelerator=SimpleNamespace(gather_for_metrics=lambda x: x, gather=lambda x: x))
+    expected = trainer.compute_loss(library, inputs)
     assert ours.item() == pytest.approx(expected.item(), abs=1e-5) and expected.item() > 0.1
-
-
-class METRICS_OF_TRL:
-    """Any key."""
+    expected.backward()
+    theirs = [p.grad for p in library.parameters() if p.requires_grad]
+    mine = [p.grad for p in common.trainable(model)]
+    assert len(mine) == len(theirs) == 29 and mine[-1].abs().max() > 1e-3
+    assert all((x - y).abs().max() <= 1e-5 * max(1, y.abs().max()) for x, y in zip(mine, theirs))
 
 
 # -- the score ------------------------------------------------------------------------------------
@@ -127,7 +128,6 @@ def test_a_score_is_read_at_the_eos_and_does_not_depend_on_the_pack(tiny_model):
     """Packed scores are those of each sequence alone, read by hand at its last token, pad == eos or not."""
     model, sequences = random_reward(tiny_model), examples()
     head = common.base_of(model).score.weight
-    plain = common.base_of(model).model  # its decoder, through transformers' own attention mask
     alone = []
     with torch.no_grad():
         for e in sequences:
@@ -136,7 +136,6 @@ def test_a_score_is_read_at_the_eos_and_does_not_depend_on_the_pack(tiny_model):
             alone.append((hidden[len(e.ids) - 1] @ head[0]).item())
         packed = common.score_examples(model, sequences, 4096)
         split = common.score_examples(model, sequences, 64)
-    assert plain is common.base_of(model).model
     assert packed.tolist() == pytest.approx(alone, abs=1e-5) and split.tolist() == pytest.approx(alone, abs=1e-5)
     assert max(alone) - min(alone) > 0.1
 
@@ -585,3 +584,22 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(reward_args, tmp_path):
     with pytest.raises(FloatingPointError, match=r"at step 1; rows of the data set"):
         training(reward_args, tmp_path, lr=1e30)()
     assert not (tmp_path / "new" / "run" / "run.json").exists() and not (tmp_path / "results").exists()
+
+
+def test_under_nf4_the_head_stays_fp32_and_reloads_exactly(tiny_model, reward_args, tmp_path, monkeypatch):
+    """QLoRA: decoder projections in 4 bits, the head not; the reloaded scores are the trained ones to the last bit."""
+    saved, save = {}, common.Run.save
+
+    def keep(self, policy, tokenizer):
+        save(self, policy, tokenizer)
+        saved["head"] = common.base_of(policy).score
+        saved["scores"] = common.score_examples(policy, examples(), 256)
+    monkeypatch.setattr(common.Run, "save", keep)
+    out = train(tmp_path / "rm", **{**reward_args, "quantization": "qlora", "dtype": "bfloat16",
+                                    "results": str(tmp_path / "results")})
+    assert type(saved["head"]) is torch.nn.Linear and saved["head"].weight.dtype == torch.float32
+    model = common.load_reward(tiny_model, out, "nf4")
+    assert torch.equal(common.score_examples(model, examples(), 256), saved["scores"])
+    reward.main(reward.Args(score=write_jsonl(tmp_path / "a.jsonl", [{"prompt": "why", "completion": "sky"}]),
+                            adapter=out, device="cpu"))
+    assert math.isfinite(scored(tmp_path / "a.jsonl.scored.jsonl")[0]["score"])
