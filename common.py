@@ -796,7 +796,8 @@ def new_head(model: nn.Module, seed: int = 0) -> nn.Linear:
     embedding = base_of(model).get_input_embeddings().weight
     width = embedding.shape[1]
     head = nn.Linear(width, 1, bias=False, device=embedding.device, dtype=torch.float32)
-    noise = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
+    key = int(sha256_json([seed, HEAD])[:15], 16)  # its own noise, not the LoRA's
+    noise = torch.randn(1, width, generator=torch.Generator().manual_seed(key))
     head.weight.data.copy_(noise / math.sqrt(width + 1))
     return head
 
@@ -1618,7 +1619,8 @@ def model_card(record: dict, description: str) -> str:
         ("CausalLM", "policy", "")
     loads = "\n".join([
         "from peft import PeftModel", f"from transformers import AutoModelFor{kind}",
-        f"base = AutoModelFor{kind}.from_pretrained({base!r}{labels}" + (f", revision={revision!r})" if revision else ")"),
+        f"base = AutoModelFor{kind}.from_pretrained({base!r}{labels}"
+        + (f", revision={revision!r})" if revision else ")"),
         f"{name} = PeftModel.from_pretrained(base, {record['args']['out']!r})"])
     front = f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [lora, {record['method']}, rungs]\n---\n" \
         if Path(base).is_dir() is False else ""

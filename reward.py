@@ -84,7 +84,7 @@ class Args:
     """Gradient clip, over all trained parameters."""
     # -- scoring rows instead of training --
     score: str | None = None
-    """Score this file's prompt/completion rows with --adapter, and train nothing. What it loads is the adapter's run's."""
+    """Score this file's prompt/completion rows with --adapter at its run's dtype and quantisation; train nothing."""
     adapter: str = "runs/rm_v1"
     """The reward model for --score."""
     # -- run --
