@@ -25,7 +25,7 @@ OUT       ?= runs
 RESULTS   ?= $(if $(filter runs,$(OUT)),results,$(OUT)/results)
 README    ?= $(if $(filter results,$(RESULTS)),README.md,none)
 SFT_FLAGS ?=
-RM_FLAGS  ?=
+RM_FLAGS  ?= --max-overlap 0.05
 DPO_FLAGS ?=
 EVAL_FLAGS ?=
 

@@ -336,7 +336,7 @@ def main(args: Args) -> None:
     unseen = build_pairs(tokenizer, args, heldout_source, lambda prompt: not common.is_judge_prompt(prompt)
                          and common.prompt_key(prompt) not in known)
     heldout, _, _ = common.take_rows(heldout_rows, args.heldout_rows, args.seed, unseen, heldout_source,
-                                     args.max_dropped, args.max_overlong)
+                                     args.max_dropped, max_overlong=1.0)
     invariants = common.TrainInvariants.of(args.model, model_dir, tokenizer, args.quantization)
     counts = common.preflight(tokenizer, sides(pairs), [p.text for p in pairs], dropped, 0, args.eval_data)
     run = common.Run("reward", args, invariants, {"train": data, "heldout": heldout_data})
