@@ -17,6 +17,9 @@ Deviations from the usual script, on purpose:
 
     python dpo.py --beta 0.1 --sft-adapter runs/sft_v2
 
+Measured: on two CPU cores `make demo` trains SmolLM2-135M-Instruct at about 300 tokens/s (both answers of 32 pairs, four
+steps); at lr 5e-6 so few steps leave the loss at 0.69, as they should. No GPU figure yet.
+
 A row: {"prompt": "…" or messages, "chosen": …, "rejected": …}, or chosen and rejected as whole conversations. Pairs
 come from part A of the prompts (60 % by sha256); part B is kept for PPO.
 """
@@ -175,7 +178,7 @@ def build_pairs(tokenizer, args: Args, source: str, wanted):
 def evaluate_pairs(policy, pairs: list[Pair], args: Args, device) -> dict[str, float]:
     """Means of METRICS over held-out pairs and all ranks."""
     mine = [e for i in common.my_share([p.tokens for p in pairs]) for e in (pairs[i].chosen, pairs[i].rejected)]
-    totals = torch.zeros(len(METRICS), device=device)
+    totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
     for pack in common.pack(mine, args.micro_tokens, unit=2, device=device):
         totals += pair_metrics(policy, pack, args)[1]
     return dict(zip(METRICS, (common.all_reduce_(totals) / len(pairs)).tolist()))
@@ -228,7 +231,7 @@ def main(args: Args) -> None:
         mine = [e for i in common.my_share([p.tokens for p in batch]) for e in (batch[i].chosen, batch[i].rejected)]
 
         # 3a. Forward (reference, policy) and backward, a pack at a time; the denominator is the step's pairs.
-        totals = torch.zeros(len(METRICS), device=device)
+        totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         for pack in common.pack(mine, args.micro_tokens, unit=2, device=device):
             losses, sums = pair_metrics(policy, pack, args)
             (losses.sum() / len(batch)).backward()

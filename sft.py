@@ -197,7 +197,7 @@ def main(args: Args) -> None:
         mine = [batch[i] for i in common.my_share([len(e.ids) for e in batch])]
 
         # 3a. Forward and backward, a pack at a time; gradients add up to those of L.
-        totals = torch.zeros(2, device=device)
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
         for pack in common.pack(mine, args.micro_tokens, device=device):
             logprobs, extra = common.token_logprobs(policy, pack, extras=("correct",))
             loss = sft_loss(logprobs, step_tokens)
