@@ -54,7 +54,7 @@ EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 .SECONDARY:
 .DEFAULT_GOAL := help
 
-all: $(RUNS) $(EVALS) ## train and evaluate every row, then the table; hours on one 24 GB GPU (not yet measured end to end)
+all: $(RUNS) $(EVALS) ## train and evaluate every row, then the table; on a GPU; its time and memory are not measured yet
 	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(OUT)/.done/* | tr ' ' '\n' | sort -u)
 
 # -- a method: one rule. Its parent adapters are its prerequisites. --
