@@ -709,7 +709,7 @@ def weights_sha256(model_dir: str | Path) -> str:
 
 def max_positions(model_dir: Path) -> int:
     """Positions the model was made for; a large number when its config doesn't say."""
-    config = json.loads((model_dir / "config.json").read_text())
+    config = read_json(model_dir / "config.json")
     return config.get("max_position_embeddings") or 1 << 30
 
 
@@ -843,7 +843,7 @@ def attach_adapter(model: nn.Module, adapter: str | Path) -> PeftModel:
 
 def read_factors(adapter: str | Path) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
     """(alpha/r, {module name: (A [r, in], B [out, r])}) of a PEFT adapter directory."""
-    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    config = read_json(Path(adapter) / "adapter_config.json")
     tensors = load_file(Path(adapter) / "adapter_model.safetensors")
     factors = {}
     for key, a in tensors.items():
@@ -1407,7 +1407,7 @@ class Run:
         finished = self.directory / "run.json"
         found = next((f for f in (finished, self.running) if f.is_file()), None)
         if found:
-            old = json.loads(found.read_text())
+            old = read_json(found)
             changed = [k for k in ("method", "train_invariants", "data", "args", "parent")
                        if self._identity(old, k) != self._identity(self.record, k)]
             if not changed and found == finished:

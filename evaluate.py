@@ -501,9 +501,6 @@ def main(args: Args) -> dict:
     run = common.read_adapter(args.adapter) if args.adapter else None
     model_name = args.model or (run["model"] if run else common.QWEN)
     model_dir = common.resolve_model(model_name)
-    weights = common.weights_sha256(model_dir)
-    if run:
-        common.check_base(args.adapter, run, weights)  # refuses an adapter trained on other weights
     name = args.name or (Path(args.adapter).resolve().name if args.adapter else "base")
     if not re.fullmatch(r"[\w.+-]+", name):
         fail(f"--name {name!r}: only letters, digits and . _ + - (it names a directory)")
@@ -512,6 +509,9 @@ def main(args: Args) -> dict:
         fail(f"--quantization {args.quantization}, but {args.adapter} was trained under {policy!r}; leave the flag out")
     tokenizer = common.load_tokenizer(model_dir)
     invariants = TrainInvariants.of(model_name, model_dir, tokenizer, policy)
+    weights = invariants.weights_sha256
+    if run:
+        common.check_base(args.adapter, run, weights)  # refuses an adapter trained on other weights
     if run and args.protocol == "chat" and run["invariants"]["chat_template"] != tokenizer.chat_template:
         fail(f"--protocol chat: {args.adapter} was trained with another chat template than {model_name} has now")
     scratch = tempfile.TemporaryDirectory(prefix="rungs-eval-")  # task files and data cache, gone at the end

@@ -17,8 +17,8 @@ Deviations from the usual script, on purpose:
     torchrun --nproc-per-node 2 sft.py                # the same update on two GPUs
 
 Measured (row sft_v2 of results/metrics.json): SmolLM2-135M-Instruct, --quantization none, 5,000 short conversations of
-0.67 M tokens in 313 steps took 85 s of training on one H100 with --no-compile, 4.0 GiB peak (7,900 tokens/s: so small a
-model waits for kernel launches); held-out loss 1.771 -> 1.564, eos_rate 0.81. On two CPU cores: 440 tokens/s.
+0.67 M tokens took 110 s on one H100 with --no-compile, closing measurements included (its log: 85 s for the 313 steps,
+4.0 GiB peak; so small a model waits for kernel launches); held-out loss 1.771 -> 1.564, eos_rate 0.81.
 
 A row: {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}.
 """
