@@ -219,6 +219,15 @@ def from_rank0(value: Any = None) -> Any:
     return box[0]
 
 
+def gather_lists(mine: list) -> list:
+    """All ranks' lists end to end, in order of rank, on every rank."""
+    if world() == 1:
+        return mine
+    boxes: list[Any] = [None] * world()
+    dist.all_gather_object(boxes, mine)
+    return [item for box in boxes for item in box]
+
+
 def my_share(lengths: Sequence[int]) -> list[int]:
     """Indices of this rank's units of a step: dealt longest first to the rank with the fewest tokens so far.
 
@@ -304,24 +313,30 @@ class EvalProtocol:
 
 
 # Fields of a script's Args that name a place or change speed, never the mathematics. What `model`, `data` and
-# `sft_adapter` point at enters config_hash by content: invariants, data fingerprints, the parent's hash.
+# an adapter's flag point at enters config_hash by content: invariants, data fingerprints, the parent's hash.
 RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "eval_data", "out", "results", "overwrite",
-                       "max_dropped", "max_overlong", "max_overlap", "micro_tokens", "compile", "device",
+                       "reward_adapter", "watch_adapter",
+                       "max_dropped", "max_overlong", "max_overlap", "max_gap", "micro_tokens", "compile", "device",
                        "checkpoint_every", "track", "score", "adapter"})
 
 
 def config_hash(method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None,
-                seed: bool = True) -> str:
+                scorers: dict[str, dict] | None = None, seed: bool = True) -> str:
     """First 8 hex digits of sha256 over everything that a result depends on.
 
-    `args` is a script's dataclass, `data` its fingerprints by role, `parent` the run.json it starts from.
+    `args` is a script's dataclass, `data` its fingerprints by role, `parent` the run.json it starts from, `scorers`
+    those of the reward models that it is trained against or watched by.
     With seed=False, the seed is left out along the whole lineage: the hash of the `family`.
     """
     science = {k: v for k, v in dataclasses.asdict(args).items() if k not in RUN_KNOBS}
     if not seed:
         science.pop("seed", None)
-    return sha256_json({"method": method, "args": science, "train_invariants": invariants.hash, "data": data,
-                        "parent": parent and parent["config_hash" if seed else "family"]})[:8]
+    key = "config_hash" if seed else "family"
+    everything = {"method": method, "args": science, "train_invariants": invariants.hash, "data": data,
+                  "parent": parent and parent[key]}
+    if scorers:
+        everything["scorers"] = {name: run[key] for name, run in scorers.items()}
+    return sha256_json(everything)[:8]
 
 
 def versions() -> dict[str, str]:
@@ -478,6 +493,18 @@ def as_pair(row: dict, where: str) -> tuple[list[dict], str, str]:
     return answers[0][:-1], answers[0][-1]["content"], answers[1][-1]["content"]
 
 
+def as_prompt(row: dict, where: str) -> list[dict]:
+    """The prompt of a row: a prompt column (text or messages), or what stands before the answers of a preference row."""
+    if row.get("chosen") is not None:
+        return as_pair(row, where)[0]
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt:
+        fail(f"{where}: no prompt: want a text or messages in the column prompt, got {str(prompt)[:80]!r}")
+    return check_messages([*prompt, {"role": "assistant", "content": ""}], where)[:-1]
+
+
 def prompt_key(prompt: list[dict]) -> str:
     """Canonical text of a prompt, for splits by hash."""
     return json.dumps([[m["role"], m["content"]] for m in prompt], ensure_ascii=False)
@@ -491,6 +518,11 @@ def preference_part(prompt: list[dict]) -> str:
 def is_judge_prompt(prompt: list[dict]) -> bool:
     """Held-out prompts set aside for the judge: 10 % by sha256 (200 of UltraFeedback's 2,000)."""
     return bucket(prompt_key(prompt)) < 0.1
+
+
+def prompt_id(prompt: list[dict]) -> str:
+    """16 hex digits that name a prompt."""
+    return hashlib.sha256(prompt_key(prompt).encode()).hexdigest()[:16]
 
 
 def prompt_keys(rows, source: str) -> list[str]:
@@ -808,16 +840,38 @@ def add_head(policy: PeftModel, seed: int) -> PeftModel:
     return policy
 
 
-def load_reward(model_dir: str | Path, adapter: str | Path, quantization: str = "none",
-                dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> PeftModel:
-    """A trained reward model, frozen: base, adapter beside its weights, head. Check it first: read_parent(reward=True).
+def load_scorers(model_dir: str | Path, adapters: dict[str, str | Path], quantization: str = "none",
+                 dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> PeftModel:
+    """Trained reward models by name, frozen, on one copy of the base: adapters beside its weights, each with its head.
 
-    At the quantisation and dtype it was trained with, its scores are the trained model's exactly. PEFT keeps one head
-    an adapter: `.load_adapter(another, name)` and `.set_adapter(name)` give several reward models on one base.
+    The first is active; `use_scorer` switches. Check them first: read_parent(reward=True). At the quantisation and dtype
+    a reward model was trained with, its scores are the trained model's exactly.
     """
     model = load_model(model_dir, None, quantization, dtype, device)
     setattr(model, HEAD, new_head(model))
-    return attach_adapter(model, adapter)
+    (first, path), *others = adapters.items()
+    scorers = PeftModel.from_pretrained(model, path, adapter_name=first)
+    for name, path in others:
+        scorers.load_adapter(path, name)
+    use_scorer(scorers, first)
+    return scorers.eval().requires_grad_(False)
+
+
+def load_reward(model_dir: str | Path, adapter: str | Path, quantization: str = "none",
+                dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> PeftModel:
+    """One trained reward model, frozen: load_scorers with a single adapter."""
+    return load_scorers(model_dir, {"reward": adapter}, quantization, dtype, device)
+
+
+def head_of(scorers: PeftModel, name: str) -> nn.Linear:
+    """The scalar head of the scorer of this name."""
+    return getattr(base_of(scorers), HEAD).modules_to_save[name]
+
+
+def use_scorer(scorers: PeftModel, name: str, train: bool = False) -> PeftModel:
+    """Switch to the adapter and head of this name; with `train` they take gradients, and no other adapter ever does."""
+    scorers.set_adapter(name, inference_mode=not train)
+    return scorers
 
 
 def compile_layers(policy: nn.Module) -> None:
@@ -998,6 +1052,12 @@ class Example:
         at = [i for i in range(1, len(ids)) if mask[i]]
         return cls(ids, [i - 1 for i in at], [ids[i] for i in at])
 
+    @classmethod
+    def completion(cls, prompt: Sequence[int], completion: Sequence[int]) -> Example:
+        """Predict every token of a completion, each from the position before it; the prompt's ids stay as they are."""
+        n = len(prompt)
+        return cls([*prompt, *completion], [*range(n - 1, n - 1 + len(completion))], [*completion])
+
 
 @dataclass
 class Pack:
@@ -1086,30 +1146,37 @@ def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
 HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time
 
 
-def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, want_correct: bool):
+def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, extras: Sequence[str]):
     logits = head(hidden).float() / temperature                                        # [C, V]
     logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)          # [C]
-    return logprobs, (logits.detach().argmax(1) == targets) if want_correct else None
+    found, logits = {}, logits.detach()
+    if "correct" in extras:
+        found["correct"] = logits.argmax(1) == targets
+    if "entropy" in extras:  # log Σ exp z − Σ p z
+        found["entropy"] = logits.logsumexp(1) - (logits.softmax(1) * logits).sum(1)
+    return logprobs, found
 
 
 def token_logprobs(model: nn.Module, pack: Pack, temperature: float = 1.0, extras: Sequence[str] = ()):
     """log softmax(logits / temperature)[target] of a pack's predicted tokens, [K] in fp32.
 
     The LM head runs on predicted positions only, in chunks, recomputed in the backward: a [T, V] tensor never exists.
-    extras=("correct",) returns (logprobs, {"correct": [K] bool, target is the argmax}).
+    extras, each [K] and without gradient, give (logprobs, {extra: values}): "correct", the target is the argmax;
+    "entropy" of softmax(logits / temperature), in nats.
     """
     hidden, head = hidden_states(model, pack)[pack.predict], base_of(model).get_output_embeddings()
-    logprobs, correct = [], []
+    chunks = []
     with precision(model):
-        for h, t in zip(hidden.split(HEAD_CHUNK), pack.targets.split(HEAD_CHUNK)):
-            args = (head, h, t, temperature, "correct" in extras)
-            lp, ok = recompute(_head_chunk, *args, use_reentrant=False) if h.requires_grad else _head_chunk(*args)
-            logprobs.append(lp)
-            correct.append(ok)
-    out = torch.cat(logprobs) if logprobs else hidden.new_zeros(0, dtype=torch.float32)
-    if not extras:
-        return out
-    return out, {"correct": torch.cat(correct) if correct else hidden.new_zeros(0, dtype=torch.bool)}
+        for h, t in zip(hidden.split(HEAD_CHUNK), pack.targets.split(HEAD_CHUNK)):  # no token: one empty chunk
+            args = (head, h, t, temperature, extras)
+            chunks.append(recompute(_head_chunk, *args, use_reentrant=False) if h.requires_grad else _head_chunk(*args))
+    logprobs = torch.cat([lp for lp, _ in chunks])
+    return (logprobs, {k: torch.cat([found[k] for _, found in chunks]) for k in extras}) if extras else logprobs
+
+
+def token_values(model: nn.Module, pack: Pack) -> Tensor:
+    """The head's scalar at the position before each predicted token, [K] in fp32: a critic's V_t, read before action t."""
+    return getattr(base_of(model), HEAD)(hidden_states(model, pack)[pack.predict].float())[:, 0]
 
 
 def reward_scores(model: nn.Module, pack: Pack) -> Tensor:
@@ -1128,6 +1195,13 @@ def score_examples(model: nn.Module, examples: Sequence[Example], micro_tokens: 
     for pk in pack([examples[i] for i in mine], micro_tokens, unit, device):
         scores[torch.tensor([mine[i] for i in pk.examples], device=device)] = reward_scores(model, pk)
     return all_reduce_(scores).cpu()
+
+
+def merge_kl(model_dir: str | Path, adapter: str | Path, merged: nn.Module, examples: Sequence[Example],
+             micro_tokens: int, dtype: torch.dtype, device) -> float:
+    """What rounding a merged adapter costs: mean_kl(base with the adapter beside it ‖ merged), nats a predicted token."""
+    beside = attach_adapter(load_model(model_dir, None, "none", dtype, device), adapter)
+    return mean_kl(beside, merged, pack(examples, micro_tokens, device=device))
 
 
 @torch.no_grad()
@@ -1210,7 +1284,7 @@ class Sampler:
 
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], temperature: float = 0.0,
                top_p: float = 1.0, seed: int = 0, stop_strings: Sequence[Sequence[str]] | None = None,
-               progress: Callable[[int], Any] | None = None) -> list[Completion]:
+               progress: Callable[[int], Any] | None = None, rows: Sequence[int] | None = None) -> list[Completion]:
         """One completion a prompt, in order.
 
         prompts: token ids. max_new_tokens and stop_strings: for all, or one entry a prompt. A completion ends at EOS,
@@ -1231,8 +1305,12 @@ class Sampler:
         while order:
             size = self._batch_size(len(prompts[order[0]]) + budgets[order[0]])
             batch, order = order[:size], order[size:]
-            self._sample_batch(prompts, budgets, stops, batch, temperature, top_p, seed, done, progress)
+            self._sample_batch(prompts, budgets, stops, batch, temperature, top_p, seed, done, progress, rows or range(n))
         return done
+
+    def refresh(self, policy: nn.Module) -> None:
+        """Sample from this policy from now on."""
+        self.model = policy
 
     def _batch_size(self, length: int) -> int:
         """Rows whose keys and values fit: 40 % of free GPU memory, 2 GiB on CPU; at most 1,024."""
@@ -1244,7 +1322,7 @@ class Sampler:
         return max(1, min(1024, int(free // row), self.max_batch or 1024))
 
     @torch.inference_mode()
-    def _sample_batch(self, prompts, budgets, stops, batch, temperature, top_p, seed, done, progress):
+    def _sample_batch(self, prompts, budgets, stops, batch, temperature, top_p, seed, done, progress, keys):
         device, width = self.device, max(len(prompts[i]) for i in batch)
         pad = torch.tensor([width - len(prompts[i]) for i in batch], device=device)           # [B] left padding
         cache = KVCache(width + max(budgets[i] for i in batch))
@@ -1252,7 +1330,7 @@ class Sampler:
         logits = torch.cat([self._prefill(cache, prompts, batch, rows, width, pad)
                             for rows in torch.arange(len(batch)).split(max(1, 32768 // width))])
         cache.start, cache.rows = width, slice(None)
-        rows = torch.tensor(batch, device=device)                                             # [B] prompt index
+        rows = torch.tensor([keys[i] for i in batch], device=device)                          # [B] noise keys
         live, ids, logprobs = list(batch), {i: [] for i in batch}, {i: [] for i in batch}
         for position in range(cache.length - width):
             token, lp = self._choose(logits, temperature, top_p, seed, rows, position)
@@ -1334,6 +1412,19 @@ class Sampler:
         return None
 
 
+def rollout(sampler: Sampler, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float,
+            seed: int) -> list[Completion]:
+    """A sampled completion of each prompt, in order, on every rank: each rank samples a share of the rows.
+
+    A row's noise is keyed by its place in `prompts`, so the number of ranks doesn't change what is sampled.
+    """
+    n = len(prompts)
+    mine = range(rank() * n // world(), (rank() + 1) * n // world())
+    done = sampler.sample([prompts[i] for i in mine], max_new_tokens, temperature=temperature, top_p=1.0, seed=seed,
+                          rows=list(mine)) if mine else []
+    return gather_lists(done)
+
+
 def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> float:
     """Share of greedy completions that end with EOS within `max_new_tokens`, over all ranks' prompts."""
     mine = prompts[rank()::world()]
@@ -1359,20 +1450,22 @@ class Run:
     """
 
     def __init__(self, method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None = None,
-                 parent_dir: str | None = None):
+                 parent_dir: str | None = None, scorers: dict[str, dict] | None = None):
         self.args, self.parent_dir = args, parent_dir
         self.directory = Path(args.out)
         self.stop_signal, self.seconds, self.started = 0, 0.0, time.time()
         self.bar, self.tracker, self.old_handlers = None, None, {}
+        self.state: dict[str, Any] = {}  # what a script must find again after a resume, besides weights and optimizer
         self.checkpoint_file = self.directory / "checkpoint" / "state.safetensors"
         self.running = self.directory / "checkpoint" / "run.json"  # becomes the directory's run.json at the end
-        link = parent and {k: parent[k] for k in ("name", "method", "config_hash", "adapter_sha256", "family")}
+        link, *scorer_links = ({k: run[k] for k in ("name", "method", "config_hash", "adapter_sha256", "family")}
+                               if run else None for run in (parent, *(scorers or {}).values()))
         self.record = {
             "method": method, "name": self.directory.name, "model": args_model(args, parent),
-            "config_hash": config_hash(method, args, invariants, data, parent),
+            "config_hash": config_hash(method, args, invariants, data, parent, scorers),
             "train_invariants": invariants.hash, "invariants": dataclasses.asdict(invariants),
-            "family": config_hash(method, args, invariants, data, parent, seed=False), "seed": args.seed,
-            "parent": link, "data": data, "weights_sha256": invariants.weights_sha256,
+            "family": config_hash(method, args, invariants, data, parent, scorers, seed=False), "seed": args.seed,
+            "parent": link, "scorers": dict(zip(scorers or {}, scorer_links)), "data": data, "weights_sha256": invariants.weights_sha256,
             "args": dataclasses.asdict(args), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
         if args.track and not importlib.util.find_spec("wandb"):
@@ -1408,7 +1501,7 @@ class Run:
         found = next((f for f in (finished, self.running) if f.is_file()), None)
         if found:
             old = read_json(found)
-            changed = [k for k in ("method", "train_invariants", "data", "args", "parent")
+            changed = [k for k in ("method", "train_invariants", "data", "args", "parent", "scorers")
                        if self._identity(old, k) != self._identity(self.record, k)]
             if not changed and found == finished:
                 say(f"{self.directory} is finished (config {old['config_hash']}): nothing to do")
@@ -1428,12 +1521,13 @@ class Run:
 
     @staticmethod
     def _identity(record: dict, key: str) -> Any:
-        """What must agree for two records to be the same run. A parent counts with its weights, not only its config."""
-        value = record.get(key)
+        """What must agree for two records to be the same run. Other runs count with their weights, not only their config."""
+        value = record.get(key) or {}
         if key == "args":
             value = {k: v for k, v in value.items() if k not in RUN_KNOBS}
-        if key == "parent" and value:
-            value = [value["config_hash"], value["adapter_sha256"]]
+        if key in ("parent", "scorers") and value:
+            links = value.values() if key == "scorers" else [value]
+            value = [[link["config_hash"], link["adapter_sha256"]] for link in links]
         return json.loads(json.dumps(value))
 
     def _difference(self, old: dict, changed: list[str]) -> str:
@@ -1450,7 +1544,7 @@ class Run:
             from safetensors import safe_open
             with safe_open(self.checkpoint_file, "pt") as f:
                 meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-            step, self.seconds = int(meta["step"]), float(meta["seconds"])
+            step, self.seconds, self.state = int(meta["step"]), float(meta["seconds"]), json.loads(meta["state"])
             for name, p in policy.named_parameters():
                 if p.requires_grad:
                     p.data.copy_(tensors[f"parameter/{name}"])
@@ -1499,11 +1593,16 @@ class Run:
         if rank() == 0:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(line) + "\n")
-            self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in ("loss", "accuracy", "tokens_per_s", "peak_gib")
-                                  if k in metrics}, refresh=False)
+            self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in ("loss", "accuracy", "scores", "kl", "tokens_per_s",
+                                                                   "peak_gib") if k in metrics}, refresh=False)
             self.bar.update(1)
             if self.tracker:
                 self.tracker.log(line, step=step)
+
+    def stop(self, message: str) -> NoReturn:
+        """End a run that must not go on; its last checkpoint is kept."""
+        self._release()
+        fail(message)
 
     def check_finite(self, step: int, rows: Sequence[int], **values: float) -> None:
         """Before the update: stop the run at a value that is not finite, naming the step and the rows of the data."""
@@ -1529,7 +1628,8 @@ class Run:
                         tensors[f"step/{name}"] = state["step"].cpu()
                         for k in ("exp_avg", "exp_avg_sq"):
                             tensors[f"{k}/{name}"] = state[k].cpu().contiguous()
-                meta = {"step": str(step), "seconds": str(self.seconds + time.time() - self.started)}
+                meta = {"step": str(step), "seconds": str(self.seconds + time.time() - self.started),
+                        "state": json.dumps(self.state)}
                 write_atomic(self.checkpoint_file, lambda p: save_file(tensors, p, meta))
             if step == self.total_steps:  # from here on there is nothing that a signal could lose
                 self._restore_signals()
@@ -1679,17 +1779,35 @@ def preflight(tokenizer, examples: Sequence[Example], texts: Sequence[str], drop
     for i, t in enumerate(shown.ids):
         out.append(("⟦" if i in trained and i - 1 not in trained else "") + tokenizer.decode([t])
                    + ("⟧" if i in trained and i + 1 not in trained else ""))
-    grams = evaluation_ngrams(eval_data)
-    overlap = sum(not grams.isdisjoint(ngrams(t)) for t in texts)
     total, counted = sum(len(e.ids) for e in examples), sum(len(e.targets) for e in examples)
     say("-- one example, trained tokens between ⟦ ⟧ " + "-" * 40 + "\n" + "".join(out) + "\n" + "-" * 83)
     say(f"{len(examples):,} sequences, {total:,} tokens, {counted:,} of them trained ({counted / total:.0%}); "
         f"longest {max(len(e.ids) for e in examples):,}; {truncated:,} cut at a turn's end; dropped "
         + (", ".join(f"{v} ({k})" for k, v in dropped.items()) or "none"))
+    return {"tokens": total, "trained_tokens": counted, "dropped": sum(dropped.values()), "truncated": truncated,
+            "eval_overlap": count_overlap(texts, eval_data)}
+
+
+def preflight_prompts(tokenizer, prompts: Sequence[list[int]], texts: Sequence[str], dropped: Counter,
+                      eval_data: str | None) -> dict[str, int]:
+    """Print what will be answered, and stop at a prompt that begins with two BOS: the preflight of on-policy methods."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for ids in prompts:
+        if bos is not None and bos != eos and ids[:2] == [bos, bos]:
+            fail("a prompt begins with two BOS tokens; the chat template and the tokenizer both add one")
+    say("-- one prompt, answered from where it ends " + "-" * 40 + "\n" + tokenizer.decode(prompts[0]) + "\n" + "-" * 83)
+    say(f"{len(prompts):,} prompts, {sum(map(len, prompts)):,} tokens; longest {max(map(len, prompts)):,}; dropped "
+        + (", ".join(f"{v} ({k})" for k, v in dropped.items()) or "none"))
+    return {"prompts": len(prompts), "dropped": sum(dropped.values()), "eval_overlap": count_overlap(texts, eval_data)}
+
+
+def count_overlap(texts: Sequence[str], eval_data: str | None) -> int | None:
+    """How many training texts share 13 words in a row with an evaluation prompt; says so. None without --eval-data."""
+    grams = evaluation_ngrams(eval_data)
+    overlap = sum(not grams.isdisjoint(ngrams(t)) for t in texts)
     say(f"13-word overlap with the evaluation prompts: {overlap:,} of {len(texts):,} training rows" if eval_data else
         "13-word overlap with the evaluation prompts: not counted (no --eval-data)")
-    return {"tokens": total, "trained_tokens": counted, "dropped": sum(dropped.values()), "truncated": truncated,
-            "eval_overlap": overlap if eval_data else None}
+    return overlap if eval_data else None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -212,10 +212,8 @@ def main(args: Args) -> None:
     # 2. The policy: base + SFT merged, frozen, and a fresh LoRA; without the LoRA it is the reference.
     common.set_seed(args.seed)
     merged = common.load_model(model_dir, args.sft_adapter, "none", dtype, device)
-    beside = common.attach_adapter(common.load_model(model_dir, None, "none", dtype, device), args.sft_adapter)
-    sample = common.pack([p.chosen for p in heldout[:8]], args.micro_tokens, device=device)
-    counts["merge_kl"] = common.mean_kl(beside, merged, sample)  # nats a token that rounding the merge costs, 8 answers
-    del beside
+    counts["merge_kl"] = common.merge_kl(model_dir, args.sft_adapter, merged, [p.chosen for p in heldout[:8]],
+                                         args.micro_tokens, dtype, device)
     policy = common.add_lora(merged)
     if args.compile and device.type == "cuda":
         common.compile_layers(policy)

@@ -222,6 +222,7 @@ class Pair:
     chosen: Example
     rejected: Example
     lengths: tuple[int, int]  # answer tokens of chosen and rejected, EOS included
+    prompt_id: str
     text: str                 # of prompt and both answers
 
     @property
@@ -251,7 +252,7 @@ def build_pairs(tokenizer, args: Args, source: str, wanted):
             elif max(len(w), len(l)) > args.max_length:
                 out.append("too long")
             else:
-                out.append(Pair(at_eos(w), at_eos(l), (sum(w_mask), sum(l_mask)),
+                out.append(Pair(at_eos(w), at_eos(l), (sum(w_mask), sum(l_mask)), common.prompt_id(prompt),
                                 "\n".join([*(m["content"] for m in prompt), chosen, rejected])))
         return out
     return build
@@ -383,6 +384,9 @@ def main(args: Args) -> None:
 
     # 4. Save (adapter and head, relative to the pretrained base), and measure on held-out pairs.
     run.save(model, tokenizer)
+    if common.rank() == 0:  # whoever optimises against these scores must not do it on the prompts they were learned on
+        common.write_json(run.directory / "prompts.json", {"train": sorted({p.prompt_id for p in pairs}),
+                                                           "heldout": sorted({p.prompt_id for p in heldout})})
     scores = common.score_examples(model, sides(heldout), args.micro_tokens, 2, device).view(-1, 2)   # [pairs, 2]
     lengths = torch.tensor([p.lengths for p in heldout])                                              # [pairs, 2]
     run.check_finite(len(steps), [], heldout_scores=scores.sum().item())

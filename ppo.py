@@ -1,0 +1,549 @@
+"""PPO: reinforcement learning of an SFT policy against a reward model (RLHF), with LoRA.
+
+    r_t = −β (log π_old(a_t|s_t) − log π_ref(a_t|s_t))  + score(x, y) at the last token y_T          the reward of a token
+    δ_t = r_t + γ V(s_{t+1}) − V(s_t),   A_t = δ_t + γλ A_{t+1},   R_t = A_t + V(s_t)                GAE
+    L_π = E_t[max(−A_t ρ_t, −A_t clip(ρ_t, 1±ε))],   ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)             the policy's loss
+    L_V = ½ E_t[max((V_t − R_t)², (clip(V_t, V_old,t ± ε_V) − R_t)²)]                                the critic's loss
+
+Papers: Schulman et al. 2017 (1707.06347), eq. 7 and 11-12; GAE: Schulman et al. 2016 (1506.02438), eq. 16; RLHF:
+Ziegler et al. 2019 (1909.08593), Stiennon et al. 2020 (2009.01325); the details: Huang et al. 2024 (2403.17031), "The N+
+Implementation Details of RLHF with PPO". In symbols: s_t the prompt and the tokens before a_t, π_θ the policy, π_old the
+policy that sampled, π_ref the reference (base + SFT), V the critic. To compare with: vwxyzjn/summarize_from_feedback_details.
+
+The details of 2403.17031, and where they are below:
+  1. Dropout is off (common.add_lora).                        8. KL reward by k1, per token (`token_rewards`).
+  2. Completions end at the first EOS (common.Sampler).       9. γ = 1, λ = 0.95 (`gae`).
+  3. The score is read at the EOS; a completion without      10. Advantages are whitened over the batch (`whiten`).
+     one gets a fixed penalty (`completion_scores`).         11. Clipped value loss, times 0.1 (`value_loss`).
+  4. Scores are normalised by the reference policy's          12. Several epochs of shuffled mini-batches (3d).
+     (`reference_scores`).                                   13. Adam with ε 1e-5 and a falling rate (`learning_rate`).
+  5. Logits are divided by the sampling temperature, in      14. Policy and critic share nothing that is trained.
+     old, new and reference log-probs alike.                 15. ρ ≡ 1 in the first mini-batch (asserted in 3d).
+  6. The critic starts from the reward model.                16. Sampler and trainer must agree (`sampler_gap`, 3b).
+  7. Prompts are never those of the reward model (`build`).
+
+Deviations from them, on purpose:
+  1. The critic is a copy of the reward model's adapter with a new head of zeros: V = 0 at first, not the reward's scale.
+  2. Reward model, critic and second scorer are adapters on one copy of the base, the policy's reference is the policy
+     with its adapter off: two copies of the weights are trained against, and a third, plain one samples.
+  3. Policy and critic are clipped apart (2403.17031 clips their common gradient), and the rate rises over the first 3 %.
+  4. A second scorer that the policy never sees is logged beside the score: when the two part, it is over-optimisation.
+  5. No padding: sequences are packed; the old log-probs come from the very packs of the first epoch.
+
+    python ppo.py --sft-adapter runs/sft_v2 --reward-adapter runs/rm_v1
+
+A row: {"prompt": "…" or messages}, or a preference pair, whose answers are not read. Prompts come from part B (40 % by
+sha256); part A trains the reward model. Shapes: B completions of an update, T tokens of its longest, K tokens of a pack.
+"""
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+import common
+from common import Example
+
+
+@dataclass(frozen=True)
+class Args:
+    # -- model --
+    sft_adapter: str = "runs/sft_v2"
+    """The adapter to start from; it is also the reference."""
+    reward_adapter: str = "runs/rm_v1"
+    """The reward model that gives the scores; the critic starts from it."""
+    watch_adapter: str | None = None
+    """A second reward model (another seed or half of the data) that is logged and never trained on."""
+    model: str | None = None
+    """The pretrained base; by default the one that --sft-adapter was trained on."""
+    # -- data --
+    data: str = common.ULTRAFEEDBACK
+    """Prompts, or preference pairs of which only the prompts are read; same kinds of source as everywhere."""
+    eval_data: str | None = None
+    """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
+    prompt_tokens: int = 512
+    """Longest prompt in tokens; longer ones are dropped and counted."""
+    max_dropped: float = 0.15
+    """Largest share of dropped prompts (empty or too long) that doesn't end the run."""
+    fixed_prompts: int = 64
+    """Prompts that are never trained on, answered and scored before and after; their answers are saved."""
+    # -- rollouts --
+    updates: int = 100
+    """Rollouts, each followed by its epochs; the prompts are passed again when they run out."""
+    batch_size: int = 64
+    """Completions of an update, over all ranks [2403.17031: 512, with a million episodes]."""
+    completion_tokens: int = 256
+    """Tokens a completion may take [2403.17031: 53, for TL;DR summaries]."""
+    temperature: float = 0.7
+    """Sampling temperature; every log-prob is taken at it [2403.17031: 0.7]."""
+    # -- method --
+    beta: float = 0.05
+    """β, weight of the KL to the reference in the reward [2403.17031: 0.05]."""
+    kl_target: float = 0.0
+    """Nats a completion that an adaptive β steers to [1909.08593, sec. 2.2: 6 to 10]; 0 keeps β fixed."""
+    gamma: float = 1.0
+    """γ, discount [2403.17031: 1]."""
+    lam: float = 0.95
+    """λ of GAE [2403.17031: 0.95]."""
+    clip: float = 0.2
+    """ε, clip range of the ratio [1707.06347: 0.2]."""
+    value_clip: float = 0.2
+    """ε_V, clip range of the values around the old ones [2403.17031: 0.2]."""
+    epochs: int = 4
+    """Passes over an update's completions [2403.17031: 4]."""
+    minibatches: int = 1
+    """Optimizer steps of an epoch; they divide --batch-size [2403.17031: 1]."""
+    missing_eos: float = -1.0
+    """Score of a completion that doesn't end by itself, in normalised units [2403.17031: -1]."""
+    normalise: int = 256
+    """Samples of the reference whose mean and sd of scores become 0 and 1 [1909.08593, sec. 2.1]; 0: raw scores."""
+    # -- optimisation --
+    lr: float = 3e-5
+    """Peak learning rate of policy and critic [ours; 2403.17031: 3e-6 for full fine-tuning, LoRA ten times that]."""
+    max_grad_norm: float = 1.0
+    """Gradient clip, of the policy and of the critic apart."""
+    max_gap: float = 0.1
+    """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise is about 0.02]."""
+    # -- run --
+    seed: int = 42
+    """Seed of the prompts' shuffle, the order, the sampling and the LoRA initialisation."""
+    out: str = "runs/ppo_v1"
+    """Run directory."""
+    results: str = "results"
+    """Where ppo/<name>.json and ppo/<name>.png go."""
+    overwrite: bool = False
+    """Move another configuration's run in --out aside."""
+    micro_tokens: int = 8192
+    """Tokens of one forward: memory and speed, not the update."""
+    compile: bool = True
+    """Compile the decoder layers (on CUDA)."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    checkpoint_every: int = 10
+    """Updates between checkpoints."""
+    track: bool = False
+    """Log to Weights & Biases too (needs wandb)."""
+
+
+VALUE_COEF = 0.1  # [2403.17031: 0.1]; with a gradient clip and an Adam of its own it moves the critic's clip only
+
+
+# -- the method's maths ---------------------------------------------------------------------------
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """r_t = −β k1_t, plus the completion's score at its last token. scores [B]; kl, mask [B, T] -> [B, T]."""
+    last = mask.sum(1, keepdim=True) - 1
+    return (-beta * kl * mask).scatter_add(1, last, scores[:, None])
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of response tokens (0 elsewhere), all [B, T]. 1506.02438, eq. 16; V after the end is 0."""
+    values, advantages = values * mask, torch.zeros_like(values)
+    following = next_value = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]                  # δ_t = r_t + γ V_{t+1} − V_t
+        following = (delta + gamma * lam * following) * mask[:, t]                 # A_t = δ_t + γλ A_{t+1}
+        advantages[:, t], next_value = following, values[:, t]
+    return advantages, (advantages + values) * mask                                # R_t = A_t + V_t
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """x with mean 0 and sd 1 over the marked entries, 0 elsewhere."""
+    mean = x[mask].mean()
+    return (x - mean) * torch.rsqrt(x[mask].var(correction=0) + 1e-8) * mask
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """max(−Aρ, −A clip(ρ, 1±ε)) of each token, [K]. 1707.06347, eq. 7, signs turned."""
+    ratio = (logprobs - old_logprobs).exp()
+    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float) -> Tensor:
+    """½ max((V − R)², (clip(V, V_old ± ε_V) − R)²) of each token, [K]. 2403.17031, detail 22 of its code."""
+    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Schulman's unbiased, never negative estimator of KL(π ‖ ref) from samples of π: (ρ − 1) − log ρ, ρ = ref/π."""
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.expm1() - log_ratio
+
+
+def adapted_beta(beta: float, kl: float, target: float) -> float:
+    """β (1 + 0.1 e), e = clip(KL/target − 1, ±0.2). 1909.08593, sec. 2.2; without a target β stays."""
+    return beta * (1 + 0.1 * min(0.2, max(-0.2, kl / target - 1))) if target else beta
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 − Var(R − V) / Var(R): 1 is a perfect critic, 0 one that knows nothing. NaN-free: 0 where returns don't vary."""
+    spread = returns.var(correction=0)
+    return (1 - (returns - values).var(correction=0) / spread).item() if spread > 0 else 0.0
+
+
+def learning_rate(step: int, total: int, args: Args) -> float:
+    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈0.03 T⌉): no step, the last included, has rate 0."""
+    w = max(1, math.ceil(0.03 * total))
+    return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
+
+
+# -- rows to prompts ------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Prompt:
+    ids: list[int]   # ends where the assistant's answer begins
+    text: str
+
+
+def build(tokenizer, args: Args, taken: dict[str, str]):
+    """A function from data rows to Prompts, or the reason why a row can't be used, or None for part A and repetitions.
+
+    taken: {prompt id: whose} of the reward models' prompts; one of them in part B is an error.
+    """
+    seen = set()
+
+    def build_rows(rows: list[tuple[int, dict]]):
+        out = []
+        for i, row in rows:
+            prompt = common.as_prompt(row, f"{args.data}, row {i}")
+            name = common.prompt_id(prompt)
+            if common.preference_part(prompt) == "A" or name in seen:
+                out.append(None)
+                continue
+            seen.add(name)
+            if name in taken:
+                common.fail(f"{args.data}, row {i}: its prompt is one of {taken[name]}; a policy must not be trained on "
+                            f"prompts that its reward model has seen: give prompts that it has not")
+            ids = common.render_prompt(tokenizer, prompt)
+            out.append("empty prompt" if not prompt[-1]["content"].strip() else
+                       "too long" if len(ids) > args.prompt_tokens else
+                       Prompt(ids, "\n".join(m["content"] for m in prompt)))
+        return out
+    return build_rows
+
+
+def read_scorer(adapter: str, parent: dict, model: str) -> tuple[dict, dict[str, str]]:
+    """run.json of a reward model of the same invariants as the policy, and its prompts: {prompt id: whose}."""
+    run = common.read_parent(adapter, model, reward=True)[0]
+    if run["train_invariants"] != parent["train_invariants"]:
+        common.fail(f"{adapter} was trained under other invariants ({run['train_invariants']}) than the policy "
+                    f"({parent['train_invariants']}): quantisation {run['invariants']['quantization']} / "
+                    f"{parent['invariants']['quantization']}")
+    if not (listed := Path(adapter) / "prompts.json").is_file():
+        common.fail(f"{adapter} has no prompts.json, so that its prompts can't be kept apart; train it again")
+    return run, {name: f"the {role} prompts of {adapter}"
+                 for role, names in common.read_json(listed).items() for name in names}
+
+
+# -- scores ---------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of some prompts, sampled and scored; the same on every rank."""
+    prompts: Sequence[Prompt]
+    ids: list[list[int]]        # [B] completions, EOS included
+    logprobs: list[list[float]]  # the sampler's own, of each token
+    ended: Tensor               # [B] bool: did it end with EOS?
+    scores: dict[str, Tensor]   # scorer -> [B] raw scores, read at the last token; they count where it is the EOS
+
+    def mean_score(self, name: str) -> float | None:
+        """Mean raw score of the completions that ended; None when none did."""
+        return self.scores[name][self.ended].mean().item() if self.ended.any() else None
+
+
+def roll_out(sampler, scorers, names: Sequence[str], prompts: Sequence[Prompt], args: Args, device, *salt) -> Rollout:
+    """Sample a completion of each prompt at args.temperature, cut at EOS, and score it. `salt` and the seed key the noise."""
+    seed = int(common.sha256_json([args.seed, *salt])[:8], 16)
+    done = common.rollout(sampler, [p.ids for p in prompts], args.completion_tokens, args.temperature, seed)
+    examples = [Example.completion(p.ids, c.ids) for p, c in zip(prompts, done)]
+    scores = {name: common.score_examples(common.use_scorer(scorers, name), examples, args.micro_tokens, device=device)
+              for name in names}
+    return Rollout(prompts, [c.ids for c in done], [c.logprobs for c in done],
+                   torch.tensor([c.stopped == "eos" for c in done]), scores)
+
+
+def reference_scores(rollout: Rollout, name: str) -> tuple[float, float]:
+    """Mean and sd of the reference policy's scores; (0, 1) when there is nothing to normalise by."""
+    found = rollout.scores[name][rollout.ended]
+    if len(found) < 2 or found.std(correction=0) == 0:
+        common.say(f"WARNING: {len(found)} of {len(rollout.ids)} samples of the reference end with EOS: raw scores")
+        return 0.0, 1.0
+    return found.mean().item(), found.std(correction=0).item()
+
+
+def completion_scores(scores: Tensor, ended: Tensor, mean: float, sd: float, missing_eos: float) -> Tensor:
+    """Normalised scores, [B]; where a completion did not end by itself, the penalty, whatever its text."""
+    return torch.where(ended, (scores - mean) / sd, torch.full_like(scores, missing_eos))
+
+
+# -- completions to tensors -----------------------------------------------------------------------
+
+def minibatch_packs(examples: list[Example], rows: list[int], args: Args, device) -> list[tuple]:
+    """Packs of this rank's share of a mini-batch, each with the places (rows [K], columns [K]) of its tokens in [B, T]."""
+    mine = [rows[i] for i in common.my_share([len(examples[i].ids) for i in rows])]
+    out = []
+    for pack in common.pack([examples[i] for i in mine], args.micro_tokens, device=device):
+        places = [(mine[i], t) for i, n in zip(pack.examples, pack.counts.tolist()) for t in range(n)]
+        out.append((pack, torch.tensor(places, device=device).T))
+    return out
+
+
+@torch.no_grad()
+def per_token(function, packs: list[tuple], shape: Sequence[int], device) -> Tensor:
+    """function(pack), [..., K], put into its tokens' places: [..., B, T], of all ranks; 0 where there is no token."""
+    out = torch.zeros(*shape, device=device)
+    for pack, (rows, columns) in packs:
+        out[..., rows, columns] = function(pack)
+    return common.all_reduce_(out)
+
+
+def logprobs_and_entropy(policy, pack, temperature: float) -> Tensor:
+    """log π and the entropy of π before each of a pack's tokens, [2, K]."""
+    logprobs, extra = common.token_logprobs(policy, pack, temperature, extras=("entropy",))
+    return torch.stack([logprobs, extra["entropy"]])
+
+
+METRICS = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "clipfrac", "value_clipfrac")
+
+
+def main(args: Args) -> None:
+    # 1. Check everything that can be checked without a model.
+    common.check_positive(args, "prompt_tokens", "fixed_prompts", "updates", "batch_size", "completion_tokens",
+                          "temperature", "clip", "value_clip", "epochs", "minibatches", "lr", "max_grad_norm", "max_gap",
+                          "checkpoint_every")
+    common.check_share(args, "gamma", "lam", "max_dropped")
+    for name in ("beta", "kl_target", "normalise"):
+        if not 0 <= getattr(args, name) < math.inf:
+            common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
+    if args.batch_size % args.minibatches:
+        common.fail(f"--batch-size {args.batch_size} is not a multiple of --minibatches {args.minibatches}; "
+                    f"give mini-batches of equal size")
+    device = common.setup_device(args.device)
+    parent, model, model_dir, tokenizer, invariants = common.read_parent(args.sft_adapter, args.model)
+    adapters = {"reward": args.reward_adapter} | ({"watch": args.watch_adapter} if args.watch_adapter else {})
+    taken, scorer_runs = {}, {}
+    for name, adapter in adapters.items():
+        scorer_runs[name], its_prompts = read_scorer(adapter, parent, model)
+        taken |= its_prompts
+    if "watch" in adapters and scorer_runs["watch"]["adapter_sha256"] == scorer_runs["reward"]["adapter_sha256"]:
+        common.fail(f"--watch-adapter {args.watch_adapter} is the reward model itself; give one of another seed or data")
+    if args.prompt_tokens + args.completion_tokens > common.max_positions(model_dir):
+        common.fail(f"--prompt-tokens {args.prompt_tokens} + --completion-tokens {args.completion_tokens} are beyond the "
+                    f"model's {common.max_positions(model_dir)} positions")
+    common.check_max_length(model_dir, args.prompt_tokens + args.completion_tokens, args.micro_tokens)
+    nf4 = invariants.quantization == "qlora"
+    if nf4:
+        common.check_nf4(device)
+    rows, data = common.load_rows(args.data, [])
+    prompts, dropped, kept = common.take_rows(rows, args.updates * args.batch_size + args.fixed_prompts, args.seed,
+                                              build(tokenizer, args, taken), args.data, args.max_dropped)
+    fixed, prompts = prompts[:args.fixed_prompts], prompts[args.fixed_prompts:]
+    if len(prompts) < args.batch_size:
+        common.fail(f"{args.data}: {len(fixed) + len(prompts)} usable prompts in part B, too few for --fixed-prompts "
+                    f"{args.fixed_prompts} and a --batch-size of {args.batch_size}")
+    passes = math.ceil(args.updates / (len(prompts) // args.batch_size))
+    batches = [b for b in common.batches(len(prompts), args.batch_size, passes, args.seed) if len(b) == args.batch_size]
+    counts = common.preflight_prompts(tokenizer, [p.ids for p in prompts], [p.text for p in prompts], dropped,
+                                      args.eval_data)
+    run = common.Run("ppo", args, invariants, {"prompts": data}, parent, args.sft_adapter, scorer_runs)
+
+    # 2. The policy: base + SFT merged, frozen, and a fresh LoRA; without the LoRA it is the reference. On another copy of
+    # the base: the reward model, the critic (its adapter again, a head of zeros) and the second scorer.
+    common.set_seed(args.seed)
+    dtype = getattr(torch, parent["args"]["dtype"])
+    merged = common.load_model(model_dir, args.sft_adapter, "none", dtype, device)
+    policy = common.add_lora(merged)
+    scorers = common.load_scorers(model_dir, {"critic": args.reward_adapter} | adapters, "nf4" if nf4 else "none",
+                                  getattr(torch, scorer_runs["reward"]["args"]["dtype"]), device)
+    common.use_scorer(scorers, "critic", train=True)
+    common.head_of(scorers, "critic").weight.data.zero_()
+    critic_params, policy_params = common.trainable(scorers), common.trainable(policy)
+    if args.compile and device.type == "cuda":
+        common.compile_layers(policy)
+        common.compile_layers(scorers)
+    sampler = common.Sampler(policy, tokenizer)
+    optimizer = torch.optim.Adam([{"params": policy_params}, {"params": critic_params}], lr=args.lr, eps=1e-5)
+    learners = nn.ModuleDict({"policy": policy, "critic": scorers})  # what a checkpoint holds
+    size, total_steps = args.batch_size // args.minibatches, args.updates * args.epochs * args.minibatches
+    common.say(f"{args.updates} updates of {args.batch_size} completions = {args.epochs} epochs x {args.minibatches} "
+               f"mini-batches x {size} = {total_steps:,} optimizer steps; "
+               f"{sum(map(Tensor.numel, policy_params)):,} trained parameters in the policy, "
+               f"{sum(map(Tensor.numel, critic_params)):,} in the critic; {passes} passes over {len(prompts):,} prompts")
+
+    # Before the first update the policy is the reference: its scores, to normalise by and to compare with.
+    first = run.resume(learners, optimizer, args.updates)
+    if not run.state:
+        some = prompts[:args.normalise]
+        sample = roll_out(sampler, scorers, adapters, some, args, device, "normalise") if some else None
+        before = roll_out(sampler, scorers, adapters, fixed, args, device, "fixed")
+        answers = [Example.completion(p.ids, ids) for p, ids in zip(fixed[:8], before.ids)]
+        run.state = {"beta": args.beta, "before": completions(before, tokenizer),
+                     "norm": {name: reference_scores(sample, name) if some else (0.0, 1.0) for name in adapters},
+                     "merge_kl": common.merge_kl(model_dir, args.sft_adapter, merged, answers, args.micro_tokens, dtype,
+                                                 device)}
+    mean, sd = run.state["norm"]["reward"]
+
+    # 3. Train.
+    for update in range(first, args.updates):
+        beta, began = run.state["beta"], time.time()
+        row_ids = [kept[args.fixed_prompts + i] for i in batches[update]]
+
+        # 3a. Roll out and score. A completion is cut at its EOS; one without EOS gets the penalty.
+        sampler.refresh(policy)
+        batch = roll_out(sampler, scorers, adapters, [prompts[i] for i in batches[update]], args, device, "update", update)
+        scores = completion_scores(batch.scores["reward"], batch.ended, mean, sd, args.missing_eos).to(device)  # [B]
+        examples = [Example.completion(p.ids, ids) for p, ids in zip(batch.prompts, batch.ids)]
+        lengths = torch.tensor([len(ids) for ids in batch.ids], device=device)                     # [B]
+        mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]                  # [B, T]
+        rolled = time.time()
+
+        # 3b. Old and reference log-probs and old values, from the very packs of the first epoch.
+        def minibatches(epoch: int) -> list[tuple]:
+            """[(packs, response tokens over all ranks)] of an epoch, in a new order each."""
+            order = common.permutation(args.batch_size, args.seed, "minibatches", update, epoch)
+            parts = [order[i:i + size] for i in range(0, args.batch_size, size)]
+            return [(minibatch_packs(examples, part, args, device), int(lengths[part].sum())) for part in parts]
+
+        first_epoch = minibatches(0)
+        packs = [pack for part, _ in first_epoch for pack in part]
+        old_logprobs, entropy = per_token(lambda pack: logprobs_and_entropy(policy, pack, args.temperature), packs,
+                                          (2, *mask.shape), device)                                # each [B, T]
+        with common.reference(policy):
+            ref_logprobs = per_token(lambda pack: common.token_logprobs(policy, pack, args.temperature), packs,
+                                     mask.shape, device)
+        common.use_scorer(scorers, "critic", train=True)
+        old_values = per_token(lambda pack: common.token_values(scorers, pack), packs, mask.shape, device)
+        sampled = torch.tensor([lp for row in batch.logprobs for lp in row], device=device)
+        drift = old_logprobs[mask] - sampled  # the same words by two programs: only rounding may part them
+        gap = drift.abs().mean().item()
+        if not gap <= args.max_gap:
+            run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, beyond --max-gap "
+                     f"{args.max_gap}. Rounding to bfloat16 gives about 0.02; more means other weights, another "
+                     f"temperature or another attention, which the recomputed ratio would hide")
+
+        # 3c. Rewards, advantages (whitened once, over all tokens of all ranks) and returns.
+        kl = (old_logprobs - ref_logprobs) * mask                                                  # k1, [B, T]
+        rewards = token_rewards(scores, kl, mask, beta)
+        advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
+        advantages = whiten(advantages, mask)
+        run.check_finite(update, row_ids, scores=scores.sum().item(), kl=kl.sum().item(), values=old_values.sum().item(),
+                         advantages=advantages.sum().item())
+
+        # 3d. Epochs of mini-batches, an optimizer step each; its denominator is the mini-batch's response tokens.
+        totals, ratio_max = torch.zeros(len(METRICS), dtype=torch.float64, device=device), 0.0
+        for epoch in range(args.epochs):
+            for part, (packs, tokens) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
+                sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+                for pack, (i, t) in packs:
+                    logprobs = common.token_logprobs(policy, pack, args.temperature)               # [K]
+                    values = common.token_values(scorers, pack)                                    # [K]
+                    losses = policy_loss(logprobs, old_logprobs[i, t], advantages[i, t], args.clip)
+                    value_losses = value_loss(values, old_values[i, t], returns[i, t], args.value_clip)
+                    ((losses.sum() + VALUE_COEF * value_losses.sum()) / tokens).backward()
+                    log_ratio = (logprobs - old_logprobs[i, t]).detach()
+                    ratio, moved = log_ratio.exp(), (values - old_values[i, t]).abs()
+                    sums += torch.stack([losses.detach().sum(), value_losses.detach().sum(), ratio.sum(),
+                                         0.5 * (log_ratio ** 2).sum(), ((ratio - 1).abs() > args.clip).sum(),
+                                         (moved > args.value_clip).sum()])
+                    ratio_max = max(ratio_max, ratio.max().item())
+                means = dict(zip(METRICS, (common.all_reduce_(sums) / tokens).tolist()))
+                if epoch == part == 0:  # π_θ = π_old: ρ = 1; a compiled graph may differ between the two passes
+                    bound = 0.01 if args.compile and device.type == "cuda" else 0
+                    assert means["approx_kl"] <= bound and means["clipfrac"] <= bound, \
+                        f"first mini-batch: {means}: the policy is not the one that sampled"
+                for params in (policy_params, critic_params):
+                    common.all_reduce_gradients(params)
+                grad_norm, critic_grad_norm = (torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+                                               for params in (policy_params, critic_params))
+                run.check_finite(update, row_ids, grad_norm=grad_norm, critic_grad_norm=critic_grad_norm,
+                                 policy_loss=means["policy_loss"], value_loss=means["value_loss"])
+                step = (update * args.epochs + epoch) * args.minibatches + part
+                lr = learning_rate(step, total_steps, args)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                totals += torch.tensor(list(means.values()), dtype=torch.float64, device=device)
+        totals /= args.epochs * args.minibatches
+
+        # 3e. Log, adapt β, checkpoint.
+        kl_mean, tokens, learned = kl.sum(1).mean().item(), int(lengths.sum()), time.time()
+        run.log(update, {
+            "scores": batch.mean_score("reward"), "watch_scores": batch.mean_score("watch") if "watch" in adapters else None,
+            "normalised_scores": scores.mean().item(), "rewards": rewards.sum(1).mean().item(), "kl": kl_mean,
+            "k3": (k3(old_logprobs, ref_logprobs) * mask).sum(1).mean().item(), "beta": beta,
+            "entropy": entropy[mask].mean().item(), **dict(zip(METRICS, totals.tolist())), "ratio_max": ratio_max,
+            "explained_variance": explained_variance(old_values[mask], returns[mask]),
+            "values": old_values[mask].mean().item(), "returns": returns[mask].mean().item(),
+            "completion_tokens": tokens / args.batch_size, "missing_eos": 1 - batch.ended.float().mean().item(),
+            "sampler_gap": gap, "sampler_log_ratio": drift.exp().mean().log().item(), "grad_norm": grad_norm,
+            "critic_grad_norm": critic_grad_norm, "lr": lr, "tokens": tokens, "rollout_tokens_per_s": tokens / (rolled - began),
+            "learn_tokens_per_s": args.epochs * sum(len(e.ids) for e in examples) / (learned - rolled)})
+        run.state["beta"] = adapted_beta(beta, kl_mean, args.kl_target)
+        run.checkpoint(update + 1, learners, optimizer)
+
+    # 4. Save (relative to the pretrained base), and answer the fixed prompts again.
+    run.save(policy, tokenizer)
+    sampler.refresh(policy)
+    after = completions(roll_out(sampler, scorers, adapters, fixed, args, device, "fixed"), tokenizer)
+    found = {"before": summary(run.state["before"]), "after": summary(after)}
+    if common.rank() == 0:
+        write_results(run, args, fixed, after, found, scorer_runs)
+    if "watch" in adapters and found["after"]["scores"] and found["before"]["scores"]:
+        gain, watched = (found["after"][k] - found["before"][k] for k in ("scores", "watch_scores"))
+        if gain > 0 >= watched:
+            common.say(f"WARNING: over-optimisation: on the fixed prompts the score rose by {gain:.3f}, but by {watched:.3f} "
+                       f"for {args.watch_adapter}, which the policy was not trained against")
+    run.finish({**counts, "merge_kl": run.state["merge_kl"], "fixed_prompts": len(fixed),
+                **{f"{k}_{when}": v for when in found for k, v in found[when].items()}}, CURVES,
+               f"PPO (β = {args.beta}) from {args.sft_adapter} with LoRA against {args.reward_adapter}: {args.updates} "
+               f"updates of {args.batch_size} completions.")
+
+
+# -- what is reported of the fixed prompts --------------------------------------------------------
+
+CURVES = ["scores", "watch_scores", "kl", "entropy", "completion_tokens", "missing_eos", "explained_variance", "clipfrac",
+          "sampler_gap"]
+
+
+def completions(rollout: Rollout, tokenizer) -> list[dict]:
+    """The answers as text, each with its length and scores; no score where it did not end."""
+    key = {"reward": "scores", "watch": "watch_scores"}
+    return [{"text": tokenizer.decode(ids, skip_special_tokens=True), "completion_tokens": len(ids), "missing_eos": not end,
+             **{key[name]: s[i].item() if end else None for name, s in rollout.scores.items()}}
+            for i, (ids, end) in enumerate(zip(rollout.ids, rollout.ended.tolist()))]
+
+
+def summary(answers: list[dict]) -> dict[str, float | None]:
+    """Means over the answers, of the scores over those that have one."""
+    out = {}
+    for k in answers[0].keys() - {"text"}:
+        found = [a[k] for a in answers if a[k] is not None]
+        out[k] = sum(found) / len(found) if found else None
+    return dict(sorted(out.items()))
+
+
+def write_results(run, args: Args, fixed: list[Prompt], after: list[dict], found: dict, scorer_runs: dict) -> None:
+    """completions.jsonl (the fixed prompts' answers, before and after), results/ppo/<name>.json and .png."""
+    common.write_text(run.directory / "completions.jsonl", "".join(
+        json.dumps({"prompt": p.text, "before": b, "after": a}, ensure_ascii=False) + "\n"
+        for p, b, a in zip(fixed, run.state["before"], after)))
+    log, record = [json.loads(line) for line in run.log_file.read_text().splitlines()], run.record
+    place = Path(args.results) / "ppo" / record["name"]
+    models = {f"{k}_model": {"name": v["name"], "config_hash": v["config_hash"]} for k, v in scorer_runs.items()}
+    common.write_json(f"{place}.json", {"schema_version": 1, **{k: record[k] for k in (
+        "name", "model", "config_hash", "family", "seed", "train_invariants", "adapter_sha256", "data")}, **models,
+        "updates": args.updates, "fixed_prompts": len(fixed), **found,
+        "curves": {k: [line[k] for line in log] for k in (*CURVES, "k3", "beta", "rewards")}})
+    common.write_atomic(f"{place}.png", lambda p: common.plot_curves(log, CURVES, record["name"], p))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
