@@ -312,10 +312,10 @@ class EvalProtocol:
         return sha256_json(dataclasses.asdict(self))[:8]
 
 
-# Fields of a script's Args that name a place or change speed, never the mathematics. What `model`, `data` and
+# Fields of a script's Args that name a place or change speed, never the mathematics. What `model`, `data`, `task` and
 # an adapter's flag point at enters config_hash by content: invariants, data fingerprints, the parent's hash.
 RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "eval_data", "out", "results", "overwrite",
-                       "reward_adapter", "watch_adapter",
+                       "reward_adapter", "watch_adapter", "task",
                        "max_dropped", "max_overlong", "max_overlap", "max_gap", "micro_tokens", "compile", "device",
                        "checkpoint_every", "track", "score", "adapter"})
 
@@ -432,19 +432,21 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def heldout_beside(data: str) -> str | None:
+    """The held-out file beside a training file, `sft.jsonl.gz` -> `sft_heldout.jsonl.gz`, if it is there."""
+    stem, dot, suffix = Path(data).name.partition(".")
+    beside = Path(data).with_name(f"{stem}_heldout{dot}{suffix}")
+    return str(beside) if Path(data).is_file() and beside.is_file() else None
+
+
 def heldout_source(data: str, heldout_data: str | None) -> str:
     """The held-out source: as given, else beside the training source by the usual names.
 
     `sft.jsonl.gz` -> `sft_heldout.jsonl.gz`, `org/name:train_sft` -> `org/name:test_sft`.
     """
-    if heldout_data:
-        return heldout_data
-    if Path(data).is_file():
-        stem, dot, suffix = Path(data).name.partition(".")
-        beside = Path(data).with_name(f"{stem}_heldout{dot}{suffix}")
-        if beside.is_file():
-            return str(beside)
-    elif re.search(r":(.*/)?train", data):
+    if found := heldout_data or heldout_beside(data):
+        return found
+    if not Path(data).is_file() and re.search(r":(.*/)?train", data):
         head, _, split = data.rpartition(":")
         return head + ":" + split.replace("train", "test", 1)
     fail(f"no held-out rows found beside {data}; name them with --heldout-data")

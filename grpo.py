@@ -1,0 +1,691 @@
+"""GRPO: reinforcement learning of an SFT policy on rewards that a program can check, with LoRA and without a critic.
+
+    A_i  = (r_i − mean(r_1 … r_G)) / (sd(r_1 … r_G) + 1e-4)                        the advantage of answer i to its prompt
+    l_it = −min(ρ_it A_i, clip(ρ_it, 1−ε_low, 1+ε_high) A_i) + β k3_it,   ρ_it = π_θ(o_it|·) / π_old(o_it|·)
+    k3   = π_ref/π_θ − log(π_ref/π_θ) − 1                                           estimates KL(π_θ ‖ π_ref), never below 0
+    L(θ) = Σ_i Σ_t w_i l_it        w_i = 1/(B |o_i|),  1/Σ_j |o_j|  or  1/(B L)      --aggregate sequence, token, fixed
+
+Papers: DeepSeekMath, Shao et al. 2024 (2402.03300), eq. 3 (objective), eq. 4 (k3), sec. 4.1.2 (advantage); "Dr. GRPO", Liu
+et al. 2025 (2503.20783), sec. 3.1-3.2: without the division by the sd (`--scale-advantages none`) and by the length
+(`--aggregate fixed`) the gradient has no bias to easy or hard prompts and to long wrong answers; DAPO, Yu et al. 2025
+(2503.14476), eq. 8 (token mean, ε_high 0.28) and eq. 11 (dynamic sampling: `--resample-groups`). These options are the
+ones that the papers dispute; everything else here is common to them. In symbols: o_i the i-th of G answers to a prompt,
+|o_i| its tokens, r_i its reward, B answers of a mini-batch, L = --completion-tokens, π_θ the policy, π_old the one that
+sampled, π_ref the reference (base + SFT). To compare with: deepseek-ai's paper, sail-sg/understand-r1-zero, volcengine/verl.
+
+Deviations, on purpose:
+  1. Sums run over the whole mini-batch and all ranks: `sequence` and `token` are means over it, not means of groups' means.
+  2. An answer that does not end within --completion-tokens has reward 0, whatever it says; it stays in the loss.
+  3. A group whose rewards are all equal has A = 0. With β = 0 its answers get no forward and no backward; they still count
+     in B and Σ|o|, so that the gradient is the one that computing them would have given.
+  4. With one optimizer step an update (the default, and the paper's μ = 1), π_old is π_θ: ρ ≡ 1, and its log-probs are those
+     of the forward that is trained. With more, they are computed before the first, from its very packs (ρ ≡ 1 is asserted).
+     Either way they must agree with the sampler's own (`sampler_gap`).
+  5. Logits are divided by the sampling temperature in old, new and reference log-probs alike. No padding: packs.
+
+    python grpo.py --sft-adapter runs/sft_v2
+    python grpo.py --task arithmetic --sft-adapter runs/sft_v2 --out runs/grpo_arithmetic
+    python grpo.py --task my_task.py --sft-adapter runs/sft_v2 --out runs/grpo_mine
+
+A task says what is asked and what an answer is worth. GSM8K: rows of question and answer (`#### 18`), or of prompt and
+answer. Arithmetic: generated, five grades. Your own: a Python file with `reward(row, completion)` and, unless --data gives
+them, `rows()`; see `load_task`. Shapes: P prompts of an update, G answers each, B = P·G, T tokens of the longest, K of a pack.
+"""
+import functools
+import importlib.util
+import json
+import math
+import operator
+import random
+import re
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+import common
+from common import Completion, Example
+
+GSM8K = "openai/gsm8k@e53f048856ff4f594e959d75785d2c2d37b678ee:main/train"
+
+
+@dataclass(frozen=True)
+class Args:
+    # -- model --
+    sft_adapter: str = "runs/sft_v2"
+    """The adapter to start from; it is also the reference."""
+    model: str | None = None
+    """The pretrained base; by default the one that --sft-adapter was trained on."""
+    # -- task and data --
+    task: str = "gsm8k"
+    """gsm8k, arithmetic (grades 1 to 5; arithmetic:2 or arithmetic:1-3 for some), or a .py file with reward()."""
+    data: str | None = None
+    """Rows of the task, any source as everywhere [gsm8k: its train split]; none for a task that makes its own."""
+    heldout_data: str | None = None
+    """Held-out rows; by default x_heldout.jsonl beside x.jsonl, else a part of the rows, at most a tenth, by sha256."""
+    heldout_rows: int = 473
+    """Problems that are never trained on and are answered before, during and after [leaves 7,000 of GSM8K's 7,473]."""
+    eval_data: str | None = None
+    """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
+    prompt_tokens: int = 512
+    """Longest prompt in tokens; longer ones are dropped and counted."""
+    max_dropped: float = 0.05
+    """Largest share of dropped prompts (empty or too long) that doesn't end the run."""
+    # -- rollouts --
+    updates: int = 100
+    """Rollouts, each followed by its epochs; the prompts are passed again when they run out."""
+    batch_size: int = 32
+    """P, prompts of an update, over all ranks [2402.03300: 16, 1,024 answers]."""
+    group_size: int = 8
+    """G, answers to each prompt [2402.03300: 64]."""
+    completion_tokens: int = 256
+    """L, tokens an answer may take; one that takes more has reward 0 [2402.03300: 1024]."""
+    temperature: float = 1.0
+    """Sampling temperature; every log-prob is taken at it [2503.14476 and 2503.20783: 1]."""
+    resample_groups: bool = False
+    """Replace groups of equal rewards by further prompts, in at most 10 rounds [2503.14476, eq. 11]."""
+    # -- method --
+    scale_advantages: Literal["std", "none"] = "std"
+    """Divide r − mean by the group's sd [2402.03300] or not [2503.20783]."""
+    aggregate: Literal["sequence", "token", "fixed"] = "sequence"
+    """Weight of a token: by its answer's length [2402.03300], the batch's [2503.14476] or the limit L [2503.20783]."""
+    beta: float = 0.04
+    """β, weight of the KL to the reference in the loss; 0 leaves it out [2402.03300: 0.04; the other two: 0]."""
+    clip_low: float = 0.2
+    """ε_low: the ratio is clipped at 1 − ε_low [2503.14476: 0.2]."""
+    clip_high: float = 0.2
+    """ε_high: the ratio is clipped at 1 + ε_high [2503.14476: 0.28]."""
+    epochs: int = 1
+    """μ, passes over an update's answers [2402.03300: 1]."""
+    minibatches: int = 1
+    """Optimizer steps of an epoch, each on whole groups; they divide --batch-size [2402.03300: 1]."""
+    # -- held-out measurement --
+    eval_every: int = 20
+    """Updates between held-out measurements; 0: only before and after."""
+    pass_k: int = 8
+    """k of the held-out pass@k, estimated from 2k samples of each problem."""
+    # -- optimisation --
+    lr: float = 3e-5
+    """Peak learning rate [ours; 2402.03300: 1e-6 for full fine-tuning, LoRA takes ten times that or more]."""
+    max_grad_norm: float = 1.0
+    """Gradient clip."""
+    max_gap: float = 0.1
+    """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise is about 0.02]."""
+    # -- run --
+    seed: int = 42
+    """Seed of the prompts' shuffle, the order, the sampling, the LoRA initialisation and the arithmetic problems."""
+    out: str = "runs/grpo_v1"
+    """Run directory."""
+    results: str = "results"
+    """Where grpo/<name>.json and grpo/<name>.png go."""
+    overwrite: bool = False
+    """Move another configuration's run in --out aside."""
+    micro_tokens: int = 8192
+    """Tokens of one forward: memory and speed, not the update."""
+    compile: bool = True
+    """Compile the decoder layers (on CUDA)."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    checkpoint_every: int = 10
+    """Updates between checkpoints."""
+    track: bool = False
+    """Log to Weights & Biases too (needs wandb)."""
+
+
+ROUNDS = 10  # rollouts of an update with --resample-groups, at most [the limit in the DAPO recipe of volcengine/verl]
+
+
+# -- the method's maths ---------------------------------------------------------------------------
+
+def group_advantages(rewards: Tensor, scale: str) -> Tensor:
+    """A_i of each answer, rewards [P, G] -> [P, G]: 2402.03300, sec. 4.1.2 ("std") or 2503.20783, sec. 3.2 ("none").
+
+    The sd has n−1 below. A group of equal rewards has A = 0 exactly, not what rounding leaves.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)                              # r_i − μ
+    varies = rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True)
+    return torch.where(varies, centred / (rewards.std(1, keepdim=True) + 1e-4) if scale == "std" else centred, 0.0)
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """−min(ρA, clip(ρ, 1−ε_low, 1+ε_high) A) of each token, [K]. 2402.03300, eq. 3; 2503.14476, eq. 8."""
+    ratio = (logprobs - old_logprobs).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """π_ref/π_θ − log(π_ref/π_θ) − 1 of each token, [K]: from samples of π_θ, KL(π_θ ‖ π_ref) on average. 2402.03300, eq. 4."""
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.expm1() - log_ratio
+
+
+def token_weights(lengths: Tensor, aggregate: str, limit: int) -> Tensor:
+    """w_i, the weight in the loss of each token of each answer of a mini-batch; lengths [B] -> [B].
+
+    sequence: mean over answers of their token means [2402.03300]; token: mean over tokens [2503.14476]; fixed: sum over
+    tokens, divided by a constant that no answer's length moves [2503.20783].
+    """
+    weights = {"sequence": 1 / (len(lengths) * lengths.float()), "token": 1 / lengths.sum().float().expand(len(lengths)),
+               "fixed": torch.full(lengths.shape, 1 / (len(lengths) * limit), device=lengths.device)}
+    return weights[aggregate]
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k samples hold a right one, without bias, from n of which c are: 1 − C(n−c, k)/C(n, k). 2107.03374, eq. 1."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def learning_rate(step: int, total: int, args: Args) -> float:
+    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈0.03 T⌉): no step, the last included, has rate 0."""
+    w = max(1, math.ceil(0.03 * total))
+    return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
+
+
+# -- the verifier ---------------------------------------------------------------------------------
+
+# A number: sign and $ in either order, digits with or without thousands commas, decimals. What follows must not go on with
+# it (1,0000 · 1.2.3 · 1/2 · 3rd). ASCII digits only, as lm-eval's GSM8K reads them; nothing is ever evaluated.
+NUMBER = re.compile(r"(?P<sign>-?\$?-?)(?P<digits>[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?P<decimals>\.[0-9]{1,30})?"
+                    r"(?!\w|/|[.,][0-9])")
+
+
+def final_number(text: str) -> Fraction | None:
+    """The number right after the first ####, exactly; None without one. First, as in lm-eval's strict GSM8K: an answer that
+    gives two numbers is judged by the first, and saying more can't help it."""
+    _, marked, rest = text.partition("####")
+    found = NUMBER.match(rest.lstrip()) if marked else None
+    if not found or found["sign"].count("-") > 1:
+        return None
+    value = Fraction(found["digits"].replace(",", "") + (found["decimals"] or ""))
+    return -value if "-" in found["sign"] else value
+
+
+def number_reward(row: dict, completion: str) -> dict[str, float]:
+    """correct: 1 when the final number is the row's; format: 0.1 when the answer ends in its only ####, with a number."""
+    number = final_number(completion)
+    tidy = number is not None and NUMBER.fullmatch(completion.split("####", 1)[1].strip())
+    return {"correct": float(number is not None and number == final_number(row["answer"])), "format": 0.1 * bool(tidy)}
+
+
+# -- tasks ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    identity: str                                     # enters config_hash
+    read: Callable[[dict, str], tuple[list[dict], dict]]     # (row, where) -> (prompt messages, the row as reward sees it)
+    reward: Callable[[dict, str], float | dict[str, float]]  # (row, completion) -> reward, or its parts
+    rows: Callable[[], Sequence[dict]] | None = None  # the task's own; None: --data
+
+
+ASK = '\n\nEnd with the answer on a line of its own: "#### number".'
+WORKED = {  # turns before the question: without them SmolLM2-135M-Instruct doesn't take up the format
+    "gsm8k": [("Tom has 3 boxes of 4 pens and gives 5 pens away. How many pens are left?",
+               "Tom has 3 * 4 = 12 pens.\nAfter giving 5 away, 12 - 5 = 7 are left.\n#### 7")],
+    "arithmetic": [("What is 2 + 5?", "2 + 5 = 7\n#### 7"), ("What is 14 - 6?", "14 - 6 = 8\n#### 8")]}
+GRADES = {1: ("+", 0, 9, 0, 9), 2: ("-", 0, 9, 0, 9), 3: ("*", 2, 9, 2, 9), 4: ("+-", 10, 99, 1, 9), 5: ("+-", 10, 99, 10, 99)}
+
+
+def arithmetic_rows(first: int, last: int, seed: int, n: int = 4096) -> list[dict]:
+    """n problems a ∘ b, the grades in turn; row i depends on (seed, i) alone, and no difference is below 0."""
+    rows = []
+    for i in range(n):
+        grade, g = first + i % (last - first + 1), random.Random(f"{seed} {i}")
+        signs, *bounds = GRADES[grade]
+        sign, a, b = g.choice(signs), g.randint(*bounds[:2]), g.randint(*bounds[2:])
+        a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
+        answer = {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](a, b)
+        rows.append({"question": f"What is {a} {sign} {b}?", "answer": str(answer), "grade": grade})
+    return rows
+
+
+def read_question(row: dict, where: str, task: str) -> tuple[list[dict], dict]:
+    """A row of question or prompt, and answer (a number, alone or after ####): worked turns, the question, what is asked."""
+    answer = str(row.get("answer"))
+    answer = answer if "####" in answer else f"#### {answer}"
+    if final_number(answer) is None:
+        common.fail(f"{where}: no answer: want a number, alone or after ####, got {str(row.get('answer'))[-80:]!r}")
+    *before, last = common.as_prompt(row if row.get("question") is None else {"prompt": row["question"]}, where)
+    worked = [{"role": role, "content": text} for question, solved in WORKED[task]
+              for role, text in (("user", question + ASK), ("assistant", solved))]
+    system = int(bool(before) and before[0]["role"] == "system")
+    last = {**last, "content": last["content"] + ASK}
+    return [*before[:system], *worked, *before[system:], last], {**row, "answer": answer}
+
+
+def load_task(args: Args) -> Task:
+    """The task that --task names.
+
+    A file is your own code: it is imported as it stands and never fetched from anywhere; its content enters config_hash.
+      reward(row, completion) -> a finite number, or its parts, {"correct": 1.0, "style": 0.1}, whose sum it is. It is
+        called for answers that ended; the row is as rows() or --data gave it. What it raises ends the run with the row.
+      rows() -> a list of dicts with a prompt (text or messages), the same at every call; without it, --data gives them.
+    An answer counts as solved (pass@k) when the part "correct", or else the reward, is 1 or more.
+    """
+    if args.task == "gsm8k":
+        return Task("gsm8k", "gsm8k", functools.partial(read_question, task="gsm8k"), number_reward)
+    if found := re.fullmatch(r"arithmetic(?::([1-5])(?:-([1-5]))?)?", args.task):
+        first, last = int(found[1] or 1), int(found[2] or found[1] or 5)
+        if first > last:
+            common.fail(f"--task {args.task}: the first grade is above the last")
+        return Task("arithmetic", f"arithmetic:{first}-{last}", functools.partial(read_question, task="arithmetic"),
+                    number_reward, lambda: arithmetic_rows(first, last, args.seed))
+    path = Path(args.task)
+    if path.suffix != ".py" or not path.is_file():
+        common.fail(f"--task {args.task}: want gsm8k, arithmetic (or arithmetic:1-3: grades 1 to 5) or an existing .py file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # whatever the file raises, the reader wants its name and the line
+        common.fail(f"--task {args.task} can't be imported: {raised(e)}")
+    if not callable(getattr(module, "reward", None)):
+        common.fail(f"--task {args.task} has no function reward(row, completion)")
+    return Task(path.stem, "sha256:" + common.file_sha256(path), lambda row, where: (common.as_prompt(row, where), row),
+                module.reward, getattr(module, "rows", None))
+
+
+def raised(e: Exception) -> str:
+    """An exception and the line it came from."""
+    at = traceback.extract_tb(e.__traceback__)[-1]
+    return f"{type(e).__name__}: {e} ({Path(at.filename).name}, line {at.lineno})".replace("\n", " ")
+
+
+# -- rows to problems -----------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Problem:
+    index: int       # of its row
+    ids: list[int]   # the prompt, which ends where the assistant's answer begins
+    text: str        # the prompt's last turn
+    row: dict        # what reward() sees
+
+
+def read_data(task: Task, args: Args) -> tuple[str, list, list, dict[str, str]]:
+    """(source, [(messages, row), or None for a held-out prompt], held-out [(messages, row)], fingerprints)."""
+    if task.rows and args.data:
+        common.fail(f"--task {args.task} makes its own rows; leave out --data {args.data}")
+    if not (task.rows or args.data or task.name == "gsm8k"):
+        common.fail(f"--task {args.task} has no rows(); give its rows with --data")
+    source = args.task if task.rows else args.data or GSM8K
+    held_source = args.heldout_data or (None if task.rows else common.heldout_beside(source))
+    if tests := [s for s in (source, held_source) if s and re.search(r":(.*/)?test", s)]:
+        common.fail(f"{tests[0]} is a test split, which is evaluate.py's; train on, and hold out, rows of another")
+
+    def read(rows, fingerprint: str, source: str) -> tuple[list[tuple], str]:
+        try:
+            return [task.read(row, f"{source}, row {i}") for i, row in enumerate(rows)], fingerprint
+        except UnicodeDecodeError as e:  # text is decoded when a row is read
+            common.fail(f"can't read the data set {source}: {e}")
+
+    data = {"task": task.identity}
+    rows, data["train"] = read(*(own_rows(task) if task.rows else common.load_rows(source, [])), source)
+    keys = [common.prompt_key(prompt) for prompt, _ in rows]
+    if held_source:
+        held, data["heldout"] = read(*common.load_rows(held_source, []), held_source)
+    else:  # the prompts with the smallest sha256, each once: a split that no seed and no order moves
+        by_key = dict(zip(keys, rows))
+        chosen = sorted(by_key, key=lambda key: (common.bucket(key), key))
+        held = [by_key[key] for key in chosen[:min(args.heldout_rows, max(1, len(by_key) // 10))]]
+    apart = {common.prompt_key(prompt) for prompt, _ in held}
+    return source, [None if key in apart else row for key, row in zip(keys, rows)], held, data
+
+
+def own_rows(task: Task) -> tuple[list[dict], str]:
+    """A task's own rows, rank 0's on every rank, and their fingerprint."""
+    try:
+        rows = common.from_rank0([dict(row) for row in task.rows()])
+        fingerprint = "sha256:" + common.sha256_json(rows)
+    except Exception as e:  # the user's code, or rows that are not plain data
+        common.fail(f"--task {task.name}: rows() gives no list of plain dicts: {raised(e)}")
+    return (rows, fingerprint) if rows else common.fail(f"--task {task.name}: rows() gives none")
+
+
+def build(tokenizer, args: Args):
+    """A function from (index, (messages, row) or None) to Problems, or the reason why a row can't be used."""
+    def problem(index: int, item: tuple | None) -> Problem | str | None:
+        if item is None:  # held out
+            return None
+        prompt, row = item
+        ids = common.render_prompt(tokenizer, prompt)
+        return "empty prompt" if not prompt[-1]["content"].strip() else "too long" if len(ids) > args.prompt_tokens else \
+            Problem(index, ids, prompt[-1]["content"], row)
+    return lambda rows: [problem(i, item) for i, item in rows]
+
+
+# -- answers and their rewards --------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Score:
+    reward: float
+    parts: dict[str, float]  # empty when reward() gives a plain number, or was not asked
+
+    @property
+    def solved(self) -> bool:
+        return self.parts.get("correct", self.reward) >= 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """A problem's answers, sampled and scored; the same on every rank."""
+    problem: Problem
+    completions: list[Completion]
+    scores: list[Score]
+
+    @property
+    def varies(self) -> bool:
+        return len({s.reward for s in self.scores}) > 1
+
+    @property
+    def solved(self) -> int:
+        return sum(s.solved for s in self.scores)
+
+
+def score(task: Task, problem: Problem, completion: Completion) -> Score | str:
+    """What an answer is worth, or the error that ends the run. An answer that did not end is worth 0."""
+    if completion.stopped == "length":
+        return Score(0.0, {})
+    try:
+        value = task.reward(problem.row, completion.text)
+        parts = {k: float(v) for k, v in value.items()} if isinstance(value, dict) else {}
+        reward = sum(parts.values()) if parts else float(value)
+        if not math.isfinite(reward):
+            raise ValueError(f"a reward must be finite, got {value}")
+        return Score(reward, parts)
+    except Exception as e:  # the user's code may raise anything; it is told to every rank, and the run stops
+        return (f"reward() of --task {task.name}: {raised(e)}; row {problem.index}: {str(problem.row)[:300]!r}, "
+                f"completion: {completion.text[:300]!r}")
+
+
+def roll_out(sampler, task: Task, problems: Sequence[Problem], n: int, temperature: float, args: Args, run,
+             *salt: Any) -> list[Group]:
+    """n answers to each problem, cut at EOS, and their rewards. `salt` and the seed key the noise. Ranks share the work."""
+    asked = [p for p in problems for _ in range(n)]
+    seed = int(common.sha256_json([args.seed, *salt])[:8], 16)
+    done = common.rollout(sampler, [p.ids for p in asked], args.completion_tokens, temperature, seed)
+    mine = slice(common.rank() * len(asked) // common.world(), (common.rank() + 1) * len(asked) // common.world())
+    scores = common.gather_lists([score(task, p, c) for p, c in zip(asked[mine], done[mine])])
+    if errors := [s for s in scores if isinstance(s, str)]:
+        run.stop(errors[0])
+    return [Group(p, done[i * n:(i + 1) * n], scores[i * n:(i + 1) * n]) for i, p in enumerate(problems)]
+
+
+def evaluate(sampler, task: Task, heldout: list[Problem], args: Args, run) -> tuple[dict[str, float], list[Group]]:
+    """Held-out figures: greedy pass@1, pass@k from 2k samples, and means over these; and the greedy answers."""
+    greedy = roll_out(sampler, task, heldout, 1, 0.0, args, run, "heldout")
+    sampled = roll_out(sampler, task, heldout, 2 * args.pass_k, args.temperature, args, run, "heldout")
+    return {"pass_1": sum(g.solved for g in greedy) / len(greedy),
+            "pass_k": sum(pass_at_k(2 * args.pass_k, g.solved, args.pass_k) for g in sampled) / len(sampled),
+            **means(sampled)}, greedy
+
+
+def means(groups: list[Group]) -> dict[str, float]:
+    """Mean reward, each of its parts, length, and share of answers that did not end."""
+    scores, done = ([x for g in groups for x in getattr(g, name)] for name in ("scores", "completions"))
+    parts = sorted({k for s in scores for k in s.parts})
+    return {"rewards": sum(s.reward for s in scores) / len(scores),
+            **{f"reward_{k}": sum(s.parts.get(k, 0.0) for s in scores) / len(scores) for k in parts},
+            "completion_tokens": sum(len(c.ids) for c in done) / len(done),
+            "overlong": sum(c.stopped == "length" for c in done) / len(done)}
+
+
+# -- answers to tensors ---------------------------------------------------------------------------
+
+def minibatch_packs(examples: list[Example], rows: list[int], args: Args, device) -> list[tuple]:
+    """Packs of this rank's share of a mini-batch, each with the places (rows [K], columns [K]) of its tokens in [B, T]."""
+    mine = [rows[i] for i in common.my_share([len(examples[i].ids) for i in rows])]
+    out = []
+    for pack in common.pack([examples[i] for i in mine], args.micro_tokens, device=device):
+        places = [(mine[i], t) for i, n in zip(pack.examples, pack.counts.tolist()) for t in range(n)]
+        out.append((pack, torch.tensor(places, device=device).T))
+    return out
+
+
+@torch.no_grad()
+def per_token(function, packs: list[tuple], shape: Sequence[int], device) -> Tensor:
+    """function(pack), [..., K], put into its tokens' places: [..., B, T], of all ranks; 0 where there is no token."""
+    out = torch.zeros(*shape, device=device)
+    for pack, (rows, columns) in packs:
+        out[..., rows, columns] = function(pack)
+    return common.all_reduce_(out)
+
+
+def logprobs_and_entropy(policy, pack, temperature: float) -> Tensor:
+    """log π and the entropy of π before each of a pack's tokens, [2, K]."""
+    logprobs, extra = common.token_logprobs(policy, pack, temperature, extras=("entropy",))
+    return torch.stack([logprobs, extra["entropy"]])
+
+
+METRICS = ("policy_loss", "ratio_mean", "approx_kl", "clipfrac")
+
+
+def main(args: Args) -> None:
+    # 1. Check everything that can be checked without a model.
+    common.check_positive(args, "heldout_rows", "prompt_tokens", "updates", "batch_size", "completion_tokens", "temperature",
+                          "clip_low", "clip_high", "epochs", "minibatches", "pass_k", "lr", "max_grad_norm", "max_gap",
+                          "checkpoint_every")
+    common.check_share(args, "clip_low", "max_dropped")
+    for name in ("beta", "eval_every"):
+        if not 0 <= getattr(args, name) < math.inf:
+            common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
+    if args.group_size < 2:
+        common.fail(f"--group-size {args.group_size}: a group needs 2 answers at least, to compare them")
+    if args.batch_size % args.minibatches:
+        common.fail(f"--batch-size {args.batch_size} is not a multiple of --minibatches {args.minibatches}; "
+                    f"give mini-batches of equal size")
+    device = common.setup_device(args.device)
+    parent, model, model_dir, tokenizer, invariants = common.read_parent(args.sft_adapter, args.model)
+    if args.prompt_tokens + args.completion_tokens > common.max_positions(model_dir):
+        common.fail(f"--prompt-tokens {args.prompt_tokens} + --completion-tokens {args.completion_tokens} are beyond the "
+                    f"model's {common.max_positions(model_dir)} positions")
+    common.check_max_length(model_dir, args.prompt_tokens + args.completion_tokens, args.micro_tokens)
+    task = load_task(args)
+    source, rows, held, data = read_data(task, args)
+    heldout, _, _ = common.take_rows(held, min(args.heldout_rows, len(held)), args.seed, build(tokenizer, args),
+                                     f"{source} (held out)", args.max_dropped)
+    wanted = min(args.updates * args.batch_size * (ROUNDS if args.resample_groups else 1), len(rows) - rows.count(None))
+    problems, dropped, _ = common.take_rows(rows, wanted, args.seed, build(tokenizer, args), source, args.max_dropped)
+    counts = common.preflight_prompts(tokenizer, [p.ids for p in problems], [p.text for p in problems], dropped,
+                                      args.eval_data)
+    run = common.Run("grpo", args, invariants, data, parent, args.sft_adapter)
+
+    # 2. The policy: base + SFT merged, frozen, and a fresh LoRA; without the LoRA it is the reference.
+    common.set_seed(args.seed)
+    dtype = getattr(torch, parent["args"]["dtype"])
+    merged = common.load_model(model_dir, args.sft_adapter, "none", dtype, device)
+    policy = common.add_lora(merged)
+    if args.compile and device.type == "cuda":
+        common.compile_layers(policy)
+    params, sampler = common.trainable(policy), common.Sampler(policy, tokenizer)
+    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8)
+    P, G, size = args.batch_size, args.group_size, args.batch_size // args.minibatches
+    total_steps, single = args.updates * args.epochs * args.minibatches, args.epochs * args.minibatches == 1
+    common.say(f"{args.updates} updates of {P} prompts x {G} answers = {P * G}; {args.epochs} epochs x {args.minibatches} "
+               f"mini-batches of {size * G} = {total_steps:,} optimizer steps; {sum(map(Tensor.numel, params)):,} trained "
+               f"parameters; {len(problems):,} problems, {len(heldout)} held out")
+
+    # Before the first update the policy is the reference: what it can do, to compare with.
+    first = run.resume(policy, optimizer, args.updates)
+    if not run.state:
+        before, greedy = evaluate(sampler, task, heldout, args, run)
+        some = [Example.completion(g.problem.ids, g.completions[0].ids) for g in greedy[:8]]
+        run.state = {"drawn": 0, "before": before, "answers": answers(greedy),
+                     "merge_kl": common.merge_kl(model_dir, args.sft_adapter, merged, some, args.micro_tokens, dtype, device)}
+
+    # 3. Train.
+    for p in params:  # a mini-batch may hold nothing to learn from: then its gradient is 0, which is not none
+        p.grad = torch.zeros_like(p)
+    for update in range(first, args.updates):
+        # 3a. Measure when it is time; roll out and score. Resampling goes on, for all ranks alike, until P groups differ.
+        sampler.refresh(policy)
+        found = run.state["before"] if update == 0 else {}
+        if update and args.eval_every and update % args.eval_every == 0:
+            found, _ = evaluate(sampler, task, heldout, args, run)
+        began, drawn, groups = time.time(), [], []
+        for round in range(ROUNDS if args.resample_groups else 1):
+            places = range(run.state["drawn"], run.state["drawn"] + P - len(groups))
+            asked = [problems[endless(len(problems), place, args.seed)] for place in places]
+            new = roll_out(sampler, task, asked, G, args.temperature, args, run, "update", update, round)
+            run.state["drawn"] += len(new)
+            drawn += new
+            groups += [g for g in new if g.varies or not args.resample_groups]
+            if len(groups) == P:
+                break
+        else:
+            common.say(f"\nupdate {update}: {len(groups)} of {P} groups differ in their rewards after {ROUNDS} rounds")
+            groups += [g for g in drawn if not g.varies][:P - len(groups)]
+        row_ids, rolled = [g.problem.index for g in groups], time.time()
+
+        # 3b. Advantages of the B = P·G answers; those that the loss can learn from. A group's answers stand side by side.
+        done = [c for g in groups for c in g.completions]
+        rewards = torch.tensor([[s.reward for s in g.scores] for g in groups], dtype=torch.float64)         # [P, G]
+        advantages = group_advantages(rewards, args.scale_advantages).flatten().float().to(device)          # [B]
+        learns = (advantages != 0) | (args.beta > 0)                                                        # [B]
+        examples = [Example.completion(g.problem.ids, c.ids) for g in groups for c in g.completions]
+        lengths = torch.tensor([len(c.ids) for c in done], device=device)                                   # [B]
+        mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]) & learns[:, None]       # [B, T]
+
+        def minibatches(epoch: int) -> list[tuple]:
+            """[(packs, tokens in them over all ranks, weight of a token of each answer [B])], groups in a new order each."""
+            order, parts = common.permutation(P, args.seed, "minibatches", update, epoch), []
+            for at in range(0, P, size):
+                rows = [g * G + i for g in order[at:at + size] for i in range(G)]
+                weights = torch.zeros(P * G, device=device)
+                weights[rows] = token_weights(lengths[rows], args.aggregate, args.completion_tokens)
+                parts.append((minibatch_packs(examples, [i for i in rows if learns[i]], args, device),
+                              int(mask[rows].sum()), weights))
+            return parts
+
+        # 3c. Log-probs of old policy and reference, from the very packs of the first epoch.
+        first_epoch = minibatches(0)
+        packs = [pack for part, _, _ in first_epoch for pack in part]
+        old = torch.zeros(2, *mask.shape, device=device)                       # log π_old and its entropy, each [B, T]
+        if not single:
+            old = per_token(lambda pack: logprobs_and_entropy(policy, pack, args.temperature), packs, old.shape, device)
+        if args.beta:
+            with common.reference(policy):
+                ref_logprobs = per_token(lambda pack: common.token_logprobs(policy, pack, args.temperature), packs,
+                                         mask.shape, device)
+
+        # 3d. Epochs of mini-batches, an optimizer step each.
+        totals, ratio_max, gap, drift = torch.zeros(len(METRICS), dtype=torch.float64), 1.0, None, None
+        for epoch in range(args.epochs):
+            for part, (packs, tokens, weights) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
+                sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+                for pack, (i, t) in packs:
+                    if single:  # the policy is still the one that sampled
+                        now = logprobs_and_entropy(policy, pack, args.temperature)                           # [2, K]
+                        old[:, i, t], logprobs = now.detach(), now[0]
+                    else:
+                        logprobs = common.token_logprobs(policy, pack, args.temperature)                     # [K]
+                    losses = policy_loss(logprobs, old[0, i, t], advantages[i], args.clip_low, args.clip_high)
+                    kl_losses = args.beta * k3(logprobs, ref_logprobs[i, t]) if args.beta else 0.0
+                    (weights[i] * (losses + kl_losses)).sum().backward()
+                    log_ratio = (logprobs - old[0, i, t]).detach()
+                    ratio = log_ratio.exp()
+                    clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+                    sums += torch.stack([(weights[i] * losses.detach()).sum(), ratio.sum(), 0.5 * (log_ratio ** 2).sum(),
+                                         clipped.sum()])
+                    ratio_max = max(ratio_max, ratio.max().item())
+                sums = common.all_reduce_(sums).cpu()
+                sums[1:] /= max(tokens, 1)
+                metrics = dict(zip(METRICS, sums.tolist()))
+                if epoch == part == 0 and mask.any():  # before the first step: π_θ is π_old, and is it the sampler's?
+                    if single:
+                        common.all_reduce_(old)
+                    sampled = torch.tensor([lp for c, learn in zip(done, learns.tolist()) if learn for lp in c.logprobs])
+                    drift = old[0][mask] - sampled.to(device)  # the same words by two programs: rounding alone may part them
+                    gap = drift.abs().mean().item()
+                    if not gap <= args.max_gap:
+                        run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, beyond "
+                                 f"--max-gap {args.max_gap}. Rounding to bfloat16 gives about 0.02; more means other weights, "
+                                 f"another temperature or another attention, which the recomputed ratio would hide")
+                    bound = 0.01 if args.compile and device.type == "cuda" else 0  # a compiled graph may differ by rounding
+                    assert metrics["approx_kl"] <= bound and metrics["clipfrac"] <= bound, \
+                        f"first mini-batch: {metrics}: the policy is not the one that sampled"
+                common.all_reduce_gradients(params)
+                grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+                run.check_finite(update, row_ids, grad_norm=grad_norm, policy_loss=metrics["policy_loss"])
+                step = (update * args.epochs + epoch) * args.minibatches + part
+                lr = optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps, args)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+                totals += sums
+        metrics = dict(zip(METRICS, (totals / (args.epochs * args.minibatches)).tolist()))
+
+        # 3e. Log and checkpoint. Rewards, lengths and shares are of all answers drawn, the rest of those that were learned from.
+        if args.beta:
+            kl = {"kl": (old[0] - ref_logprobs).sum(1).mean().item(), "k3": k3(old[0], ref_logprobs).sum(1).mean().item()}
+        learned, right = time.time(), [g.solved for g in drawn]
+        tokens = sum(len(c.ids) for g in drawn for c in g.completions)
+        run.log(update, {
+            **means(drawn), "zero_variance": sum(not g.varies for g in drawn) / len(drawn),
+            "all_right": right.count(G) / len(drawn), "all_wrong": right.count(0) / len(drawn), "drawn_groups": len(drawn),
+            **(kl if args.beta else {}), "entropy": old[1][mask].mean().item() if mask.any() else None, **metrics,
+            "ratio_max": max(common.gather_lists([ratio_max])), "sampler_gap": gap,
+            "sampler_log_ratio": drift.exp().mean().log().item() if mask.any() else None, "grad_norm": grad_norm, "lr": lr,
+            "tokens": tokens, "rollout_tokens_per_s": tokens / (rolled - began),
+            "learn_tokens_per_s": args.epochs * sum(len(e.ids) for e in examples) / (learned - rolled),
+            **{f"heldout_{k}": v for k, v in found.items()}})
+        run.checkpoint(update + 1, policy, optimizer)
+
+    # 4. Save (relative to the pretrained base), and answer the held-out problems again.
+    run.save(policy, tokenizer)
+    sampler.refresh(policy)
+    after, greedy = evaluate(sampler, task, heldout, args, run)
+    if common.rank() == 0:
+        write_results(run, args, heldout, answers(greedy), after)
+    run.finish({**counts, "merge_kl": run.state["merge_kl"], "heldout_problems": len(heldout),
+                **{f"{k}_{when}": v for when, d in (("before", run.state["before"]), ("after", after)) for k, v in d.items()}},
+               CURVES, f"GRPO (β = {args.beta}) from {args.sft_adapter} with LoRA on the task {task.name}: {args.updates} "
+               f"updates of {P} prompts x {G} answers.")
+
+
+CURVES = ["rewards", "reward_correct", "reward_format", "heldout_pass_1", "heldout_pass_k", "completion_tokens", "overlong",
+          "zero_variance", "kl", "entropy", "clipfrac", "sampler_gap"]
+
+
+def endless(n: int, place: int, seed: int) -> int:
+    """Which of n rows stands at a place of an endless order: pass after pass, each in a shuffle of its own."""
+    return shuffle(n, seed, place // n)[place % n]
+
+
+@functools.lru_cache(2)
+def shuffle(n: int, seed: int, passes: int) -> list[int]:
+    return common.permutation(n, seed, "epoch", passes)
+
+
+def answers(greedy: list[Group]) -> list[dict]:
+    """Greedy answers as text, each with its length, its reward and whether it did not end."""
+    return [{"text": c.text, "reward": s.reward, **s.parts, "completion_tokens": len(c.ids), "overlong": c.stopped == "length"}
+            for g in greedy for c, s in zip(g.completions, g.scores)]
+
+
+def write_results(run, args: Args, heldout: list[Problem], after_answers: list[dict], after: dict) -> None:
+    """completions.jsonl (greedy answers to the held-out problems, before and after), results/grpo/<name>.json and .png."""
+    common.write_text(run.directory / "completions.jsonl", "".join(
+        json.dumps({"prompt": p.text, "row": p.row, "before": b, "after": a}, ensure_ascii=False) + "\n"
+        for p, b, a in zip(heldout, run.state["answers"], after_answers)))
+    log, record = [json.loads(line) for line in run.log_file.read_text().splitlines()], run.record
+    measured = [*log, {"step": args.updates, **{f"heldout_{k}": v for k, v in after.items()}}]
+    place = Path(args.results) / "grpo" / record["name"]
+    common.write_json(f"{place}.json", {"schema_version": 1, **{k: record[k] for k in (
+        "name", "model", "config_hash", "family", "seed", "train_invariants", "adapter_sha256", "data")},
+        "task": args.task, "pass_k": args.pass_k, "samples": 2 * args.pass_k, "updates": args.updates,
+        "heldout_problems": len(heldout), "before": run.state["before"], "after": after,
+        "heldout": [{k.removeprefix("heldout_"): v for k, v in line.items() if k == "step" or k.startswith("heldout_")}
+                    for line in measured if "heldout_pass_1" in line],
+        "curves": {k: [line.get(k) for line in log] for k in (*CURVES, "k3", "all_right", "all_wrong")
+                   if not k.startswith("heldout_")}})
+    common.write_atomic(f"{place}.png", lambda p: common.plot_curves(measured, CURVES, record["name"], p))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
