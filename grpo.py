@@ -38,6 +38,7 @@ import math
 import operator
 import random
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -120,7 +121,7 @@ class Args:
     """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise is about 0.02]."""
     # -- run --
     seed: int = 42
-    """Seed of the prompts' shuffle, the order, the sampling, the LoRA initialisation and the arithmetic problems."""
+    """Seed of the prompts' shuffle, the order, the sampling and the LoRA initialisation."""
     out: str = "runs/grpo_v1"
     """Run directory."""
     results: str = "results"
@@ -233,11 +234,11 @@ WORKED = {  # turns before the question: without them SmolLM2-135M-Instruct does
 GRADES = {1: ("+", 0, 9, 0, 9), 2: ("-", 0, 9, 0, 9), 3: ("*", 2, 9, 2, 9), 4: ("+-", 10, 99, 1, 9), 5: ("+-", 10, 99, 10, 99)}
 
 
-def arithmetic_rows(first: int, last: int, seed: int, n: int = 4096) -> list[dict]:
-    """n problems a ∘ b, the grades in turn; row i depends on (seed, i) alone, and no difference is below 0."""
+def arithmetic_rows(first: int, last: int, n: int = 4096) -> list[dict]:
+    """n problems a ∘ b, the grades in turn; row i depends on nothing but i, and no difference is below 0."""
     rows = []
     for i in range(n):
-        grade, g = first + i % (last - first + 1), random.Random(f"{seed} {i}")
+        grade, g = first + i % (last - first + 1), random.Random(f"arithmetic {i}")
         signs, *bounds = GRADES[grade]
         sign, a, b = g.choice(signs), g.randint(*bounds[:2]), g.randint(*bounds[2:])
         a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
@@ -276,12 +277,12 @@ def load_task(args: Args) -> Task:
         if first > last:
             common.fail(f"--task {args.task}: the first grade is above the last")
         return Task("arithmetic", f"arithmetic:{first}-{last}", functools.partial(read_question, task="arithmetic"),
-                    number_reward, lambda: arithmetic_rows(first, last, args.seed))
+                    number_reward, lambda: arithmetic_rows(first, last))
     path = Path(args.task)
     if path.suffix != ".py" or not path.is_file():
         common.fail(f"--task {args.task}: want gsm8k, arithmetic (or arithmetic:1-3: grades 1 to 5) or an existing .py file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"task_{path.stem}", path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as e:  # whatever the file raises, the reader wants its name and the line
@@ -529,10 +530,10 @@ def main(args: Args) -> None:
         if update and args.eval_every and update % args.eval_every == 0:
             found, _ = evaluate(sampler, task, heldout, args, run)
         began, drawn, groups = time.time(), [], []
-        for round in range(ROUNDS if args.resample_groups else 1):
+        for turn in range(ROUNDS if args.resample_groups else 1):
             places = range(run.state["drawn"], run.state["drawn"] + P - len(groups))
             asked = [problems[endless(len(problems), place, args.seed)] for place in places]
-            new = roll_out(sampler, task, asked, G, args.temperature, args, run, "update", update, round)
+            new = roll_out(sampler, task, asked, G, args.temperature, args, run, "update", update, turn)
             run.state["drawn"] += len(new)
             drawn += new
             groups += [g for g in new if g.varies or not args.resample_groups]
@@ -575,7 +576,7 @@ def main(args: Args) -> None:
                                          mask.shape, device)
 
         # 3d. Epochs of mini-batches, an optimizer step each.
-        totals, ratio_max, gap, drift = torch.zeros(len(METRICS), dtype=torch.float64), 1.0, None, None
+        totals, learned_from, ratio_max = torch.zeros(len(METRICS), dtype=torch.float64, device=device), 0, 0.0
         for epoch in range(args.epochs):
             for part, (packs, tokens, weights) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
                 sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
@@ -594,9 +595,7 @@ def main(args: Args) -> None:
                     sums += torch.stack([(weights[i] * losses.detach()).sum(), ratio.sum(), 0.5 * (log_ratio ** 2).sum(),
                                          clipped.sum()])
                     ratio_max = max(ratio_max, ratio.max().item())
-                sums = common.all_reduce_(sums).cpu()
-                sums[1:] /= max(tokens, 1)
-                metrics = dict(zip(METRICS, sums.tolist()))
+                totals += common.all_reduce_(sums)
                 if epoch == part == 0 and mask.any():  # before the first step: π_θ is π_old, and is it the sampler's?
                     if single:
                         common.all_reduce_(old)
@@ -608,31 +607,31 @@ def main(args: Args) -> None:
                                  f"--max-gap {args.max_gap}. Rounding to bfloat16 gives about 0.02; more means other weights, "
                                  f"another temperature or another attention, which the recomputed ratio would hide")
                     bound = 0.01 if args.compile and device.type == "cuda" else 0  # a compiled graph may differ by rounding
-                    assert metrics["approx_kl"] <= bound and metrics["clipfrac"] <= bound, \
-                        f"first mini-batch: {metrics}: the policy is not the one that sampled"
+                    assert (sums[2:] <= bound * max(tokens, 1)).all(), \
+                        f"first mini-batch: sums of {METRICS}: {sums.tolist()}: the policy is not the one that sampled"
                 common.all_reduce_gradients(params)
                 grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
-                run.check_finite(update, row_ids, grad_norm=grad_norm, policy_loss=metrics["policy_loss"])
+                run.check_finite(update, row_ids, grad_norm=grad_norm, policy_loss=sums[0].item())
                 step = (update * args.epochs + epoch) * args.minibatches + part
                 lr = optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps, args)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
-                totals += sums
-        metrics = dict(zip(METRICS, (totals / (args.epochs * args.minibatches)).tolist()))
+                learned_from += tokens
+        totals /= torch.tensor([args.epochs * args.minibatches] + [max(learned_from, 1)] * 3, device=device)
 
-        # 3e. Log and checkpoint. Rewards, lengths and shares are of all answers drawn, the rest of those that were learned from.
-        if args.beta:
-            kl = {"kl": (old[0] - ref_logprobs).sum(1).mean().item(), "k3": k3(old[0], ref_logprobs).sum(1).mean().item()}
-        learned, right = time.time(), [g.solved for g in drawn]
-        tokens = sum(len(c.ids) for g in drawn for c in g.completions)
+        # 3e. Log and checkpoint: rewards and lengths of all answers drawn, the rest of those that were learned from, if any.
+        learned, solved, tokens = time.time(), [g.solved for g in drawn], sum(len(c.ids) for g in drawn for c in g.completions)
+        learning = {} if not mask.any() else {
+            **dict(zip(METRICS, totals.tolist())), "ratio_max": max(common.gather_lists([ratio_max])),
+            "entropy": old[1][mask].mean().item(), "sampler_gap": gap, "sampler_log_ratio": drift.exp().mean().log().item(),
+            "learn_tokens_per_s": args.epochs * sum(len(e.ids) for e, l in zip(examples, learns) if l) / (learned - rolled)}
+        if args.beta:  # a completion's sum, at the rollout
+            learning |= {"kl": (old[0] - ref_logprobs).sum(1).mean().item(),
+                         "k3": k3(old[0], ref_logprobs).sum(1).mean().item()}
         run.log(update, {
             **means(drawn), "zero_variance": sum(not g.varies for g in drawn) / len(drawn),
-            "all_right": right.count(G) / len(drawn), "all_wrong": right.count(0) / len(drawn), "drawn_groups": len(drawn),
-            **(kl if args.beta else {}), "entropy": old[1][mask].mean().item() if mask.any() else None, **metrics,
-            "ratio_max": max(common.gather_lists([ratio_max])), "sampler_gap": gap,
-            "sampler_log_ratio": drift.exp().mean().log().item() if mask.any() else None, "grad_norm": grad_norm, "lr": lr,
-            "tokens": tokens, "rollout_tokens_per_s": tokens / (rolled - began),
-            "learn_tokens_per_s": args.epochs * sum(len(e.ids) for e in examples) / (learned - rolled),
+            "all_right": solved.count(G) / len(drawn), "all_wrong": solved.count(0) / len(drawn), "drawn_groups": len(drawn),
+            **learning, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "rollout_tokens_per_s": tokens / (rolled - began),
             **{f"heldout_{k}": v for k, v in found.items()}})
         run.checkpoint(update + 1, policy, optimizer)
 
