@@ -1594,7 +1594,8 @@ class Run:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(line) + "\n")
             self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in ("loss", "accuracy", "scores", "kl", "tokens_per_s",
-                                                                   "peak_gib") if k in metrics}, refresh=False)
+                                                                   "peak_gib") if metrics.get(k) is not None},
+                                 refresh=False)
             self.bar.update(1)
             if self.tracker:
                 self.tracker.log(line, step=step)
@@ -1690,18 +1691,18 @@ def args_model(args: Any, parent: dict | None) -> str:
 
 
 def plot_curves(lines: list[dict], keys: Sequence[str], title: str, path: Path) -> None:
-    """Small multiples of logged quantities over steps."""
+    """Small multiples of logged quantities over steps; a step without a quantity has no point."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    keys = [k for k in keys if any(k in line for line in lines)]
+    keys = [k for k in keys if any(line.get(k) is not None for line in lines)]
     columns = min(3, max(1, len(keys)))
     figure, axes = plt.subplots(max(1, math.ceil(len(keys) / columns)), columns, squeeze=False,
                                 figsize=(4 * columns, 2.6 * max(1, math.ceil(len(keys) / columns))))
     for axis in axes.flat[len(keys):]:
         axis.set_axis_off()
     for axis, key in zip(axes.flat, keys):
-        points = [(line["step"], line[key]) for line in lines if key in line]
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         axis.plot(*zip(*points), linewidth=1.2)
         axis.set_title(key, fontsize=9)
         axis.grid(alpha=0.3)
