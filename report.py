@@ -10,7 +10,7 @@ A score carries its standard error se (lm-eval's own, over the items). The diffe
 3. The same config_hash with another adapter hash is a run that did not reproduce: both rows stay, the later marked †.
 4. What is missing is shown as missing, never as zero: a row as "planned", a score as "–", a standard error as "?".
 5. A reward model scores answers and has no benchmark row: its own table comes from rm/*.json, beside the baseline "the
-   longer answer wins". A record of other
+   longer answer wins". What PPO and GRPO say of themselves comes from ppo/*.json and grpo/*.json. A record of other
    train_invariants than the rows' is listed with ‡ and both hashes, and left out where --group names theirs.
 
     python report.py            print the tables; write results/README.md, and README.md between its two markers
@@ -38,7 +38,7 @@ from common import SCHEMA_VERSION, fail, read_json, read_results, sha256_json, w
 @dataclass(frozen=True)
 class Args:
     results: str = "results"
-    """Directory that holds metrics.json and rm/; the full tables go to README.md inside it."""
+    """Directory that holds metrics.json, rm/, ppo/ and grpo/; the full tables go to README.md inside it."""
     readme: str = "README.md"
     """File whose section between the two results markers gets the compact table; "none": no such file."""
     group: tuple[str, ...] = ()
@@ -161,9 +161,9 @@ def tables_of(rows: list[dict], group: tuple[str, ...], path: Path) -> dict[str,
 
 
 def read_records(results: Path, rows: list[dict], group: tuple[str, ...]) -> dict[str, list[dict]]:
-    """{"rm": what that folder's files hold}, with a `label`, the `plot` beside the file ("": none), and a
+    """{"rm", "ppo", "grpo": what that folder's files hold}, with a `label`, the `plot` beside the file ("": none), and a
     `note` on one whose train_invariants are not those of `rows`. Fails on a newer schema."""
-    records, climb = {folder: [] for folder in ("rm",)}, rows[0] if rows else None
+    records, climb = {folder: [] for folder in ("rm", "ppo", "grpo")}, rows[0] if rows else None
     for folder, path in [(folder, path) for folder in records for path in sorted((results / folder).glob("*.json"))]:
         record, plot = {"name": path.stem, **read_json(path)}, path.with_suffix(".png")
         version = record.get("schema_version")
@@ -353,7 +353,7 @@ def training_table(rows: list[dict]) -> Table | None:
     return Table(["row", "method", "seed", "config_hash", *titles.values()], lines, 4) if lines else None
 
 
-# ------------------------------------------------------------------ reward models
+# ------------------------------------------------------------------ reward models and on-policy runs
 
 
 def interval(share: object) -> list[float] | None:
@@ -418,8 +418,29 @@ def reward_table(records: list[dict]) -> Table:
     return Table(["row", "seed", "config_hash", "pairs", *REWARD], lines, 3, notes)
 
 
+def on_policy_table(records: list[dict]) -> Table:
+    """A line a run of one method: the KL at its end, and each number that it has from before and after training."""
+    sides = [record.get(side) or {} for record in records for side in ("before", "after")]
+    keys = list(dict.fromkeys(key for side in sides for key, value in side.items() if finite(value) is not None))
+    lines, notes = [], ["before → after: the run's own figures, without a standard error. KL: mean of its last tenth."]
+    for record in records:
+        curve = at(record, "curves", "kl") or [None]
+        last = curve[-math.ceil(len(curve) / 10) :]
+        kl = None if None in map(finite, last) else statistics.fmean(last)
+        both = [[number(at(record, side, key)) for side in ("before", "after")] for key in keys]
+        changes = ["–" if a == b == "–" else f"{a} → {b}" for a, b in both]
+        lines.append([record["label"], number(record.get("updates")), number(kl), *changes])
+        models = {"rewarded": record.get("reward_model"), "watched": record.get("watch_model")}
+        said = [f"{verb} by {at(m, 'name')} ({at(m, 'config_hash')})" for verb, m in models.items() if m]
+        notes += [f"{record['label']}: {', '.join(said)}."] * bool(said) + [record["note"]] * bool(record["note"])
+    return Table(["row", "updates", "KL at\nthe end", *keys], lines, 1, notes)
+
+
 def records_report(records: dict[str, list[dict]]) -> list[str | Table]:
     blocks = ["## Reward models", reward_table(records["rm"]), *map(against_length, records["rm"])]
+    for method in ("ppo", "grpo"):
+        if records[method]:
+            blocks += [f"## On-policy runs: {method.upper()}", on_policy_table(records[method])]
     plots = [record["plot"] for found in records.values() for record in found if record["plot"]]
     return blocks + ["Plots: " + ", ".join(f"[{plot}]({plot})" for plot in plots)] * bool(plots)
 

@@ -369,7 +369,7 @@ def test_a_trial_says_so_with_its_error(here):
     assert "Trial" not in Path("results/README.md").read_text() + Path("README.md").read_text()
 
 
-# ------------------------------------------------------------------ reward models
+# ------------------------------------------------------------------ reward models and on-policy runs
 
 
 def share(right, n):
@@ -578,7 +578,81 @@ def test_without_rows_the_first_reward_model_says_what_the_others_must_be(here):
     assert said("‡") == "‡ rm_b: train_invariants ffff0000, where rm_a has aaaa1111; no part of this climb."
 
 
-@pytest.mark.parametrize("folder", ["rm"])
+def write_on_policy(stem="ppo/ppo_v1", **changes):
+    """results/<stem>.json; a change to None takes the key out."""
+    record = {
+        "schema_version": 1, "name": Path(stem).name, "model": "org/base", "config_hash": "c0000041", "family": "f",
+        "seed": 42, "train_invariants": "aaaa1111", "adapter_sha256": "a" * 64, "data": {},
+        "reward_model": {"name": "rm_v1", "config_hash": "c0000031"},
+        "watch_model": {"name": "rm_w", "config_hash": "c0000032"},
+        "before": {"score": -0.25, "tokens": 120, "eos_rate": 1.0, "note": "text", "cut": True, "per": [1, 2]},
+        "after": {"score": 1.5, "tokens": 1345, "eos_rate": 0.75, "note": "text", "cut": False, "per": [1, 2]},
+        "updates": 1200, "curves": {"kl": [0.0] * 18 + [4.0, 5.0], "scores": [0.0] * 20},
+    } | changes  # fmt: skip
+    write_json(f"results/{stem}.json", {key: value for key, value in record.items() if value is not None})
+
+
+def test_on_policy_runs_before_and_after(here):
+    write_on_policy()
+    grpo = {"reward_model": None, "watch_model": None, "updates": 7, "curves": {"kl": [1.0] * 4 + [0.5]}}
+    write_on_policy("grpo/grpo_v1", before={"pass@1": 0.125}, after={"pass@1": 0.25, "pass@8": 0.5}, **grpo)
+    Path("results/grpo/grpo_v1.png").write_bytes(b"png")
+    run(three_rows())
+    ppo = table("## On-policy runs: PPO")
+    assert ppo["row"] == ["updates", "KL at<br>the end", "score", "tokens", "eos_rate"]  # numbers only
+    # the last tenth of 20 values: (4 + 5) / 2
+    assert ppo["ppo_v1"] == ["1,200", "4.500", "−0.250 → 1.500", "120 → 1,345", "1.000 → 0.750"]
+    assert said("ppo_v1: ") == "ppo_v1: rewarded by rm_v1 (c0000031), watched by rm_w (c0000032)."
+    grpo = table("## On-policy runs: GRPO")
+    assert grpo["row"][2:] == ["pass@1", "pass@8"]
+    assert grpo["grpo_v1"] == ["7", "0.500", "0.125 → 0.250", "– → 0.500"]  # a tenth of 5: one
+    assert said("Plots:") == "Plots: [grpo/grpo_v1.png](grpo/grpo_v1.png)"
+    assert "grpo_v1: rewarded" not in (text := Path("results/README.md").read_text()) and "ppo_v1.png" not in text
+    assert table("### Current state")["ppo_v1"][1] == "planned"  # not evaluated: still no score
+
+
+UNSAID = {  # key that an on-policy run's file lacks: what its line shows
+    "before": ["1,200", "4.500", "– → 1.500", "– → 1,345", "– → 0.750"],
+    "after": ["1,200", "4.500", "−0.250 → –", "120 → –", "1.000 → –"],
+    "updates": ["–", "4.500", "−0.250 → 1.500", "120 → 1,345", "1.000 → 0.750"],
+    "curves": ["1,200", "–", "−0.250 → 1.500", "120 → 1,345", "1.000 → 0.750"],
+} | dict.fromkeys(["name", "seed", "reward_model"], ["1,200", "4.500", "−0.250 → 1.500", "120 → 1,345", "1.000 → 0.750"])
+
+
+@pytest.mark.parametrize("key", UNSAID)
+def test_a_missing_key_of_an_on_policy_run_is_a_dash(here, key):
+    write_on_policy(**{key: None})
+    run(three_rows())
+    assert table("## On-policy runs: PPO")["ppo_v1"] == UNSAID[key]
+    by = "rewarded by rm_v1 (c0000031), " * (key != "reward_model")
+    assert said("ppo_v1: ") == f"ppo_v1: {by}watched by rm_w (c0000032)."
+    write_json("results/ppo/ppo_v1.json", {"schema_version": 1, "train_invariants": "aaaa1111"})
+    run(None)
+    assert table("## On-policy runs: PPO")["ppo_v1"] == ["–", "–"]
+
+
+@pytest.mark.parametrize("kl, shown", [([], "–"), ([None], "–"), ([0.5, float("nan")], "–"), ([0.5], "0.500"),
+                                       ([9.0] * 10 + [2.0, 1.0], "1.500"), ([float("nan")] * 9 + [2], "2.000")])
+def test_kl_at_the_end_is_the_mean_of_the_last_tenth(here, kl, shown):
+    write_on_policy(curves={"kl": kl})  # 12 values: a tenth is two, rounded up
+    run(three_rows())
+    assert table("## On-policy runs: PPO")["ppo_v1"][1] == shown
+
+
+def test_runs_of_one_method_share_its_columns_and_another_setup_is_marked(here):
+    write_on_policy()
+    write_on_policy("ppo/ppo_big", train_invariants="ffff0000", before={"win": 0.5}, after={"win": 0.75})
+    run(three_rows())
+    found = table("## On-policy runs: PPO")
+    assert list(found)[2:] == ["ppo_v1", "ppo_big‡"]
+    assert found["row"][2:] == ["score", "tokens", "eos_rate", "win"]
+    assert found["ppo_v1"][-1] == "–" and found["ppo_big‡"][2:] == ["–", "–", "–", "0.500 → 0.750"]
+    assert said("‡") == "‡ ppo_big: train_invariants ffff0000, where base has aaaa1111; no part of this climb."
+    run(None, "--group", "aaaa1111")
+    assert list(table("## On-policy runs: PPO"))[2:] == ["ppo_v1"]
+
+
+@pytest.mark.parametrize("folder", ["rm", "ppo", "grpo"])
 @pytest.mark.parametrize("version, named", [(SCHEMA_VERSION + 1, f"schema_version {SCHEMA_VERSION + 1}, newer"),
                                             (None, "not a results file"), ("1", "not a results file")])
 def test_a_record_of_a_newer_or_unknown_schema_is_refused(here, capsys, folder, version, named):
