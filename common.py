@@ -1721,6 +1721,19 @@ class Sampler:
         return whole[:min((whole.find(s) for s in stops if s in whole), default=None)]
 
 
+def rollout(sampler: Sampler, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float,
+            seed: int) -> list[Completion]:
+    """A sampled completion of each prompt, in order, on every rank: each rank samples a share of the rows.
+
+    A row's noise is keyed by its place in `prompts`, so the number of ranks doesn't change what is sampled.
+    """
+    n = len(prompts)
+    mine = range(rank() * n // world(), (rank() + 1) * n // world())
+    done = sampler.sample([prompts[i] for i in mine], max_new_tokens, temperature=temperature, top_p=1.0, seed=seed,
+                          rows=mine) if mine else []
+    return gather_lists(done)
+
+
 def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> float:
     """Share of greedy completions that end with EOS within `max_new_tokens`, over all ranks' prompts."""
     mine = prompts[rank()::world()]
