@@ -1724,6 +1724,19 @@ class Sampler:
         return whole[:min((whole.find(s) for s in stops if s in whole), default=None)]
 
 
+def rollout(sampler: Sampler, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float,
+            seed: int) -> list[Completion]:
+    """A sampled completion of each prompt, in order, on every rank: each rank samples a share of the rows.
+
+    A row's noise is keyed by its place in `prompts`, so the number of ranks doesn't change what is sampled.
+    """
+    n = len(prompts)
+    mine = range(rank() * n // world(), (rank() + 1) * n // world())
+    done = sampler.sample([prompts[i] for i in mine], max_new_tokens, temperature=temperature, top_p=1.0, seed=seed,
+                          rows=mine) if mine else []
+    return gather_lists(done)
+
+
 def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> float:
     """Share of greedy completions that end with EOS within `max_new_tokens`, over all ranks' prompts."""
     mine = prompts[rank()::world()]
@@ -1893,7 +1906,8 @@ class Run:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(line) + "\n")
             self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in ("loss", "accuracy", "scores", "kl", "tokens_per_s",
-                                                                   "peak_gib") if k in metrics}, refresh=False)
+                                                                   "peak_gib") if metrics.get(k) is not None},
+                                 refresh=False)
             self.bar.update(1)
             if self.tracker:
                 self.tracker.log(line, step=step)
@@ -1989,18 +2003,18 @@ def args_model(args: Any, parent: dict | None) -> str:
 
 
 def plot_curves(lines: list[dict], keys: Sequence[str], title: str, path: Path) -> None:
-    """Small multiples of logged quantities over steps."""
+    """Small multiples of logged quantities over steps; a step without a quantity has no point."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    keys = [k for k in keys if any(k in line for line in lines)]
+    keys = [k for k in keys if any(line.get(k) is not None for line in lines)]
     columns = min(3, max(1, len(keys)))
     figure, axes = plt.subplots(max(1, math.ceil(len(keys) / columns)), columns, squeeze=False,
                                 figsize=(4 * columns, 2.6 * max(1, math.ceil(len(keys) / columns))))
     for axis in axes.flat[len(keys):]:
         axis.set_axis_off()
     for axis, key in zip(axes.flat, keys):
-        points = [(line["step"], line[key]) for line in lines if key in line]
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         axis.plot(*zip(*points), linewidth=1.2)
         axis.set_title(key, fontsize=9)
         axis.grid(alpha=0.3)
