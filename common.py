@@ -50,6 +50,7 @@ from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -1325,7 +1326,8 @@ def attend(q: Tensor, cache: Tensor, stride: int, mask: Tensor) -> Tensor:
     """Attention of one query a row over its slots, [B, heads d]; query heads that share keys go as one short sequence."""
     (rows, heads, d), length, kv_heads = q.shape, mask.shape[-1], cache.shape[2]
     k, v = cache[:rows * stride].view(rows, stride, 2, kv_heads, d)[:, :length].permute(2, 0, 3, 1, 4)  # [B, kv, L, d]
-    out = F.scaled_dot_product_attention(q.view(rows, kv_heads, -1, d), k, v, attn_mask=mask)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # not cuDNN's plans
+        out = F.scaled_dot_product_attention(q.view(rows, kv_heads, -1, d), k, v, attn_mask=mask)
     return out.reshape(rows, heads * d)
 
 
@@ -1426,7 +1428,7 @@ class Sampler:
 
     `refresh` fuses each layer's q/k/v and gate/up weights and merges the active adapter into them in fp32, always from
     the original weights. With merge=False an adapter stays beside them, cast as autocast casts it. Nothing comes from
-    generation_config. compile: fuse the elementwise parts (CUDA; up to half a minute, once a process).
+    generation_config. compile: fuse the elementwise parts (CUDA), which takes seconds that a short job doesn't win back.
     """
     READBACK = 16            # steps between two looks at what was sampled
     LENGTH_BUCKET = 128      # lengths of the cache and of attention are multiples
@@ -1454,7 +1456,7 @@ class Sampler:
     def refresh(self, policy: nn.Module) -> None:
         """Take over the policy's weights as they are now, in place: captured graphs stay valid.
 
-        What no adapter touches (embeddings, norms, LM head) is shared with the policy. Fails on a decoder of another kind.
+        What no adapter touches (embeddings, norms, LM head) is shared with it. Fails on a decoder of another kind.
         """
         base = base_of(policy)
         self.config, body = base.config, getattr(base, base.base_model_prefix)
@@ -1586,7 +1588,7 @@ class Sampler:
             self.temperature.fill_(temperature or 1.0)
             self.top_p.fill_(top_p)
             self.seed.fill_(seed)
-            kind = ("greedy" if temperature == 0 else "sample" if top_p == 1 else "nucleus")
+            kind = "greedy" if temperature == 0 else "sample" if top_p == 1 else "nucleus"
             self._sample_batch(prompts, budgets, stops, keys, batch, stride, kind, done, progress)
         return done
 
@@ -1617,7 +1619,8 @@ class Sampler:
                 ids[i] += tokens[row][:kept]
                 logprobs[i] += scores[row][:kept]
                 if why:
-                    done[i] = Completion(ids[i], logprobs[i], why, self._text(ids[i], stops[i] if why == "string" else []))
+                    text = self._text(ids[i], stops[i] if why == "string" else [])
+                    done[i] = Completion(ids[i], logprobs[i], why, text)
                     finished.append(row)
             for row in finished:
                 del live[row]
@@ -1625,7 +1628,7 @@ class Sampler:
                 progress(len(finished))
 
     def _prefill(self, prompts: Sequence[Sequence[int]], stride: int) -> None:
-        """Keys and values of each prompt but its last token, which the first step feeds; equal prompts are computed once."""
+        """Fill the cache with each prompt but its last token, which the first step feeds. Equal prompts are one."""
         groups: dict[tuple, list[int]] = {}
         for row, p in enumerate(prompts):
             if len(p) > 1:
@@ -1633,7 +1636,7 @@ class Sampler:
         members, longest = list(groups.values()), max(map(len, groups), default=0)
         for pk in pack([Example(list(p), [], []) for p in groups], max(self.PREFILL_TOKENS, longest), device=self.device):
             source, slots, bounds = [], [], pk.cu_seqlens.tolist()
-            for e, begin, end in zip(pk.examples, bounds, bounds[1:]):  # a token goes to a slot of every row of its group
+            for e, begin, end in zip(pk.examples, bounds, bounds[1:]):  # a token's slots: one in each row of the group
                 at, first = torch.arange(end - begin), torch.tensor(members[e])[:, None] * stride
                 source.append((begin + at).repeat(len(first)))
                 slots.append((first + at).flatten())
@@ -1698,19 +1701,19 @@ class Sampler:
         self.position += 1
 
     def _ended(self, ids: list[int], new: list[int], budget: int, stops: list[str]) -> tuple[int, str | None]:
-        """How many of the `new` tokens after `ids` are the completion's, and how it ended: "eos", "string", "length", None."""
+        """How many of the `new` tokens after `ids` are the completion's, and how it ended (None: not yet)."""
         left = budget - len(ids)
         count, how = (left, "length") if left <= len(new) else (len(new), None)
         if self.eos in new[:count]:
             count, how = new.index(self.eos) + 1, "eos"
         if stops:  # a stop string may be a special token, which the text then lacks
-            reach = max(len(s.encode()) for s in stops) + 8
+            reach, texts = max(len(s.encode()) for s in stops) + 8, count - (how == "eos")
+
             def said(n: int, window: int) -> bool:
                 tail = self.tokenizer.decode((ids + new[:n])[-window:])
                 return any(s in tail for s in stops)
-            some = count - (how == "eos")
-            if some and said(some, reach + some):  # somewhere; which token completed it?
-                for n in range(1, some + 1):
+            if texts and said(texts, reach + texts):  # one completed a stop string; which?
+                for n in range(1, texts + 1):
                     if said(n, reach):
                         return n, "string"
         return count, how

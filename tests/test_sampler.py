@@ -1,4 +1,4 @@
-"""The sampler against transformers' generate, against itself in other company, and against the distributions it draws from.
+"""The sampler against transformers' generate, itself in other company, and the distributions that it draws from.
 
 fp32 on a CPU, where its step is the one that CUDA graphs capture; tests/test_gpu.py has the graphs.
 """
@@ -12,8 +12,8 @@ import scipy.stats
 import torch
 from conftest import make_model, make_tokenizer, sentence
 from peft import PeftModel
-from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config,
-                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM,
+                          Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 import common
 from common import Example, Sampler
