@@ -239,3 +239,25 @@ def test_sft_and_dpo_on_gpu(quantization, compiled, tmp_path, data_dir):
     assert math.isclose(first["loss"], math.log(2), abs_tol=0.02 if compiled else 1e-6)
     assert compiled or first["margin"] == 0
     print(quantization, record, first)
+
+
+def test_ppo_on_gpu(tmp_path, data_dir):
+    """Reward model and PPO as a user runs them in bf16: finite, first ratio 1, sampler and trainer within the noise."""
+    import ppo
+    import reward
+    import sft
+    model = make_model(tmp_path / "model", hidden_size=256)
+    kwargs = dict(batch_size=8, micro_tokens=512, device="cuda", compile=False)
+    sft.main(sft.Args(model=model, quantization="none", data=str(data_dir / "sft.jsonl"), rows=40, heldout_rows=8, lr=5e-3,
+                      max_length=128, eos_prompts=4, eos_tokens=8, out=str(tmp_path / "sft_v2"), **kwargs))
+    reward.main(reward.Args(model=model, quantization="none", data=str(data_dir / "preference.jsonl"), rows=24,
+                            heldout_rows=16, max_length=128, lr=1e-3, out=str(tmp_path / "rm_v1"),
+                            results=str(tmp_path), **kwargs))
+    ppo.main(ppo.Args(sft_adapter=str(tmp_path / "sft_v2"), reward_adapter=str(tmp_path / "rm_v1"),
+                      data=str(data_dir / "preference.jsonl"), fixed_prompts=4, updates=3, completion_tokens=12,
+                      prompt_tokens=64, minibatches=2, normalise=8, lr=1e-3, out=str(tmp_path / "ppo_v1"),
+                      results=str(tmp_path), **kwargs))
+    lines = [json.loads(line) for line in (tmp_path / "ppo_v1" / "log.jsonl").read_text().splitlines()]
+    print("sampler gap by update:", [line["sampler_gap"] for line in lines], "kl", [line["kl"] for line in lines])
+    assert len(lines) == 3 and all(line["sampler_gap"] < 0.1 and math.isfinite(line["kl"]) for line in lines)
+    assert lines[0]["kl"] == 0 < abs(lines[-1]["kl"])
