@@ -27,6 +27,7 @@ README    ?= $(if $(filter results,$(RESULTS)),README.md,none)
 SFT_FLAGS ?=
 RM_FLAGS  ?= --max-overlap 0.05
 DPO_FLAGS ?=
+PPO_FLAGS ?=
 EVAL_FLAGS ?=
 
 flag  = $(if $(2),$(1) $(2))
@@ -36,15 +37,18 @@ COMMON = $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) --s
 
 # One line a method: its flags. One rule a method, below.
 SFT  = $(strip $(COMMON) --quantization $(QUANT) $(call flag,--data,$(SFT_DATA)) $(SFT_FLAGS))
-RM   = $(strip $(COMMON) --quantization $(QUANT) $(call flag,--data,$(PREF_DATA)) $(RM_FLAGS))
+RM   = $(strip $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) --quantization $(QUANT) $(call flag,--data,$(PREF_DATA)) $(RM_FLAGS))
 DPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(DPO_FLAGS))
+SEED_rm_v1    = $(SEED)
+SEED_rm_watch = $(shell expr $(SEED) + 1)
+PPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(PPO_FLAGS))
 EVAL = $(strip --out $(RESULTS) $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) $(call flag,--limit,$(LIMIT)) \
        --protocol $(PROTOCOL) --quantization $(QUANT) $(EVAL_FLAGS))
 
-# The rows of the table, and the reward model, which has no row: its figures are in $(RESULTS)/rm. A method that is
-# added is named here, beside its rule.
-POLICIES = sft_v2 dpo_v1
-RUNS     = $(foreach run,$(POLICIES) rm_v1,$(OUT)/$(run)/run.json)
+# The rows of the table, and the reward models, which have no row: their figures are in $(RESULTS)/rm. rm_watch is one of
+# another seed, which watches PPO. A method that is added is named here, beside its rule.
+POLICIES = sft_v2 dpo_v1 ppo_v1
+RUNS     = $(foreach run,$(POLICIES) rm_v1 rm_watch,$(OUT)/$(run)/run.json)
 EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 
 .PHONY: all demo env test help gpu-check clean-demo force
@@ -67,8 +71,14 @@ $(OUT)/dpo_v1/run.json: $(OUT)/.flags/dpo_v1 $(OUT)/sft_v2/run.json $(wildcard $
 	$(TRAIN) dpo.py $(DPO) --sft-adapter $(OUT)/sft_v2 --out $(@D) --overwrite
 	@touch $@
 
-$(OUT)/rm_v1/run.json: $(OUT)/.flags/rm_v1 $(BASE) $(wildcard $(PREF_DATA)) | $(ENV)
-	$(TRAIN) reward.py $(RM) --out $(@D) --results $(RESULTS) --overwrite
+$(OUT)/rm_v1/run.json $(OUT)/rm_watch/run.json: $(OUT)/%/run.json: $(OUT)/.flags/% $(BASE) $(wildcard $(PREF_DATA)) | $(ENV)
+	$(TRAIN) reward.py $(RM) --seed $(SEED_$*) --out $(@D) --results $(RESULTS) --overwrite
+	@touch $@
+
+$(OUT)/ppo_v1/run.json: $(OUT)/.flags/ppo_v1 $(foreach run,sft_v2 rm_v1 rm_watch,$(OUT)/$(run)/run.json) \
+                        $(wildcard $(PREF_DATA)) | $(ENV)
+	$(TRAIN) ppo.py $(PPO) --sft-adapter $(OUT)/sft_v2 --reward-adapter $(OUT)/rm_v1 --watch-adapter $(OUT)/rm_watch \
+	  --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
 # -- evaluation: the base, then any adapter; its stamp holds the hashes of its table --
@@ -83,7 +93,9 @@ $(OUT)/.done/%-$(PROTOCOL): $(OUT)/%/run.json $(OUT)/.flags/evaluate $(wildcard 
 
 $(OUT)/.flags/sft_v2:   LINE = $(SFT)
 $(OUT)/.flags/dpo_v1:   LINE = $(DPO)
-$(OUT)/.flags/rm_v1:    LINE = $(RM)
+$(OUT)/.flags/rm_v1:    LINE = $(RM) --seed $(SEED_rm_v1)
+$(OUT)/.flags/rm_watch: LINE = $(RM) --seed $(SEED_rm_watch)
+$(OUT)/.flags/ppo_v1:   LINE = $(PPO)
 $(OUT)/.flags/evaluate: LINE = $(EVAL)
 $(OUT)/.flags/%: force
 	@mkdir -p $(@D); echo '$(LINE)' | cmp -s - $@ || echo '$(LINE)' > $@
@@ -97,6 +109,7 @@ demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 3 min on tw
 	  SFT_FLAGS='--rows 52 --batch-size 8 --max-length 320 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 4' \
 	  DPO_FLAGS='--rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 2' \
 	  RM_FLAGS='--rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --micro-tokens 1024 --checkpoint-every 2' \
+	  PPO_FLAGS='--updates 2 --batch-size 8 --completion-tokens 32 --prompt-tokens 96 --fixed-prompts 4 --normalise 8 --epochs 2 --micro-tokens 1024 --checkpoint-every 1' \
 	  EVAL_FLAGS='--max-gen-toks 64'
 
 $(SMOLLM2)/config.json: | $(ENV)

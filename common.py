@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import gzip
 import hashlib
@@ -36,7 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its note on optional CPU kernels at every import
@@ -49,6 +50,7 @@ from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -1234,55 +1236,330 @@ class Completion:
     text: str               # decoded, without EOS, cut before the stop string
 
 
-class KVCache:
-    """Keys and values of B rows in one fixed buffer a layer, [B, heads, length, d]; rows share the write position."""
+# The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, in the order and the precisions of
+# transformers' modules. Two pure functions a layer, with attention between them: prompts are packed and attend to
+# themselves, decoding attends to the cache. T tokens, H hidden size, d head size, kv key/value heads.
 
-    def __init__(self, length: int):
-        self.length, self.start, self.rows = length, 0, slice(None)
-        self.layers: dict[int, list[Tensor]] = {}
-        self.batch = 0
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write [b, heads, t, d] of the rows in turn at the write position; return all up to there."""
-        if layer not in self.layers:
-            shape = (self.batch, key.shape[1], self.length, key.shape[3])
-            self.layers[layer] = [key.new_zeros(shape) for _ in range(2)]
-        end = self.start + key.shape[2]
-        for buffer, new in zip(self.layers[layer], (key, value)):
-            buffer[self.rows, :, self.start:end] = new
-        return tuple(buffer[self.rows, :, :end] for buffer in self.layers[layer])
-
-    def keep(self, rows: Tensor) -> None:
-        """Only these rows stay."""
-        self.batch = len(rows)
-        self.layers = {i: [b[rows] for b in kv] for i, kv in self.layers.items()}
-
-    def get_seq_length(self, *args, **kwargs) -> int:
-        return self.start
+DECODERS = ("llama", "qwen2", "qwen3")  # transformers' model types that the functions below are
 
 
-def keyed_uniform(seed: int, rows: Tensor, position: int) -> Tensor:
+class Projection(NamedTuple):
+    """Linear layers of one input as one product; an unmerged adapter adds its low-rank term."""
+    weight: Tensor             # [out, in]
+    bias: Tensor | None        # [out]
+    a: Tensor | None = None    # [r, in]
+    b: Tensor | None = None    # [out, r], times alpha/r
+
+
+class Layer(NamedTuple):
+    """Weights of a decoder layer."""
+    input_norm: Tensor         # [H]
+    qkv: Projection            # [(heads + 2 kv) d, H]
+    q_norm: Tensor | None      # [d], Qwen3
+    k_norm: Tensor | None      # [d]
+    o: Projection              # [H, heads d]
+    post_norm: Tensor          # [H]
+    gate_up: Projection        # [2 I, H]
+    down: Projection           # [H, I]
+    heads: int
+    kv_heads: int
+    eps: float
+
+
+def project(x: Tensor, p: Projection) -> Tensor:
+    y = F.linear(x, p.weight, p.bias)
+    return y if p.a is None else y + F.linear(F.linear(x, p.a), p.b)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.float()
+    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: x [T, heads, d], cos and sin [T, 1, d]."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual stream x + update [T, H], queries [T, heads, d], keys and values [T, 2, kv, d].
+
+    What a layer adds to the stream is carried apart (`update`), so that the sum and the norm after it are one kernel.
+    """
+    x = x + update
+    qkv = project(rms_norm(x, w.input_norm, w.eps), w.qkv)
+    q, k, v = qkv.unflatten(1, (w.heads + 2 * w.kv_heads, -1)).split((w.heads, w.kv_heads, w.kv_heads), 1)
+    if w.q_norm is not None:
+        q, k = rms_norm(q, w.q_norm, w.eps), rms_norm(k, w.k_norm, w.eps)
+    return x, rotate(q, cos, sin), torch.stack([rotate(k, cos, sin), v], 1)
+
+
+def attention_out(x: Tensor, attended: Tensor, w: Layer) -> tuple[Tensor, Tensor]:
+    """The stream after attention [T, H], and what the MLP adds to it; attended [T, heads d]."""
+    x = x + project(attended, w.o)
+    gate, up = project(rms_norm(x, w.post_norm, w.eps), w.gate_up).chunk(2, 1)
+    return x, project(F.silu(gate) * up, w.down)
+
+
+# One decoding step of B rows. Row b owns the slots b·stride, b·stride + 1, … of the cache [slots, 2, kv, d], one a token.
+
+def decode_begin(token: Tensor, start: Tensor, position: Tensor, first_slot: Tensor, columns: Tensor, embedding: Tensor,
+                 cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Of the tokens to feed [B]: embeddings [B, H], slots [B], cos and sin [B, 1, d], attention mask [B, 1, 1, L].
+
+    Token `position` of a completion is chosen by feeding the one before it, which stands at start + position of its row.
+    columns: arange(L), the tokens of a row that attention looks at. A row that has ended stays within them.
+    """
+    at = torch.minimum(start + position, columns[-1])                                           # [B]
+    x = F.embedding(token, embedding)
+    mask = torch.where(columns <= at[:, None], 0.0, -math.inf).to(x.dtype)                      # [B, L]
+    return x, first_slot + at, cos[at][:, None], sin[at][:, None], mask[:, None, None]
+
+
+def decode_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor):
+    """attention_in, with the new keys and values written into the cache."""
+    x, q, kv = attention_in(x, update, w, cos, sin)
+    cache[slots] = kv
+    return x, q
+
+
+def attend(q: Tensor, cache: Tensor, stride: int, mask: Tensor) -> Tensor:
+    """Attention of one query a row over its slots, [B, heads d]; query heads that share keys go as one short sequence."""
+    (rows, heads, d), length, kv_heads = q.shape, mask.shape[-1], cache.shape[2]
+    k, v = cache[:rows * stride].view(rows, stride, 2, kv_heads, d)[:, :length].permute(2, 0, 3, 1, 4)  # [B, kv, L, d]
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # not cuDNN's plans
+        out = F.scaled_dot_product_attention(q.view(rows, kv_heads, -1, d), k, v, attn_mask=mask)
+    return out.reshape(rows, heads * d)
+
+
+def decode_end(x: Tensor, update: Tensor, norm: tuple[Tensor, float]) -> Tensor:
+    return rms_norm(x + update, *norm)
+
+
+def keyed_uniform(seed: int | Tensor, rows: Tensor, position: int | Tensor) -> Tensor:
     """Uniform numbers in (0, 1) that depend on (seed, row, position) alone: splitmix64 of the three, [B] float64."""
     def mix(x):
         for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
             x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
         return x ^ ((x >> 31) & ((1 << 33) - 1))
-    x = torch.full_like(rows, seed * 1_000_003 + 12345)
-    for part in (rows, torch.full_like(rows, position)):
+    zeros = torch.zeros_like(rows)
+    x = zeros + seed * 1_000_003 + 12345
+    for part in (rows, zeros + position):
         x = mix(x + part * -7046029254386353131 + 7046029254386353131)
     return ((x >> 11) & ((1 << 53) - 1)).double() / 2**53 + 2**-54
 
 
-class Sampler:
-    """Decoding with a preallocated cache; nothing comes from generation_config. Greedy at temperature 0.
+CHOICE_BLOCK = 128  # tokens whose probabilities are summed before the blocks' sums are
 
-    A batch is as many rows as the cache memory holds; rows that have finished leave when half have.
+
+def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | None = None, rows: Tensor | None = None,
+           position: int | Tensor | None = None, top_p: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Token [B] and its log-probability [B] under softmax(logits / temperature), whole whatever top_p is.
+
+    Without a seed the likeliest token (the first of equals); with one the token at which the cumulative distribution
+    reaches keyed_uniform(seed, rows [B], position), summed in fp64 over blocks of the vocabulary, then inside one block.
+    top_p: draw from the smallest set of likeliest tokens whose mass reaches it, which takes a sort of the vocabulary.
     """
+    z = logits.float() / temperature                                                            # [B, V]
+    if top_p is not None:
+        logprobs = z.log_softmax(1)
+        probs, order = logprobs.exp().sort(dim=1, descending=True, stable=True)
+        below = probs.double().cumsum(1)
+        below = torch.where(below - probs < top_p, below, below.new_zeros(())).cummax(1).values
+        target = keyed_uniform(seed, rows, position)[:, None] * below[:, -1:]
+        token = order.gather(1, torch.searchsorted(below, target).clamp(max=z.shape[1] - 1))    # [B, 1]
+        return token[:, 0], logprobs.gather(1, token)[:, 0]
+    blocks = F.pad(z, (0, -z.shape[1] % CHOICE_BLOCK), value=-math.inf).unflatten(1, (-1, CHOICE_BLOCK))
+    peaks = blocks.amax(2)                                                                      # [B, blocks]
+    top = peaks.amax(1, keepdim=True)                                                           # [B, 1]
+    upto = (blocks - top[..., None]).exp().sum(2, dtype=torch.float64).cumsum(1)                # [B, blocks]
+    if seed is None:
+        block = peaks.argmax(1, keepdim=True)                                                   # [B, 1]
+    else:
+        target = keyed_uniform(seed, rows, position)[:, None] * upto[:, -1:]
+        block = (upto < target).sum(1, keepdim=True)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, CHOICE_BLOCK))[:, 0]              # [B, 128]
+    if seed is None:
+        place = inside.argmax(1, keepdim=True)
+    else:  # what is left to reach lies in this block: above 0 and, whatever the rounding, at most its sum
+        within = (inside - top).exp().double().cumsum(1)
+        left = torch.minimum(target - F.pad(upto, (1, 0)).gather(1, block), within[:, -1:])
+        place = (within < left).sum(1, keepdim=True)
+    logprob = inside.gather(1, place) - top - upto[:, -1:].log()
+    return (block * CHOICE_BLOCK + place)[:, 0], logprob[:, 0].float()
 
-    def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None):
-        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
-        self.device = base_of(model).get_output_embeddings().weight.device
-        self.eos = tokenizer.eos_token_id
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """torch.compile of a function, once a process, for any number of rows: the first size of a tensor may vary."""
+    fast = torch.compile(function)
+
+    def call(*args):
+        for t in args:
+            if isinstance(t, Tensor) and t.dim():
+                torch._dynamo.maybe_mark_dynamic(t, 0)
+        return fast(*args)
+    return call
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """A linear layer's weight; an NF4 one in its compute dtype."""
+    if getattr(weight, "quant_state", None) is None:
+        return weight
+    import bitsandbytes.functional
+    return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+
+
+def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
+    """(alpha/r, A [r, in], B [out, r]) in fp32 of a linear layer's active adapters; none while adapters are off."""
+    if not hasattr(module, "lora_A") or module.disable_adapters:
+        return []
+    if module.merged:
+        raise ValueError("the adapter is merged into the model's own weights; unmerge it first")
+    return [(module.scaling[name], module.lora_A[name].weight.float(), module.lora_B[name].weight.float())
+            for name in module.active_adapters if name in module.lora_A]
+
+
+class Sampler:
+    """Decoding of many rows with plain weights, a cache that stays, and, on CUDA, one captured graph a step.
+
+    `refresh` fuses each layer's q/k/v and gate/up weights and merges the active adapter into them in fp32, always from
+    the original weights. With merge=False an adapter stays beside them, cast as autocast casts it. Nothing comes from
+    generation_config. compile: fuse the elementwise parts (CUDA), which takes seconds that a short job doesn't win back.
+    """
+    READBACK = 16            # steps between two looks at what was sampled
+    LENGTH_BUCKET = 128      # lengths of the cache and of attention are multiples
+    PREFILL_TOKENS = 8192    # of prompts in one forward
+
+    def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None, merge: bool = True,
+                 compile: bool = True):
+        self.tokenizer, self.max_batch, self.merge, self.eos = tokenizer, max_batch, merge, tokenizer.eos_token_id
+        self.fused: dict[str, Tensor] = {}  # the sampler's own weights
+        self.sources: list = []             # what graphs read
+        self.told = False
+        self.release()
+        self.refresh(model)
+        self.compile = compile and self.device.type == "cuda"
+
+    def release(self) -> None:
+        """Give the cache and the graphs back; the next `sample` makes new ones."""
+        self.cache: list[Tensor] = []       # a layer: [slots, 2, kv, d]
+        self.graphs: dict[tuple, Any] = {}  # (rows, length, stride, kind)
+        self.rows = 0                       # that the buffers of a step hold
+
+    # -- weights
+
+    @torch.no_grad()
+    def refresh(self, policy: nn.Module) -> None:
+        """Take over the policy's weights as they are now, in place: captured graphs stay valid.
+
+        What no adapter touches (embeddings, norms, LM head) is shared with it. Fails on a decoder of another kind.
+        """
+        base = base_of(policy)
+        self.config, body = base.config, getattr(base, base.base_model_prefix)
+        if self.config.model_type not in DECODERS or self.config.hidden_act != "silu" or \
+                body.rotary_emb.rope_type in ("dynamic", "longrope") or \
+                any(getattr(layer.self_attn, "sliding_window", None) for layer in body.layers):
+            fail(f"sampling knows decoders of the kinds {', '.join(DECODERS)} with full attention and positions of one "
+                 f"scale, not this {self.config.model_type}")
+        self.embedding, self.head = body.embed_tokens.weight, base.get_output_embeddings()
+        self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        self.norm = (body.norm.weight, body.norm.variance_epsilon)
+        if not self.fused:
+            self.columns = torch.arange(round_up(self.config.max_position_embeddings, self.LENGTH_BUCKET),
+                                        device=self.device)
+            self.cos, self.sin = (x[0] for x in body.rotary_emb(self.embedding, self.columns[None]))  # [positions, d]
+        self.layers = []
+        for i, layer in enumerate(body.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+            self.layers.append(Layer(
+                input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight,
+                q_norm=q_norm and q_norm.weight, k_norm=k_norm and k_norm.weight,
+                qkv=self._fuse(f"{i}.qkv", attention.q_proj, attention.k_proj, attention.v_proj),
+                o=self._fuse(f"{i}.o", attention.o_proj), down=self._fuse(f"{i}.down", mlp.down_proj),
+                gate_up=self._fuse(f"{i}.gate_up", mlp.gate_proj, mlp.up_proj),
+                heads=self.config.num_attention_heads, kv_heads=self.config.num_key_value_heads,
+                eps=layer.input_layernorm.variance_epsilon))
+        tensors = torch.utils._pytree.tree_leaves([self.layers, self.norm, self.embedding])
+        sources = [self.head, *(t.data_ptr() for t in tensors if isinstance(t, Tensor))]
+        if sources != self.sources:  # graphs hold addresses; these are another model's
+            self.sources, self.graphs = sources, {}
+
+    def _fuse(self, name: str, *modules: nn.Module) -> Projection:
+        """Linear layers (plain, NF4, with or without LoRA) as one projection in the compute dtype."""
+        bases, adapters = [getattr(m, "base_layer", m) for m in modules], [low_rank(m) for m in modules]
+        merged, bias, a, b = self.merge and any(adapters), None, None, None
+        if len(modules) == 1 and not merged and bases[0].weight.dtype == self.dtype:
+            weight = bases[0].weight
+        else:
+            weights = [dequantized(m.weight) for m in bases]
+            if merged:
+                weights = [sum((scale * (b @ a) for scale, a, b in factors), w.float())
+                           for w, factors in zip(weights, adapters)]
+            weight = self._own(name, [w.to(self.dtype) for w in weights])
+        if bases[0].bias is not None:
+            bias = self._own(f"{name}.bias", [m.bias for m in bases])
+        if any(adapters) and not merged:  # [A1; A2; …] and the blocks B1, B2, … on a diagonal
+            a = self._own(f"{name}.a", [a.to(self.dtype) for factors in adapters for _, a, _ in factors])
+            sides = [torch.cat([scale * b for scale, _, b in factors], 1) if factors else
+                     torch.zeros(m.out_features, 0, device=self.device) for factors, m in zip(adapters, bases)]
+            b = self._own(f"{name}.b", [torch.block_diag(*sides).to(self.dtype)])
+        return Projection(weight, bias, a, b)
+
+    def _own(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        """The parts end to end, in the place that this name has had from the first time."""
+        if name in self.fused:
+            return torch.cat(tuple(parts), out=self.fused[name])
+        return self.fused.setdefault(name, torch.cat(tuple(parts)))
+
+    # -- memory
+
+    def _bucket(self, rows: int) -> int:
+        """Rows that a step runs for: on CUDA a graph for 8, 16, … 256, 384, …; on CPU as many as there are."""
+        if self.device.type != "cuda":
+            return rows
+        return max(8, 1 << (rows - 1).bit_length()) if rows <= 256 else round_up(rows, 128)
+
+    def _free_memory(self) -> float:
+        """Bytes that a batch may take: 40 % of free GPU memory (training wants its share), 2 GiB on CPU."""
+        if self.device.type != "cuda":
+            return 2 << 30
+        free = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)  # torch's own reserve
+        return 0.4 * (torch.cuda.mem_get_info(self.device)[0] + free + sum(c.nbytes for c in self.cache))
+
+    def _batch_size(self, rows: int, length: int) -> int:
+        """How many of the rows, of this length at most, go into one batch: what fits, at most 1,024 or max_batch."""
+        row = 2 * self.config.num_key_value_heads * self.cos.shape[1] * self.dtype.itemsize * len(self.layers) * length
+        row += 24 * self.config.vocab_size  # logits, and what choosing a token makes of them
+        most, fit = min(rows, self.max_batch or 1024), self._free_memory() // row
+        size = next(n for n in range(most, 0, -1) if self._bucket(n) <= fit or n == 1)
+        if size < most and not self.told:
+            self.told = True
+            say(f"note: memory for {size} of {most} rows of {length} tokens at a time; sampling in several batches")
+        return size
+
+    def _reserve(self, rows: int, stride: int) -> None:
+        """Buffers for this many rows of `stride` slots; those of an earlier call when they are large enough."""
+        slots = len(self.cache[0]) if self.cache else 0
+        if rows <= self.rows and rows * stride <= slots:
+            return
+        rows, slots = max(rows, self.rows), max(rows * stride, slots)
+        self.release()  # before the new ones are made
+        self.rows, shape = rows, (slots, 2, self.config.num_key_value_heads, self.cos.shape[1])
+        new = functools.partial(torch.zeros, device=self.device)  # not empty: 0 times a NaN is NaN
+        self.cache = [new(shape, dtype=self.dtype) for _ in self.layers]
+        self.token, self.start, self.first_slot, self.key = (new(rows, dtype=torch.long) for _ in range(4))
+        self.position, self.seed = (new((), dtype=torch.long) for _ in range(2))
+        self.temperature, self.top_p = new(()), new((), dtype=torch.float64)
+        self.ids, self.logprobs = new(self.READBACK, rows, dtype=torch.long), new(self.READBACK, rows)
+
+    # -- sampling
 
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], temperature: float = 0.0,
                top_p: float = 1.0, seed: int = 0, stop_strings: Sequence[Sequence[str]] | None = None,
@@ -1290,128 +1567,163 @@ class Sampler:
         """One completion a prompt, in order.
 
         prompts: token ids. max_new_tokens and stop_strings: for all, or one entry a prompt. A completion ends at EOS,
-        at a stop string or at its length. Row i's noise is keyed by (seed, i, position): independent of its neighbours.
+        at a stop string or at its length. The noise of a prompt is keyed by (seed, its entry in `rows`, position),
+        independent of its neighbours; rows: range(n) by default, or a share of it when ranks divide the prompts.
         progress(n) is called as rows finish. ValueError on an empty prompt or one beyond the model's positions.
         """
-        n = len(prompts)
+        n, limit = len(prompts), self.config.max_position_embeddings
         budgets = [max_new_tokens] * n if isinstance(max_new_tokens, int) else list(max_new_tokens)
         stops = [list(s) for s in stop_strings] if stop_strings else [[]] * n
-        limit = getattr(base_of(self.model).config, "max_position_embeddings", None)
+        keys = range(n) if rows is None else list(rows)
         for i, p in enumerate(prompts):
             if not len(p) or budgets[i] < 1:
                 raise ValueError(f"prompt {i}: want at least one prompt token and one new token")
-            if limit and len(p) + budgets[i] > limit:
+            if len(p) + budgets[i] > limit:
                 raise ValueError(f"prompt {i}: {len(p)} + {budgets[i]} tokens are beyond the model's {limit} positions")
         done: list[Completion | None] = [None] * n
         order = sorted(range(n), key=lambda i: (-len(prompts[i]) - budgets[i], i))
         while order:
-            size = self._batch_size(len(prompts[order[0]]) + budgets[order[0]])
+            stride = round_up(len(prompts[order[0]]) + budgets[order[0]], self.LENGTH_BUCKET)
+            size = self._batch_size(len(order), stride)
             batch, order = order[:size], order[size:]
-            self._sample_batch(prompts, budgets, stops, batch, temperature, top_p, seed, done, progress, rows or range(n))
+            self._reserve(self._bucket(size), stride)
+            self.temperature.fill_(temperature or 1.0)
+            self.top_p.fill_(top_p)
+            self.seed.fill_(seed)
+            kind = "greedy" if temperature == 0 else "sample" if top_p == 1 else "nucleus"
+            self._sample_batch(prompts, budgets, stops, keys, batch, stride, kind, done, progress)
         return done
 
-    def refresh(self, policy: nn.Module) -> None:
-        """Sample from this policy from now on."""
-        self.model = policy
-
-    def _batch_size(self, length: int) -> int:
-        """Rows whose keys and values fit: 40 % of free GPU memory, 2 GiB on CPU; at most 1,024."""
-        base = base_of(self.model)
-        c, width = base.config, base.get_output_embeddings().weight.element_size()
-        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        row = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * width * length
-        free = torch.cuda.mem_get_info(self.device)[0] * 0.4 if self.device.type == "cuda" else 2 << 30
-        return max(1, min(1024, int(free // row), self.max_batch or 1024))
-
-    @torch.inference_mode()
-    def _sample_batch(self, prompts, budgets, stops, batch, temperature, top_p, seed, done, progress, keys):
-        device, width = self.device, max(len(prompts[i]) for i in batch)
-        pad = torch.tensor([width - len(prompts[i]) for i in batch], device=device)           # [B] left padding
-        cache = KVCache(width + max(budgets[i] for i in batch))
-        cache.batch = len(batch)
-        logits = torch.cat([self._prefill(cache, prompts, batch, rows, width, pad)
-                            for rows in torch.arange(len(batch)).split(max(1, 32768 // width))])
-        cache.start, cache.rows = width, slice(None)
-        rows = torch.tensor([keys[i] for i in batch], device=device)                          # [B] noise keys
-        live, ids, logprobs = list(batch), {i: [] for i in batch}, {i: [] for i in batch}
-        for position in range(cache.length - width):
-            token, lp = self._choose(logits, temperature, top_p, seed, rows, position)
+    @torch.no_grad()
+    def _sample_batch(self, prompts, budgets, stops, keys, batch, stride, kind, done, progress) -> None:
+        self._prefill([prompts[i] for i in batch], stride)
+        for buffer, values in ((self.token, [prompts[i][-1] for i in batch]), (self.key, [keys[i] for i in batch]),
+                               (self.start, [len(prompts[i]) - 1 for i in batch])):
+            buffer[:len(batch)] = torch.tensor(values, device=self.device)
+        self.first_slot.copy_(stride * torch.arange(self.rows))
+        self.position.zero_()
+        live, size, length = dict(enumerate(batch)), self._bucket(len(batch)), stride            # row -> prompt
+        ids, logprobs = {i: [] for i in batch}, {i: [] for i in batch}
+        while live:
+            if self._bucket(len(live)) < size:
+                size = self._bucket(len(live))
+                live = self._compact(live, size, stride, length)
+            steps = min(self.READBACK, max(budgets[i] - len(ids[i]) for i in live.values()))
+            length = min(stride, round_up(max(len(prompts[i]) + len(ids[i]) for i in live.values()) + steps,
+                                          self.LENGTH_BUCKET))
+            step = self._program(size, length, stride, kind)
+            for _ in range(steps):
+                step()
+            tokens, scores = (buffer[:steps, :size].T.tolist() for buffer in (self.ids, self.logprobs))
             finished = []
-            for b, (i, t, l) in enumerate(zip(live, token.tolist(), lp.tolist())):
-                if done[i] is not None:
-                    continue
-                ids[i].append(t)
-                logprobs[i].append(l)
-                if end := self._ended(ids[i], budgets[i], stops[i]):
-                    done[i] = Completion(ids[i], logprobs[i], *end)
-                    finished.append(i)
+            for row, i in live.items():
+                kept, why = self._ended(ids[i], tokens[row], budgets[i], stops[i])
+                ids[i] += tokens[row][:kept]
+                logprobs[i] += scores[row][:kept]
+                if why:
+                    text = self._text(ids[i], stops[i] if why == "string" else [])
+                    done[i] = Completion(ids[i], logprobs[i], why, text)
+                    finished.append(row)
+            for row in finished:
+                del live[row]
             if progress and finished:
                 progress(len(finished))
-            alive = [b for b, i in enumerate(live) if done[i] is None]
-            if not alive:
-                return
-            if 2 * len(alive) <= len(live):
-                keep = torch.tensor(alive, device=device)
-                cache.keep(keep)
-                live, rows, pad, token = [live[b] for b in alive], rows[keep], pad[keep], token[keep]
-            end = cache.start + 1
-            mask = (torch.arange(end, device=device)[None] >= pad[:, None])[:, None, None]    # [B, 1, 1, end]
-            logits = self._forward(token[:, None], (cache.start - pad)[:, None], mask, cache)
-            cache.start = end
 
-    def _prefill(self, cache: KVCache, prompts, batch, rows: Tensor, width: int, pad: Tensor) -> Tensor:
-        """Fill the cache for some rows of the batch; logits after their last prompt token, [b, V]."""
-        device, pad = self.device, pad[rows[0]:rows[-1] + 1]
-        tokens = torch.full((len(rows), width), self.eos)
-        for b, r in enumerate(rows.tolist()):
-            p = prompts[batch[r]]
-            tokens[b, width - len(p):] = torch.as_tensor(p)
-        at = torch.arange(width, device=device)
-        seen = (at[None, None] <= at[None, :, None]) & (at[None, None] >= pad[:, None, None])  # [b, query, key]
-        seen |= torch.eye(width, dtype=torch.bool, device=device)                              # padding sees itself
-        cache.start, cache.rows = 0, slice(int(rows[0]), int(rows[-1]) + 1)
-        position = (at[None] - pad[:, None]).clamp(min=0)
-        return self._forward(tokens.to(device), position, seen[:, None], cache)
+    def _prefill(self, prompts: Sequence[Sequence[int]], stride: int) -> None:
+        """Fill the cache with each prompt but its last token, which the first step feeds. Equal prompts are one."""
+        groups: dict[tuple, list[int]] = {}
+        for row, p in enumerate(prompts):
+            if len(p) > 1:
+                groups.setdefault(tuple(p[:-1]), []).append(row)
+        members, longest = list(groups.values()), max(map(len, groups), default=0)
+        for pk in pack([Example(list(p), [], []) for p in groups], max(self.PREFILL_TOKENS, longest), device=self.device):
+            source, slots, bounds = [], [], pk.cu_seqlens.tolist()
+            for e, begin, end in zip(pk.examples, bounds, bounds[1:]):  # a token's slots: one in each row of the group
+                at, first = torch.arange(end - begin), torch.tensor(members[e])[:, None] * stride
+                source.append((begin + at).repeat(len(first)))
+                slots.append((first + at).flatten())
+            source, slots = (torch.cat(x).to(self.device) for x in (source, slots))
+            cos, sin = (table[pk.position_ids[0]][:, None] for table in (self.cos, self.sin))   # [T, 1, d]
+            x = F.embedding(pk.input_ids[0], self.embedding)                                    # [T, H]
+            update = torch.zeros_like(x)
+            for w, cache in zip(self.layers, self.cache):
+                x, q, kv = attention_in(x, update, w, cos, sin)
+                cache[slots] = kv[source]
+                q, k, v = (y.transpose(0, 1)[None] for y in (q, kv[:, 0], kv[:, 1]))            # [1, heads, T, d]
+                attended, _ = packed_attention(None, q, k, v, None, cu_seq_lens_q=pk.cu_seqlens,
+                                               max_length_q=pk.max_length)
+                x, update = attention_out(x, attended[0].flatten(1), w)
 
-    def _forward(self, tokens, position, mask, cache) -> Tensor:
-        """Logits after the last of the given tokens, [B, V] fp32."""
-        base = base_of(self.model)
-        with precision(self.model):
-            hidden = getattr(base, base.base_model_prefix)(
-                input_ids=tokens, position_ids=position, attention_mask=mask, past_key_values=cache,
-                use_cache=True).last_hidden_state[:, -1]
-            return base.get_output_embeddings()(hidden).float()
+    def _compact(self, live: dict[int, int], size: int, stride: int, length: int) -> dict[int, int]:
+        """Move the live rows beyond `size` into rows below it that have ended; the new {row: prompt}."""
+        moving, holes = [row for row in live if row >= size], [row for row in range(size) if row not in live]
+        moved = dict(zip(moving, holes))
+        old, new = (torch.tensor(list(rows), dtype=torch.long, device=self.device) for rows in (moved, moved.values()))
+        for buffer in (self.token, self.start, self.key):
+            buffer[new] = buffer[old]
+        for cache in self.cache:
+            by_row = cache[:len(cache) // stride * stride].unflatten(0, (-1, stride))
+            by_row[new, :length] = by_row[old, :length]
+        return {moved.get(row, row): i for row, i in live.items()}
 
-    @staticmethod
-    def _choose(logits: Tensor, temperature: float, top_p: float, seed: int, rows: Tensor, position: int):
-        """Token [B] and its log-probability [B] under softmax(logits / temperature)."""
-        logprobs = (logits / (temperature or 1.0)).log_softmax(1)
-        if temperature == 0:
-            token = logits.argmax(1)
-        else:
-            probs, order = logprobs.exp().sort(dim=1, descending=True, stable=True)
-            below = probs.double().cumsum(1)
-            if top_p < 1:  # the smallest set whose mass reaches top_p
-                below = torch.where(below - probs < top_p, below, below.new_zeros(()))
-                below = below.cummax(1).values
-            u = keyed_uniform(seed, rows, position)[:, None] * below[:, -1:]
-            token = order.gather(1, torch.searchsorted(below, u).clamp(max=order.shape[1] - 1))[:, 0]
-        return token, logprobs.gather(1, token[:, None])[:, 0]
+    def _program(self, size: int, length: int, stride: int, kind: str) -> Callable[[], Any]:
+        """A step for this many rows over this much of the cache: on CUDA the replay of its graph, captured once."""
+        key = (size, length, stride, kind)
+        if self.device.type != "cuda":
+            return functools.partial(self._step, *key)
+        if key not in self.graphs:
+            before = [(t, t.clone()) for t in (self.token, self.position)]
+            self._step(*key)  # compiles and loads kernels; capturing itself runs nothing
+            graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g in self.graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool):
+                self._step(*key)
+            for t, value in before:
+                t.copy_(value)
+            self.graphs[key] = graph
+        return self.graphs[key].replay
 
-    def _ended(self, ids: list[int], budget: int, stops: list[str]) -> tuple[str, str] | None:
-        """("eos" | "string" | "length", text) when a completion has ended."""
-        def text(x):
-            return self.tokenizer.decode(x, skip_special_tokens=True)
-        if ids[-1] == self.eos:
-            return "eos", text(ids)
+    def _step(self, size: int, length: int, stride: int, kind: str) -> None:
+        """Feed each row its token and choose the next: into the buffers, for the next step and for the readback."""
+        fused = compiled if self.compile else lambda function: function
+        begin, enter, leave, end = map(fused, (decode_begin, decode_in, attention_out, decode_end))
+        x, slots, cos, sin, mask = begin(self.token[:size], self.start[:size], self.position, self.first_slot[:size],
+                                         self.columns[:length], self.embedding, self.cos, self.sin)
+        update = torch.zeros_like(x)
+        for w, cache in zip(self.layers, self.cache):
+            x, q = enter(x, update, w, cos, sin, cache, slots)
+            x, update = leave(x, attend(q, cache, stride, mask), w)
+        logits = self.head(end(x, update, self.norm))
+        noise = (None, None, None) if kind == "greedy" else (self.seed, self.key[:size], self.position)
+        pick, top_p = (choose, self.top_p) if kind == "nucleus" else (fused(choose), None)  # a sort is not fused anyway
+        token, logprob = pick(logits, self.temperature, *noise, top_p)
+        at = (self.position % self.READBACK)[None]
+        self.ids[:, :size].index_copy_(0, at, token[None])
+        self.logprobs[:, :size].index_copy_(0, at, logprob[None])
+        self.token[:size] = token
+        self.position += 1
+
+    def _ended(self, ids: list[int], new: list[int], budget: int, stops: list[str]) -> tuple[int, str | None]:
+        """How many of the `new` tokens after `ids` are the completion's, and how it ended (None: not yet)."""
+        left = budget - len(ids)
+        count, how = (left, "length") if left <= len(new) else (len(new), None)
+        if self.eos in new[:count]:
+            count, how = new.index(self.eos) + 1, "eos"
         if stops:  # a stop string may be a special token, which the text then lacks
-            tail = self.tokenizer.decode(ids[-(max(len(s.encode()) for s in stops) + 8):])
-            if any(s in tail for s in stops):
-                whole = text(ids)
-                return "string", whole[:min((whole.find(s) for s in stops if s in whole), default=None)]
-        if len(ids) >= budget:
-            return "length", text(ids)
-        return None
+            reach, texts = max(len(s.encode()) for s in stops) + 8, count - (how == "eos")
+
+            def said(n: int, window: int) -> bool:
+                tail = self.tokenizer.decode((ids + new[:n])[-window:])
+                return any(s in tail for s in stops)
+            if texts and said(texts, reach + texts):  # one completed a stop string; which?
+                for n in range(1, texts + 1):
+                    if said(n, reach):
+                        return n, "string"
+        return count, how
+
+    def _text(self, ids: list[int], stops: list[str]) -> str:
+        """What was said, without special tokens, up to the first of the stop strings."""
+        whole = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return whole[:min((whole.find(s) for s in stops if s in whole), default=None)]
 
 
 def rollout(sampler: Sampler, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float,
@@ -1423,14 +1735,14 @@ def rollout(sampler: Sampler, prompts: Sequence[Sequence[int]], max_new_tokens: 
     n = len(prompts)
     mine = range(rank() * n // world(), (rank() + 1) * n // world())
     done = sampler.sample([prompts[i] for i in mine], max_new_tokens, temperature=temperature, top_p=1.0, seed=seed,
-                          rows=list(mine)) if mine else []
+                          rows=mine) if mine else []
     return gather_lists(done)
 
 
 def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> float:
     """Share of greedy completions that end with EOS within `max_new_tokens`, over all ranks' prompts."""
     mine = prompts[rank()::world()]
-    done = Sampler(model, tokenizer).sample(mine, max_new_tokens) if mine else []
+    done = Sampler(model, tokenizer, compile=False).sample(mine, max_new_tokens) if mine else []
     device = base_of(model).get_output_embeddings().weight.device
     ended = all_reduce_(torch.tensor(float(sum(c.stopped == "eos" for c in done)), device=device))
     rate = ended.item() / len(prompts)
@@ -1596,7 +1908,8 @@ class Run:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(line) + "\n")
             self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in ("loss", "accuracy", "scores", "kl", "tokens_per_s",
-                                                                   "peak_gib") if k in metrics}, refresh=False)
+                                                                   "peak_gib") if metrics.get(k) is not None},
+                                 refresh=False)
             self.bar.update(1)
             if self.tracker:
                 self.tracker.log(line, step=step)
@@ -1692,18 +2005,18 @@ def args_model(args: Any, parent: dict | None) -> str:
 
 
 def plot_curves(lines: list[dict], keys: Sequence[str], title: str, path: Path) -> None:
-    """Small multiples of logged quantities over steps."""
+    """Small multiples of logged quantities over steps; a step without a quantity has no point."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    keys = [k for k in keys if any(k in line for line in lines)]
+    keys = [k for k in keys if any(line.get(k) is not None for line in lines)]
     columns = min(3, max(1, len(keys)))
     figure, axes = plt.subplots(max(1, math.ceil(len(keys) / columns)), columns, squeeze=False,
                                 figsize=(4 * columns, 2.6 * max(1, math.ceil(len(keys) / columns))))
     for axis in axes.flat[len(keys):]:
         axis.set_axis_off()
     for axis, key in zip(axes.flat, keys):
-        points = [(line["step"], line[key]) for line in lines if key in line]
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         axis.plot(*zip(*points), linewidth=1.2)
         axis.set_title(key, fontsize=9)
         axis.grid(alpha=0.3)

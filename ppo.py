@@ -86,7 +86,7 @@ class Args:
     beta: float = 0.05
     """β, weight of the KL to the reference in the reward [2403.17031: 0.05]."""
     kl_target: float = 0.0
-    """Nats a completion that an adaptive β steers to [1909.08593, sec. 2.2: 6 to 10]; 0 keeps β fixed."""
+    """Nats a completion that an adaptive β steers to [1909.08593, sec. 2.2]; 0 keeps β fixed."""
     gamma: float = 1.0
     """γ, discount [2403.17031: 1]."""
     lam: float = 0.95
@@ -102,7 +102,7 @@ class Args:
     missing_eos: float = -1.0
     """Score of a completion that doesn't end by itself, in normalised units [2403.17031: -1]."""
     normalise: int = 256
-    """Samples of the reference whose mean and sd of scores become 0 and 1 [1909.08593, sec. 2.1]; 0: raw scores."""
+    """Samples of the reference whose mean and sd of scores become 0 and 1 [1909.08593, sec. 2]; 0: raw scores."""
     # -- optimisation --
     lr: float = 3e-5
     """Peak learning rate of policy and critic [ours; 2403.17031: 3e-6 for full fine-tuning, LoRA ten times that]."""
@@ -166,7 +166,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float) -> Tensor:
-    """½ max((V − R)², (clip(V, V_old ± ε_V) − R)²) of each token, [K]. 2403.17031, detail 22 of its code."""
+    """½ max((V − R)², (clip(V, V_old ± ε_V) − R)²) of each token, [K]: the value clipping of 2403.17031's code."""
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 

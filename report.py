@@ -1,4 +1,4 @@
-"""report.py: results/metrics.json -> the tables that compare the rows, on the terminal and in two generated files.
+"""report.py: what results/ holds -> the tables that compare the rows, on the terminal and in two generated files.
 
 A score carries its standard error se (lm-eval's own, over the items). The difference of two rows a and b, in points, is
     delta = 100 (a - b)    with    se(delta) = 100 sqrt(se_a^2 + se_b^2);    within noise, ~, when |delta| < 2 se(delta).
@@ -9,14 +9,18 @@ A score carries its standard error se (lm-eval's own, over the items). The diffe
    candidate. Where two could be meant, the difference is left out and a note says so.
 3. The same config_hash with another adapter hash is a run that did not reproduce: both rows stay, the later marked †.
 4. What is missing is shown as missing, never as zero: a row as "planned", a score as "–", a standard error as "?".
+5. A reward model scores answers and has no benchmark row: its own table comes from rm/*.json, beside the baseline "the
+   longer answer wins". What PPO and GRPO say of themselves comes from ppo/*.json and grpo/*.json. A record of other
+   train_invariants than the rows' is listed with ‡ and both hashes, and left out where --group names theirs.
 
     python report.py            print the tables; write results/README.md, and README.md between its two markers
-    python report.py --check    write nothing; exit 1 with a diff when either file disagrees with metrics.json
+    python report.py --check    write nothing; exit 1 with a diff when either file disagrees with the results
 """
 
 import difflib
 import math
 import re
+import statistics
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,19 +32,19 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from common import fail, read_results, sha256_json, write_text
+from common import SCHEMA_VERSION, fail, read_json, read_results, sha256_json, write_text
 
 
 @dataclass(frozen=True)
 class Args:
     results: str = "results"
-    """Directory that holds metrics.json; the full tables go to README.md inside it."""
+    """Directory that holds metrics.json, rm/, ppo/ and grpo/; the full tables go to README.md inside it."""
     readme: str = "README.md"
     """File whose section between the two results markers gets the compact table; "none": no such file."""
     group: tuple[str, ...] = ()
     """Report only rows of these train_invariants and eval_hashes; a kind of hash that isn't named is not restricted."""
     check: bool = False
-    """Write nothing; exit 1 and print a diff when a generated file disagrees with metrics.json."""
+    """Write nothing; exit 1 and print a diff when a generated file disagrees with the results."""
 
 
 METRICS = {  # column title: (task, metric, filter) of lm-eval
@@ -51,11 +55,26 @@ METRICS = {  # column title: (task, metric, filter) of lm-eval
     "IFEval\ninstruction": ("ifeval", "inst_level_strict_acc", "none"),
 }
 # The climb. A rung without a result is shown as planned; rows of other names follow those of their phase.
-LADDER = {"base": 0, "sft_v2": 1, "dpo_v1": 2, "rm_v1": 3, "ppo_v1": 3, "grpo_v1": 4, "kto_v1": 5}  # row: phase
+LADDER = {"base": 0, "sft_v2": 1, "dpo_v1": 2, "ppo_v1": 3, "grpo_v1": 4, "kto_v1": 5}  # row: phase
 TRAINING = {  # facts of a training run: key in run.json's metrics -> column title
     "heldout_loss_base": "held-out loss\nof the base", "heldout_loss": "held-out\nloss",
     "heldout_accuracy": "held-out\naccuracy", "eos_rate": "EOS rate", "tokens": "tokens", "wall_time_s": "minutes",
 }
+REWARD = {  # figures of a reward model: column title -> (place in its file, scale, decimals)
+    "accuracy, %": (("accuracy",), 100, 1),
+    "longer-wins, %": (("longer_wins", "accuracy"), 100, 1),
+    "length-\nmatched, %": (("length_matched", "accuracy"), 100, 1),
+    "score–length\ncorrelation": (("score_length", "pearson"), 1, 2),
+    "calibration\nerror": (("calibration_error",), 1, 3),
+    "margin\nmean / sd": (("scores", "margin", "mean"), 1, 2),
+}
+REWARD_LEGEND = (
+    "On held-out pairs, in % with Wilson's 95 % interval: accuracy, the chosen answer scores higher; longer-wins, it is "
+    "the longer one; length-matched, accuracy where lengths differ by at most 10 %. Correlation is Pearson's, margin is "
+    "chosen − rejected. Per-pair outcomes are not kept, so there is no paired test: intervals that don't overlap tell "
+    "accuracy and baseline apart, however the two depend on each other; intervals that overlap leave it open. "
+    "mean ± sd is over the seeds of one family, a seed once, sd with n − 1."
+)
 PROTOCOLS = {"plain": "no chat template", "chat": "chat template applied, few-shot examples as turns"}
 SMALL = 200  # items; with fewer, the standard error of a score near 50 % is above 3.5 points
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -141,6 +160,27 @@ def tables_of(rows: list[dict], group: tuple[str, ...], path: Path) -> dict[str,
     return tables
 
 
+def read_records(results: Path, rows: list[dict], group: tuple[str, ...]) -> dict[str, list[dict]]:
+    """{"rm", "ppo", "grpo": what that folder's files hold}, with a `label`, the `plot` beside the file ("": none), and a
+    `note` on one whose train_invariants are not those of `rows`. Fails on a newer schema."""
+    records, climb = {folder: [] for folder in ("rm", "ppo", "grpo")}, rows[0] if rows else None
+    for folder, path in [(folder, path) for folder in records for path in sorted((results / folder).glob("*.json"))]:
+        record, plot = {"name": path.stem, **read_json(path)}, path.with_suffix(".png")
+        version = record.get("schema_version")
+        if not isinstance(version, int):
+            fail(f"{path} is not a results file (schema_version {version})")
+        if version > SCHEMA_VERSION:
+            fail(f"{path} has schema_version {version}, newer than this code's {SCHEMA_VERSION}; update the code")
+        climb = climb or record  # without rows, the first record says what the others must agree with
+        own, theirs = (r.get("train_invariants") or "unknown" for r in (record, climb))
+        if rows and own != theirs and theirs in group:
+            continue
+        note = f"‡ {record['name']}: train_invariants {own}, where {climb['name']} has {theirs}; no part of this climb."
+        record |= {"label": record["name"] + "‡" * (own != theirs), "note": note if own != theirs else ""}
+        records[folder].append(record | {"plot": f"{folder}/{plot.name}" if plot.is_file() else ""})
+    return {folder: sorted(found, key=lambda record: bool(record["note"])) for folder, found in records.items()}
+
+
 def label_rows(rows: list[dict]) -> list[tuple[str, dict]]:
     """[(label, row)]: the name; with the adapter's hash where it isn't unique, and † on a rerun."""
     count, first, labelled = Counter(row["name"] for row in rows), {}, []
@@ -164,11 +204,23 @@ def references(row: dict, rows: list[dict], method: str) -> list[dict]:
 # ------------------------------------------------------------------ scores and differences
 
 
+def finite(value: object) -> int | float | None:
+    """`value` where it is a finite number (lm-eval writes "N/A", Python's JSON NaN), else None."""
+    return value if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def at(record: object, *place: str) -> object:
+    """record[place[0]][place[1]]…, or None where anything on the way is missing."""
+    for key in place:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
 def score(row: dict, column: str) -> tuple[float | None, float | None]:
     """(score, its standard error) in percent; None for what the row doesn't have."""
     task, metric, filter_name = METRICS[column]
-    found = [row["metrics"].get(f"{task}/{key},{filter_name}") for key in (metric, f"{metric}_stderr")]
-    return tuple(100 * x if isinstance(x, (int, float)) and math.isfinite(x) else None for x in found)
+    found = [finite(row["metrics"].get(f"{task}/{key},{filter_name}")) for key in (metric, f"{metric}_stderr")]
+    return tuple(None if x is None else 100 * x for x in found)
 
 
 def delta(a: tuple, b: tuple) -> tuple[float | None, float | None, bool | None]:
@@ -182,6 +234,13 @@ def delta(a: tuple, b: tuple) -> tuple[float | None, float | None, bool | None]:
 
 def score_cell(points: float | None, stderr: float | None) -> str:
     return "–" if points is None else f"{points:.1f} ± " + ("?" if stderr is None else f"{stderr:.1f}")
+
+
+def number(value: object, decimals: int = 3, scale: int = 1) -> str:
+    if finite(value) is None:
+        return "–"
+    text = f"{value:,}" if isinstance(value, int) and scale == 1 else f"{scale * value:z.{decimals}f}"
+    return text.replace("-", "−")
 
 
 def delta_cell(points: float | None, stderr: float | None, clear: bool | None, short: bool = False) -> str:
@@ -281,19 +340,109 @@ def training_table(rows: list[dict]) -> Table | None:
     titles = {key: title for key, title in TRAINING.items() if key in facts}
 
     def cell(key: str, value: object) -> str:
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            return "–"
-        if key == "wall_time_s":
+        if finite(value) is not None and key == "wall_time_s":
             return f"{value / 60:.1f}"
-        if key.endswith(("accuracy", "rate")):
+        if finite(value) is not None and key.endswith(("accuracy", "rate")):
             return f"{100 * value:.1f} %"
-        return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+        return number(value)
 
     lines = [
         [label, row["method"], str(row["seed"]), row["config_hash"], *(cell(k, row["training"].get(k)) for k in titles)]
         for label, row in label_rows(list(once.values()))
     ]
     return Table(["row", "method", "seed", "config_hash", *titles.values()], lines, 4) if lines else None
+
+
+# ------------------------------------------------------------------ reward models and on-policy runs
+
+
+def interval(share: object) -> list[float] | None:
+    """[share, its lower, its upper end] in percent of {"n", "accuracy", "interval"}; None where one is missing."""
+    found = [at(share, "accuracy"), *(at(share, "interval") or [None])]
+    return None if None in map(finite, found) else [100 * x for x in found]
+
+
+def share_cell(share: object) -> str:
+    """`66.2 [64.0, 68.4]`: a share in percent and its interval."""
+    text = number(at(share, "accuracy"), 1, 100)
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*ends) if (ends := interval(share)) else text + " [?]" * (text != "–")
+
+
+def against_length(record: dict) -> str:
+    """One sentence: is the reward model told from the rule that the longer answer wins, on the same pairs?"""
+    longer, name = record.get("longer_wins"), "longer-wins"
+    text = f"{record['label']}: accuracy {share_cell(record)} %, longer-wins {share_cell(longer)} %, on the same "
+    text += f"{number(record.get('n'))} held-out pairs: "
+    if not (own := interval(record)) or not (rule := interval(longer)):
+        return text + "not compared, for want of a figure."
+    (_, low, high), (point, rule_low, rule_high) = own, rule
+    if point < 50:  # then "the shorter answer wins" is the rule to beat
+        point, rule_low, rule_high = 100 - point, 100 - rule_high, 100 - rule_low
+        name = f"shorter-wins ({point:.1f} %, the better rule of length here)"
+    if low > rule_high or high < rule_low:
+        return text + f"{'beats' if low > rule_high else 'worse than'} {name}, the intervals do not overlap."
+    above = "above" if low > point else "not above"
+    return text + f"not told from {name}, the intervals overlap (accuracy's lower bound is {above} the baseline)."
+
+
+def spread(values: list, scale: int, decimals: int) -> str:
+    if None in map(finite, values):
+        return "–"
+    return " ± ".join(number(x, decimals, scale) for x in (statistics.fmean(values), statistics.stdev(values)))  # n − 1
+
+
+def reward_table(records: list[dict]) -> Table:
+    """A line a reward model, and the mean ± sd of a family's seeds; rm_v1 as planned where none belongs to the rows."""
+    lines, families = [], {}
+    for record in records:
+        cells = []
+        for place, scale, decimals in REWARD.values():
+            beside, text = at(record, *place[:-1]), number(at(record, *place), decimals, scale)
+            if place[-1] == "accuracy":
+                text = share_cell(beside) + f"\nn = {number(at(beside, 'n'))}" * (place[0] == "length_matched")
+            cells.append(text + f" / {number(at(beside, 'sd'), decimals)}" * (place[-1] == "mean"))
+        about = ["–" if record.get(key) is None else str(record[key]) for key in ("seed", "config_hash")]
+        lines.append([record["label"], *about, number(record.get("n")), *cells])
+        families.setdefault(record.get("family"), {}).setdefault(record.get("seed"), record)
+    for family, seeds in families.items():
+        if family and len(seeds) > 1:
+            found = list(seeds.values())  # of one train_invariants, which are part of a family's hash
+            cells = [spread([at(r, *place) for r in found], *shown) for place, *shown in REWARD.values()]
+            label = "mean ± sd" + "‡" * bool(found[0]["note"])
+            lines.append([label, ", ".join(map(str, seeds)), f"family\n{family}", "", *cells])
+    if all(record["note"] for record in records):
+        lines.append(["rm_v1", "planned"] + [""] * (len(REWARD) + 2))
+    notes = [REWARD_LEGEND] * bool(records) + [record["note"] for record in records if record["note"]]
+    if len({str(record.get("longer_wins")) for record in records}) > 1:
+        notes.append("Longer-wins differs, so not all saw the same pairs: compare each accuracy with its own only.")
+    return Table(["row", "seed", "config_hash", "pairs", *REWARD], lines, 3, notes)
+
+
+def on_policy_table(records: list[dict]) -> Table:
+    """A line a run of one method: the KL at its end, and each number that it has from before and after training."""
+    sides = [record.get(side) or {} for record in records for side in ("before", "after")]
+    keys = list(dict.fromkeys(key for side in sides for key, value in side.items() if finite(value) is not None))
+    lines, notes = [], ["before → after: the run's own figures, without a standard error. KL: mean of its last tenth."]
+    for record in records:
+        curve = at(record, "curves", "kl") or [None]
+        last = curve[-math.ceil(len(curve) / 10) :]
+        kl = None if None in map(finite, last) else statistics.fmean(last)
+        both = [[number(at(record, side, key)) for side in ("before", "after")] for key in keys]
+        changes = ["–" if a == b == "–" else f"{a} → {b}" for a, b in both]
+        lines.append([record["label"], number(record.get("updates")), number(kl), *changes])
+        models = {"rewarded": record.get("reward_model"), "watched": record.get("watch_model")}
+        said = [f"{verb} by {at(m, 'name')} ({at(m, 'config_hash')})" for verb, m in models.items() if m]
+        notes += [f"{record['label']}: {', '.join(said)}."] * bool(said) + [record["note"]] * bool(record["note"])
+    return Table(["row", "updates", "KL at\nthe end", *keys], lines, 1, notes)
+
+
+def records_report(records: dict[str, list[dict]]) -> list[str | Table]:
+    blocks = ["## Reward models", reward_table(records["rm"]), *map(against_length, records["rm"])]
+    for method in ("ppo", "grpo"):
+        if records[method]:
+            blocks += [f"## On-policy runs: {method.upper()}", on_policy_table(records[method])]
+    plots = [record["plot"] for found in records.values() for record in found if record["plot"]]
+    return blocks + ["Plots: " + ", ".join(f"[{plot}]({plot})" for plot in plots)] * bool(plots)
 
 
 # ------------------------------------------------------------------ the report
@@ -326,7 +475,7 @@ def describe(rows: list[dict]) -> list[str]:
     return lines
 
 
-def full_report(tables: dict[str, list[dict]]) -> list[str | Table]:
+def full_report(tables: dict[str, list[dict]], records: dict[str, list[dict]]) -> list[str | Table]:
     """Blocks of text and tables, for results/README.md and the terminal."""
     blocks = ["# Results"]
     for protocol, rows in tables.items():
@@ -337,18 +486,20 @@ def full_report(tables: dict[str, list[dict]]) -> list[str | Table]:
                 blocks += [f"### Change against {title}, points", table]
     if not tables:
         blocks.append(scores_table([]))
+    blocks += records_report(records)
     if table := training_table([row for rows in tables.values() for row in rows]):
         blocks += ["## Training", table]
     return [*blocks, LEGEND]
 
 
-def compact_report(tables: dict[str, list[dict]]) -> list[str | Table]:
-    """README.md's section: the current state with each difference to base."""
+def compact_report(tables: dict[str, list[dict]], records: dict[str, list[dict]]) -> list[str | Table]:
+    """README.md's section: the current state with each difference to base, and the reward models of these rows."""
     blocks = []
     for protocol, rows in tables.items():
         blocks.append(f"**{protocol.capitalize()} protocol**, % (difference to base, points)")
         blocks += [scores_table(rows, against_base=True), *describe(rows)]
-    return [*(blocks or [scores_table([])]), LEGEND]
+    rewards = [against_length(record) for record in records["rm"] if not record["note"]] or ["rm_v1: planned."]
+    return [*(blocks or [scores_table([])]), *(f"**Reward model** {text}" for text in rewards), LEGEND]
 
 
 def markdown(blocks: list[str | Table]) -> str:
@@ -358,13 +509,14 @@ def markdown(blocks: list[str | Table]) -> str:
 def show(blocks: list[str | Table]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:  # a log: rich would fold the tables at 80 columns
-        console = Console(highlight=False, width=110)
+        console = Console(highlight=False, width=140)
     for block in blocks:
         if isinstance(block, Table):
             block.show(console)
         else:
             style = "bold" if block.startswith("#") else "bold yellow" if block.startswith("**Trial") else "dim"
-            console.print(Text("\n" + re.sub(r"\*\*|`|^#+ ", "", block), style=style))
+            text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", block)  # a link's text
+            console.print(Text("\n" + re.sub(r"\*\*|`|^#+ ", "", text), style=style))
 
 
 def with_section(readme: Path, section: str) -> str:
@@ -384,6 +536,7 @@ def main(args: Args) -> None:
     if not results.is_dir():
         fail(f"no such directory: {results}; --results names the one that holds metrics.json")
     tables = tables_of(read_rows(results / "metrics.json"), args.group, results / "metrics.json")
+    records = read_records(results, [row for rows in tables.values() for row in rows], args.group)
 
     # 2. Both files as they should read.
     flags = {"--results": args.results, "--readme": args.readme, "--group": " ".join(args.group)}
@@ -391,14 +544,14 @@ def main(args: Args) -> None:
     given = [f"{flag} {value}" for flag, value in flags.items() if value != defaults[flag]]
     command = " ".join(["python report.py", *given])
     stamp = f"<!-- written by `{command}`; edits are lost -->\n\n"
-    texts = {results / "README.md": stamp + markdown(full_report(tables))}
+    texts = {results / "README.md": stamp + markdown(full_report(tables, records))}
     if args.readme != "none":
         readme = Path(args.readme)
-        texts[readme] = with_section(readme, stamp + markdown(compact_report(tables)) + "\n")
+        texts[readme] = with_section(readme, stamp + markdown(compact_report(tables, records)) + "\n")
 
     # 3. Compare, or show and write.
     if not args.check:
-        show(full_report(tables))
+        show(full_report(tables, records))
         for path, text in texts.items():
             write_text(path, text)
         print("\nwrote " + " and ".join(map(str, texts)))
@@ -409,12 +562,12 @@ def main(args: Args) -> None:
         if found != text:
             stale.append(str(path))
             before, after = found.splitlines(), text.splitlines()
-            diff = difflib.unified_diff(before, after, str(path), "metrics.json says", lineterm="")
+            diff = difflib.unified_diff(before, after, str(path), "the results say", lineterm="")
             print("\n".join(diff), file=sys.stderr)
     if stale:
-        print(f"{' and '.join(stale)}: not what metrics.json says; run {command}", file=sys.stderr)
+        print(f"{' and '.join(stale)}: not what the results say; run {command}", file=sys.stderr)
         raise SystemExit(1)
-    print(f"{' and '.join(map(str, texts))}: as metrics.json says")
+    print(f"{' and '.join(map(str, texts))}: as the results say")
 
 
 if __name__ == "__main__":

@@ -132,3 +132,21 @@ def reward_run(reward_args, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("runs") / "rm_v1")
     reward.main(reward.Args(**reward_args, out=out))
     return out
+
+
+@pytest.fixture(scope="session")
+def ppo_args(sft_run, reward_run, data_dir, tmp_path_factory):
+    """Keyword arguments of a PPO run of three updates, two epochs of two mini-batches each, in fp32; add out."""
+    return dict(sft_adapter=sft_run, reward_adapter=reward_run, data=str(data_dir / "preference.jsonl"), fixed_prompts=4,
+                updates=3, batch_size=8, completion_tokens=12, prompt_tokens=64, epochs=2, minibatches=2, normalise=8,
+                lr=1e-3, micro_tokens=512, device="cpu", checkpoint_every=1,
+                results=str(tmp_path_factory.mktemp("results")))
+
+
+@pytest.fixture(scope="session")
+def ppo_run(ppo_args, tmp_path_factory):
+    """A finished PPO run directory on top of sft_run, against reward_run."""
+    import ppo
+    out = str(tmp_path_factory.mktemp("runs") / "ppo_v1")
+    ppo.main(ppo.Args(**ppo_args, out=out))
+    return out

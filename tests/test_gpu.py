@@ -9,6 +9,7 @@ import common
 from conftest import make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICE = "cuda"
 
 
 def sequence_of(pack):
@@ -98,16 +99,125 @@ def test_compiled_close_to_plain(pair):
     assert angles[1] > angles[0] - 0.005
 
 
-def test_greedy_sampler_fp32_equals_generate(pair):
-    directory, tokenizer, _, _ = pair
-    model = common.load_model(directory, None, "none", torch.float32, "cuda")
-    prompts = [torch.randint(3, len(tokenizer), (n,)).tolist() for n in (4, 17, 9)]
-    got = common.Sampler(model, tokenizer).sample(prompts, 24)
+def random_prompts(tokenizer, n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, len(tokenizer), (1 + (i * 7) % 50,), generator=g).tolist() for i in range(n)]
+
+
+def generate(model, prompt, n, eos):
+    """transformers' greedy generate on one prompt, on the model's device."""
+    out = model.generate(torch.tensor([prompt], device=model.device), max_new_tokens=n, do_sample=False,
+                         attention_mask=torch.ones(1, len(prompt), device=model.device, dtype=torch.long),
+                         eos_token_id=eos, pad_token_id=eos)
+    return out[0, len(prompt):].tolist()
+
+
+def plain(directory, dtype):
     from transformers import AutoModelForCausalLM
-    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).cuda()
-    for p, c in zip(prompts, got):
-        want = plain.generate(torch.tensor([p], device="cuda"), max_new_tokens=24, do_sample=False)[0, len(p):].tolist()
-        assert c.ids == want
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(DEVICE)
+
+
+def mean_gap(model, prompts, done, temperature=1.0):
+    """(mean, max) |log-prob gap| between the sampler and a packed forward of the model."""
+    gaps = []
+    for pk in common.pack([common.Example.completion(p, c.ids) for p, c in zip(prompts, done)], 4096, device=DEVICE):
+        with torch.no_grad():
+            found = common.token_logprobs(model, pk, temperature)
+        gaps.append(found - torch.tensor([x for i in pk.examples for x in done[i].logprobs], device=DEVICE))
+    return torch.cat(gaps).abs().mean().item(), torch.cat(gaps).abs().max().item()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sampler_graphs_fp32_equal_generate_and_cpu(pair, compiled):
+    """40 ragged rows of unequal budgets, greedy: graphs of 64 rows, then fewer; token for token."""
+    directory, tokenizer, _, cpu = pair
+    model, prompts = common.load_model(directory, None, "none", torch.float32, DEVICE), random_prompts(tokenizer, 40)
+    budgets = [1 + (i * 37) % 60 for i in range(40)]
+    sampler = common.Sampler(model, tokenizer, compile=compiled)
+    done = sampler.sample(prompts, budgets)
+    sizes = {key[0] for key in sampler.graphs}
+    assert max(sizes) == 64 and len(sizes) >= 3
+    assert [c.ids for c in done] == [c.ids for c in common.Sampler(cpu, tokenizer).sample(prompts, budgets)]
+    theirs = plain(directory, torch.float32)
+    for i in range(0, 40, 5):
+        assert done[i].ids == generate(theirs, prompts[i], budgets[i], tokenizer.eos_token_id)
+    assert mean_gap(model, prompts, done)[1] < 1e-3
+    graphs = len(sampler.graphs)
+    assert [c.ids for c in sampler.sample(prompts, budgets)] == [c.ids for c in done] and len(sampler.graphs) == graphs
+    held = torch.cuda.memory_allocated()
+    sampler.release()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() < held
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_sampler_noise_is_the_rows_alone(pair, compiled, top_p):
+    """fp32: a row's sample is the same in every batch, bucket and share of the ranks, and on the CPU."""
+    directory, tokenizer, _, cpu = pair
+    model, prompts = common.load_model(directory, None, "none", torch.float32, DEVICE), random_prompts(tokenizer, 40)
+    sampler = common.Sampler(model, tokenizer, compile=compiled)
+    how = dict(temperature=0.8, top_p=top_p, seed=5)
+    whole = sampler.sample(prompts, 24, **how)
+    assert [c.ids for c in common.Sampler(cpu, tokenizer).sample(prompts, 24, **how)] == [c.ids for c in whole]
+    few = common.Sampler(model, tokenizer, max_batch=9, compile=compiled)
+    assert [c.ids for c in few.sample(prompts, 24, **how)] == [c.ids for c in whole]
+    for share in (range(0, 40, 3), range(7, 8)):
+        part = sampler.sample([prompts[i] for i in share], 24, rows=share, **how)
+        assert [c.ids for c in part] == [whole[i].ids for i in share]
+    assert [c.ids for c in sampler.sample(prompts, 24, **how | {"seed": 6})] != [c.ids for c in whole]
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_sampler_graphs_follow_the_policy(pair, merge):
+    """A graph captured with one policy decodes the next one after refresh, as a fresh sampler does."""
+    directory, tokenizer, _, _ = pair
+    policy = common.add_lora(common.load_model(directory, None, "none", torch.float32, DEVICE))
+    sampler = common.Sampler(policy, tokenizer, merge=merge, compile=False)
+    prompts, before = random_prompts(tokenizer, 12), []
+    g = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for p in common.trainable(policy):
+            p.data += 0.05 * torch.randn(p.shape, generator=g).to(DEVICE)
+        sampler.refresh(policy)
+        done, graphs = sampler.sample(prompts, 20, 1.0, seed=1), set(map(id, sampler.graphs.values()))
+        fresh = common.Sampler(policy, tokenizer, merge=merge, compile=False).sample(prompts, 20, 1.0, seed=1)
+        assert [c.ids for c in done] == [c.ids for c in fresh] and mean_gap(policy, prompts, done)[1] < 1e-3
+        assert done not in before
+        before.append(done)
+        first = graphs if len(before) == 1 else first
+        assert first <= graphs  # none was captured again
+
+
+def test_sampler_bf16_near_generate_and_trainer(pair):
+    """What rounding does: how soon greedy texts part from transformers', and log-probs from the trainer's."""
+    directory, tokenizer, gpu, _ = pair
+    prompts, theirs = random_prompts(tokenizer, 40), plain(directory, torch.bfloat16)
+    wanted = [generate(theirs, p, 24, tokenizer.eos_token_id) for p in prompts]
+    for compiled in (False, True):
+        sampler = common.Sampler(gpu, tokenizer, compile=compiled)
+        done = sampler.sample(prompts, 24)
+        first = sum(c.ids[0] != w[0] for c, w in zip(done, wanted)) / 40
+        apart = sum(c.ids != w for c, w in zip(done, wanted)) / 40
+        sampled = sampler.sample(prompts, 24, 1.0, seed=3)
+        mean, worst = mean_gap(gpu, prompts, sampled)
+        print(f"bf16, compile={compiled}: other first tokens than generate's {first:.1%}, texts of 24 tokens {apart:.1%}; "
+              f"|log-prob gap| to the trainer: mean {mean:.4f}, max {worst:.4f}")
+        assert first <= 0.1 and mean < 0.03 and worst < 0.5
+
+
+def test_sampler_on_nf4(pair):
+    """NF4 is dequantised once; the gap to the trainer, which multiplies by the same weights, is rounding."""
+    directory, tokenizer, _, _ = pair
+    policy = common.add_lora(common.load_model(directory, None, "nf4", torch.bfloat16, DEVICE))
+    for p in common.trainable(policy):
+        p.data += 0.02 * torch.randn_like(p)
+    prompts = random_prompts(tokenizer, 12)
+    for merge in (True, False):
+        done = common.Sampler(policy, tokenizer, merge=merge, compile=False).sample(prompts, 24, 1.0, seed=3)
+        gap = mean_gap(policy, prompts, done)
+        print(f"NF4, merge={merge}: |log-prob gap| mean, max", gap)
+        assert gap[0] < 0.05
 
 
 @pytest.mark.parametrize("quantization, compiled", [("qlora", True), ("none", False)])
@@ -129,3 +239,25 @@ def test_sft_and_dpo_on_gpu(quantization, compiled, tmp_path, data_dir):
     assert math.isclose(first["loss"], math.log(2), abs_tol=0.02 if compiled else 1e-6)
     assert compiled or first["margin"] == 0
     print(quantization, record, first)
+
+
+def test_ppo_on_gpu(tmp_path, data_dir):
+    """Reward model and PPO as a user runs them in bf16: finite, first ratio 1, sampler and trainer within the noise."""
+    import ppo
+    import reward
+    import sft
+    model = make_model(tmp_path / "model", hidden_size=256)
+    kwargs = dict(batch_size=8, micro_tokens=512, device="cuda", compile=False)
+    sft.main(sft.Args(model=model, quantization="none", data=str(data_dir / "sft.jsonl"), rows=40, heldout_rows=8, lr=5e-3,
+                      max_length=128, eos_prompts=4, eos_tokens=8, out=str(tmp_path / "sft_v2"), **kwargs))
+    reward.main(reward.Args(model=model, quantization="none", data=str(data_dir / "preference.jsonl"), rows=24,
+                            heldout_rows=16, max_length=128, lr=1e-3, out=str(tmp_path / "rm_v1"),
+                            results=str(tmp_path), **kwargs))
+    ppo.main(ppo.Args(sft_adapter=str(tmp_path / "sft_v2"), reward_adapter=str(tmp_path / "rm_v1"),
+                      data=str(data_dir / "preference.jsonl"), fixed_prompts=4, updates=3, completion_tokens=12,
+                      prompt_tokens=64, minibatches=2, normalise=8, lr=1e-3, out=str(tmp_path / "ppo_v1"),
+                      results=str(tmp_path), **kwargs))
+    lines = [json.loads(line) for line in (tmp_path / "ppo_v1" / "log.jsonl").read_text().splitlines()]
+    print("sampler gap by update:", [line["sampler_gap"] for line in lines], "kl", [line["kl"] for line in lines])
+    assert len(lines) == 3 and all(line["sampler_gap"] < 0.1 and math.isfinite(line["kl"]) for line in lines)
+    assert lines[0]["kl"] == 0 < abs(lines[-1]["kl"])

@@ -6,15 +6,19 @@ import multiprocessing
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
+from scipy import stats
 
 import report
+import reward
 from common import SCHEMA_VERSION, read_results, upsert_row, write_json
 
 SCORES = {  # (score, stderr) by lm-eval's key
@@ -274,8 +278,8 @@ def test_rows_without_a_result_are_planned_never_zero(here):
     run(three_rows())
     for path, mark in (("results/README.md", "### Current state"), ("README.md", report.BEGIN)):
         state = table(mark, path)
-        assert list(state) == ["row", ":--", "base", "sft_v2", "dpo_v1", "rm_v1", "ppo_v1", "grpo_v1", "kto_v1"]
-        for name, phase in (("rm_v1", "3"), ("ppo_v1", "3"), ("grpo_v1", "4"), ("kto_v1", "5")):
+        assert list(state) == ["row", ":--", "base", "sft_v2", "dpo_v1", "ppo_v1", "grpo_v1", "kto_v1"]
+        for name, phase in (("ppo_v1", "3"), ("grpo_v1", "4"), ("kto_v1", "5")):
             assert state[name] == [phase, "planned", "", "", "", ""]
     assert "ppo_v1 −" not in Path("results/README.md").read_text()
 
@@ -283,7 +287,7 @@ def test_rows_without_a_result_are_planned_never_zero(here):
 def test_no_results_at_all(here):
     run(None)
     state = table("# Results")
-    assert [cells[1] for name, cells in state.items() if name not in ("row", ":--")] == ["planned"] * 7
+    assert [cells[1] for name, cells in state.items() if name not in ("row", ":--")] == ["planned"] * 6
     assert "0.0" not in Path("README.md").read_text()
     run(None, "--check")
 
@@ -291,7 +295,7 @@ def test_no_results_at_all(here):
 def test_other_names_follow_their_phase(here):
     run([*three_rows(), make_row("sft_2ep", 1, "sft", "6", config="c2e"), make_row("kto_big", 5, "kto", "7")])
     names = list(table("### Current state"))[2:]
-    assert names == ["base", "sft_v2", "sft_2ep", "dpo_v1", "rm_v1", "ppo_v1", "grpo_v1", "kto_v1", "kto_big"]
+    assert names == ["base", "sft_v2", "sft_2ep", "dpo_v1", "ppo_v1", "grpo_v1", "kto_v1", "kto_big"]
     a, b = make_row("kto_a", 5, "kto", "1"), make_row("kto_b", 5, "kto", "2") | {"timestamp": "2026-01-07"}
     again = make_row("kto_a", 5, "kto", "3") | {"timestamp": "2026-01-08"}
     run([*three_rows(), again, b, a])  # a rerun stands below its first
@@ -363,6 +367,309 @@ def test_a_trial_says_so_with_its_error(here):
     assert "on 25 items has a standard error of 10.0 points" in Path("README.md").read_text()
     run(three_rows())
     assert "Trial" not in Path("results/README.md").read_text() + Path("README.md").read_text()
+
+
+# ------------------------------------------------------------------ reward models and on-policy runs
+
+
+def share(right, n):
+    """As reward.py writes a share of pairs; the interval is scipy's."""
+    interval = stats.binomtest(right, n).proportion_ci(method="wilson") if n else None
+    return {"n": n, "accuracy": right / n if n else None, "interval": interval and [interval.low, interval.high]}
+
+
+def write_reward(stem="rm_v1", right=80, longer=60, plot=False, **changes):
+    """results/rm/<stem>.json with 100 held-out pairs; a change to None takes the key out."""
+    record = {
+        "schema_version": 1, "name": stem, "model": "org/base", "config_hash": "c0000031", "family": "fam00001",
+        "seed": 42, "train_invariants": "aaaa1111", "adapter_sha256": "a" * 64, "data": {"heldout": "sha256:1"},
+        **share(right, 100), "loss": 0.6, "longer_wins": share(longer, 100), "length_matched": share(13, 20),
+        "score_length": {"pearson": -0.254, "spearman": 0.9}, "margin_length": {"pearson": 0.8, "spearman": 0.8},
+        "scores": {"chosen": {"mean": 9.0, "sd": 9.0}, "rejected": {"mean": 8.0, "sd": 9.0},
+                   "margin": {"mean": 0.5678, "sd": 1.25}}, "calibration": [], "calibration_error": 0.0421,
+    } | changes  # fmt: skip
+    write_json(f"results/rm/{stem}.json", {key: value for key, value in record.items() if value is not None})
+    if plot:
+        Path(f"results/rm/{stem}.png").write_bytes(b"png")
+
+
+def said(start, path="results/README.md"):
+    """The one line of a generated file that begins so."""
+    (line,) = [line for line in Path(path).read_text().splitlines() if line.startswith(start)]
+    return line
+
+
+def test_a_reward_model_is_a_table_of_its_own_and_no_rung(here):
+    write_reward(plot=True)
+    run(three_rows())
+    assert "rm_v1" not in table("### Current state") and "rm_v1" not in table(report.BEGIN, "README.md")
+    found = table("## Reward models")
+    assert list(found) == ["row", ":--", "rm_v1"]
+    assert found["row"] == ["seed", "config_hash", "pairs", "accuracy, %", "longer-wins, %", "length-<br>matched, %",
+                            "score–length<br>correlation", "calibration<br>error", "margin<br>mean / sd"]  # fmt: skip
+    # Wilson, by hand for 80 of 100: (80 + 1.92) / 103.84 ± 1.96 / 103.84 * sqrt(16 + 0.96) = 0.7889 ± 0.0777
+    assert found["rm_v1"] == ["42", "c0000031", "100", "80.0 [71.1, 86.7]", "60.0 [50.2, 69.1]",
+                              "65.0 [43.3, 81.9]<br>n = 20", "−0.25", "0.042", "0.57 / 1.25"]  # fmt: skip
+    text = "rm_v1: accuracy 80.0 [71.1, 86.7] %, longer-wins 60.0 [50.2, 69.1] %, on the same 100 held-out pairs: "
+    text += "beats longer-wins, the intervals do not overlap."
+    assert said("rm_v1") == text and said("**Reward model**", "README.md") == f"**Reward model** {text}"
+    assert said("Plots:") == "Plots: [rm/rm_v1.png](rm/rm_v1.png)"
+    assert "‡" not in Path("results/README.md").read_text()
+
+
+def test_no_reward_model_is_planned(here):
+    run(three_rows())
+    assert table("## Reward models")["rm_v1"] == ["planned"] + [""] * 8
+    assert said("**Reward model**", "README.md") == "**Reward model** rm_v1: planned."
+    text = Path("results/README.md").read_text()
+    assert "Plots:" not in text and "On-policy" not in text
+    write_reward()  # from now on no longer planned, and without its plot no link to one
+    exits(1, None, "--check")
+    run(None)
+    assert table("## Reward models")["rm_v1"][1] == "c0000031" and "Plots:" not in Path("results/README.md").read_text()
+    assert "rm_v1: planned" not in Path("README.md").read_text()
+
+
+OPEN = "the intervals overlap (accuracy's lower bound is {} the baseline)."
+VERDICTS = {  # (pairs of 100 that are right, that the longer answer wins): what is said
+    "beats": (80, 60, "beats longer-wins, the intervals do not overlap."),  # [71.1, 86.7] and [50.2, 69.1]
+    "above": (75, 60, f"not told from longer-wins, {OPEN.format('above')}"),  # [65.7, 82.5]
+    "open": (65, 60, f"not told from longer-wins, {OPEN.format('not above')}"),
+    "same": (60, 60, f"not told from longer-wins, {OPEN.format('not above')}"),
+    "worse": (40, 60, "worse than longer-wins, the intervals do not overlap."),  # [30.9, 49.8]
+    "shorter": (80, 40, "beats shorter-wins (60.0 %, the better rule of length here), the intervals do not overlap."),
+    # beats longer-wins (40 %) by far, but not the rule turned round
+    "turned": (65, 40, f"not told from shorter-wins (60.0 %, the better rule of length here), {OPEN.format('not above')}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("right, longer, verdict", VERDICTS.values(), ids=VERDICTS)
+def test_what_is_said_of_longer_wins(here, right, longer, verdict):
+    write_reward(right=right, longer=longer)
+    run(three_rows())
+    assert said("rm_v1").split(" pairs: ")[1] == verdict
+
+
+@pytest.mark.parametrize("right, beats", [(79, True), (78, False)])
+def test_the_verdict_turns_where_the_intervals_meet(here, right, beats):
+    write_reward(right=right)  # 79 of 100 begins at 70.02 %, 78 at 68.93 %; longer-wins, 60 of 100, ends at 69.06 %
+    run(three_rows())
+    assert ("pairs: beats longer-wins" in said("rm_v1")) is beats
+
+
+def test_figures_as_reward_py_computes_them(here):
+    """reward.evaluation's own dictionary, from scores and lengths whose figures are plain to see."""
+    margin = torch.tensor([1.0] * 75 + [-1.0] * 25)
+    lengths = torch.tensor([[30, 10]] * 40 + [[10, 30]] * 40 + [[100, 95]] * 20)  # longer wins: 40 + 20 of 100
+    found = reward.evaluation(torch.stack([margin / 2, -margin / 2], 1), lengths, 0.01)
+    write_reward(**found)
+    run(three_rows())
+    row = table("## Reward models")["rm_v1"]
+    # matched are the last 20, all wrong; 0 of 20: Wilson's upper end is 3.84 / 23.84
+    assert row[2:6] == ["100", "75.0 [65.7, 82.5]", "60.0 [50.2, 69.1]", "0.0 [0.0, 16.1]<br>n = 20"]
+    scores = [side for m in margin.tolist() for side in (m / 2, -m / 2)]
+    assert row[6] == f"{statistics.correlation(scores, lengths.flatten().tolist()):.2f}".replace("-", "−")
+    # σ(1) = 0.7311; of the tenths seven are all right, one is half right, two are all wrong
+    assert row[7] == f"{(7 * (1 - 0.7311) + (0.7311 - 0.5) + 2 * 0.7311) / 10:.3f}"
+    assert row[8] == "0.50 / 0.87"  # mean (75 - 25) / 100; sd sqrt(1 - 0.25)
+
+
+MISSING = {  # key that a reward model's file lacks: {column: what its line shows there}
+    "seed": {0: "–"}, "config_hash": {1: "–"}, "n": {2: "–"}, "accuracy": {3: "–"}, "interval": {3: "80.0 [?]"},
+    "longer_wins": {4: "–"}, "length_matched": {5: "–<br>n = –"}, "score_length": {6: "–"},
+    "calibration_error": {7: "–"}, "scores": {8: "– / –"}, "name": {}, "family": {}, "data": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", MISSING)
+def test_a_missing_figure_of_a_reward_model_is_a_dash(here, key):
+    write_reward()
+    run(three_rows())
+    whole = table("## Reward models")["rm_v1"]
+    write_reward(**{key: None})
+    run(None)
+    found = table("## Reward models")["rm_v1"]
+    assert {i: cell for i, cell in enumerate(found) if cell != whole[i]} == MISSING[key]
+    assert ("pairs: not compared" in said("rm_v1")) is (key in ("accuracy", "interval", "longer_wins"))
+
+
+def test_no_length_matched_pair_is_a_dash(here):
+    write_reward(length_matched=share(0, 0), score_length={"pearson": float("nan")})
+    run(three_rows())
+    assert table("## Reward models")["rm_v1"][5:7] == ["–<br>n = 0", "–"]
+
+
+def test_seeds_of_a_family_get_their_mean_and_sd(here):
+    write_reward()
+    write_reward("rm_s7", 70, seed=7, config_hash="c0000007", calibration_error=0.0821)
+    run(three_rows())
+    # 80 and 70: mean 75, sd with n - 1 = 10 / sqrt 2 = 7.07; 0.0421 and 0.0821: mean 0.0621, sd 0.04 / sqrt 2 = 0.0283
+    assert table("## Reward models")["mean ± sd"] == [
+        "7, 42", "family<br>fam00001", "", "75.0 ± 7.1", "60.0 ± 0.0", "65.0 ± 0.0", "−0.25 ± 0.00", "0.062 ± 0.028",
+        "0.57 ± 0.00"]  # fmt: skip
+    write_reward("rm_s7", 70, seed=7, length_matched=None)
+    write_reward("rm_twice", 10, seed=7)  # a seed counts once
+    write_reward("rm_z", 10, seed=8, family="fam00002")  # another family
+    run(None)
+    assert table("## Reward models")["mean ± sd"][3:6] == ["75.0 ± 7.1", "60.0 ± 0.0", "–"]
+    for name in ("rm_s7", "rm_z"):
+        Path(f"results/rm/{name}.json").unlink()
+    Path("results/rm/rm_v1.json").unlink()  # one seed is left
+    run(None)
+    assert "mean ± sd" not in table("## Reward models") and "rm_twice" in table("## Reward models")
+    write_reward("rm_twice", seed=7, family=None)  # no family is no family in common
+    write_reward(family=None)
+    run(None)
+    assert set(table("## Reward models")) == {"row", ":--", "rm_twice", "rm_v1"}
+
+
+def test_other_held_out_pairs_are_said(here):
+    note = "Longer-wins differs, so not all saw the same pairs"
+    write_reward()
+    write_reward("rm_b", 70)
+    run(three_rows())
+    assert note not in Path("results/README.md").read_text()
+    write_reward("rm_b", 70, longer=59)
+    run(None)
+    assert note in Path("results/README.md").read_text()
+
+
+def test_a_reward_model_of_another_setup_is_marked_and_no_part_of_the_climb(here):
+    write_reward("rm_big", train_invariants="ffff0000")
+    run(three_rows())
+    found = table("## Reward models")
+    assert list(found) == ["row", ":--", "rm_big‡", "rm_v1"] and found["rm_v1"][0] == "planned"
+    assert said("‡") == "‡ rm_big: train_invariants ffff0000, where base has aaaa1111; no part of this climb."
+    assert said("rm_big‡").startswith("rm_big‡: accuracy 80.0")
+    assert said("**Reward model**", "README.md") == "**Reward model** rm_v1: planned."
+    assert "rm_big" not in Path("README.md").read_text()
+    write_reward(right=70)
+    write_reward("rm_big_s7", train_invariants="ffff0000", family="fam00002", seed=7)
+    write_reward("rm_big", train_invariants="ffff0000", family="fam00002")
+    run(None)  # its own first, and a marked family keeps its mark
+    found = table("## Reward models")
+    assert list(found)[2:] == ["rm_v1", "rm_big‡", "rm_big_s7‡", "mean ± sd‡"]
+    assert said("**Reward model**", "README.md").startswith("**Reward model** rm_v1: accuracy 70.0")
+    write_reward("rm_none", train_invariants=None)
+    run(None)
+    assert said("‡ rm_none") == "‡ rm_none: train_invariants unknown, where base has aaaa1111; no part of this climb."
+
+
+def test_group_leaves_out_reward_models_of_another_setup(here):
+    write_reward()
+    write_reward("rm_big", train_invariants="ffff0000")
+    rows = three_rows()
+    run(rows, "--group", "bbbb2222")  # an eval_hash: training is not restricted
+    assert {"rm_v1", "rm_big‡"} <= set(table("## Reward models"))
+    run(rows, "--group", "aaaa1111", "bbbb2222")
+    assert list(table("## Reward models")) == ["row", ":--", "rm_v1"]
+    assert "rm_big" not in Path("results/README.md").read_text()
+    rows += [row | {"train_invariants": "ffff0000"} for row in three_rows()]  # rows of both: each group has its own
+    run(rows, "--group", "ffff0000")
+    assert list(table("## Reward models")) == ["row", ":--", "rm_big"]
+    assert "‡" not in Path("results/README.md").read_text()
+
+
+def test_without_rows_the_first_reward_model_says_what_the_others_must_be(here):
+    write_reward("rm_a")
+    write_reward("rm_b", train_invariants="ffff0000")
+    run(None)
+    assert list(table("## Reward models"))[2:] == ["rm_a", "rm_b‡"]
+    assert said("‡") == "‡ rm_b: train_invariants ffff0000, where rm_a has aaaa1111; no part of this climb."
+
+
+def write_on_policy(stem="ppo/ppo_v1", **changes):
+    """results/<stem>.json; a change to None takes the key out."""
+    record = {
+        "schema_version": 1, "name": Path(stem).name, "model": "org/base", "config_hash": "c0000041", "family": "f",
+        "seed": 42, "train_invariants": "aaaa1111", "adapter_sha256": "a" * 64, "data": {},
+        "reward_model": {"name": "rm_v1", "config_hash": "c0000031"},
+        "watch_model": {"name": "rm_w", "config_hash": "c0000032"},
+        "before": {"score": -0.25, "tokens": 120, "eos_rate": 1.0, "note": "text", "cut": True, "per": [1, 2]},
+        "after": {"score": 1.5, "tokens": 1345, "eos_rate": 0.75, "note": "text", "cut": False, "per": [1, 2]},
+        "updates": 1200, "curves": {"kl": [0.0] * 18 + [4.0, 5.0], "scores": [0.0] * 20},
+    } | changes  # fmt: skip
+    write_json(f"results/{stem}.json", {key: value for key, value in record.items() if value is not None})
+
+
+def test_on_policy_runs_before_and_after(here):
+    write_on_policy()
+    grpo = {"reward_model": None, "watch_model": None, "updates": 7, "curves": {"kl": [1.0] * 4 + [0.5]}}
+    write_on_policy("grpo/grpo_v1", before={"pass@1": 0.125}, after={"pass@1": 0.25, "pass@8": 0.5}, **grpo)
+    Path("results/grpo/grpo_v1.png").write_bytes(b"png")
+    run(three_rows())
+    ppo = table("## On-policy runs: PPO")
+    assert ppo["row"] == ["updates", "KL at<br>the end", "score", "tokens", "eos_rate"]  # numbers only
+    # the last tenth of 20 values: (4 + 5) / 2
+    assert ppo["ppo_v1"] == ["1,200", "4.500", "−0.250 → 1.500", "120 → 1,345", "1.000 → 0.750"]
+    assert said("ppo_v1: ") == "ppo_v1: rewarded by rm_v1 (c0000031), watched by rm_w (c0000032)."
+    grpo = table("## On-policy runs: GRPO")
+    assert grpo["row"][2:] == ["pass@1", "pass@8"]
+    assert grpo["grpo_v1"] == ["7", "0.500", "0.125 → 0.250", "– → 0.500"]  # a tenth of 5: one
+    assert said("Plots:") == "Plots: [grpo/grpo_v1.png](grpo/grpo_v1.png)"
+    assert "grpo_v1: rewarded" not in (text := Path("results/README.md").read_text()) and "ppo_v1.png" not in text
+    assert table("### Current state")["ppo_v1"][1] == "planned"  # not evaluated: still no score
+
+
+UNSAID = {  # key that an on-policy run's file lacks: what its line shows
+    "before": ["1,200", "4.500", "– → 1.500", "– → 1,345", "– → 0.750"],
+    "after": ["1,200", "4.500", "−0.250 → –", "120 → –", "1.000 → –"],
+    "updates": ["–", "4.500", "−0.250 → 1.500", "120 → 1,345", "1.000 → 0.750"],
+    "curves": ["1,200", "–", "−0.250 → 1.500", "120 → 1,345", "1.000 → 0.750"],
+} | dict.fromkeys(["name", "seed", "reward_model"], ["1,200", "4.500", "−0.250 → 1.500", "120 → 1,345", "1.000 → 0.750"])
+
+
+@pytest.mark.parametrize("key", UNSAID)
+def test_a_missing_key_of_an_on_policy_run_is_a_dash(here, key):
+    write_on_policy(**{key: None})
+    run(three_rows())
+    assert table("## On-policy runs: PPO")["ppo_v1"] == UNSAID[key]
+    by = "rewarded by rm_v1 (c0000031), " * (key != "reward_model")
+    assert said("ppo_v1: ") == f"ppo_v1: {by}watched by rm_w (c0000032)."
+    write_json("results/ppo/ppo_v1.json", {"schema_version": 1, "train_invariants": "aaaa1111"})
+    run(None)
+    assert table("## On-policy runs: PPO")["ppo_v1"] == ["–", "–"]
+
+
+@pytest.mark.parametrize("kl, shown", [([], "–"), ([None], "–"), ([0.5, float("nan")], "–"), ([0.5], "0.500"),
+                                       ([9.0] * 10 + [2.0, 1.0], "1.500"), ([float("nan")] * 9 + [2], "2.000")])
+def test_kl_at_the_end_is_the_mean_of_the_last_tenth(here, kl, shown):
+    write_on_policy(curves={"kl": kl})  # 12 values: a tenth is two, rounded up
+    run(three_rows())
+    assert table("## On-policy runs: PPO")["ppo_v1"][1] == shown
+
+
+def test_runs_of_one_method_share_its_columns_and_another_setup_is_marked(here):
+    write_on_policy()
+    write_on_policy("ppo/ppo_big", train_invariants="ffff0000", before={"win": 0.5}, after={"win": 0.75})
+    run(three_rows())
+    found = table("## On-policy runs: PPO")
+    assert list(found)[2:] == ["ppo_v1", "ppo_big‡"]
+    assert found["row"][2:] == ["score", "tokens", "eos_rate", "win"]
+    assert found["ppo_v1"][-1] == "–" and found["ppo_big‡"][2:] == ["–", "–", "–", "0.500 → 0.750"]
+    assert said("‡") == "‡ ppo_big: train_invariants ffff0000, where base has aaaa1111; no part of this climb."
+    run(None, "--group", "aaaa1111")
+    assert list(table("## On-policy runs: PPO"))[2:] == ["ppo_v1"]
+
+
+@pytest.mark.parametrize("folder", ["rm", "ppo", "grpo"])
+@pytest.mark.parametrize("version, named", [(SCHEMA_VERSION + 1, f"schema_version {SCHEMA_VERSION + 1}, newer"),
+                                            (None, "not a results file"), ("1", "not a results file")])
+def test_a_record_of_a_newer_or_unknown_schema_is_refused(here, capsys, folder, version, named):
+    write_json(f"results/{folder}/x.json", {"name": "x", "train_invariants": "aaaa1111"} | (
+        {"schema_version": version} if version else {}))
+    exits(2, three_rows())
+    error = capsys.readouterr().err
+    assert f"results/{folder}/x.json" in error and named in error
+    assert not Path("results/README.md").exists() and Path("README.md").read_text() == README
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_damaged_record_is_refused(here, capsys, text):
+    Path("results/rm").mkdir()
+    Path("results/rm/x.json").write_text(text)
+    exits(2, three_rows())
+    assert "results/rm/x.json" in capsys.readouterr().err and not Path("results/README.md").exists()
 
 
 # ------------------------------------------------------------------ rows that can't stand together
@@ -466,7 +773,7 @@ def test_check_finds_one_edited_digit(here, capsys, path):
     exits(1, None, "--check")
     error = capsys.readouterr().err
     assert "-| 0 | base | 50.1" in error and "+| 0 | base | 50.0" in error
-    assert f"{path}: not what metrics.json says" in error
+    assert f"{path}: not what the results say" in error
     assert Path(path).read_text() == edited  # --check writes nothing
     run(None)
     run(None, "--check")
@@ -513,6 +820,13 @@ def test_terminal_tables_are_whole_when_piped(here, capsys):
     line = next(line for line in out.splitlines() if " dpo_v1 − base" in line)
     assert line.split("dpo_v1 − base")[1].count("0.0 ±") == 5  # on one line
     assert "planned" in out and "TruthfulQA" in out and "**" not in out
+    write_reward(plot=True)
+    write_reward("rm_s7", 70, seed=7)
+    run(None)
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith(" rm_v1 "))
+    assert "80.0 [71.1, 86.7]" in line and "0.57 / 1.25" in line and "…" not in out
+    assert "Plots: rm/rm_v1.png\n" in out
 
 
 def test_as_a_command(here):
@@ -525,7 +839,7 @@ def test_as_a_command(here):
 
 
 def test_the_committed_tables_are_what_the_committed_results_say():
-    """README.md and results/README.md against results/metrics.json, by the command that README's stamp names."""
+    """README.md and results/README.md against what results/ holds, by the command that README's stamp names."""
     root = Path(report.__file__).parent
     stamp = re.search(r"written by `python report\.py ?([^`]*)`", (root / "README.md").read_text(encoding="utf-8"))
     done = subprocess.run([sys.executable, "report.py", *stamp[1].split(), "--check"], cwd=root, capture_output=True,

@@ -1,0 +1,161 @@
+"""Tokens per second of sampling: common.Sampler against transformers' generate, on random weights made in memory.
+
+    python bench/sample.py --rows 64 256 --system rungs transformers-generate static-cache
+    python bench/sample.py --rows 64 --profile        # the kernels of one decoding step, by time
+    python bench/sample.py --shape tiny --tokens 16   # a trial without a GPU
+
+The shape is Qwen2.5-0.5B's in bfloat16; every row samples --tokens tokens at temperature 1 after one of --prompts random
+prompts of --prompt-tokens to twice as many tokens, and no EOS ends it early. A case is run twice: the first includes
+compiling and capturing (its surplus is setup_s), the second is timed, prompts included. One JSON line a case.
+"""
+import dataclasses
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+
+SHAPES = {
+    "qwen2.5-0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                         num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768),
+    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, vocab_size=4096, max_position_embeddings=2048),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    system: tuple[Literal["rungs", "transformers-generate", "static-cache"], ...] = ("rungs",)
+    """What samples: common.Sampler, or generate with its dynamic or its static (compiled) cache."""
+    rows: tuple[int, ...] = (64,)
+    """Rows sampled at the same time; one case each."""
+    tokens: int = 256
+    """Tokens sampled in each row."""
+    prompts: int = 8
+    """Different prompts; rows share them evenly."""
+    prompt_tokens: int = 64
+    """Shortest prompt; the longest has twice as many."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Below 1 the sampler sorts the vocabulary."""
+    compile: bool = True
+    """Fuse the elementwise parts with torch.compile (rungs)."""
+    shape: Literal["qwen2.5-0.5b", "tiny"] = "qwen2.5-0.5b"
+    """Shape of the random model."""
+    device: str = "auto"
+    """Torch device; "auto" takes the GPU if there is one."""
+    profile: bool = False
+    """Print the kernels of one decoding step over the longest rows, by time (rungs)."""
+
+
+class NoText:
+    """A tokenizer for token ids alone: its EOS is never sampled, and nothing is decoded."""
+    eos_token_id = -1
+
+    def decode(self, ids, **kwargs) -> str:
+        return ""
+
+
+def make_model(shape: str, device: torch.device) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(**SHAPES[shape], tie_word_embeddings=True)
+    with torch.device(device):
+        model = Qwen2ForCausalLM(config)
+    model.generation_config.eos_token_id = None
+    return model.to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def make_prompts(args: Args, rows: int, vocabulary: int) -> list[list[int]]:
+    g = torch.Generator().manual_seed(1)
+    lengths = torch.linspace(args.prompt_tokens, 2 * args.prompt_tokens, args.prompts).int().tolist()
+    distinct = [torch.randint(vocabulary, (n,), generator=g).tolist() for n in lengths]
+    return [distinct[i * args.prompts // rows] for i in range(rows)]
+
+
+def rungs(model, prompts: list[list[int]], args: Args):
+    sampler = common.Sampler(model, NoText(), compile=args.compile)
+    return sampler, lambda: sampler.sample(prompts, args.tokens, args.temperature, args.top_p, seed=0)
+
+
+def generate(model, prompts: list[list[int]], args: Args, cache: str | None):
+    """transformers' generate on left-padded prompts."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    how = dict(do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=0) if args.temperature else \
+        dict(do_sample=False)
+    return lambda: model.generate(ids, attention_mask=mask, max_new_tokens=args.tokens, pad_token_id=0, use_cache=True,
+                                  cache_implementation=cache, **how)
+
+
+def seconds(call, device: torch.device) -> float:
+    """Wall time of a call, its GPU work included."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    began = time.time()
+    call()
+    synchronize()
+    return time.time() - began
+
+
+@torch.no_grad()
+def profile(sampler: common.Sampler, rows: int, longest: int, device: torch.device, steps: int = 20) -> dict:
+    """Print the kernels of one step by time; {time of a step back to back in ms, kernels in it}."""
+    stride = common.round_up(longest, sampler.LENGTH_BUCKET)
+    step = sampler._program(sampler._bucket(rows), stride, stride, "sample")
+    sampler.position.fill_(sampler.READBACK)
+    step()
+    ms = seconds(lambda: [step() for _ in range(steps)], device) / steps * 1e3
+    kind = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as trace:
+        seconds(lambda: [step() for _ in range(steps)], device)
+    spent, count = Counter(), Counter()
+    for e in trace.events():
+        if device.type == "cpu" or e.device_type == torch.autograd.DeviceType.CUDA:
+            spent[e.name] += (e.device_time if device.type == "cuda" else e.self_cpu_time_total) / steps
+            count[e.name] += 1
+    print(f"{'us a step':>10} {'calls':>6} {'us each':>8}  kernel", file=sys.stderr)
+    for name, us in spent.most_common(30):
+        print(f"{us:10.1f} {count[name] / steps:6.1f} {us * steps / count[name]:8.2f}  {name[:100]}", file=sys.stderr)
+    return {"step_ms": round(ms, 3), "kernels": round(count.total() / steps), "kernel_ms": round(spent.total() / 1e3, 3)}
+
+
+def main(args: Args) -> None:
+    device = common.setup_device(args.device)
+    model = make_model(args.shape, device)
+    for system in args.system:
+        for rows in args.rows:
+            prompts = make_prompts(args, rows, model.config.vocab_size)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            if system == "rungs":
+                sampler, call = rungs(model, prompts, args)
+            else:
+                call = generate(model, prompts, args, "static" if system == "static-cache" else None)
+            first, taken = seconds(call, device), seconds(call, device)
+            found = {"workload": "sample", "system": system, "tokens_per_s": round(rows * args.tokens / taken),
+                     "ms_per_step": round(taken / args.tokens * 1e3, 3), "setup_s": round(first - taken, 1)}
+            if device.type == "cuda":
+                found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            if args.profile and system == "rungs":
+                found.update(profile(sampler, rows, max(map(len, prompts)) + args.tokens, device))
+            settings = dataclasses.asdict(args) | {"rows": rows, "device": common.hardware()["device"],
+                                                   "torch": torch.__version__}
+            for k in ("system", "profile"):
+                del settings[k]
+            print(json.dumps({**found, "settings": settings}), flush=True)
+            sampler = call = None  # before the next case's are made
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
