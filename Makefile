@@ -1,7 +1,7 @@
 # The climb as a graph of files: base -> SFT -> DPO -> …, each evaluated, one table. A finished phase is not repeated;
 # a changed flag or a rebuilt parent rebuilds what depends on it. `make help` lists the targets.
 #
-#   make all                                        the real defaults: Qwen2.5-0.5B, UltraChat, UltraFeedback
+#   make all                                        the real defaults: Qwen2.5-0.5B, UltraChat, UltraFeedback, GSM8K
 #   make all MODEL=… SFT_DATA=… PREF_DATA=… EVAL_DATA=… OUT=…        any part replaced
 #   make all PY=python3                             your own environment instead of .venv
 #   make all NPROC=2                                two GPUs: the same update
@@ -17,6 +17,7 @@ MODEL     ?=
 QUANT     ?= qlora
 SFT_DATA  ?=
 PREF_DATA ?=
+GRPO_DATA ?=
 EVAL_DATA ?=
 LIMIT     ?=
 PROTOCOL  ?= plain
@@ -28,6 +29,7 @@ SFT_FLAGS ?=
 RM_FLAGS  ?= --max-overlap 0.05
 DPO_FLAGS ?=
 PPO_FLAGS ?=
+GRPO_FLAGS ?=
 EVAL_FLAGS ?=
 
 flag  = $(if $(2),$(1) $(2))
@@ -42,12 +44,13 @@ DPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(DPO_FLAGS))
 SEED_rm_v1    = $(SEED)
 SEED_rm_watch = $(shell expr $(SEED) + 1)
 PPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(PPO_FLAGS))
+GRPO = $(strip $(COMMON) $(call flag,--data,$(GRPO_DATA)) $(GRPO_FLAGS))
 EVAL = $(strip --out $(RESULTS) $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) $(call flag,--limit,$(LIMIT)) \
        --protocol $(PROTOCOL) --quantization $(QUANT) $(EVAL_FLAGS))
 
 # The rows of the table, and the reward models, which have no row: their figures are in $(RESULTS)/rm. rm_watch is one of
 # another seed, which watches PPO. A method that is added is named here, beside its rule.
-POLICIES = sft_v2 dpo_v1 ppo_v1
+POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1
 RUNS     = $(foreach run,$(POLICIES) rm_v1 rm_watch,$(OUT)/$(run)/run.json)
 EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 
@@ -81,6 +84,10 @@ $(OUT)/ppo_v1/run.json: $(OUT)/.flags/ppo_v1 $(foreach run,sft_v2 rm_v1 rm_watch
 	  --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
+$(OUT)/grpo_v1/run.json: $(OUT)/.flags/grpo_v1 $(OUT)/sft_v2/run.json $(wildcard $(GRPO_DATA)) | $(ENV)
+	$(TRAIN) grpo.py $(GRPO) --sft-adapter $(OUT)/sft_v2 --out $(@D) --results $(RESULTS) --overwrite
+	@touch $@
+
 # -- evaluation: the base, then any adapter; its stamp holds the hashes of its table --
 
 $(OUT)/.done/base-$(PROTOCOL): $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA)) | $(ENV)
@@ -96,6 +103,7 @@ $(OUT)/.flags/dpo_v1:   LINE = $(DPO)
 $(OUT)/.flags/rm_v1:    LINE = $(RM) --seed $(SEED_rm_v1)
 $(OUT)/.flags/rm_watch: LINE = $(RM) --seed $(SEED_rm_watch)
 $(OUT)/.flags/ppo_v1:   LINE = $(PPO)
+$(OUT)/.flags/grpo_v1:  LINE = $(GRPO)
 $(OUT)/.flags/evaluate: LINE = $(EVAL)
 $(OUT)/.flags/%: force
 	@mkdir -p $(@D); echo '$(LINE)' | cmp -s - $@ || echo '$(LINE)' > $@
@@ -105,11 +113,13 @@ $(OUT)/.flags/%: force
 demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 3 min on two cores after installation, 4 GiB
 	@$(MAKE) --no-print-directory all OUT=runs/demo RESULTS=runs/demo/results README=none MODEL=$(SMOLLM2) QUANT=none \
 	  PROTOCOL=plain SEED=42 NPROC=1 \
-	  SFT_DATA=data/demo/train/sft.jsonl PREF_DATA=data/demo/train/preference.jsonl EVAL_DATA=data/demo/eval LIMIT=8 \
+	  SFT_DATA=data/demo/train/sft.jsonl PREF_DATA=data/demo/train/preference.jsonl \
+	  GRPO_DATA=data/demo/train/gsm8k_rl.jsonl EVAL_DATA=data/demo/eval LIMIT=8 \
 	  SFT_FLAGS='--rows 52 --batch-size 8 --max-length 320 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 4' \
 	  DPO_FLAGS='--rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 2' \
 	  RM_FLAGS='--rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --micro-tokens 1024 --checkpoint-every 2' \
 	  PPO_FLAGS='--updates 2 --batch-size 8 --completion-tokens 32 --prompt-tokens 96 --fixed-prompts 4 --normalise 8 --epochs 2 --micro-tokens 1024 --checkpoint-every 1' \
+	  GRPO_FLAGS='--updates 2 --batch-size 2 --group-size 4 --completion-tokens 48 --prompt-tokens 320 --heldout-rows 4 --pass-k 1 --micro-tokens 1024 --checkpoint-every 1' \
 	  EVAL_FLAGS='--max-gen-toks 64'
 
 $(SMOLLM2)/config.json: | $(ENV)

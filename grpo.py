@@ -310,7 +310,7 @@ class Problem:
 
 
 def read_data(task: Task, args: Args) -> tuple[str, list, list, dict[str, str]]:
-    """(source, [(messages, row), or None for a held-out prompt], held-out [(messages, row)], fingerprints)."""
+    """(source, training items, held-out items, fingerprints); an item is (messages, row), or None: not in this part."""
     if task.rows and args.data:
         common.fail(f"--task {args.task} makes its own rows; leave out --data {args.data}")
     if not (task.rows or args.data or task.name == "gsm8k"):
@@ -332,11 +332,13 @@ def read_data(task: Task, args: Args) -> tuple[str, list, list, dict[str, str]]:
     if held_source:
         held, data["heldout"] = read(*common.load_rows(held_source, []), held_source)
     else:  # the prompts with the smallest sha256, each once: a split that no seed and no order moves
-        by_key = dict(zip(keys, rows))
-        chosen = sorted(by_key, key=lambda key: (common.bucket(key), key))
-        held = [by_key[key] for key in chosen[:min(args.heldout_rows, max(1, len(by_key) // 10))]]
-    apart = {common.prompt_key(prompt) for prompt, _ in held}
-    return source, [None if key in apart else row for key, row in zip(keys, rows)], held, data
+        place = {key: i for i, key in enumerate(keys)}
+        chosen = sorted(place, key=lambda key: (common.bucket(key), key))[:min(args.heldout_rows, max(1, len(place) // 10))]
+        held: list = [None] * len(rows)
+        for key in chosen:
+            held[place[key]] = rows[place[key]]
+    apart = {common.prompt_key(item[0]) for item in held if item}
+    return source, [None if key in apart else item for key, item in zip(keys, rows)], held, data
 
 
 def own_rows(task: Task) -> tuple[list[dict], str]:
@@ -352,7 +354,7 @@ def own_rows(task: Task) -> tuple[list[dict], str]:
 def build(tokenizer, args: Args):
     """A function from (index, (messages, row) or None) to Problems, or the reason why a row can't be used."""
     def problem(index: int, item: tuple | None) -> Problem | str | None:
-        if item is None:  # held out
+        if item is None:
             return None
         prompt, row = item
         ids = common.render_prompt(tokenizer, prompt)
@@ -489,7 +491,7 @@ def main(args: Args) -> None:
     common.check_max_length(model_dir, args.prompt_tokens + args.completion_tokens, args.micro_tokens)
     task = load_task(args)
     source, rows, held, data = read_data(task, args)
-    heldout, _, _ = common.take_rows(held, min(args.heldout_rows, len(held)), args.seed, build(tokenizer, args),
+    heldout, _, _ = common.take_rows(held, min(args.heldout_rows, len(held) - held.count(None)), args.seed, build(tokenizer, args),
                                      f"{source} (held out)", args.max_dropped)
     wanted = min(args.updates * args.batch_size * (ROUNDS if args.resample_groups else 1), len(rows) - rows.count(None))
     problems, dropped, _ = common.take_rows(rows, wanted, args.seed, build(tokenizer, args), source, args.max_dropped)
@@ -674,13 +676,13 @@ def write_results(run, args: Args, heldout: list[Problem], after_answers: list[d
         for p, b, a in zip(heldout, run.state["answers"], after_answers)))
     log, record = [json.loads(line) for line in run.log_file.read_text().splitlines()], run.record
     measured = [*log, {"step": args.updates, **{f"heldout_{k}": v for k, v in after.items()}}]
-    place = Path(args.results) / "grpo" / record["name"]
+    place, called = Path(args.results) / "grpo" / record["name"], {"pass_1": "pass@1", "pass_k": f"pass@{args.pass_k}"}
+    before, after = ({called.get(k, k): v for k, v in figures.items()} for figures in (run.state["before"], after))
     common.write_json(f"{place}.json", {"schema_version": 1, **{k: record[k] for k in (
         "name", "model", "config_hash", "family", "seed", "train_invariants", "adapter_sha256", "data")},
-        "task": args.task, "pass_k": args.pass_k, "samples": 2 * args.pass_k, "updates": args.updates,
-        "heldout_problems": len(heldout), "before": run.state["before"], "after": after,
-        "heldout": [{k.removeprefix("heldout_"): v for k, v in line.items() if k == "step" or k.startswith("heldout_")}
-                    for line in measured if "heldout_pass_1" in line],
+        "task": args.task, "updates": args.updates, "heldout_problems": len(heldout), "samples": 2 * args.pass_k,
+        "before": before, "after": after, "heldout": [{k.removeprefix("heldout_"): v for k, v in line.items() if k == "step" or k.startswith("heldout_")}
+                                                       for line in measured if "heldout_pass_1" in line],
         "curves": {k: [line.get(k) for line in log] for k in (*CURVES, "k3", "all_right", "all_wrong")
                    if not k.startswith("heldout_")}})
     common.write_atomic(f"{place}.png", lambda p: common.plot_curves(measured, CURVES, record["name"], p))

@@ -150,3 +150,32 @@ def ppo_run(ppo_args, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("runs") / "ppo_v1")
     ppo.main(ppo.Args(**ppo_args, out=out))
     return out
+
+
+OWN_TASK = """
+def rows():
+    return [{"prompt": f"{i} why is the sky blue", "i": i} for i in range(60)]
+
+
+def reward(row, completion):
+    return {"correct": float(len(completion) > row["i"] % 7), "format": 0.1 * (len(completion) < 15)}
+"""
+
+
+@pytest.fixture(scope="session")
+def grpo_args(sft_run, tmp_path_factory):
+    """Keyword arguments of a GRPO run of three updates of 4 x 4 answers on a task of its own, in fp32; add out."""
+    directory = tmp_path_factory.mktemp("grpo")
+    (directory / "task.py").write_text(OWN_TASK)
+    return dict(sft_adapter=sft_run, task=str(directory / "task.py"), heldout_rows=3, updates=3, batch_size=4, group_size=4,
+                completion_tokens=12, prompt_tokens=64, eval_every=2, pass_k=2, lr=3e-3, micro_tokens=512, device="cpu",
+                checkpoint_every=1, results=str(directory / "results"))
+
+
+@pytest.fixture(scope="session")
+def grpo_run(grpo_args, tmp_path_factory):
+    """A finished GRPO run directory on top of sft_run."""
+    import grpo
+    out = str(tmp_path_factory.mktemp("runs") / "grpo_v1")
+    grpo.main(grpo.Args(**grpo_args, out=out))
+    return out
