@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import OWN_TASK, write_jsonl
+from conftest import OWN_TASK, make_model, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import tensor
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import common
 import grpo
+import sft
 
 REPO = Path(common.__file__).parent
 TIMES = ("seconds", "tokens_per_s", "rollout_tokens_per_s", "learn_tokens_per_s")
@@ -694,6 +695,27 @@ def test_it_climbs_a_reward_it_can_see(grpo_args, tmp_path):
         print(beta, found[beta], [round(r, 2) for r in rewards[::3]])
     assert found[0.0][0] < 0.06 and found[0.0][1] > found[0.0][0] + 0.12
     assert abs(found[30.0][1] - found[30.0][0]) < 0.05
+
+
+def test_a_tiny_model_climbs_the_easiest_arithmetic(tmp_path, monkeypatch):
+    """A random model of two layers that has seen some answers (SFT): on one-digit sums the mean reward (1 for the number,
+    0.1 for the form) of updates 21 to 30 is above that of the first ten by more than 0.05. Prompts are bare, for speed."""
+    monkeypatch.setitem(grpo.WORKED, "arithmetic", [])
+    monkeypatch.setattr(grpo, "ASK", "")
+    task, rows = grpo.load_task(grpo.Args(task="arithmetic:1")), grpo.arithmetic_rows(1, 1, 400)
+    chats = [{"messages": task.read(row, "")[0] + [{"role": "assistant", "content":
+              f"{row['question'][8:-1]} = {row['answer']}\n#### {row['answer']}"}]} for row in rows]
+    data = write_jsonl(tmp_path / "sums.jsonl", chats)
+    write_jsonl(tmp_path / "sums_heldout.jsonl", chats[:4])
+    sft.main(sft.Args(model=make_model(tmp_path / "model", hidden_size=128), quantization="none", dtype="float32",
+                      data=data, rows=400, heldout_rows=4, max_length=100, batch_size=16, epochs=3, lr=1e-2, eos_prompts=4,
+                      eos_tokens=24, device="cpu", out=str(tmp_path / "sft")))
+    out = train(tmp_path / "run", sft_adapter=str(tmp_path / "sft"), task="arithmetic:1", updates=30, batch_size=8,
+                group_size=8, completion_tokens=24, prompt_tokens=60, eval_every=0, pass_k=1, heldout_rows=4, beta=0.0,
+                lr=4e-3, max_gap=1e-3, device="cpu", results=str(tmp_path))
+    rewards = [line["rewards"] for line in log(out)]
+    print([round(r, 3) for r in rewards])
+    assert statistics.mean(rewards[-10:]) > statistics.mean(rewards[:10]) + 0.05
 
 
 # -- bad input ------------------------------------------------------------------------------------
