@@ -32,6 +32,11 @@ Deviations from them, on purpose:
 
     python ppo.py --sft-adapter runs/sft_v2 --reward-adapter runs/rm_v1
 
+Measured: SmolLM2-135M on one H100, 120 updates of 64 completions (--updates 120 --no-compile --micro-tokens 32768): 8.9
+minutes, 7,000 completion tokens/s rolled out and scored, 20,000 tokens/s learned from; results/ppo/ppo_v1.json. In
+bfloat16 any change of weights re-rolls the rounding of every log-prob: sampler_gap 0.033 (mean), and an approx_kl of 0.0014
+with a clipfrac of 0.01 are noise, not movement. At 0.5B a pack's graph keeps 1.4 MiB a token (counted, not seen on a GPU).
+
 A row: {"prompt": "…" or messages}, or a preference pair, whose answers are not read. Prompts come from part B (40 % by
 sha256); part A trains the reward model. Shapes: B completions of an update, T tokens of its longest, K tokens of a pack.
 """
@@ -109,7 +114,7 @@ class Args:
     max_grad_norm: float = 1.0
     """Gradient clip, of the policy and of the critic apart."""
     max_gap: float = 0.1
-    """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise is about 0.02]."""
+    """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise: 0.03 on SmolLM2]."""
     # -- run --
     seed: int = 42
     """Seed of the prompts' shuffle, the order, the sampling and the LoRA initialisation."""
@@ -119,8 +124,8 @@ class Args:
     """Where ppo/<name>.json and ppo/<name>.png go."""
     overwrite: bool = False
     """Move another configuration's run in --out aside."""
-    micro_tokens: int = 8192
-    """Tokens of one forward: memory and speed, not the update."""
+    micro_tokens: int = 4096
+    """Tokens of one forward: memory and speed, not the update; small, beside three copies of the base in 24 GB."""
     compile: bool = True
     """Compile the decoder layers (on CUDA)."""
     device: str = "auto"
@@ -425,7 +430,7 @@ def main(args: Args) -> None:
         gap = drift.abs().mean().item()
         if not gap <= args.max_gap:
             run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, beyond --max-gap "
-                     f"{args.max_gap}. Rounding to bfloat16 gives about 0.02; more means other weights, another "
+                     f"{args.max_gap}. Rounding to bfloat16 gives about 0.03; more means other weights, another "
                      f"temperature or another attention, which the recomputed ratio would hide")
 
         # 3c. Rewards, advantages (whitened once, over all tokens of all ranks) and returns.
@@ -441,12 +446,13 @@ def main(args: Args) -> None:
         for epoch in range(args.epochs):
             for part, (packs, tokens) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
                 sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-                for pack, (i, t) in packs:
+                for pack, (i, t) in packs:  # one after the other, so that only one graph is in memory
                     logprobs = common.token_logprobs(policy, pack, args.temperature)               # [K]
-                    values = common.token_values(scorers, pack)                                    # [K]
                     losses = policy_loss(logprobs, old_logprobs[i, t], advantages[i, t], args.clip)
+                    (losses.sum() / tokens).backward()
+                    values = common.token_values(scorers, pack)                                    # [K]
                     value_losses = value_loss(values, old_values[i, t], returns[i, t], args.value_clip)
-                    ((losses.sum() + VALUE_COEF * value_losses.sum()) / tokens).backward()
+                    (VALUE_COEF * value_losses.sum() / tokens).backward()
                     log_ratio = (logprobs - old_logprobs[i, t]).detach()
                     ratio, moved = log_ratio.exp(), (values - old_values[i, t]).abs()
                     sums += torch.stack([losses.detach().sum(), value_losses.detach().sum(), ratio.sum(),
