@@ -297,13 +297,18 @@ def means(totals: Tensor, rows: int) -> dict[str, float | None]:
 
 @torch.no_grad()
 def evaluate_rows(policy, rows: list[Row], args: Args, device) -> dict[str, float | None]:
-    """The same figures of held-out rows, which share one z0."""
+    """The same figures of held-out rows, which share one z0; and auc: how often the reward of a desirable row is above that
+    of an undesirable one, over all such pairs, ties half. It is accuracy without a threshold."""
     z0 = max(0.0, mismatched_kl(policy, rows, args, device))
-    mine = [rows[i] for i in common.my_share([len(r.example.ids) for r in rows])]
-    totals = torch.zeros(10, dtype=torch.float64, device=device)
+    share = common.my_share([len(r.example.ids) for r in rows])
+    mine = [rows[i] for i in share]
+    totals, above = torch.zeros(10, dtype=torch.float64, device=device), torch.zeros(len(rows), device=device)
     for pack in common.pack([r.example for r in mine], args.micro_tokens, device=device):
-        totals += row_metrics(policy, pack, mine, z0, args)[2]
-    return {**means(totals, len(rows)), "z0": z0}
+        _, above[[share[i] for i in pack.examples]], sums = row_metrics(policy, pack, mine, z0, args)
+        totals += sums
+    above, desirable = common.all_reduce_(above).cpu(), torch.tensor([r.desirable for r in rows])
+    wins = (above[desirable][:, None] - above[~desirable]).sign()                         # [desirable, undesirable]
+    return {**means(totals, len(rows)), "z0": z0, "auc": (0.5 + 0.5 * wins).mean().item() if wins.numel() else None}
 
 
 def main(args: Args) -> None:
