@@ -5,18 +5,19 @@
     L(θ) = mean over the step's rows of  λ_D (1 − σ(β(ρ − z0))) where y is desirable,
                                          λ_U (1 − σ(β(z0 − ρ))) where it is not
 
-Paper: Ethayarajh et al. 2024 (2402.01306), eq. 8; the weights λ: eq. 9; the estimate z0: sec. 4.1. In symbols: x the
+Paper: Ethayarajh et al. 2024 (2402.01306), eq. 8, and the estimate of z0 below it; the weights λ: eq. 9. In symbols: x the
 prompt, y its answer, π_θ the policy, π_ref the reference (base + SFT). log π(y|x) is the sum over the answer's tokens, EOS
-included. z0 is where the loss turns from gain to loss: an answer is only good news by how far it rises above what the
-policy has gained on any answer. Reference implementation: ContextualAI/HALOs.
+included. z0, an estimate of the KL from the reference, is what gain and loss are counted from: a desirable answer is worth
+only what it rises above what any answer has gained. Reference implementation: ContextualAI/HALOs.
 
-What most public code gets wrong about z0, and what is done here:
-  - It is taken from the very pairs (x, y) of the loss. Here y' is mismatched: the step's answers are rotated by one, and
-    no pair may be a true one. A prompt stands at most once in a step (`arrange`), so only equal answers can make one;
-    then the rotation goes on to the first with the fewest true pairs, and those are left out of the mean (`mismatched`).
-  - It is measured on a micro-batch, or a rank, so that memory settings change the objective, and a last batch of one row
-    meets its own answer. Here the whole step is rotated before it is dealt to ranks, summed over all of them, divided by
-    n, then clamped, before any backward; an epoch's steps are of one size (or one row less), and never of one row.
+z0 is where public code goes astray; what is done here:
+  - Not from the pairs (x, y) of the loss. The step's answers are rotated by one, and no pair may be a true one. A prompt
+    stands at most once in a step (`arrange`), so only equal answers can make one; then the rotation goes on to the first
+    with the fewest true pairs, and those are left out of the mean (`mismatched`).
+  - Not from a micro-batch, as in HALOs and TRL 1.16: there a memory setting changes the objective, and in TRL a last
+    micro-batch of one row meets its own answer. Here the whole step is rotated before it is dealt to the ranks, summed
+    over all of them, divided by n, then clamped, all before any backward.
+  - Not from one row: an epoch's steps are of one size (or one row less), and never of one row.
 
 Deviations from the usual script, on purpose:
   1. The reference is the policy with its new adapter switched off, in the same pack: no second model, and at step 0 z0 is
@@ -28,7 +29,8 @@ Deviations from the usual script, on purpose:
 
     python kto.py --sft-adapter runs/sft_v2
 
-Measured: nothing yet. Beside the forward (twice) and backward of DPO, two forwards more a row, for z0.
+Cost of a row: reference and policy forward and a backward, as of an answer in DPO, and for z0 two forwards without
+gradient. Measured: nothing yet.
 
 A row: {"prompt": "…" or messages, "completion": …, "label": true or false}, all of them used. Or a preference pair, as
 for dpo.py and from part A of the prompts too: half of the pairs, by the seed, give their chosen answer as desirable, the
@@ -137,7 +139,7 @@ def learning_rate(step: int, total: int, args: Args) -> float:
 
 
 def weights_advice(desirable: int, undesirable: int, args: Args) -> str | None:
-    """What to say when λ_D n_D / (λ_U n_U) is outside [1, 4/3] (eq. 9, in its first form; the last one allows 3/2)."""
+    """What to say when λ_D n_D / (λ_U n_U) is outside [1, 4/3] (the paper's first versions; eq. 9 of its last goes to 3/2)."""
     if not desirable or not undesirable:
         return f"all rows are {'desirable' if desirable else 'undesirable'}: nothing stands against their loss"
     ratio = args.desirable_weight * desirable / (args.undesirable_weight * undesirable)
