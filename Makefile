@@ -30,6 +30,7 @@ RM_FLAGS  ?= --max-overlap 0.05
 DPO_FLAGS ?=
 PPO_FLAGS ?=
 GRPO_FLAGS ?=
+KTO_FLAGS ?=
 EVAL_FLAGS ?=
 
 flag  = $(if $(2),$(1) $(2))
@@ -45,12 +46,13 @@ SEED_rm_v1    = $(SEED)
 SEED_rm_watch = $(shell expr $(SEED) + 1)
 PPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(PPO_FLAGS))
 GRPO = $(strip $(COMMON) $(call flag,--data,$(GRPO_DATA)) $(GRPO_FLAGS))
+KTO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(KTO_FLAGS))
 EVAL = $(strip --out $(RESULTS) $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) $(call flag,--limit,$(LIMIT)) \
        --protocol $(PROTOCOL) --quantization $(QUANT) $(EVAL_FLAGS))
 
 # The rows of the table, and the reward models, which have no row: their figures are in $(RESULTS)/rm. rm_watch is one of
 # another seed, which watches PPO. A method that is added is named here, beside its rule.
-POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1
+POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1 kto_v1
 RUNS     = $(foreach run,$(POLICIES) rm_v1 rm_watch,$(OUT)/$(run)/run.json)
 EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 
@@ -88,6 +90,10 @@ $(OUT)/grpo_v1/run.json: $(OUT)/.flags/grpo_v1 $(OUT)/sft_v2/run.json $(wildcard
 	$(TRAIN) grpo.py $(GRPO) --sft-adapter $(OUT)/sft_v2 --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
+$(OUT)/kto_v1/run.json: $(OUT)/.flags/kto_v1 $(OUT)/sft_v2/run.json $(wildcard $(PREF_DATA)) | $(ENV)
+	$(TRAIN) kto.py $(KTO) --sft-adapter $(OUT)/sft_v2 --out $(@D) --overwrite
+	@touch $@
+
 # -- evaluation: the base, then any adapter; its stamp holds the hashes of its table --
 
 $(OUT)/.done/base-$(PROTOCOL): $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA)) | $(ENV)
@@ -104,6 +110,7 @@ $(OUT)/.flags/rm_v1:    LINE = $(RM) --seed $(SEED_rm_v1)
 $(OUT)/.flags/rm_watch: LINE = $(RM) --seed $(SEED_rm_watch)
 $(OUT)/.flags/ppo_v1:   LINE = $(PPO)
 $(OUT)/.flags/grpo_v1:  LINE = $(GRPO)
+$(OUT)/.flags/kto_v1:   LINE = $(KTO)
 $(OUT)/.flags/evaluate: LINE = $(EVAL)
 $(OUT)/.flags/%: force
 	@mkdir -p $(@D); echo '$(LINE)' | cmp -s - $@ || echo '$(LINE)' > $@
@@ -120,6 +127,7 @@ demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 3 min on tw
 	  RM_FLAGS='--rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --micro-tokens 1024 --checkpoint-every 2' \
 	  PPO_FLAGS='--updates 2 --batch-size 8 --completion-tokens 32 --prompt-tokens 96 --fixed-prompts 4 --normalise 8 --epochs 2 --micro-tokens 1024 --checkpoint-every 1' \
 	  GRPO_FLAGS='--updates 2 --batch-size 2 --group-size 4 --completion-tokens 48 --prompt-tokens 320 --heldout-rows 4 --pass-k 1 --micro-tokens 1024 --checkpoint-every 1' \
+	  KTO_FLAGS='--rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 2' \
 	  EVAL_FLAGS='--max-gen-toks 64'
 
 $(SMOLLM2)/config.json: | $(ENV)

@@ -497,6 +497,17 @@ def as_pair(row: dict, where: str) -> tuple[list[dict], str, str]:
     return answers[0][:-1], answers[0][-1]["content"], answers[1][-1]["content"]
 
 
+def as_conversation(row: dict, where: str) -> list[dict]:
+    """The messages of a row with prompt and completion, each a text or messages; the answer is the last."""
+    messages = []
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        part = [{"role": role, "content": row[key]}] if isinstance(row[key], str) else row[key]
+        if not isinstance(part, list):
+            fail(f"{where}: {key} is neither a text nor messages: {str(part)[:80]!r}")
+        messages += part
+    return check_messages(messages, where)
+
+
 def as_prompt(row: dict, where: str) -> list[dict]:
     """The prompt of a row: a prompt column (text or messages), or what stands before the answers of a preference row."""
     if row.get("chosen") is not None:

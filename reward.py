@@ -288,13 +288,8 @@ def score_file(args: Args) -> None:
     run, _, model_dir, tokenizer, _ = common.read_parent(
         args.adapter, args.model if args.model != Args.model else None, reward=True)
     rows, _ = common.load_rows(args.score, ["prompt", "completion"])
-    rows, conversations = list(rows), []
-    for i, row in enumerate(rows):
-        prompt, answer = row["prompt"], row["completion"]
-        conversations.append(common.check_messages(
-            ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or []))
-            + ([{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer or [])),
-            f"{args.score}, row {i}"))
+    rows = list(rows)
+    conversations = [common.as_conversation(row, f"{args.score}, row {i}") for i, row in enumerate(rows)]
     examples = [at_eos(ids) for ids, _ in common.render_many(tokenizer, conversations, train="last")]
     limit = min(args.micro_tokens, common.max_positions(model_dir))
     if long := [i for i, e in enumerate(examples) if len(e.ids) > limit]:

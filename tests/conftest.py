@@ -118,6 +118,23 @@ def dpo_run(dpo_args, sft_run, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def kto_args(sft_run, data_dir):
+    """Keyword arguments of a KTO run of three steps on preference pairs, in fp32; add out."""
+    return dict(sft_adapter=sft_run, dtype="float32", data=str(data_dir / "preference.jsonl"), rows=23, heldout_rows=16,
+                max_length=128, batch_size=8, lr=1e-3, eos_prompts=4, eos_tokens=8, micro_tokens=512, device="cpu",
+                checkpoint_every=2)
+
+
+@pytest.fixture(scope="session")
+def kto_run(kto_args, tmp_path_factory):
+    """A finished KTO run directory on top of sft_run."""
+    import kto
+    out = str(tmp_path_factory.mktemp("runs") / "kto_v1")
+    kto.main(kto.Args(**kto_args, out=out))
+    return out
+
+
+@pytest.fixture(scope="session")
 def reward_args(tiny_model, data_dir, tmp_path_factory):
     """Keyword arguments of a three-step reward-model run in fp32; add out."""
     return dict(model=tiny_model, quantization="none", dtype="float32", data=str(data_dir / "preference.jsonl"), rows=24,

@@ -34,7 +34,7 @@ def committed():
 
 
 def test_the_scripts_are_there():
-    assert {"sft", "dpo", "reward", "ppo", "grpo", "evaluate", "report"} <= set(SCRIPTS)
+    assert {"sft", "dpo", "reward", "ppo", "grpo", "kto", "evaluate", "report"} <= set(SCRIPTS)
     assert "common" not in SCRIPTS
 
 
@@ -240,7 +240,7 @@ def test_commands_of_the_makefile_parse(clone, words):
     ours = [c for c in commands(result.stdout) if parses(c)]
     scripts = [next(Path(w).stem for w in c if w.endswith(".py")) for c in ours]
     assert scripts.count("evaluate") >= 3 and scripts[-1] == "report"
-    climb = [scripts.index(script) for script in ("sft", "dpo", "reward", "ppo", "grpo")]
+    climb = [scripts.index(script) for script in ("sft", "dpo", "reward", "ppo", "grpo", "kto")]
     assert climb == sorted(climb) and climb[-1] < len(scripts) - 1
     seeds = [c[c.index("--seed") + 1] for c, s in zip(ours, scripts) if s == "reward"]
     assert len(set(seeds)) == 2  # the reward model, and the one that watches
@@ -251,6 +251,7 @@ def test_commands_of_the_makefile_parse(clone, words):
                               ("reward", ["--model models/mine", "--data b.jsonl", "--quantization none"]),
                               ("ppo", ["--data b.jsonl", "--reward-adapter runs/mine/rm_v1"]),
                               ("grpo", ["--data c.jsonl", "--sft-adapter runs/mine/sft_v2"]),
+                              ("kto", ["--data b.jsonl", "--sft-adapter runs/mine/sft_v2"]),
                               ("evaluate", ["--model models/mine", "--eval-data data/demo/eval"])):
             for c in (c for c, s in zip(ours, scripts) if s == script):
                 assert all(flag in shlex.join(c) for flag in flags), f"{shlex.join(c)} lacks one of {flags}"
@@ -291,10 +292,10 @@ def test_reading_the_makefile_writes_nothing(clone):
 
 # -- documents ------------------------------------------------------------------------------------
 
-def test_the_readme_explains_what_a_run_logs(sft_run, dpo_run, reward_run, ppo_run, grpo_run):
+def test_the_readme_explains_what_a_run_logs(sft_run, dpo_run, reward_run, ppo_run, grpo_run, kto_run):
     """Each key of log.jsonl and each figure measured at the end stands in README.md, in code type."""
     named = set(re.findall(r"`(\w+)`", (REPO / "README.md").read_text()))
-    for run in (sft_run, dpo_run, reward_run, ppo_run, grpo_run):
+    for run in (sft_run, dpo_run, reward_run, ppo_run, grpo_run, kto_run):
         keys = {k for line in (Path(run) / "log.jsonl").read_text().splitlines() for k in json.loads(line)} - {"step"}
         assert keys - named == set(), "keys of the log that README.md doesn't explain"
 
@@ -334,7 +335,7 @@ STUB = """import pathlib, sys
 args, script = sys.argv[2:], pathlib.Path(sys.argv[1]).stem
 value = lambda flag: pathlib.Path(args[args.index(flag) + 1])
 print("RAN", script, *args)
-if script in ("sft", "dpo", "reward", "ppo", "grpo"):
+if script in ("sft", "dpo", "reward", "ppo", "grpo", "kto"):
     value("--out").mkdir(parents=True, exist_ok=True)
     (value("--out") / "run.json").write_text("{}")
 if script == "evaluate":
@@ -360,15 +361,17 @@ def test_make_repeats_what_changed_and_only_that(clone, tmp_path):
         assert lines.pop()[0] == "report"
         return [line[0] if line[0] != "evaluate" else "evaluate " + Path(
             line[line.index("--adapter") + 1] if "--adapter" in line else "base").name for line in lines]
-    evaluations = ["evaluate base", "evaluate sft_v2", "evaluate dpo_v1", "evaluate ppo_v1", "evaluate grpo_v1"]
-    everything = ["sft", "dpo", "reward", "reward", "ppo", "grpo", *evaluations]
+    evaluations = ["evaluate base", "evaluate sft_v2", "evaluate dpo_v1", "evaluate ppo_v1", "evaluate grpo_v1",
+                   "evaluate kto_v1"]
+    everything = ["sft", "dpo", "reward", "reward", "ppo", "grpo", "kto", *evaluations]
     assert ran() == everything
     assert ran() == []
     assert ran("DPO_FLAGS=--beta 0.3") == ["dpo", "evaluate dpo_v1"]
     assert ran("DPO_FLAGS=--beta 0.3") == []
-    assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4") == ["sft", "dpo", "ppo", "grpo", *evaluations[1:]]
+    assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4") == ["sft", "dpo", "ppo", "grpo", "kto",
+                                                                                     *evaluations[1:]]
     assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4", "LIMIT=4") == evaluations
     (tmp_path / "b.jsonl").write_text("{} ")
     assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4", "LIMIT=4") == [
-        "dpo", "reward", "reward", "ppo", "evaluate dpo_v1", "evaluate ppo_v1"]
+        "dpo", "reward", "reward", "ppo", "kto", "evaluate dpo_v1", "evaluate ppo_v1", "evaluate kto_v1"]
     assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4", "LIMIT=4", "RESULTS=other") == evaluations

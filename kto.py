@@ -1,0 +1,407 @@
+"""KTO: Kahneman-Tversky optimisation of an SFT policy on single answers that are desirable or not, with LoRA.
+
+    ρ    = log π_θ(y|x) − log π_ref(y|x)
+    z0   = max(0, mean over the step of log π_θ(y'|x) − log π_ref(y'|x)),   y' the answer to another prompt, no gradient
+    L(θ) = mean over the step's rows of  λ_D (1 − σ(β(ρ − z0))) where y is desirable,
+                                         λ_U (1 − σ(β(z0 − ρ))) where it is not
+
+Paper: Ethayarajh et al. 2024 (2402.01306), eq. 8, and the estimate of z0 below it; the weights λ: eq. 9. In symbols: x the
+prompt, y its answer, π_θ the policy, π_ref the reference (base + SFT). log π(y|x) is the sum over the answer's tokens, EOS
+included. z0, an estimate of the KL from the reference, is what gain and loss are counted from: a desirable answer is worth
+only what it rises above what any answer has gained. Reference implementation: ContextualAI/HALOs.
+
+z0 is where public code goes astray; what is done here:
+  - Not from the pairs (x, y) of the loss. The step's answers are rotated by one, and no pair may be a true one. A prompt
+    stands at most once in a step (`arrange`), so only equal answers can make one; then the rotation goes on to the first
+    with the fewest true pairs, and those are left out of the mean (`mismatched`).
+  - Not from a micro-batch, as in HALOs and TRL 1.16: there a memory setting changes the objective, and in TRL a last
+    micro-batch of one row meets its own answer. Here the whole step is rotated before it is dealt to the ranks, summed
+    over all of them, divided by n, then clamped, all before any backward.
+  - Not from one row: an epoch's steps are of one size (or one row less), and never of one row.
+
+Deviations from the usual script, on purpose:
+  1. The reference is the policy with its new adapter switched off, in the same pack: no second model, and at step 0 z0 is
+     exactly 0 and every row's loss exactly λ/2, which is asserted.
+  2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; the rounding's KL is logged) and a fresh
+     LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
+  3. No padding: sequences are packed, and attention never crosses them. Mismatched pairs have packs of their own.
+  4. Rows beyond --max-length are dropped and counted, never cut. Only y' is cut, where x and y' together are longer.
+
+    python kto.py --sft-adapter runs/sft_v2
+
+Cost of a row: reference and policy forward and a backward, as of an answer in DPO, and for z0 two forwards without
+gradient. Measured: nothing yet.
+
+A row: {"prompt": "…" or messages, "completion": …, "label": true or false}, all of them used. Or a preference pair, as
+for dpo.py and from part A of the prompts too: half of the pairs, by the seed, give their chosen answer as desirable, the
+others their rejected one as undesirable, so that no pair is seen from both sides.
+"""
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+import common
+from common import Example
+
+
+@dataclass(frozen=True)
+class Args:
+    # -- model --
+    sft_adapter: str = "runs/sft_v2"
+    """The adapter to start from; it is also the reference."""
+    model: str | None = None
+    """The pretrained base; by default the one that --sft-adapter was trained on."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Weights of base + SFT. Adapter and Adam state are always fp32."""
+    # -- data --
+    data: str = common.ULTRAFEEDBACK
+    """Rows with a label, or preference pairs: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]."""
+    heldout_data: str | None = None
+    """Held-out rows or pairs; by default found beside --data (x.jsonl -> x_heldout.jsonl, train_prefs -> test_prefs)."""
+    eval_data: str | None = None
+    """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
+    rows: int = 5000
+    """Training rows, one answer each: the first usable ones in the seed's shuffle; of pairs, those of part A."""
+    heldout_rows: int = 256
+    """Held-out rows for loss and accuracy; the judge's prompts are not among them."""
+    max_length: int = 1024
+    """Longest prompt + answer in tokens."""
+    max_dropped: float = 0.05
+    """Largest share of degenerate rows (empty answers, or a pair's equal ones) that doesn't end the run."""
+    max_overlong: float = 0.15
+    """Largest share of rows beyond --max-length that doesn't end the run [at least 6 % of UltraFeedback's pairs]."""
+    # -- method --
+    beta: float = 0.1
+    """Strength of the pull to the reference [paper: its default]."""
+    desirable_weight: float = 1.0
+    """λ_D, the weight of a desirable row's loss [paper: 1]."""
+    undesirable_weight: float = 1.0
+    """λ_U, the weight of an undesirable row's loss [paper: 1]; λ_D n_D / (λ_U n_U) belongs into [1, 4/3], the advice of the paper."""
+    # -- optimisation --
+    lr: float = 5e-6
+    """Peak learning rate [paper: its advice for KTO; as for DPO here, so that the rows compare]."""
+    batch_size: int = 16
+    """Rows a step, over all ranks, at least 2 and at most one row fewer in some [paper: 32]."""
+    epochs: int = 1
+    """Passes over the rows."""
+    warmup: float = 0.03
+    """Share of steps with a rising rate; then linear to 0."""
+    max_grad_norm: float = 1.0
+    """Gradient clip, over all trained parameters."""
+    # -- what is measured at the end --
+    eos_prompts: int = 64
+    """Held-out prompts answered greedily for eos_rate."""
+    eos_tokens: int = 256
+    """Tokens an answer may take there."""
+    # -- run --
+    seed: int = 42
+    """Seed of the row shuffle, the sides that pairs give, the order and the LoRA initialisation."""
+    out: str = "runs/kto_v1"
+    """Run directory."""
+    overwrite: bool = False
+    """Move another configuration's run in --out aside."""
+    micro_tokens: int = 8192
+    """Tokens of one forward: memory and speed, not the update."""
+    compile: bool = True
+    """Compile the decoder layers (on CUDA)."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    track: bool = False
+    """Log to Weights & Biases too (needs wandb)."""
+
+
+# -- the method's maths ---------------------------------------------------------------------------
+
+def kto_loss(policy: Tensor, ref: Tensor, desirable: Tensor, z0: float, beta: float, desirable_weight: float = 1.0,
+             undesirable_weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Loss of each row and its implicit reward, from summed log-probabilities (all [rows], nats; desirable is bool).
+
+    Returns (losses, rewards), rewards = βρ = β (log π − log π_ref), without gradient. z0 is a number: no gradient either.
+    """
+    rho = policy - ref
+    # eq. 8, with 1 − σ(a) = σ(−a): λ_D σ(β(z0 − ρ)) where y is desirable, λ_U σ(β(ρ − z0)) where it is not
+    losses = torch.where(desirable, desirable_weight * torch.sigmoid(beta * (z0 - rho)),
+                         undesirable_weight * torch.sigmoid(beta * (rho - z0)))
+    return losses, beta * rho.detach()
+
+
+def learning_rate(step: int, total: int, args: Args) -> float:
+    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): no step, the last included, has rate 0."""
+    w = max(1, math.ceil(args.warmup * total))
+    return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
+
+
+def weights_advice(desirable: int, undesirable: int, args: Args) -> str | None:
+    """What to say when λ_D n_D / (λ_U n_U) is outside [1, 4/3] (the paper's first versions; eq. 9 of its last goes to 3/2)."""
+    if not desirable or not undesirable:
+        return f"all rows are {'desirable' if desirable else 'undesirable'}: nothing stands against their loss"
+    ratio = args.desirable_weight * desirable / (args.undesirable_weight * undesirable)
+    if 1 <= ratio <= 4 / 3:
+        return None
+    low, high = args.undesirable_weight * undesirable / desirable, args.desirable_weight * desirable / undesirable
+    return (f"{desirable} desirable and {undesirable} undesirable rows: λ_D n_D / (λ_U n_U) = {ratio:.3g} is outside "
+            f"[1, 4/3]; give --desirable-weight {low:.3g} to {4 / 3 * low:.3g}, "
+            f"or --undesirable-weight {3 / 4 * high:.3g} to {high:.3g}")
+
+
+# -- rows to tensors ------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Row:
+    example: Example
+    desirable: bool
+    prompt: list[dict]
+    prompt_id: str
+    answer: str
+
+
+def load(source: str):
+    """load_rows of either layout: prompt, completion and label, or chosen and rejected."""
+    rows, fingerprint = common.load_rows(source, [])
+    has = {*rows.column_names}
+    if not ({"prompt", "completion", "label"} <= has or "label" not in has and {"chosen", "rejected"} <= has):
+        common.fail(f"{source}: want the columns prompt, completion and label, or chosen and rejected; the rows have "
+                    f"{', '.join(rows.column_names)}")
+    return rows, fingerprint
+
+
+def answers_of(row: dict, where: str) -> tuple[list[dict], list[tuple[str, bool]]]:
+    """(prompt messages, [(answer, is it desirable)]): one answer of a row with a label, chosen and rejected of a pair."""
+    if "label" not in row:
+        prompt, chosen, rejected = common.as_pair(row, where)
+        return prompt, [(chosen, True), (rejected, False)]
+    *prompt, answer = common.as_conversation(row, where)
+    if not isinstance(row["label"], bool):
+        common.fail(f"{where}: label must be true or false, got {row['label']!r}")
+    return prompt, [(answer["content"], row["label"])]
+
+
+def build_rows(tokenizer, args: Args, source: str, wanted):
+    """A function from data rows to their answers as Rows (one, or a pair's two), or the reason why they can't be used,
+    or None where `wanted(prompt)` is false."""
+    def build(rows: list[tuple[int, dict]]):
+        found = [answers_of(row, f"{source}, row {i}") for i, row in rows]
+        rendered = iter(common.render_many(tokenizer, [prompt + [{"role": "assistant", "content": text}]
+                                                       for prompt, answers in found for text, _ in answers], train="last"))
+        out = []
+        for prompt, answers in found:
+            examples, texts = [Example.masked(*next(rendered)) for _ in answers], [text for text, _ in answers]
+            if not wanted(prompt):
+                out.append(None)
+            elif not all(text.strip() for text in texts):
+                out.append("empty answer")
+            elif len({*texts}) < len(texts):
+                out.append("chosen equals rejected")
+            elif max(len(e.ids) for e in examples) > args.max_length:
+                out.append("too long")
+            else:
+                out.append([Row(e, desirable, prompt, common.prompt_id(prompt), text)
+                            for e, (text, desirable) in zip(examples, answers)])
+        return out
+    return build
+
+
+def one_answer_each(items: list[list[Row]], seed: int) -> list[Row]:
+    """Of a pair its chosen answer where the seed's permutation is even, else the rejected: as many of each, or one more."""
+    return [answers[place % len(answers)] for answers, place in zip(items, common.permutation(len(items), seed, "sides"))]
+
+
+def arrange(prompts: list[str], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The rows of every step: no prompt twice in one, and all of an epoch of the same size or one row less, at least 2.
+
+    An epoch shuffles the prompts, lays out the rows prompt by prompt and deals them to its steps like cards: rows of one
+    prompt go to different steps. (An odd number of rows in steps of 2: one step takes 3.)
+    """
+    n, steps = len(prompts), []
+    count = min(math.ceil(n / batch_size), n // 2)
+    if n < 2 or batch_size < 2:
+        common.fail(f"{n} rows in steps of --batch-size {batch_size}: want at least 2, since z0 needs another row's answer")
+    prompt, most = Counter(prompts).most_common(1)[0]
+    if most > count:
+        common.fail(f"{most} rows have the same prompt ({prompt}), but an epoch has {count} steps, and none may hold a "
+                    f"prompt twice; give more rows, or a smaller --batch-size")
+    for epoch in range(epochs):
+        by_prompt: dict[str, list[int]] = {}
+        for i in common.permutation(n, seed, "epoch", epoch):
+            by_prompt.setdefault(prompts[i], []).append(i)
+        laid_out = [i for rows in by_prompt.values() for i in rows]
+        steps += [laid_out[first::count] for first in common.permutation(count, seed, "steps", epoch)]
+    return steps
+
+
+def mismatched(rows: list[Row], max_length: int) -> list[Example]:
+    """Prompts with the answers of other rows, for z0: the answers rotated by one, x_i with y_{i+1}.
+
+    No pair is a true one, of these rows: if one would be, the first rotation without any is taken; where none is without,
+    the first with the fewest, and its true pairs are left out. Fails where nothing is left. Prompt and answer are joined
+    as ids; what goes beyond max_length is cut from the answer.
+    """
+    true, best = {(r.prompt_id, r.answer) for r in rows}, []
+    for shift in range(1, len(rows)):
+        pairs = [(x, y) for x, y in zip(rows, rows[shift:] + rows[:shift]) if (x.prompt_id, y.answer) not in true]
+        best = max(best, pairs, key=len)  # the first of equals
+        if len(best) == len(rows):
+            break
+    if not best:
+        common.fail(f"{len(rows)} rows that share a z0, the first with the prompt {rows[0].prompt_id}, have no mismatched "
+                    f"pair: it takes two prompts with different answers; give more rows, or a larger --batch-size")
+    prompts = [x.example.ids[:-len(x.example.targets)] for x, _ in best]
+    return [Example.completion(ids, y.example.targets[:max_length - len(ids)]) for ids, (_, y) in zip(prompts, best)]
+
+
+# -- z0, losses and what is logged ----------------------------------------------------------------
+
+@torch.no_grad()
+def mismatched_kl(policy, rows: list[Row], args: Args, device) -> float:
+    """Mean log π(y'|x) − log π_ref(y'|x) of the rows' mismatched pairs, over all ranks, in nats: z0 before its clamp."""
+    examples = mismatched(rows, args.max_length)
+    mine = [examples[i] for i in common.my_share([len(e.ids) for e in examples])]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for pack in common.pack(mine, args.micro_tokens, device=device):
+        with common.reference(policy):
+            ref_logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))      # [N]
+        total += (pack.sum_by_sequence(common.token_logprobs(policy, pack)) - ref_logprobs).sum()
+    return common.all_reduce_(total).item() / len(examples)
+
+
+def row_metrics(policy, pack: common.Pack, rows: list[Row], z0: float, args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [N], β(ρ − z0) [N], sums over the pack for `means` [10]) of a pack of `rows`."""
+    with torch.no_grad(), common.reference(policy):
+        ref_logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))          # [N]
+    logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))                  # [N]
+    desirable = torch.tensor([rows[i].desirable for i in pack.examples], device=logprobs.device)
+    losses, rewards = kto_loss(logprobs, ref_logprobs, desirable, z0, args.beta, args.desirable_weight,
+                               args.undesirable_weight)
+    above = rewards - args.beta * z0
+    right = 0.5 + 0.5 * torch.where(desirable, above.sign(), -above.sign())  # a tie is half right
+    by_class = torch.stack([torch.ones_like(rewards), rewards, logprobs.detach(), pack.counts.float()])   # [4, N]
+    sums = torch.cat([torch.stack([losses.detach(), right]), by_class * desirable, by_class * ~desirable]).sum(1)
+    return losses, above, sums
+
+
+def means(totals: Tensor, rows: int) -> dict[str, float | None]:
+    """What is logged, from row_metrics' sums over all packs of all ranks. A class that is absent has no means."""
+    loss, right, *by_class = common.all_reduce_(totals).tolist()
+    found = {"loss": loss / rows, "accuracy": right / rows, "margin": None, "share_desirable": by_class[0] / rows}
+    for side, (n, *values) in (("desirable", by_class[:4]), ("undesirable", by_class[4:])):
+        found |= {f"{key}_{side}": v / n if n else None for key, v in zip(("rewards", "logprobs", "tokens"), values)}
+    if 0 < by_class[0] < rows:
+        found["margin"] = found["rewards_desirable"] - found["rewards_undesirable"]
+    return found
+
+
+@torch.no_grad()
+def evaluate_rows(policy, rows: list[Row], args: Args, device) -> dict[str, float | None]:
+    """The same figures of held-out rows, which share one z0; and auc: how often the reward of a desirable row is above that
+    of an undesirable one, over all such pairs, ties half. It is accuracy without a threshold."""
+    z0 = max(0.0, mismatched_kl(policy, rows, args, device))
+    share = common.my_share([len(r.example.ids) for r in rows])
+    mine = [rows[i] for i in share]
+    totals, above = torch.zeros(10, dtype=torch.float64, device=device), torch.zeros(len(rows), device=device)
+    for pack in common.pack([r.example for r in mine], args.micro_tokens, device=device):
+        _, above[[share[i] for i in pack.examples]], sums = row_metrics(policy, pack, mine, z0, args)
+        totals += sums
+    above, desirable = common.all_reduce_(above).cpu(), torch.tensor([r.desirable for r in rows])
+    wins = (above[desirable][:, None] - above[~desirable]).sign()                         # [desirable, undesirable]
+    return {**means(totals, len(rows)), "z0": z0, "auc": (0.5 + 0.5 * wins).mean().item() if wins.numel() else None}
+
+
+def main(args: Args) -> None:
+    # 1. Check everything that can be checked without a model.
+    common.check_positive(args, "beta", "desirable_weight", "undesirable_weight", "rows", "heldout_rows", "max_length", "lr",
+                          "batch_size", "epochs", "max_grad_norm", "eos_prompts", "eos_tokens", "checkpoint_every")
+    common.check_share(args, "warmup", "max_dropped", "max_overlong")
+    device, dtype = common.setup_device(args.device), getattr(torch, args.dtype)
+    parent, model, model_dir, tokenizer, invariants = common.read_parent(args.sft_adapter, args.model)
+    common.check_max_length(model_dir, args.max_length, args.micro_tokens)
+    data_rows, data = load(args.data)
+    heldout_source = common.heldout_source(args.data, args.heldout_data)
+    heldout_rows, heldout_data = load(heldout_source)
+    pairs = "label" not in data_rows.column_names
+    part_a = build_rows(tokenizer, args, args.data, lambda prompt: not pairs or common.preference_part(prompt) == "A")
+    items, dropped, kept = common.take_rows(data_rows, args.rows, args.seed, part_a, args.data, args.max_dropped,
+                                            args.max_overlong)
+    rows = one_answer_each(items, args.seed)
+    not_judge = build_rows(tokenizer, args, heldout_source, lambda prompt: not common.is_judge_prompt(prompt))
+    heldout, _, _ = common.take_rows(heldout_rows, args.heldout_rows, args.seed, not_judge, heldout_source,
+                                     args.max_dropped, max_overlong=1.0)
+    heldout = one_answer_each(heldout, args.seed)
+    steps = arrange([r.prompt_id for r in rows], args.batch_size, args.epochs, args.seed)
+    paired = [len(mismatched([rows[i] for i in step], args.max_length)) for step in steps]
+    mismatched(heldout, args.max_length)
+    prompts = [ids for prompt in {r.prompt_id: r.prompt for r in heldout}.values()
+               if len(ids := common.render_prompt(tokenizer, prompt)) + args.eos_tokens <= common.max_positions(model_dir)]
+    prompts = prompts[:args.eos_prompts]
+    texts = ["\n".join([*(m["content"] for m in r.prompt), r.answer]) for r in rows]
+    counts = common.preflight(tokenizer, [r.example for r in rows], texts, dropped, 0, args.eval_data)
+    counts |= {"desirable": sum(r.desirable for r in rows), "left_out_of_z0": sum(map(len, steps)) - sum(paired)}
+    if advice := weights_advice(counts["desirable"], len(rows) - counts["desirable"], args):
+        common.say(f"WARNING: {advice}")
+    run = common.Run("kto", args, invariants, {"train": data, "heldout": heldout_data}, parent, args.sft_adapter)
+
+    # 2. The policy: base + SFT merged, frozen, and a fresh LoRA; without the LoRA it is the reference.
+    common.set_seed(args.seed)
+    merged = common.load_model(model_dir, args.sft_adapter, "none", dtype, device)
+    counts["merge_kl"] = common.merge_kl(model_dir, args.sft_adapter, merged, [r.example for r in heldout[:8]],
+                                         args.micro_tokens, dtype, device)
+    policy = common.add_lora(merged)
+    if args.compile and device.type == "cuda":
+        common.compile_layers(policy)
+    params = common.trainable(policy)
+    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8)
+    common.say(f"{len(steps)} steps of up to {max(map(len, steps))} rows = {common.world()} ranks x "
+               f"{max(map(len, steps)) / common.world():g}; {sum(p.numel() for p in params):,} trained parameters")
+
+    # 3. Train.
+    for step in range(run.resume(policy, optimizer, len(steps)), len(steps)):
+        batch = [rows[i] for i in steps[step]]
+        mine = [batch[i] for i in common.my_share([len(r.example.ids) for r in batch])]
+
+        # 3a. The reference point, from the whole step's mismatched pairs, before any backward.
+        kl = mismatched_kl(policy, batch, args, device)
+        z0 = max(0.0, kl)
+
+        # 3b. Forward (reference, policy) and backward, a pack at a time; the denominator is the step's rows.
+        totals = torch.zeros(10, dtype=torch.float64, device=device)
+        for pack in common.pack([r.example for r in mine], args.micro_tokens, device=device):
+            losses, above, sums = row_metrics(policy, pack, mine, z0, args)
+            if step == 0:  # policy = reference: ρ = z0 = 0, each loss λ σ(0) = λ/2; a compiled graph may differ a little
+                bound = 1e-6 if not (args.compile and device.type == "cuda") else 0.25
+                assert above.abs().max() <= bound and args.beta * z0 <= bound, \
+                    f"step 0: β(ρ − z0) {above.tolist()}, z0 {z0}: the reference is not the policy"
+            (losses.sum() / len(batch)).backward()
+            totals += sums
+        metrics = {**means(totals, len(batch)), "z0": z0, "kl": kl}
+
+        # 3c. Sum over ranks, clip, step.
+        common.all_reduce_gradients(params)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+        run.check_finite(step, [kept[i] for i in steps[step]], loss=metrics["loss"], kl=kl, grad_norm=grad_norm)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # 3d. Log and checkpoint.
+        run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(len(r.example.ids) for r in batch)})
+        run.checkpoint(step + 1, policy, optimizer)
+
+    # 4. Save (relative to the pretrained base) and measure on held-out rows and prompts.
+    run.save(policy, tokenizer)
+    metrics = {**counts, **{f"heldout_{k}": v for k, v in evaluate_rows(policy, heldout, args, device).items()}}
+    metrics |= {"heldout_rows": len(heldout), "eos_prompts": len(prompts)}
+    metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens) if prompts else None
+    run.finish(metrics, ["loss", "accuracy", "margin", "rewards_desirable", "rewards_undesirable", "z0",
+                         "logprobs_desirable", "logprobs_undesirable", "grad_norm"],
+               f"KTO (β = {args.beta}, λ_D = {args.desirable_weight}, λ_U = {args.undesirable_weight}) from "
+               f"{args.sft_adapter} with LoRA on {len(rows):,} rows of {args.data}.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
