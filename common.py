@@ -1790,7 +1790,7 @@ class Run:
             "config_hash": config_hash(method, args, invariants, data, parent, scorers),
             "train_invariants": invariants.hash, "invariants": dataclasses.asdict(invariants),
             "family": config_hash(method, args, invariants, data, parent, scorers, seed=False), "seed": args.seed,
-            "parent": link, "scorers": dict(zip(scorers or {}, scorer_links)), "data": data, "weights_sha256": invariants.weights_sha256,
+            "parent": link, **({"scorers": dict(zip(scorers, scorer_links))} if scorers else {}), "data": data, "weights_sha256": invariants.weights_sha256,
             "args": dataclasses.asdict(args), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
         if args.track and not importlib.util.find_spec("wandb"):
