@@ -35,7 +35,9 @@ Deviations from them, on purpose:
 Measured: SmolLM2-135M on one H100, 120 updates of 64 completions (--updates 120 --no-compile --micro-tokens 32768): 8.9
 minutes, 7,000 completion tokens/s rolled out and scored, 20,000 tokens/s learned from; results/ppo/ppo_v1.json. In
 bfloat16 any change of weights re-rolls the rounding of every log-prob: sampler_gap 0.033 (mean), and an approx_kl of 0.0014
-with a clipfrac of 0.01 are noise, not movement. At 0.5B a pack's graph keeps 1.4 MiB a token (counted, not seen on a GPU).
+with a clipfrac of 0.01 are noise, not movement. Memory at 0.5B with the defaults: about 12 GiB, by count and not yet seen on a
+GPU: 5.7 of a pack's graph (1.43 MiB a token; SmolLM2's count is 0.80 where the GPU showed 0.78), the rest three copies of
+the weights, the cache and the logits.
 
 A row: {"prompt": "…" or messages}, or a preference pair, whose answers are not read. Prompts come from part B (40 % by
 sha256); part A trains the reward model. Shapes: B completions of an update, T tokens of its longest, K tokens of a pack.
