@@ -1212,6 +1212,32 @@ def score_examples(model: nn.Module, examples: Sequence[Example], micro_tokens: 
     return all_reduce_(scores).cpu()
 
 
+def placed_packs(examples: Sequence[Example], rows: Sequence[int], micro_tokens: int, device="cpu") -> list[tuple]:
+    """Packs of this rank's share of some of the examples, each with the places of its predicted tokens in a matrix of
+    [B examples, T tokens]: [(pack, (rows, columns) as one tensor [2, K])]."""
+    mine = [rows[i] for i in my_share([len(examples[i].ids) for i in rows])]
+    out = []
+    for pk in pack([examples[i] for i in mine], micro_tokens, device=device):
+        places = [(mine[i], t) for i, n in zip(pk.examples, pk.counts.tolist()) for t in range(n)]
+        out.append((pk, torch.tensor(places, device=device).T))
+    return out
+
+
+@torch.no_grad()
+def per_token(function: Callable[[Pack], Tensor], packs: Sequence[tuple], shape: Sequence[int], device="cpu") -> Tensor:
+    """function(pack), [..., K], put into its tokens' places: [..., B, T], of all ranks; 0 where there is no token."""
+    out = torch.zeros(*shape, device=device)
+    for pk, (rows, columns) in packs:
+        out[..., rows, columns] = function(pk)
+    return all_reduce_(out)
+
+
+def logprobs_and_entropy(policy: nn.Module, pack: Pack, temperature: float) -> Tensor:
+    """log π of each predicted token of a pack, and the entropy of π before it, [2, K]."""
+    logprobs, extra = token_logprobs(policy, pack, temperature, extras=("entropy",))
+    return torch.stack([logprobs, extra["entropy"]])
+
+
 def merge_kl(model_dir: str | Path, adapter: str | Path, merged: nn.Module, examples: Sequence[Example],
              micro_tokens: int, dtype: torch.dtype, device) -> float:
     """What rounding a merged adapter costs: mean_kl(base with the adapter beside it ‖ merged), nats a predicted token."""

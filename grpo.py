@@ -441,31 +441,6 @@ def means(groups: list[Group]) -> dict[str, float]:
 
 # -- answers to tensors ---------------------------------------------------------------------------
 
-def minibatch_packs(examples: list[Example], rows: list[int], args: Args, device) -> list[tuple]:
-    """Packs of this rank's share of a mini-batch, each with the places (rows [K], columns [K]) of its tokens in [B, T]."""
-    mine = [rows[i] for i in common.my_share([len(examples[i].ids) for i in rows])]
-    out = []
-    for pack in common.pack([examples[i] for i in mine], args.micro_tokens, device=device):
-        places = [(mine[i], t) for i, n in zip(pack.examples, pack.counts.tolist()) for t in range(n)]
-        out.append((pack, torch.tensor(places, device=device).T))
-    return out
-
-
-@torch.no_grad()
-def per_token(function, packs: list[tuple], shape: Sequence[int], device) -> Tensor:
-    """function(pack), [..., K], put into its tokens' places: [..., B, T], of all ranks; 0 where there is no token."""
-    out = torch.zeros(*shape, device=device)
-    for pack, (rows, columns) in packs:
-        out[..., rows, columns] = function(pack)
-    return common.all_reduce_(out)
-
-
-def logprobs_and_entropy(policy, pack, temperature: float) -> Tensor:
-    """log π and the entropy of π before each of a pack's tokens, [2, K]."""
-    logprobs, extra = common.token_logprobs(policy, pack, temperature, extras=("entropy",))
-    return torch.stack([logprobs, extra["entropy"]])
-
-
 METRICS = ("policy_loss", "ratio_mean", "approx_kl", "clipfrac")
 
 
@@ -562,7 +537,7 @@ def main(args: Args) -> None:
                 rows = [g * G + i for g in order[at:at + size] for i in range(G)]
                 weights = torch.zeros(P * G, device=device)
                 weights[rows] = token_weights(lengths[rows], args.aggregate, args.completion_tokens)
-                parts.append((minibatch_packs(examples, [i for i in rows if learns[i]], args, device),
+                parts.append((common.placed_packs(examples, [i for i in rows if learns[i]], args.micro_tokens, device),
                               int(mask[rows].sum()), weights))
             return parts
 
@@ -571,10 +546,11 @@ def main(args: Args) -> None:
         packs = [pack for part, _, _ in first_epoch for pack in part]
         old = torch.zeros(2, *mask.shape, device=device)                       # log π_old and its entropy, each [B, T]
         if not single:
-            old = per_token(lambda pack: logprobs_and_entropy(policy, pack, args.temperature), packs, old.shape, device)
+            old = common.per_token(lambda pack: common.logprobs_and_entropy(policy, pack, args.temperature), packs,
+                                   old.shape, device)
         if args.beta:
             with common.reference(policy):
-                ref_logprobs = per_token(lambda pack: common.token_logprobs(policy, pack, args.temperature), packs,
+                ref_logprobs = common.per_token(lambda pack: common.token_logprobs(policy, pack, args.temperature), packs,
                                          mask.shape, device)
 
         # 3d. Epochs of mini-batches, an optimizer step each.
@@ -584,7 +560,7 @@ def main(args: Args) -> None:
                 sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
                 for pack, (i, t) in packs:
                     if single:  # the policy is still the one that sampled
-                        now = logprobs_and_entropy(policy, pack, args.temperature)                           # [2, K]
+                        now = common.logprobs_and_entropy(policy, pack, args.temperature)                           # [2, K]
                         old[:, i, t], logprobs = now.detach(), now[0]
                     else:
                         logprobs = common.token_logprobs(policy, pack, args.temperature)                     # [K]

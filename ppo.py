@@ -290,33 +290,6 @@ def completion_scores(scores: Tensor, ended: Tensor, mean: float, sd: float, mis
     return torch.where(ended, (scores - mean) / sd, torch.full_like(scores, missing_eos))
 
 
-# -- completions to tensors -----------------------------------------------------------------------
-
-def minibatch_packs(examples: list[Example], rows: list[int], args: Args, device) -> list[tuple]:
-    """Packs of this rank's share of a mini-batch, each with the places (rows [K], columns [K]) of its tokens in [B, T]."""
-    mine = [rows[i] for i in common.my_share([len(examples[i].ids) for i in rows])]
-    out = []
-    for pack in common.pack([examples[i] for i in mine], args.micro_tokens, device=device):
-        places = [(mine[i], t) for i, n in zip(pack.examples, pack.counts.tolist()) for t in range(n)]
-        out.append((pack, torch.tensor(places, device=device).T))
-    return out
-
-
-@torch.no_grad()
-def per_token(function, packs: list[tuple], shape: Sequence[int], device) -> Tensor:
-    """function(pack), [..., K], put into its tokens' places: [..., B, T], of all ranks; 0 where there is no token."""
-    out = torch.zeros(*shape, device=device)
-    for pack, (rows, columns) in packs:
-        out[..., rows, columns] = function(pack)
-    return common.all_reduce_(out)
-
-
-def logprobs_and_entropy(policy, pack, temperature: float) -> Tensor:
-    """log π and the entropy of π before each of a pack's tokens, [2, K]."""
-    logprobs, extra = common.token_logprobs(policy, pack, temperature, extras=("entropy",))
-    return torch.stack([logprobs, extra["entropy"]])
-
-
 METRICS = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "clipfrac", "value_clipfrac")
 
 
@@ -416,17 +389,18 @@ def main(args: Args) -> None:
             """[(packs, response tokens over all ranks)] of an epoch, in a new order each."""
             order = common.permutation(args.batch_size, args.seed, "minibatches", update, epoch)
             parts = [order[i:i + size] for i in range(0, args.batch_size, size)]
-            return [(minibatch_packs(examples, part, args, device), int(lengths[part].sum())) for part in parts]
+            return [(common.placed_packs(examples, part, args.micro_tokens, device), int(lengths[part].sum()))
+                    for part in parts]
 
         first_epoch = minibatches(0)
         packs = [pack for part, _ in first_epoch for pack in part]
-        old_logprobs, entropy = per_token(lambda pack: logprobs_and_entropy(policy, pack, args.temperature), packs,
-                                          (2, *mask.shape), device)                                # each [B, T]
+        old_logprobs, entropy = common.per_token(
+            lambda pack: common.logprobs_and_entropy(policy, pack, args.temperature), packs, (2, *mask.shape), device)
         with common.reference(policy):
-            ref_logprobs = per_token(lambda pack: common.token_logprobs(policy, pack, args.temperature), packs,
-                                     mask.shape, device)
+            ref_logprobs = common.per_token(lambda pack: common.token_logprobs(policy, pack, args.temperature), packs,
+                                            mask.shape, device)                                    # each [B, T]
         common.use_scorer(scorers, "critic", train=True)
-        old_values = per_token(lambda pack: common.token_values(scorers, pack), packs, mask.shape, device)
+        old_values = common.per_token(lambda pack: common.token_values(scorers, pack), packs, mask.shape, device)
         sampled = torch.tensor([lp for row in batch.logprobs for lp in row], device=device)
         drift = old_logprobs[mask] - sampled  # the same words by two programs: only rounding may part them
         gap = drift.abs().mean().item()
@@ -487,7 +461,8 @@ def main(args: Args) -> None:
             "scores": batch.mean_score("reward"), "watch_scores": batch.mean_score("watch") if "watch" in adapters else None,
             "normalised_scores": scores.mean().item(), "rewards": rewards.sum(1).mean().item(), "kl": kl_mean,
             "k3": (k3(old_logprobs, ref_logprobs) * mask).sum(1).mean().item(), "beta": beta,
-            "entropy": entropy[mask].mean().item(), **dict(zip(METRICS, totals.tolist())), "ratio_max": ratio_max,
+            "entropy": entropy[mask].mean().item(), **dict(zip(METRICS, totals.tolist())),
+            "ratio_max": max(common.gather_lists([ratio_max])),
             "explained_variance": explained_variance(old_values[mask], returns[mask]),
             "values": old_values[mask].mean().item(), "returns": returns[mask].mean().item(),
             "completion_tokens": tokens / args.batch_size, "missing_eos": 1 - batch.ended.float().mean().item(),

@@ -390,8 +390,8 @@ def test_updates_are_the_loop_over_single_answers(tiny_model, sft_run, grpo_args
 
 def test_without_kl_only_answers_with_an_advantage_are_computed(grpo_args, tmp_path, rollouts, monkeypatch):
     """Nothing else is packed, the reference is never asked, and one optimizer step takes one forward."""
-    packed, real = [], grpo.minibatch_packs
-    monkeypatch.setattr(grpo, "minibatch_packs", lambda examples, rows, *a: packed.append(
+    packed, real = [], common.placed_packs
+    monkeypatch.setattr(common, "placed_packs", lambda examples, rows, *a: packed.append(
         [examples[i].ids for i in rows]) or real(examples, rows, *a))
     forwards, logprobs = [], common.token_logprobs
     monkeypatch.setattr(common, "token_logprobs", lambda model, pack, *a, **k: forwards.append(
@@ -432,8 +432,8 @@ def test_on_policy_the_loss_is_zero_and_its_gradient_is_not(grpo_args, grpo_run)
 
 def test_a_policy_that_did_not_sample_is_noticed(grpo_args, tmp_path, monkeypatch):
     """Old log-probs at another temperature than the loss's: the first mini-batch's ratio is not 1."""
-    right = grpo.logprobs_and_entropy
-    monkeypatch.setattr(grpo, "logprobs_and_entropy", lambda policy, pack, t: right(policy, pack, 1.3 * t))
+    right = common.logprobs_and_entropy
+    monkeypatch.setattr(common, "logprobs_and_entropy", lambda policy, pack, t: right(policy, pack, 1.3 * t))
     with pytest.raises(AssertionError, match="not the one that sampled"):
         train(tmp_path / "run", **{**grpo_args, "max_gap": 10.0, "epochs": 2, "results": str(tmp_path)})
 

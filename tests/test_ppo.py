@@ -347,8 +347,8 @@ def test_one_epoch_of_one_minibatch_is_exactly_on_policy(ppo_args, tmp_path):
 
 def test_a_policy_that_did_not_sample_is_noticed(ppo_args, tmp_path, monkeypatch):
     """Old log-probs at another temperature than the loss's: the first mini-batch's ratio is not 1."""
-    right = ppo.logprobs_and_entropy
-    monkeypatch.setattr(ppo, "logprobs_and_entropy", lambda policy, pack, t: right(policy, pack, 1.3 * t))
+    right = common.logprobs_and_entropy
+    monkeypatch.setattr(common, "logprobs_and_entropy", lambda policy, pack, t: right(policy, pack, 1.3 * t))
     with pytest.raises(AssertionError, match="not the one that sampled"):
         train(tmp_path / "run", **{**ppo_args, "max_gap": 10.0})
 
