@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHATML, make_model, make_tokenizer, sentence, write_jsonl
+from conftest import CHATML, make_model, make_tokenizer, sentence, sharing_examples, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
@@ -473,23 +473,6 @@ def test_a_fresh_adapter_is_exactly_the_disabled_one(tiny_model, kind):
 
 
 # -- packs whose sequences share what they begin with ------------------------------------------------------
-
-def sharing_examples(seed=0):
-    """Three groups with long beginnings of their own, inside them smaller groups, a sequence that another begins with,
-    one that is there twice, and two that are alone; in random order, with predicted tokens everywhere."""
-    g = random.Random(seed)
-
-    def tokens(n):
-        return [g.randrange(3, 300) for _ in range(n)]
-    sequences = [tokens(12), tokens(2)]
-    for length in (5, 17, 30):
-        stem = tokens(length)
-        branch = stem + tokens(6)
-        sequences += [stem + tokens(g.randrange(1, 9)) for _ in range(5)] + [branch + tokens(1 + n) for n in range(3)]
-        sequences += [branch, branch + [7], branch + [7]]
-    g.shuffle(sequences)
-    return [Example.masked(ids, [False] + [g.random() < 0.6 for _ in ids[2:]] + [True]) for ids in sequences]
-
 
 def beginnings(examples):
     """How many different beginnings there are: the tokens that a forward has to compute."""
