@@ -42,6 +42,7 @@ from typing import Any, NamedTuple, NoReturn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its note on optional CPU kernels at every import
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -1017,11 +1018,12 @@ def save_policy(policy: PeftModel, parent: str | Path | None, directory: Path, t
 # ------------------------------------------------------------------------------------------------
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None,
-                     max_length_q=None, **kwargs):
+                     max_length_q=None, cu_seq_lens_k=None, keys=None, **kwargs):
     """Causal attention inside each sequence of a pack, never across (query [1, heads, T, d]).
 
     On CUDA in half precision one varlen kernel, elsewhere sdpa sequence by sequence: the same semantics. Without
-    cu_seq_lens (sampling with a cache and an explicit mask) it is transformers' own sdpa.
+    cu_seq_lens (sampling with a cache and an explicit mask) it is transformers' own sdpa. `keys` (a pack whose sequences
+    share tokens) says where the keys of each sequence are; its queries are the last of them.
     """
     if (kwargs.get("sliding_window") or math.inf) < (max_length_q or 0) or kwargs.get("softcap") or \
             kwargs.get("s_aux") is not None:
@@ -1029,6 +1031,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
                                       **kwargs)
+    if keys is None:
+        cu_seq_lens_k = cu_seq_lens_q
+    else:
+        key, value = key[:, :, keys], value[:, :, keys]  # [1, kv, L, d]
     if query.is_cuda and query.dtype != torch.float32:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
         if "enable_gqa" in VARLEN:
@@ -1036,12 +1042,16 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         else:  # torch 2.11
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
             kind = {"window_size": (-1, 0)} if "window_size" in VARLEN else {"is_causal": True}
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, **kind)
+        # FlashAttention's causal mask puts the last query at the last key.
+        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_q, scale=scaling, **kind)
         return out[None], None
-    bounds = cu_seq_lens_q.tolist()
-    parts = [F.scaled_dot_product_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True,
-                                            scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-             for a, b in zip(bounds, bounds[1:])]
+    parts, (at, at_k) = [], (cu.tolist() for cu in (cu_seq_lens_q, cu_seq_lens_k))
+    for a, b, c, d in zip(at, at[1:], at_k, at_k[1:]):
+        # sdpa's own causal mask puts the first query at the first key
+        mask = {"is_causal": True} if b - a == d - c else {
+            "attn_mask": torch.ones(b - a, d - c, dtype=torch.bool, device=query.device).tril(d - c - b + a)}
+        parts.append(F.scaled_dot_product_attention(query[:, :, a:b], key[:, :, c:d], value[:, :, c:d], scale=scaling,
+                                                    enable_gqa=query.shape[1] != key.shape[1], **mask))
     return torch.cat(parts, 2).transpose(1, 2), None  # [1, T, heads, d]
 
 
@@ -1076,20 +1086,41 @@ class Example:
 
 @dataclass
 class Pack:
-    """Sequences laid end to end: one forward, no padding."""
+    """Sequences laid end to end: one forward, no padding.
+
+    With `keys`, tokens that sequences begin with alike are there once: a sequence's own tokens are those after what it
+    has in common with the sequence before it, and the others lie where the earlier sequences put them.
+    """
     input_ids: Tensor      # [1, T]
     position_ids: Tensor   # [1, T], from 0 in each sequence
-    cu_seqlens: Tensor     # [N + 1] int32, where sequences begin and end
-    max_length: int        # at least the longest sequence
+    cu_seqlens: Tensor     # [N + 1] int32, where sequences (their own tokens) begin and end
+    max_length: int        # at least the longest sequence, with what it shares
     predict: Tensor        # [K] positions in T
     targets: Tensor        # [K] token ids
     counts: Tensor         # [N] predicted tokens of each sequence
     examples: list[int]    # [N] index of each sequence in the list that was packed
+    keys: Tensor | None = None          # [L] positions in T of all tokens of each sequence, end to end
+    cu_seqlens_k: Tensor | None = None  # [N + 1] int32, where sequences begin and end in `keys`
 
     @property
     def rows(self) -> list[int]:
         """[K] index, in the list that was packed, of the example each predicted token belongs to."""
         return [i for i, n in zip(self.examples, self.counts.tolist()) for _ in range(n)]
+
+    @property
+    def last(self) -> Tensor:
+        """[N] position in T of each sequence's last token."""
+        if self.keys is None:
+            return self.cu_seqlens[1:].long() - 1
+        return self.keys[self.cu_seqlens_k[1:].long() - 1]
+
+    @property
+    def places(self) -> tuple[Tensor, ...]:
+        """[N] positions in T of each sequence's tokens."""
+        if self.keys is None:
+            at = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+            return at.split(self.cu_seqlens.diff().tolist())
+        return self.keys.split(self.cu_seqlens_k.diff().tolist())
 
     def to(self, device) -> Pack:
         move = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -1100,42 +1131,82 @@ class Pack:
         return torch.segment_reduce(values, "sum", lengths=self.counts)
 
 
-def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="cpu") -> list[Pack]:
-    """First-fit decreasing of examples into packs of at most `micro_tokens` tokens.
+def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="cpu", share: bool = False) -> list[Pack]:
+    """Packs of at most `micro_tokens` tokens; each example is in one of them.
 
-    `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. Each example is in one pack.
+    `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. share: tokens that examples
+    begin with alike are computed once a pack (unit 1); log-probabilities, values, scores and gradients are the same.
     """
+    if share and unit > 1:
+        raise ValueError("packs that share tokens don't keep units together")
+    bins = sorted_fit(examples, micro_tokens) if share else first_fit(examples, micro_tokens, unit)
+    return [lay_out(examples, members).to(device) for members in bins]
+
+
+def first_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> list[list[tuple[int, int]]]:
+    """First-fit decreasing of units of examples into packs: (example, 0 tokens shared) of each."""
     units = [range(i, i + unit) for i in range(0, len(examples), unit)]
     size = {u: sum(len(examples[i].ids) for i in u) for u in units}
-    bins: list[list] = []  # [tokens, units]
+    bins: list[list] = []  # [tokens, members]
     for u in sorted(units, key=lambda u: (-size[u], u[0])):
         if size[u] > micro_tokens:
             raise ValueError(f"{size[u]} tokens that belong together don't fit into --micro-tokens {micro_tokens}")
-        for b in bins:
-            if b[0] + size[u] <= micro_tokens:
-                b[0] += size[u]
-                b[1].append(u)
-                break
-        else:
-            bins.append([size[u], [u]])
-    packs = []
-    for _, members in bins:
-        ids, position, cu, predict, targets, counts, order = [], [], [0], [], [], [], []
-        for i in (i for u in members for i in u):
-            e, start = examples[i], len(ids)
-            ids += e.ids
-            position += range(len(e.ids))
-            cu.append(len(ids))
-            predict += [start + p for p in e.predict]
-            targets += e.targets
-            counts.append(len(e.predict))
-            order.append(i)
-        longest = max(b - a for a, b in zip(cu, cu[1:]))
-        packs.append(Pack(torch.tensor([ids]), torch.tensor([position]), torch.tensor(cu, dtype=torch.int32),
-                          1 << (longest - 1).bit_length(), torch.tensor(predict, dtype=torch.long),
-                          torch.tensor(targets, dtype=torch.long), torch.tensor(counts, dtype=torch.long),
-                          order).to(device))
-    return packs
+        b = next((b for b in bins if b[0] + size[u] <= micro_tokens), None)
+        if b is None:
+            bins.append(b := [0, []])
+        b[0] += size[u]
+        b[1] += [(i, 0) for i in u]
+    return [members for _, members in bins]
+
+
+KEYS_A_TOKEN = 16  # of a pack whose sequences share tokens, on average at most: attention copies keys and values
+
+
+def sorted_fit(examples: Sequence[Example], micro_tokens: int) -> list[list[tuple[int, int]]]:
+    """Packs of examples in the order of their ids, filled one after the other: (example, tokens shared) of each.
+
+    In that order an example shares more with its neighbours than with any other, so that a pack holds every beginning
+    once: a few-shot prompt of many questions, and inside it a question of many answers.
+    """
+    ids = [np.array(e.ids, dtype=">u4") for e in examples]  # big-endian: bytes are in the order of the numbers
+    bins, before, tokens, keys = [], None, 0, 0
+    for i in sorted(range(len(ids)), key=lambda i: ids[i].tobytes()):
+        n, shared = len(ids[i]), 0 if before is None else shared_length(ids[before], ids[i])
+        if n > micro_tokens:
+            raise ValueError(f"{n} tokens that belong together don't fit into --micro-tokens {micro_tokens}")
+        if before is None or tokens + n - shared > micro_tokens or keys + n > KEYS_A_TOKEN * micro_tokens:
+            bins.append([])
+            shared = tokens = keys = 0
+        bins[-1].append((i, shared))
+        before, tokens, keys = i, tokens + n - shared, keys + n
+    return bins
+
+
+def shared_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many numbers a and b begin with alike."""
+    n = min(len(a), len(b))
+    unequal = a[:n] != b[:n]
+    return int(unequal.argmax()) if unequal.any() else n
+
+
+def lay_out(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Pack:
+    """A pack of (example, how many of its first tokens are those of the example before it)."""
+    ids, position, cu, predict, targets, places = [], [], [0], [], [], [np.arange(0)]
+    for i, shared in members:
+        e, start = examples[i], len(ids)
+        ids += e.ids[shared:]
+        position += range(shared, len(e.ids))
+        cu.append(len(ids))
+        places.append(np.concatenate([places[-1][:shared], np.arange(start, len(ids))]))
+        predict.append(places[-1][np.asarray(e.predict, dtype=int)])
+        targets += e.targets
+    lengths = [len(p) for p in places]
+    keys = {"keys": torch.from_numpy(np.concatenate(places)),
+            "cu_seqlens_k": torch.tensor(np.cumsum(lengths), dtype=torch.int32)} if any(n for _, n in members) else {}
+    return Pack(torch.tensor([ids]), torch.tensor([position]), torch.tensor(cu, dtype=torch.int32),
+                1 << (max(lengths) - 1).bit_length(), torch.from_numpy(np.concatenate(predict)),
+                torch.tensor(targets, dtype=torch.long), torch.tensor([len(p) for p in predict]),
+                [i for i, _ in members], **keys)
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -1154,8 +1225,8 @@ def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
     body = getattr(base, base.base_model_prefix)
     with precision(model):
         return body(input_ids=pack.input_ids, position_ids=pack.position_ids, cu_seq_lens_q=pack.cu_seqlens,
-                    cu_seq_lens_k=pack.cu_seqlens, max_length_q=pack.max_length, max_length_k=pack.max_length,
-                    use_cache=False).last_hidden_state[0]
+                    cu_seq_lens_k=pack.cu_seqlens if pack.keys is None else pack.cu_seqlens_k, keys=pack.keys,
+                    max_length_q=pack.max_length, max_length_k=pack.max_length, use_cache=False).last_hidden_state[0]
 
 
 HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time
@@ -1196,8 +1267,7 @@ def token_values(model: nn.Module, pack: Pack) -> Tensor:
 
 def reward_scores(model: nn.Module, pack: Pack) -> Tensor:
     """The head's scalar at the last token (the EOS) of each sequence, [N] in fp32; `pack.examples` says whose."""
-    last = pack.cu_seqlens[1:].long() - 1                                              # [N] places in T
-    return getattr(base_of(model), HEAD)(hidden_states(model, pack)[last].float())[:, 0]
+    return getattr(base_of(model), HEAD)(hidden_states(model, pack)[pack.last].float())[:, 0]
 
 
 @torch.no_grad()
@@ -1667,19 +1737,20 @@ class Sampler:
                 progress(len(finished))
 
     def _prefill(self, prompts: Sequence[Sequence[int]], stride: int) -> None:
-        """Fill the cache with each prompt but its last token, which the first step feeds. Equal prompts are one."""
+        """Fill the cache with each prompt but its last token, which the first step feeds. What prompts begin with alike
+        is computed once."""
         groups: dict[tuple, list[int]] = {}
         for row, p in enumerate(prompts):
             if len(p) > 1:
                 groups.setdefault(tuple(p[:-1]), []).append(row)
         members, longest = list(groups.values()), max(map(len, groups), default=0)
-        for pk in pack([Example(list(p), [], []) for p in groups], max(self.PREFILL_TOKENS, longest), device=self.device):
-            source, slots, bounds = [], [], pk.cu_seqlens.tolist()
-            for e, begin, end in zip(pk.examples, bounds, bounds[1:]):  # a token's slots: one in each row of the group
-                at, first = torch.arange(end - begin), torch.tensor(members[e])[:, None] * stride
-                source.append((begin + at).repeat(len(first)))
-                slots.append((first + at).flatten())
-            source, slots = (torch.cat(x).to(self.device) for x in (source, slots))
+        for pk in pack([Example(list(p), [], []) for p in groups], max(self.PREFILL_TOKENS, longest), share=True):
+            source, slots = [], []
+            for e, places in zip(pk.examples, pk.places):  # a token's slots: one in each row of the group
+                first = torch.tensor(members[e])[:, None] * stride
+                source.append(places.repeat(len(first)))
+                slots.append((first + torch.arange(len(places))).flatten())
+            pk, source, slots = pk.to(self.device), *(torch.cat(x).to(self.device) for x in (source, slots))
             cos, sin = (table[pk.position_ids[0]][:, None] for table in (self.cos, self.sin))   # [T, 1, d]
             x = F.embedding(pk.input_ids[0], self.embedding)                                    # [T, H]
             update = torch.zeros_like(x)
@@ -1687,8 +1758,8 @@ class Sampler:
                 x, q, kv = attention_in(x, update, w, cos, sin)
                 cache[slots] = kv[source]
                 q, k, v = (y.transpose(0, 1)[None] for y in (q, kv[:, 0], kv[:, 1]))            # [1, heads, T, d]
-                attended, _ = packed_attention(None, q, k, v, None, cu_seq_lens_q=pk.cu_seqlens,
-                                               max_length_q=pk.max_length)
+                attended, _ = packed_attention(None, q, k, v, None, cu_seq_lens_q=pk.cu_seqlens, keys=pk.keys,
+                                               cu_seq_lens_k=pk.cu_seqlens_k, max_length_q=pk.max_length)
                 x, update = attention_out(x, attended[0].flatten(1), w)
 
     def _compact(self, live: dict[int, int], size: int, stride: int, length: int) -> dict[int, int]:

@@ -30,6 +30,7 @@ that was cut off goes on at that task, and a row that is there is not evaluated 
     python evaluate.py --model models/smollm2 --quantization none --eval-data data/demo/eval --limit 8 --max-gen-toks 64
 """
 
+import functools
 import gzip
 import json
 import os
@@ -40,6 +41,7 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 from unittest.mock import patch
@@ -148,6 +150,41 @@ class Float32Head(torch.nn.Module):
             return torch.nn.functional.linear(hidden.float(), self.full, self.bias)
 
 
+LINE_END = re.compile(r"\n(?<=[!-~]\n)(?=[A-Za-z])")  # a newline between a visible ASCII character and an ASCII letter
+QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+
+
+def lines_of(text: str) -> list[str]:
+    """The text, cut after every LINE_END."""
+    cuts = [0, *(match.end() for match in LINE_END.finditer(text)), len(text)]
+    return [text[a:b] for a, b in zip(cuts, cuts[1:])]
+
+
+def lines_stand_alone(tokenizer) -> bool:
+    """Whether a text's ids are those of its `lines_of`, one after the other. BPE in general doesn't promise that; byte-level
+    BPE over the words that GPT-2's or Qwen2's pattern finds does (SmolLM2, Qwen2.5). Both patterns end a match at a
+    LINE_END, whatever follows: none goes on from a newline to a letter, and the one that looks ahead, \\s+(?!\\S), finds
+    no whitespace before the newline to stop at. What may work across a LINE_END apart from words is looked for."""
+    if not tokenizer.is_fast:
+        return False
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = definition["pre_tokenizer"] or {}
+    *before, last = words.get("pretokenizers") or [words]
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated", "invert": False}
+    digits = all(step["type"] == "Digits" for step in before)  # SmolLM2 on the hub splits digits off first
+    return (
+        definition["model"]["type"] == "BPE"
+        and not definition["model"].get("dropout")
+        and last.get("type") == "ByteLevel"
+        and not last["add_prefix_space"]
+        and (digits if last["use_regex"] else before == [split])
+        and definition["normalizer"] in (None, {"type": "NFC"})  # composes nothing with a newline or before a letter
+        and not tokenizer.num_special_tokens_to_add()
+        and not any(t["lstrip"] or t["rstrip"] or t["single_word"] or "\n" in t["content"] for t in definition["added_tokens"])
+    )
+
+
 class RungsLM(TemplateLM):
     """lm-eval's interface (log-likelihoods of continuations, greedy text) over common's packed forward and sampler."""
 
@@ -156,6 +193,7 @@ class RungsLM(TemplateLM):
         self.model, self.tokenizer, self.micro_tokens, self.max_batch = model, tokenizer, micro_tokens, max_batch
         self.max_length = resolve_max_length(model.config, tokenizer)
         self.bos = tokenizer.decode([self.prefix_token_id])
+        self.by_line = lines_stand_alone(tokenizer)
         self.encoded: dict[str, list[int]] = {}  # strings tokenised ahead, many at a time
 
     # -- conventions of HFLM: which token stands for an empty context, when BOS is added, how a chat becomes text
@@ -187,15 +225,18 @@ class RungsLM(TemplateLM):
         return self.encoded.get(string) or self.encode_many([string], self.bos)[0]
 
     def encode_many(self, strings: list[str], bos: str | None) -> list[list[int]]:
-        """Token ids of each string, with what special tokens the tokenizer adds unless it begins with `bos` already."""
+        """Token ids of each string, with what special tokens the tokenizer adds unless it begins with `bos` already.
+        Where lines stand alone, each different line is tokenised once: most of MMLU's are those of its examples."""
         ids: list[list[int]] = [[]] * len(strings)
         for own_bos in (True, False):
-            at = [i for i, s in enumerate(strings) if has_bos_prefix(s, bos) == own_bos]
-            if at:
+            pieces = {i: lines_of(s) if self.by_line else [s]
+                      for i, s in enumerate(strings) if has_bos_prefix(s, bos) == own_bos}  # fmt: skip
+            if pieces:
                 options = {"add_special_tokens": False} if own_bos else {}
-                batch = self.tokenizer([strings[i] for i in at], verbose=False, **options)["input_ids"]
-                for i, row in zip(at, batch, strict=True):
-                    ids[i] = row
+                distinct = list(dict.fromkeys(chain.from_iterable(pieces.values())))
+                encoded = dict(zip(distinct, self.tokenizer(distinct, verbose=False, **options)["input_ids"], strict=True))
+                for i, parts in pieces.items():
+                    ids[i] = list(chain.from_iterable(encoded[part] for part in parts))
         return ids
 
     # -- log-likelihoods
@@ -230,13 +271,18 @@ class RungsLM(TemplateLM):
             predict = [len(ids) - len(c) + j for c in continuations for j in range(len(c))]
             examples.append(Example(list(ids), predict, [token for c in continuations for token in c]))
         members = list(groups.values())
-        scored: list[list[tuple[float, bool]]] = [[] for _ in examples]  # of an example's targets, in order
+        micro_tokens, found = max(self.micro_tokens, *map(len, groups)), []
+        # What sequences begin with alike (MMLU's five examples, a question of TruthfulQA) is computed once a pack.
+        packs = common.pack(examples, micro_tokens, device=self.model.device, share=True)
         with torch.no_grad():
-            for pack in common.pack(examples, max(self.micro_tokens, *map(len, groups)), device=self.model.device):
+            for pack in packs:
                 logprobs, extras = common.token_logprobs(self.model, pack, extras=("correct",))  # [K] predicted tokens
-                for example, *score in zip(pack.rows, logprobs.tolist(), extras["correct"].tolist(), strict=True):
-                    scored[example].append(score)
+                found.append((logprobs, extras["correct"]))
                 self.bar.update(sum(len(members[example]) for example in pack.examples))
+        logprobs, correct = (torch.cat(x).tolist() for x in zip(*found))  # read once: the GPU never waits for the host
+        scored: list[list[tuple[float, bool]]] = [[] for _ in examples]  # of an example's targets, in order
+        for example, *score in zip((row for pack in packs for row in pack.rows), logprobs, correct, strict=True):
+            scored[example].append(score)
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for tokens, requests_of in zip(scored, members, strict=True):
             for i in requests_of:
@@ -452,7 +498,11 @@ def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args
         if args.max_gen_toks and unit.OUTPUT_TYPE == "generate_until":
             unit.set_config("generation_kwargs", {"max_gen_toks": args.max_gen_toks}, update=True)
     chat = args.protocol == "chat"
-    with patch("lm_eval.api.task.tqdm", lambda docs, **_: docs):  # a bar for each of 57 subjects' prompts
+    jinja = lm_eval.utils.env  # lm-eval compiles a task's template for every example of every prompt: minutes on MMLU
+    with (
+        patch.object(jinja, "from_string", functools.lru_cache(1024)(jinja.from_string)),
+        patch("lm_eval.api.task.tqdm", lambda docs, **_: docs),  # a bar for each of 57 subjects' prompts
+    ):
         found = lm_eval_evaluate(lm, loaded, limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat)
     lines = sample_lines(found["samples"])
     metrics = {}

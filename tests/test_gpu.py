@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import common
-from conftest import make_model
+from conftest import make_model, sharing_examples
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = "cuda"
@@ -72,6 +72,47 @@ def test_varlen_does_not_look_across(pair):
     after = common.token_logprobs(gpu, pk)
     assert torch.equal(before[sequence_of(pk) > 0], after[sequence_of(pk) > 0])
     assert not torch.equal(before[sequence_of(pk) == 0], after[sequence_of(pk) == 0])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_queries_stand_at_the_last_keys(dtype, tolerance):
+    """Attention of a pack whose sequences share tokens, output and gradients, against fp32 on the CPU: lengths around the
+    kernels' blocks of 64 and 128, and a sequence without a token of its own."""
+    g, lengths = torch.Generator().manual_seed(0), [(300, 300), (1, 301), (0, 300), (130, 257), (63, 64), (64, 320), (5, 5)]
+    own, all_of = (torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in zip(*lengths))
+    first = [torch.arange(int(own[i]), int(own[i + 1])) for i in range(len(lengths))]  # places of own tokens
+    keys = torch.cat([torch.cat([torch.arange(n - k), mine]) for (k, n), mine in zip(lengths, first)])
+    given = [torch.randn(1, heads, int(own[-1]), 64, generator=g) for heads in (4, 2, 2, 4)]  # q, k, v and d loss / d out
+    results = []
+    for device, t in (("cpu", torch.float32), (DEVICE, dtype)):
+        q, k, v, out_grad = (x.to(device, t, copy=True).requires_grad_() for x in given)
+        out, _ = common.packed_attention(None, q, k, v, None, keys=keys.to(device), cu_seq_lens_q=own.to(device),
+                                         cu_seq_lens_k=all_of.to(device), max_length_q=512)
+        out.backward(out_grad.detach().transpose(1, 2))
+        results.append([x.float().cpu() for x in (out.detach(), q.grad, k.grad, v.grad)])
+    for name, a, b in zip(("out", "q", "k", "v"), *results):
+        error = ((a - b).norm() / a.norm()).item()
+        print(dtype, name, "relative error", error)
+        assert error < tolerance
+
+
+def test_shared_packs_equal_unshared(pair):
+    """Log-probabilities of sequences that share what they begin with: fp32 to rounding, bf16 no further from it than
+    ordinary packs are."""
+    directory, _, gpu, cpu = pair
+    exact, examples = common.load_model(directory, None, "none", torch.float32, DEVICE), sharing_examples(seed=3)
+
+    def logprobs(model, device, share):
+        found = {}
+        for pk in common.pack(examples, 200, device=device, share=share):
+            with torch.no_grad():
+                found |= dict(zip(pk.examples, common.token_logprobs(model, pk).cpu().split(pk.counts.tolist())))
+        return torch.cat([found[i] for i in range(len(examples))])
+    expected = logprobs(cpu, "cpu", False)
+    torch.testing.assert_close(logprobs(exact, DEVICE, True), expected, atol=1e-4, rtol=0)
+    plain, shared = ((logprobs(gpu, DEVICE, share) - expected).abs() for share in (False, True))
+    print("mean, max |log-prob gap| to fp32, bf16: plain", plain.mean(), plain.max(), "shared", shared.mean(), shared.max())
+    assert shared.mean() < 1.2 * plain.mean() + 1e-3 and shared.max() < 0.5
 
 
 def test_compiled_close_to_plain(pair):

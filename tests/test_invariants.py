@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHATML, make_model, make_tokenizer, sentence, write_jsonl
+from conftest import CHATML, make_model, make_tokenizer, sentence, sharing_examples, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
@@ -470,6 +470,134 @@ def test_a_fresh_adapter_is_exactly_the_disabled_one(tiny_model, kind):
         moved = common.token_logprobs(policy.eval(), p)
         assert (moved - off).abs().max() > 1e-2
         assert torch.equal(common.token_logprobs(policy.train(), p), moved)  # dropout is 0
+
+
+# -- packs whose sequences share what they begin with ------------------------------------------------------
+
+def beginnings(examples):
+    """How many different beginnings there are: the tokens that a forward has to compute."""
+    return len({tuple(e.ids[:n]) for e in examples for n in range(1, len(e.ids) + 1)})
+
+
+def by_example(pack, values):
+    return dict(zip(pack.examples, values.split(pack.counts.tolist())))
+
+
+@pytest.mark.parametrize("micro_tokens", [45, 100, 1000])
+def test_shared_packs_hold_every_example_once(micro_tokens):
+    given = sharing_examples()
+    examples = copy.deepcopy(given)
+    packs = common.pack(examples, micro_tokens, share=True)
+    assert examples == given and sorted(i for p in packs for i in p.examples) == list(range(len(given)))
+    for p in packs:
+        tokens = beginnings([given[i] for i in p.examples])
+        assert p.input_ids.shape == p.position_ids.shape == (1, tokens) and p.cu_seqlens[-1] == tokens <= micro_tokens
+        if tokens == sum(len(given[i].ids) for i in p.examples):
+            assert p.keys is p.cu_seqlens_k is None  # nothing to share: an ordinary pack
+        else:
+            assert p.cu_seqlens.dtype == p.cu_seqlens_k.dtype == torch.int32 and p.keys.dtype == torch.long
+            assert len(p.cu_seqlens) == len(p.cu_seqlens_k) == len(p.examples) + 1 and p.cu_seqlens_k[-1] == len(p.keys)
+        start = 0
+        for i, places, last, own in zip(p.examples, p.places, p.last, p.cu_seqlens.diff().tolist(), strict=True):
+            e = given[i]
+            assert p.input_ids[0, places].tolist() == e.ids and last == places[-1] and len(e.ids) <= p.max_length
+            assert p.position_ids[0, places].tolist() == list(range(len(e.ids)))
+            assert places[len(e.ids) - own:].tolist() == list(range(start, start + own))  # its own are its last
+            start += own
+        predict, targets = by_example(p, p.predict), by_example(p, p.targets)
+        for i, places in zip(p.examples, p.places):
+            assert predict[i].tolist() == places[given[i].predict].tolist() and targets[i].tolist() == given[i].targets
+        assert p.rows == [i for i in p.examples for _ in given[i].targets]
+    assert (len(packs) == 1) == (micro_tokens == 1000)
+
+
+def test_shared_packs_are_bounded():
+    """A long beginning of many short ends doesn't make copies of keys without bound."""
+    examples = [Example.masked([5] * 90 + [6 + i], [False] * 90 + [True]) for i in range(100)]
+    packs = common.pack(examples, 100, share=True)
+    assert all(p.cu_seqlens[-1] <= 100 and len(p.keys) <= common.KEYS_A_TOKEN * 100 for p in packs)
+    assert max(len(p.examples) for p in packs) > 8
+    (long,) = common.pack(examples[:1], 91, share=True)
+    assert long.keys is None  # nothing shared: an ordinary pack
+    with pytest.raises(ValueError, match="91 tokens"):
+        common.pack(examples, 90, share=True)
+    with pytest.raises(ValueError, match="units"):
+        common.pack(examples, 1000, unit=2, share=True)
+    assert common.pack([], 50, share=True) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_shared_equals_unshared(tmp_path, kind):
+    """Log-probabilities against plain eager attention one sequence at a time; gradients against packs that share nothing."""
+    directory = make_model(tmp_path, seed=1, kind=kind)
+    policy = randomise(common.add_lora(common.load_model(directory, dtype=torch.float32)))
+    plain = plain_lora(plain_model(directory))
+    plain.load_state_dict(policy.state_dict())
+    examples = sharing_examples(seed=3)
+    weights = torch.randn(len(examples), generator=torch.Generator().manual_seed(0))
+
+    def run(share, micro_tokens):
+        found, tokens = {}, 0
+        policy.zero_grad()
+        for p in common.pack(examples, micro_tokens, share=share):
+            logprobs = common.token_logprobs(policy, p)
+            (p.sum_by_sequence(logprobs) * weights[p.examples]).sum().backward()
+            found |= by_example(p, logprobs.detach())
+            tokens += p.input_ids.numel()
+        return found, [p.grad.clone() for p in common.trainable(policy)], tokens
+    with torch.no_grad():
+        expected = []
+        for e in examples:
+            logits = plain(torch.tensor([e.ids]), use_cache=False).logits[0]
+            expected.append(logits.log_softmax(-1)[e.predict, e.targets])
+    _, gradient, all_tokens = run(False, 1000)
+    for micro_tokens in (max(len(e.ids) for e in examples), 120, 1000):
+        found, shared_gradient, tokens = run(True, micro_tokens)
+        assert tokens < all_tokens * (0.8 if micro_tokens < 100 else 0.5)
+        for i, logprobs in enumerate(expected):
+            torch.testing.assert_close(found[i], logprobs, **CLOSE)
+        for a, b in zip(shared_gradient, gradient, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_changed_token_changes_the_sequences_it_is_in(tiny_model, dtype):
+    """Each sequence's own tokens in turn: every sequence that has one of them changes, all others stay bit-identical."""
+    policy = randomise(common.add_lora(common.load_model(tiny_model, dtype=dtype)))
+    examples = sharing_examples(seed=4)
+    for e in examples:  # one predicted token, the last, so that every change is before it or it
+        e.predict, e.targets = e.predict[-1:], e.targets[-1:]
+    (p,) = common.pack(examples, 1000, share=True)
+
+    def logprobs():
+        with torch.no_grad():
+            return by_example(p, common.token_logprobs(policy, p))
+    before, sizes = logprobs(), set()
+    for begin, end in zip(p.cu_seqlens.tolist(), p.cu_seqlens[1:].tolist()):
+        kept = p.input_ids.clone()
+        p.input_ids[0, begin:end] = (p.input_ids[0, begin:end] + 7) % 300 + 3
+        after = logprobs()
+        hit = [i for i, places in zip(p.examples, p.places) if ((begin <= places[:-1]) & (places[:-1] < end)).any()]
+        assert [i for i in p.examples if not torch.equal(after[i], before[i])] == hit
+        sizes.add(len(hit))
+        p.input_ids.copy_(kept)
+    assert 0 in sizes and 1 in sizes and max(sizes) > 8  # ends of one sequence, beginnings of a group
+
+
+def test_scores_and_values_of_shared_packs(tiny_model):
+    """A reward is read at a sequence's last token wherever it lies, a value at the position before each predicted one."""
+    model = common.load_model(tiny_model, dtype=torch.float32)
+    model.score = common.new_head(model)
+    examples = sharing_examples(seed=5)
+    with torch.no_grad():
+        for read in (common.reward_scores, common.token_values):
+            found, expected = {}, {}
+            for share, into in ((True, found), (False, expected)):
+                for p in common.pack(examples, 120, share=share):
+                    values = read(model, p)
+                    into |= by_example(p, values) if read is common.token_values else dict(zip(p.examples, values))
+            for i in range(len(examples)):
+                torch.testing.assert_close(found[i], expected[i], **CLOSE)
 
 
 # -- whole steps: loss and gradient, against loops over single sequences ----------------------------------

@@ -444,12 +444,14 @@ def test_a_shared_prompt_is_computed_once(talker, prompts, monkeypatch):
         return attention(module, query, *args, **kwargs)
     monkeypatch.setattr(common, "packed_attention", record)
     done = Sampler(model, tokenizer).sample(grouped, 20, 0.9, seed=4)
-    assert sum(seen) == len(model.model.layers) * sum(len(p) - 1 for p in prompts[:3])
+    beginnings = {tuple(p[:n]) for p in prompts[:3] for n in range(1, len(p))}  # the three begin alike, too
+    assert seen == [len(beginnings)] * len(model.model.layers)
+    assert len(beginnings) < sum(len(p) - 1 for p in prompts[:3])
     seen.clear()
     few = Sampler(model, tokenizer)
-    few.PREFILL_TOKENS = 1  # every prompt a forward of its own
+    few.PREFILL_TOKENS = 1  # forwards of one prompt's length
     assert [c.ids for c in few.sample(grouped, 20, 0.9, seed=4)] == [c.ids for c in done]
-    assert len(seen) == 3 * len(model.model.layers)
+    assert len(seen) > len(model.model.layers) and max(seen) <= max(len(p) - 1 for p in prompts[:3])
     for row in (0, 7, 17):
         (alone,) = Sampler(model, tokenizer).sample([grouped[row]], 20, 0.9, seed=4, rows=[row])
         assert alone.ids == done[row].ids
