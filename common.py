@@ -1134,12 +1134,14 @@ class Pack:
 def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="cpu", share: bool = False) -> list[Pack]:
     """Packs of at most `micro_tokens` tokens; each example is in one of them.
 
-    `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. share: tokens that examples
-    begin with alike are computed once a pack (unit 1); log-probabilities, values, scores and gradients are the same.
+    `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. share (unit 1): what examples
+    begin with alike is computed once a pack, where that saves enough; log-probabilities, scores and gradients stay.
     """
     if share and unit > 1:
         raise ValueError("packs that share tokens don't keep units together")
-    bins = sorted_fit(examples, micro_tokens) if share else first_fit(examples, micro_tokens, unit)
+    bins = sorted_fit(examples, micro_tokens) if share else []
+    if sum(shared for members in bins for _, shared in members) <= WORTH_SHARING * sum(len(e.ids) for e in examples):
+        bins = first_fit(examples, micro_tokens, unit)
     return [lay_out(examples, members).to(device) for members in bins]
 
 
@@ -1159,7 +1161,8 @@ def first_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> 
     return [members for _, members in bins]
 
 
-KEYS_A_TOKEN = 16  # of a pack whose sequences share tokens, on average at most: attention copies keys and values
+WORTH_SHARING = 1 / 16  # of all tokens; below, copying keys costs more than the shared tokens do
+KEYS_A_TOKEN = 16       # of a pack whose sequences share tokens, on average at most: attention copies keys and values
 
 
 def sorted_fit(examples: Sequence[Example], micro_tokens: int) -> list[list[tuple[int, int]]]:

@@ -10,7 +10,8 @@
 Each score is a mean over items and has its standard error beside it, under `<metric>_stderr,<filter>`. The tasks
 (prompts, filters, scores, versions) are those of lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness);
 --eval-data only changes the files that they read. The model class is ours: `RungsLM` gives the numbers of lm-eval's
-HFLM (equal in fp32, see tests/test_evaluate.py) from packed forwards without padding and from common.Sampler.
+HFLM (equal in fp32, see tests/test_evaluate.py) from packed forwards without padding, in which what items begin with
+alike is computed once, and from common.Sampler.
 
 Deliberate deviations from `lm_eval --model hf --model_args peft=...`:
 1. Logits and log-softmax are fp32 whatever the dtype (`Float32Head`). In bf16 a logit of 20 is a multiple of 1/8, and
@@ -162,10 +163,13 @@ def lines_of(text: str) -> list[str]:
 
 
 def lines_stand_alone(tokenizer) -> bool:
-    """Whether a text's ids are those of its `lines_of`, one after the other. BPE in general doesn't promise that; byte-level
-    BPE over the words that GPT-2's or Qwen2's pattern finds does (SmolLM2, Qwen2.5). Both patterns end a match at a
-    LINE_END, whatever follows: none goes on from a newline to a letter, and the one that looks ahead, \\s+(?!\\S), finds
-    no whitespace before the newline to stop at. What may work across a LINE_END apart from words is looked for."""
+    """Whether a text's ids are those of its `lines_of`, one after the other.
+
+    BPE in general doesn't promise that; byte-level BPE over the words that GPT-2's or Qwen2's pattern finds does (SmolLM2,
+    Qwen2.5). Both patterns end a match at a LINE_END, whatever follows: no match goes on from a newline to a letter, and
+    the one that looks ahead, \\s+(?!\\S), has no whitespace before the newline to stop at. Everything else that could
+    reach across a LINE_END (normalizer, added tokens, BOS) is excluded here.
+    """
     if not tokenizer.is_fast:
         return False
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -181,7 +185,9 @@ def lines_stand_alone(tokenizer) -> bool:
         and (digits if last["use_regex"] else before == [split])
         and definition["normalizer"] in (None, {"type": "NFC"})  # composes nothing with a newline or before a letter
         and not tokenizer.num_special_tokens_to_add()
-        and not any(t["lstrip"] or t["rstrip"] or t["single_word"] or "\n" in t["content"] for t in definition["added_tokens"])
+        and not any(
+            t["lstrip"] or t["rstrip"] or t["single_word"] or "\n" in t["content"] for t in definition["added_tokens"]
+        )
     )
 
 

@@ -519,6 +519,8 @@ def test_shared_packs_are_bounded():
     assert max(len(p.examples) for p in packs) > 8
     (long,) = common.pack(examples[:1], 91, share=True)
     assert long.keys is None  # nothing shared: an ordinary pack
+    hardly = [Example([5, 6 + i, *range(i, 40)], [], []) for i in range(30)]  # one token in forty
+    assert all(p.keys is None for p in common.pack(hardly, 200, share=True))
     with pytest.raises(ValueError, match="91 tokens"):
         common.pack(examples, 90, share=True)
     with pytest.raises(ValueError, match="units"):
