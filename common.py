@@ -1055,6 +1055,19 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     return torch.cat(parts, 2).transpose(1, 2), None  # [1, T, heads, d]
 
 
+@functools.cache
+def check_shared_attention(device: torch.device) -> None:
+    """Once a process: the GPU's kernel must put the last query at the last key, as the CPU's path does; if not, stop."""
+    q, k, v = torch.randn(3, 1, 2, 8, 64, generator=torch.Generator().manual_seed(0)).to(device)  # [1, heads, T, d]
+    cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in ([0, 6, 8], [0, 6, 12]))
+    keys = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7], device=device)  # the second sequence shares four tokens
+    half, exact = (packed_attention(None, *(x.to(dtype) for x in (q, k, v)), None, cu_seq_lens_q=cu_q, max_length_q=8,
+                                    cu_seq_lens_k=cu_k, keys=keys)[0] for dtype in (torch.bfloat16, torch.float32))
+    if (gap := (half - exact).abs().max().item()) > 0.05:
+        raise RuntimeError(f"varlen_attn of torch {torch.__version__} masks queries that are fewer than their keys another "
+                           f"way (largest difference to fp32 {gap:.2f}): packs can't share tokens with it")
+
+
 def _mask(*args, attention_mask=None, **kwargs):
     """No mask for a pack (the attention knows its sequences); transformers' own where a caller gives one."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
@@ -1124,6 +1137,8 @@ class Pack:
 
     def to(self, device) -> Pack:
         move = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.keys is not None and torch.device(device).type == "cuda":
+            check_shared_attention(torch.device(device))
         return Pack(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in move.items()})
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:

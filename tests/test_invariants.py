@@ -1128,6 +1128,21 @@ def test_nf4_quantises_the_projections_alone(tiny_model):
                for m in model.modules() if isinstance(m, Linear4bit))
 
 
+def test_a_kernel_that_masks_shared_packs_another_way_is_noticed(monkeypatch):
+    """The check that runs once on a GPU: it passes with the right mask and stops with a top-left one."""
+    device = torch.device("cpu")
+    common.check_shared_attention.__wrapped__(device)
+    right = torch.Tensor.tril
+    monkeypatch.setattr(torch.Tensor, "tril", lambda x, k=0: right(x, 0 if x.shape[0] != x.shape[1] else k))
+    with monkeypatch.context() as patch:  # only in half precision, as a kernel of its own would
+        attend = torch.nn.functional.scaled_dot_product_attention
+        patch.setattr(common.F, "scaled_dot_product_attention", lambda q, *a, attn_mask=None, **k: attend(
+            q, *a, attn_mask=attn_mask if attn_mask is None or q.dtype != torch.float32 else right(
+                torch.ones_like(attn_mask), attn_mask.shape[1] - attn_mask.shape[0]), **k))
+        with pytest.raises(RuntimeError, match="another way"):
+            common.check_shared_attention.__wrapped__(device)
+
+
 def test_packed_attention_refuses_what_it_does_not_do():
     """A window shorter than the pack's sequences, a soft cap or sinks would be left out without a word."""
     q = torch.randn(1, 2, 8, 16)
