@@ -740,7 +740,7 @@ def resolve_model(model: str) -> Path:
 
 
 def check_architecture(model_dir: Path) -> None:
-    """Fail on a model that packed log-probabilities or the invariants' LoRA don't fit, before it loads."""
+    """Fail on a model that packed log-probabilities, the invariants' LoRA or sampling don't fit, before it loads."""
     config = read_json(model_dir / "config.json")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if config.get(name) not in (None, 1, 1.0):
@@ -748,6 +748,8 @@ def check_architecture(model_dir: Path) -> None:
     names = {part for file in model_dir.glob("*.safetensors") for name in tensor_entries(file) for part in name.split(".")}
     if missing := [t for t in TARGET_MODULES if t not in names]:
         fail(f"{model_dir}: this model has no {', '.join(missing)}; its LoRA would differ from the invariants")
+    if config.get("model_type") not in DECODERS:
+        fail(f"{model_dir}: a model of the kind {config.get('model_type')}; sampling knows {', '.join(DECODERS)}")
 
 
 def weights_sha256(model_dir: str | Path) -> str:

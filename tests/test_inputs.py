@@ -695,6 +695,12 @@ def test_model_of_another_architecture(refused, tmp_path):
     refused("sft", {"model": str(tmp_path / "gpt2")}, "no q_proj", "invariants")
 
 
+def test_model_that_sampling_does_not_know(refused, own_model):
+    config = json.loads((own_model / "config.json").read_text())
+    (own_model / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
+    refused("sft", {"model": str(own_model)}, "of the kind gemma", "llama")
+
+
 def test_model_that_rescales_its_logits(refused, own_model):
     config = json.loads((own_model / "config.json").read_text())
     (own_model / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
