@@ -117,7 +117,7 @@ $(OUT)/.flags/%: force
 
 # -- the demo: a tiny climb without GPU or hub; in float32, since a CPU without AVX-512 multiplies bfloat16 8 times slower --
 
-demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 3 min on two cores after installation, 4 GiB
+demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; about 15 min on two cores after installation, 5 GiB
 	@$(MAKE) --no-print-directory all OUT=runs/demo RESULTS=runs/demo/results README=none MODEL=$(SMOLLM2) QUANT=none \
 	  PROTOCOL=plain SEED=42 NPROC=1 \
 	  SFT_DATA=data/demo/train/sft.jsonl PREF_DATA=data/demo/train/preference.jsonl \
@@ -148,10 +148,10 @@ $(VENV)/.ready-test: requirements-test.lock $(VENV)/.ready
 	$(VENV)/bin/python -m pip install -q -r requirements-test.lock
 	@touch $@
 
-test: $(if $(ENV),$(VENV)/.ready-test) ## the tests, on a CPU without network; 4 min on two cores, 3 GiB
+test: $(if $(ENV),$(VENV)/.ready-test) ## the tests, on a CPU without network; 8 min on two cores, 3 GiB
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(PY) -m pytest -n 2 --dist loadfile tests
 
-gpu-check: $(if $(ENV),$(VENV)/.ready-test) ## the GPU paths against the CPU's: varlen attention, compile, NF4, sampler; 3 min on one GPU, 4 GiB
+gpu-check: $(if $(ENV),$(VENV)/.ready-test) ## the GPU paths against the CPU's: varlen attention, compile, NF4, sampler, PPO; 4 min on one GPU, 4 GiB
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) -m pytest -rA tests/test_gpu.py
 
 clean-demo: ## remove runs/demo
