@@ -70,6 +70,15 @@ def sharing_examples(seed=0):
     return [common.Example.masked(ids, [False] + [g.random() < 0.6 for _ in ids[2:]] + [True]) for ids in sequences]
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run that ends by an exception leaves its handlers behind, since its process ends too; here the next test starts."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("tiny"))
