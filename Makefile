@@ -56,7 +56,7 @@ POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1 kto_v1
 RUNS     = $(foreach run,$(POLICIES) rm_v1 rm_watch,$(OUT)/$(run)/run.json)
 EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 
-.PHONY: all demo env test help gpu-check clean-demo force
+.PHONY: all demo env test help gpu-check bench bench-cpu clean-demo force
 .DELETE_ON_ERROR:
 .PRECIOUS: $(OUT)/%/run.json
 .NOTPARALLEL:
@@ -153,6 +153,14 @@ test: $(if $(ENV),$(VENV)/.ready-test) ## the tests, on a CPU without network; 8
 
 gpu-check: $(if $(ENV),$(VENV)/.ready-test) ## the GPU paths against the CPU's: varlen attention, compile, NF4, sampler, PPO; 4 min on one GPU, 4 GiB
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) -m pytest -rA tests/test_gpu.py
+
+BENCH_FLAGS ?=
+bench: $(ENV) ## training and sampling speed beside TRL and transformers, into results/bench; one GPU; its time not measured yet
+	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) bench/train.py $(BENCH_FLAGS)
+
+bench-cpu: $(ENV) ## the same with a tiny model, without a GPU: does it run? Its speeds mean nothing; into runs/bench
+	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= $(PY) bench/train.py --shape tiny --steps 8 --warm 2 --seconds 60 \
+	  --out runs/bench/results $(BENCH_FLAGS)
 
 clean-demo: ## remove runs/demo
 	rm -rf runs/demo

@@ -1350,6 +1350,32 @@ def mean_kl(p_model: nn.Module, q_model: nn.Module, packs: Sequence[Pack]) -> fl
     return total / max(count, 1)
 
 
+# Dense bfloat16 FLOPs a second by the makers' data sheets; a device's name holds the key. The first that fits.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "A10": 125e12}
+
+
+def peak_flops(device: str) -> float | None:
+    """What a GPU of this name could do at most, in bfloat16; None where it isn't known."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+
+
+def model_flops(config, tokens: int, attended: int, predicted: int, backward: bool = False) -> int:
+    """FLOPs that the mathematics of a pass needs, whatever a program recomputes.
+
+    Forward: 2 for each weight of the layers and token, 2 H V for each predicted token (LM head), 4 heads·d a layer for each
+    pair of a query and a key it attends to (QK^T and PV). backward: another 2 a weight, to the inputs alone, since the base
+    is frozen; twice the forward's of attention. LoRA's factors (3 % more) and elementwise work are left out.
+    config: transformers' (llama, qwen2, qwen3). attended: Σ n(n+1)/2 over sequences of n tokens.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or hidden // heads)
+    kv_width = width * config.num_key_value_heads // heads
+    weights = config.num_hidden_layers * hidden * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
+    products = 2 * (weights * tokens + hidden * config.vocab_size * predicted)
+    attention = 4 * config.num_hidden_layers * width * attended
+    return (2 * products + 3 * attention) if backward else products + attention
+
+
 # ------------------------------------------------------------------------------------------------
 # 7. Sampling
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,268 @@
+"""Tokens per second of training: the scripts themselves against TRL 1.16, the same random model, text and rows a step.
+
+    python bench/train.py                                  # all workloads and systems, on a GPU
+    python bench/train.py --only sft-bf16 dpo --system rungs --profile
+    python bench/train.py --shape tiny --seconds 60        # a trial without a GPU
+
+Ours is what a user runs: `python sft.py …` with its default flags, on generated data; speed is read from its log.jsonl. TRL
+runs once with its defaults, and with each of some faster settings (peer.py), of which the fastest counts. A process for
+each case; its first --warm steps (compiling, allocating) don't count. 16 rows a step (pairs for dpo and reward), LoRA r = 16
+on all linear layers; grpo and ppo: 64 completions of 256 tokens an update, from 8 prompts or 64. Tokens are those of the
+text (both answers of a pair; of sampling and its updates the completions'), never padding or mismatched pairs.
+
+mfu: FLOPs that the mathematics needs (common.model_flops; frozen base, nothing recomputed) a second, over the GPU's dense
+bfloat16 peak. By workload, in passes over its sequences: sft, reward (no LM head) one with backward; dpo one more forward
+(reference); kto three more (reference, and two over mismatched pairs); grpo-step sampling, reference, one with backward;
+ppo-step sampling, old, reference and four epochs, and of scorer and critic (no LM head) scores, old values and four epochs.
+
+Results go to --out, results/bench/<device>.json: a case that is run again replaces its former self, one that fails is kept
+with its error.
+"""
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from transformers import AutoConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import workload
+from peer import SETTINGS
+
+HERE = Path(__file__).parent
+WORKLOADS = ("sft-bf16", "sft-nf4", "dpo", "reward", "kto", "grpo-step", "ppo-step", "sample")
+SYSTEMS = ("rungs", "trl-default", "trl-best", "transformers-generate")
+ROWS, PROMPTS, GROUP = 16, 8, 8  # rows a step; prompts of an update, answers to each
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    only: tuple[Literal[WORKLOADS], ...] = WORKLOADS
+    """Workloads."""
+    system: tuple[Literal[SYSTEMS], ...] = SYSTEMS
+    """Who runs them; transformers-generate only samples."""
+    steps: int = 30
+    """Optimizer steps of a training case; of grpo and ppo a fifth as many updates."""
+    warm: int = 10
+    """First steps that don't count; of grpo and ppo a fifth, at least one."""
+    seconds: int = 300
+    """Time budget of a case, start-up and compiling included; what was measured by then counts."""
+    shape: Literal["qwen2.5-0.5b", "tiny"] = "qwen2.5-0.5b"
+    """Shape of the random model."""
+    flags: str = ""
+    """More flags for our scripts, such as "--micro-tokens 16384"."""
+    profile: bool = False
+    """Print where the time of some steps goes, by kernel (rungs); its speeds are not written."""
+    work: str = "runs/bench"
+    """Where models, data and runs go; what is there is deleted."""
+    out: str = "results/bench"
+    """Where <device>.json goes."""
+
+
+# -- ours -----------------------------------------------------------------------------------------
+
+def script(case: str, work: Path, steps: int, completion_tokens: int) -> tuple[str, list[str]]:
+    """(script, flags) of a workload; what is not given is the script's default. Closing measurements are made small."""
+    end = ["--heldout-rows", "8"]
+    eos = [*end, "--eos-prompts", "1", "--eos-tokens", "1"]
+    rows = ["--rows", str(ROWS * steps), "--batch-size", str(ROWS), "--checkpoint-every", "1000000"]
+    sampling = ["--completion-tokens", str(completion_tokens), "--updates", str(steps), "--max-gap", "10",
+                "--checkpoint-every", "1000000", "--results", str(work / "results")]
+    model, parent = ["--model", str(work / "model")], ["--sft-adapter", str(work / "sft")]
+    return {
+        "sft-bf16": ("sft", [*model, "--quantization", "none", "--data", str(work / "sft.jsonl"), *rows, *eos]),
+        "sft-nf4": ("sft", [*model, "--quantization", "qlora", "--data", str(work / "sft.jsonl"), *rows, *eos]),
+        "dpo": ("dpo", [*parent, "--data", str(work / "pairs.jsonl"), *rows, *eos]),
+        "reward": ("reward", [*model, "--quantization", "none", "--data", str(work / "pairs.jsonl"), *rows, *end,
+                              "--results", str(work / "results")]),
+        "kto": ("kto", [*parent, "--data", str(work / "labels.jsonl"), *rows, *eos]),
+        "grpo-step": ("grpo", [*parent, "--task", str(work / "task.py"), *sampling, "--batch-size", str(PROMPTS),
+                               "--group-size", str(GROUP), "--heldout-rows", "1", "--pass-k", "1", "--eval-every", "0"]),
+        "ppo-step": ("ppo", [*parent, "--reward-adapter", str(work / "rm"), "--data", str(work / "prompts.jsonl"), *sampling,
+                             "--batch-size", str(PROMPTS * GROUP), "--fixed-prompts", "2", "--normalise", "0"]),
+    }[case]
+
+
+def run(command: list[str], seconds: int) -> tuple[str, str | None]:
+    """(standard output, why it failed or None) of a process; SIGTERM after `seconds`, which our scripts obey after a step."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE.parent)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            out, err = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+        return out, f"no result within {seconds} s"
+    lines = [line.strip() for line in err.replace("\r", "\n").splitlines() if line.strip()]
+    return out, None if process.returncode == 0 else f"exit {process.returncode}: " + " | ".join(lines[-3:])[-400:]
+
+
+def small(device: str) -> list[str]:
+    """Flags for a CPU, which multiplies float32 faster."""
+    return [] if device == "cuda" else ["--device", "cpu", "--micro-tokens", "4096"]
+
+
+def dtype_flag(case: str, device: str) -> list[str]:
+    return [] if device == "cuda" or case in ("grpo-step", "ppo-step") else ["--dtype", "float32"]
+
+
+def make_parents(cases: tuple[str, ...], work: Path, device: str, seconds: int) -> None:
+    """The adapters that methods start from, of one step each."""
+    for case, out, users in (("sft-bf16", "sft", {"dpo", "kto", "grpo-step", "ppo-step"}), ("reward", "rm", {"ppo-step"})):
+        if users & {*cases}:
+            name, flags = script(case, work, 1, 1)
+            flags += small(device) + dtype_flag(case, device) + ["--no-compile", "--out", str(work / out)]
+            if failed := run([sys.executable, f"{name}.py", *flags], seconds)[1]:
+                raise RuntimeError(f"{name}.py, which others start from: {failed}")
+
+
+def ours(case: str, args: Args, work: Path, device: str, steps: int, warm: int, completion_tokens: int) -> dict:
+    name, flags = script(case, work, steps, completion_tokens)
+    more = small(device) + dtype_flag(case, device) + args.flags.split()
+    out = work / f"run-{case}"
+    command = [f"{name}.py", *flags, *more, "--out", str(out)]
+    if args.profile:
+        command = [str(HERE / "profiled.py"), str(warm), *command]
+    printed, failed = run([sys.executable, *command], args.seconds)
+    if args.profile:
+        print(printed[printed.find("-- profile"):], flush=True)
+    log = out / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    if len(lines) <= warm:
+        return {"error": failed or f"{len(lines)} steps are no more than the first {warm}"}
+    timed = lines[warm:]
+    taken, tokens = timed[-1]["seconds"] - lines[warm - 1]["seconds"], sum(line["tokens"] for line in timed)
+    found = {"tokens_per_s": round(tokens / taken), "ms_per_step": round(taken / len(timed) * 1e3, 1), "steps": len(timed),
+             "first_step_s": lines[0]["seconds"], "peak_gib": lines[-1].get("peak_gib"),
+             "settings": {"script": name, "flags": " ".join(more)}}
+    if "rollout_tokens_per_s" in timed[0]:
+        rollout = sum(line["tokens"] / line["rollout_tokens_per_s"] for line in timed)
+        found |= {"rollout_s": round(rollout / len(timed), 3), "update_s": round((taken - rollout) / len(timed), 3)}
+    return found | ({"note": failed} if failed else {})
+
+
+# -- others ---------------------------------------------------------------------------------------
+
+def result(command: list[str], seconds: int) -> dict:
+    """The last line that begins with RESULT; an error where there is none."""
+    printed, failed = run([sys.executable, *command], seconds)
+    found = [line for line in printed.splitlines() if line.startswith("RESULT ")]
+    return json.loads(found[-1].removeprefix("RESULT ")) if found else {"error": failed or "no result"}
+
+
+def trl(case: str, settings: list[dict], args: Args, work: Path, steps: int, warm: int, completion_tokens: int) -> dict:
+    """The fastest of some settings; all of them are listed."""
+    tried = []
+    for s in settings:
+        found = result([str(HERE / "peer.py"), case, str(work), json.dumps(s), str(steps), str(warm), str(completion_tokens)],
+                       args.seconds)
+        tried.append({**found, "settings": s})
+        if len(settings) > 1:
+            print(f"    tried {s}: {found.get('tokens_per_s') or found['error'][:120]}", flush=True)
+    best = max(tried, key=lambda found: found.get("tokens_per_s", 0))
+    return {**best, "tried": tried} if len(tried) > 1 else best
+
+
+def sample(system: str, args: Args, completion_tokens: int) -> dict:
+    printed, failed = run([sys.executable, str(HERE / "sample.py"), "--shape", args.shape, "--rows", str(PROMPTS * GROUP),
+                           "--tokens", str(completion_tokens), "--prompts", str(PROMPTS), "--system", system], args.seconds)
+    return {"error": failed} if failed else json.loads(printed.splitlines()[-1])
+
+
+# -- FLOPs and the table --------------------------------------------------------------------------
+
+def flops_a_token(case: str, config, sizes: dict, completion_tokens: int) -> float:
+    """FLOPs that the mathematics of a workload needs for each token that is counted."""
+    def flops(lengths: list[int], predicted: int, **passes: int) -> float:
+        attended = sum(n * (n + 1) // 2 for n in lengths)
+        return sum(n * common.model_flops(config, sum(lengths), attended, predicted, backward=kind == "backward")
+                   for kind, n in passes.items())
+    if case in ("grpo-step", "ppo-step", "sample"):
+        lengths = [n + completion_tokens for n in sizes["prompts"]]
+        counted = completion_tokens * len(lengths)
+        total = flops(lengths, counted, **{"grpo-step": dict(forward=2, backward=1), "ppo-step": dict(forward=3, backward=4),
+                                           "sample": dict(forward=1)}[case])
+        return (total + (flops(lengths, 0, forward=2, backward=4) if case == "ppo-step" else 0)) / counted
+    kind = case.split("-")[0]
+    passes = {"sft": {}, "reward": {}, "dpo": dict(forward=1), "kto": dict(forward=3)}[kind]
+    found = sizes[kind]
+    return flops(found["lengths"], found["predicted"], backward=1, **passes) / sum(found["lengths"])
+
+
+def table(cases: list[dict]) -> str:
+    """Markdown: a line a case, with its speed over that of TRL's best (of sampling: transformers' generate)."""
+    def cell(value, form: str) -> str:
+        return "" if value is None else format(value, form)
+    peers = {c["workload"]: c["tokens_per_s"] for c in cases
+             if c["system"] in ("trl-best", "transformers-generate") and "tokens_per_s" in c}
+    lines = ["| workload | system | tokens/s | ratio | peak GiB | MFU | |", "| :-- | :-- | --: | --: | --: | --: | :-- |"]
+    for c in sorted(cases, key=lambda c: (WORKLOADS.index(c["workload"]), SYSTEMS.index(c["system"]))):
+        speed, peer = c.get("tokens_per_s"), peers.get(c["workload"])
+        apart = f"rollout {c['rollout_s']} s, update {c['update_s']} s" if "rollout_s" in c else ""
+        lines.append(f"| {c['workload']} | {c['system']} | {cell(speed, ',')} | {cell(speed / peer if speed and peer else None, '.2f')} "
+                     f"| {cell(c.get('peak_gib'), '.1f')} | {cell(c.get('mfu'), '.1%')} | {c.get('error', apart)[:120]} |")
+    return "\n".join(lines)
+
+
+def merge(path: Path, new: list[dict], device: str) -> list[dict]:
+    """Write the cases among those that the file has; a case that was run again takes the place of its former self."""
+    again = {(c["workload"], c["system"]) for c in new}
+    old = common.read_json(path)["cases"] if path.is_file() else []
+    cases = [c for c in old if (c["workload"], c["system"]) not in again] + new
+    cases.sort(key=lambda c: (WORKLOADS.index(c["workload"]), SYSTEMS.index(c["system"])))
+    common.write_json(path, {"device": device, "cases": cases})
+    return cases
+
+
+def main(args: Args) -> None:
+    if not 0 < args.warm < args.steps:
+        common.fail(f"--warm {args.warm} must be at least 1, and less than --steps {args.steps}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and args.shape != "tiny":
+        common.fail("no GPU; give --shape tiny")
+    work, name = Path(args.work), common.hardware()["device"]
+    completion_tokens = 256 if args.shape != "tiny" else 32
+    warm_updates = max(1, args.warm // 5)
+    updates = max(warm_updates + 1, args.steps // 5)
+    workload.make(work, args.shape, ROWS * args.steps, 2 + PROMPTS * GROUP * updates,
+                  torch.bfloat16 if device == "cuda" else torch.float32)
+    config, sizes = AutoConfig.from_pretrained(work / "model"), common.read_json(work / "sizes.json")
+    if "rungs" in args.system:
+        make_parents(args.only, work, device, args.seconds)
+    path, cases = Path(args.out) / f"{name.lower().replace(' ', '-')}.json", []
+    for case in args.only:
+        steps, warm = (updates, warm_updates) if case in ("grpo-step", "ppo-step") else (args.steps, args.warm)
+        for system in args.system:
+            began = time.time()
+            if (system == "transformers-generate") != (case == "sample") and system != "rungs":
+                continue
+            if case == "sample":
+                found = sample(system, args, completion_tokens)
+            elif system == "rungs":
+                found = ours(case, args, work, device, steps, warm, completion_tokens)
+            elif case not in SETTINGS:
+                found = {"error": "TRL 1.16 has no such trainer"}
+            else:
+                settings = SETTINGS[case][:1] if system == "trl-default" else SETTINGS[case][1:]
+                found = trl(case, settings, args, work, steps, warm, completion_tokens)
+            if "tokens_per_s" in found and (peak := common.peak_flops(name)):
+                found["mfu"] = round(found["tokens_per_s"] * flops_a_token(case, config, sizes, completion_tokens) / peak, 4)
+            cases.append({**found, "workload": case, "system": system, "torch": torch.__version__.split("+")[0]})
+            print(f"{case} {system}: {found.get('tokens_per_s') or found.get('error')} ({time.time() - began:.0f} s)", flush=True)
+            if not args.profile:
+                shown = merge(path, cases, name)
+    if not args.profile:
+        print(f"\n{name}, {args.shape}, {ROWS} rows a step; {path}\n\n{table(shown)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
