@@ -2154,8 +2154,8 @@ class Run:
 
 
 def args_model(args: Any, parent: dict | None) -> str:
-    """The base model as named: by --model, else the parent's."""
-    return getattr(args, "model", None) or parent["model"]
+    """The base model as named: by --model, else the parent's, else the default."""
+    return getattr(args, "model", None) or (parent["model"] if parent else QWEN)
 
 
 def plot_curves(lines: list[dict], keys: Sequence[str], title: str, path: Path) -> None:

@@ -15,12 +15,14 @@ Deviations from the usual script, on purpose:
     python sft.py                                     # Qwen2.5-0.5B on 5,000 rows of UltraChat
     python sft.py --model DIR --data my.jsonl --quantization none --out runs/mine
     torchrun --nproc-per-node 2 sft.py                # the same update on two GPUs
+    python sft.py --epochs 2 --out runs/sft_2ep       # a control: is what a method gains just more training?
+    python sft.py --sft-adapter runs/sft_v2 --data PAIRS --out runs/sft_chosen      # or just DPO's chosen answers?
 
 Measured (row sft_v2 of results/metrics.json): SmolLM2-135M-Instruct, --quantization none, 5,000 short conversations of
 0.67 M tokens took 110 s on one H100 with --no-compile, closing measurements included (its log: 85 s for the 313 steps,
 4.0 GiB peak; so small a model waits for kernel launches); held-out loss 1.771 -> 1.564, eos_rate 0.81.
 
-A row: {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}.
+A row: {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}, or a preference pair.
 """
 import math
 from dataclasses import dataclass
@@ -37,15 +39,18 @@ from common import Example
 @dataclass(frozen=True)
 class Args:
     # -- model --
-    model: str = common.QWEN
-    """The pretrained base: a local directory or a hub id[@revision]."""
+    model: str | None = None
+    """The pretrained base: a directory or a hub id[@revision]; by default Qwen2.5-0.5B, or that of --sft-adapter."""
+    sft_adapter: str | None = None
+    """Go on from this policy, as DPO does (base + SFT merged, a fresh LoRA); by default from the pretrained base."""
     quantization: Literal["qlora", "none"] = "qlora"
     """Policy for the whole climb: "qlora" trains SFT on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Base weights where they are not NF4. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRACHAT
-    """Training conversations: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]."""
+    """Training conversations: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]. Of preference rows the
+    chosen answers, of part A of the prompts: what DPO and KTO see, as mere demonstrations."""
     heldout_data: str | None = None
     """Held-out conversations; by default found beside --data (x.jsonl -> x_heldout.jsonl, train_sft -> test_sft)."""
     eval_data: str | None = None
@@ -58,6 +63,8 @@ class Args:
     """Longest conversation in tokens."""
     max_dropped: float = 0.05
     """Largest share of degenerate rows (empty answer, first exchange too long) that doesn't end the run."""
+    max_overlong: float = 0.15
+    """Largest share of preference rows beyond --max-length that doesn't end the run, as in dpo.py."""
     # -- optimisation --
     lr: float = 2e-4
     """Peak learning rate [QLoRA: table 9, up to 13B]."""
@@ -108,19 +115,35 @@ def learning_rate(step: int, total: int, args: Args) -> float:
 
 # -- rows to tensors ------------------------------------------------------------------------------
 
-def build_examples(tokenizer, args: Args, source: str):
-    """A function from data rows to (Example, was it cut?, text), or the reason why a row can't be used."""
+def conversation(row: dict, where: str) -> list[dict]:
+    """The messages of a row; of a preference row the prompt and its chosen answer."""
+    if row.get("chosen") is None:
+        return common.check_messages(row["messages"], where)
+    prompt, chosen, _ = common.as_pair(row, where)
+    return [*prompt, {"role": "assistant", "content": chosen}]
+
+
+def build_examples(tokenizer, args: Args, rows, source: str, wanted):
+    """A function from data rows to (Example, was it cut?, text), or the reason why a row can't be used, or None for a
+    preference row where `wanted(prompt)` is false. Of preference rows the last answer is trained, else all are."""
+    pairs = "chosen" in rows.column_names
+    if not pairs and "messages" not in rows.column_names:
+        common.fail(f"{source}: rows have no column 'messages' or 'chosen'; they have {', '.join(rows.column_names)}")
+
     def build(rows: list[tuple[int, dict]]):
-        conversations = [common.check_messages(row["messages"], f"{source}, row {i}") for i, row in rows]
+        conversations = [conversation(row, f"{source}, row {i}") for i, row in rows]
+        rendered = common.render_many(tokenizer, conversations, train="last" if pairs else "all")
         out = []
-        for messages, (ids, mask) in zip(conversations, common.render_many(tokenizer, conversations)):
+        for messages, (ids, mask) in zip(conversations, rendered):
             # A trained part ends where the mask does: the place of a turn's EOS.
             ends = [i + 1 for i in range(len(ids)) if mask[i] and not (i + 1 < len(ids) and mask[i + 1])]
             fitting = [end for end in ends if end <= args.max_length]
-            if not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
+            if pairs and not wanted(messages[:-1]):
+                out.append(None)
+            elif not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
                 out.append("empty answer")
             elif not fitting:
-                out.append("first exchange too long")
+                out.append("too long" if pairs else "first exchange too long")
             else:
                 text = "\n".join(m["content"] for m in messages)
                 out.append((Example.masked(ids[:fitting[-1]], mask[:fitting[-1]]), fitting[-1] < len(ids), text))
@@ -132,7 +155,7 @@ def first_prompts(rows, kept: list[int], n: int, tokenizer, max_new_tokens: int,
     """Up to n held-out prompts (each conversation up to its first answer) that leave room for an answer."""
     prompts = []
     for i in kept[:n]:
-        messages = rows[i]["messages"]
+        messages = conversation(rows[i], "")
         first = next(k for k, m in enumerate(messages) if m["role"] == "assistant")
         ids = common.render_prompt(tokenizer, messages[:first])
         if len(ids) + max_new_tokens <= limit:
@@ -154,34 +177,46 @@ def main(args: Args) -> None:
     # 1. Check everything that can be checked without a model.
     common.check_positive(args, "rows", "heldout_rows", "max_length", "lr", "batch_size", "epochs", "max_grad_norm",
                           "eos_prompts", "eos_tokens", "checkpoint_every")
-    common.check_share(args, "warmup", "max_dropped")
+    common.check_share(args, "warmup", "max_dropped", "max_overlong")
     device, dtype = common.setup_device(args.device), getattr(torch, args.dtype)
-    model_dir = common.resolve_model(args.model)
+    parent, model, nf4 = None, args.model or common.QWEN, args.quantization == "qlora" and not args.sft_adapter
+    if args.sft_adapter:
+        parent, model, model_dir, tokenizer, invariants = common.read_parent(args.sft_adapter, args.model)
+        if invariants.quantization != args.quantization:
+            common.fail(f"--quantization {args.quantization}, but {args.sft_adapter} was trained under "
+                        f"{invariants.quantization!r}: give that")
+    else:
+        model_dir = common.resolve_model(model)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
-    if args.quantization == "qlora":
+    if nf4:
         common.check_nf4(device)
-    tokenizer = common.load_tokenizer(model_dir)
-    rows, data = common.load_rows(args.data, ["messages"])
+    if not parent:
+        tokenizer = common.load_tokenizer(model_dir)
+        invariants = common.TrainInvariants.of(model, model_dir, tokenizer, args.quantization)
+    rows, data = common.load_rows(args.data, [])
+    part_a = build_examples(tokenizer, args, rows, args.data, lambda p: common.preference_part(p) == "A")
     heldout_source = common.heldout_source(args.data, args.heldout_data)
-    heldout_rows, heldout_data = common.load_rows(heldout_source, ["messages"])
-    items, dropped, kept = common.take_rows(rows, args.rows, args.seed, build_examples(tokenizer, args, args.data),
-                                            args.data, args.max_dropped)
-    heldout, _, heldout_kept = common.take_rows(heldout_rows, args.heldout_rows, args.seed,
-                                                build_examples(tokenizer, args, heldout_source), heldout_source,
-                                                args.max_dropped)
+    heldout_rows, heldout_data = common.load_rows(heldout_source, [])
+    not_judge = build_examples(tokenizer, args, heldout_rows, heldout_source, lambda p: not common.is_judge_prompt(p))
+    items, dropped, kept = common.take_rows(rows, args.rows, args.seed, part_a, args.data, args.max_dropped,
+                                            args.max_overlong)
+    heldout, _, heldout_kept = common.take_rows(heldout_rows, args.heldout_rows, args.seed, not_judge, heldout_source,
+                                                args.max_dropped, max_overlong=1.0)
     examples, cut, texts = zip(*items)
     heldout = [e for e, _, _ in heldout]
     prompts = first_prompts(heldout_rows, heldout_kept, args.eos_prompts, tokenizer, args.eos_tokens,
                             common.max_positions(model_dir))
-    invariants = common.TrainInvariants.of(args.model, model_dir, tokenizer, args.quantization)
     counts = common.preflight(tokenizer, examples, texts, dropped, sum(cut), args.eval_data)
-    run = common.Run("sft", args, invariants, {"train": data, "heldout": heldout_data})
+    run = common.Run("sft", args, invariants, {"train": data, "heldout": heldout_data}, parent, args.sft_adapter)
 
-    # 2. The policy: the pretrained base, frozen (NF4 under "qlora"), and a fresh LoRA.
+    # 2. The policy: the pretrained base (NF4 under "qlora") or base + SFT merged, frozen, and a fresh LoRA.
     common.set_seed(args.seed)
-    nf4 = args.quantization == "qlora"
-    policy = common.add_lora(common.load_model(model_dir, None, "nf4" if nf4 else "none", dtype, device))
-    base_loss = heldout_loss(policy, heldout, args.micro_tokens, device)  # B = 0: the base's own
+    start = common.load_model(model_dir, args.sft_adapter, "nf4" if nf4 else "none", dtype, device)
+    if parent:
+        counts["merge_kl"] = common.merge_kl(model_dir, args.sft_adapter, start, heldout[:8], args.micro_tokens, dtype,
+                                             device)
+    policy = common.add_lora(start)
+    base_loss = heldout_loss(policy, heldout, args.micro_tokens, device)  # B = 0: that of what it starts from
     if args.compile and device.type == "cuda":
         common.compile_layers(policy)
     params = common.trainable(policy)
@@ -227,16 +262,16 @@ def main(args: Args) -> None:
         base = common.load_model(model_dir, None, "none", dtype, device)
         metrics["heldout_loss_base"] = heldout_loss(base, heldout, args.micro_tokens, device)
         del base
-    del policy, optimizer, params
+    del start, policy, optimizer, params
     merged = common.load_model(model_dir, args.out, "none", dtype, device)
     metrics["heldout_loss"] = heldout_loss(merged, heldout, args.micro_tokens, device)
     if metrics["heldout_loss"] > metrics["heldout_loss_base"]:
         common.say(f"WARNING: the held-out loss of base + adapter ({metrics['heldout_loss']:.4f}) is worse than the "
-                   f"base's own ({metrics['heldout_loss_base']:.4f})")
+                   f"{'parent' if parent else 'base'}'s own ({metrics['heldout_loss_base']:.4f})")
     metrics["eos_prompts"] = len(prompts)
     metrics["eos_rate"] = common.eos_rate(merged, tokenizer, prompts, args.eos_tokens) if prompts else None
     run.finish(metrics, ["loss", "accuracy", "grad_norm", "lr", "tokens_per_s", "peak_gib"],
-               f"Supervised fine-tuning of {args.model} with LoRA on {len(examples):,} conversations of {args.data}.")
+               f"Supervised fine-tuning of {model} with LoRA on {len(examples):,} conversations of {args.data}.")
 
 
 if __name__ == "__main__":

@@ -340,6 +340,37 @@ def test_dpo_as_typed(sft_run, dpo_args, tmp_path, monkeypatch):
     assert found["parent"]["adapter_sha256"] == record(sft_run)["adapter_sha256"]
 
 
+def test_sft_goes_on_with_the_chosen_answers(sft_run, sft_args, data_dir, tmp_path):
+    """The control of DPO and KTO: from the SFT policy, on the chosen answers of part A's prompts and nothing else."""
+    args = {**sft_args, "data": str(data_dir / "preference.jsonl"), "rows": 1000, "lr": 1e-3}
+    out = train(sft, tmp_path / "sft_chosen", **args, sft_adapter=sft_run)
+    found, parent = record(out), record(sft_run)
+    assert found["parent"]["config_hash"] == parent["config_hash"] and found["train_invariants"] == parent["train_invariants"]
+    assert json.loads((Path(out) / "adapter_config.json").read_text())["r"] == 32
+
+    # What is trained: each part A answer with its EOS, once.
+    rows = [json.loads(line) for line in (data_dir / "preference.jsonl").read_text().splitlines()]
+    tokenizer = common.load_tokenizer(sft_args["model"])
+    answers = [len(tokenizer(r["chosen"][0]["content"])["input_ids"]) + 1 for r in rows
+               if common.preference_part(r["prompt"]) == "A"]
+    assert 20 < len(answers) < 50 and sum(line["trained_tokens"] for line in log(out)) == sum(answers)
+
+    # Where it starts and ends, by plain PEFT on the base.
+    def heldout_loss(directory):
+        model, total, count = plain_peft(sft_args["model"], directory), 0.0, 0
+        held = [json.loads(line) for line in (data_dir / "preference_heldout.jsonl").read_text().splitlines()]
+        kept = [held[i] for i in common.permutation(len(held), 42, "rows") if not common.is_judge_prompt(held[i]["prompt"])]
+        for r in kept[:args["heldout_rows"]]:
+            found = answer_logprobs(model, tokenizer, r["prompt"], r["chosen"][0]["content"])
+            total, count = total - found.sum().item(), count + len(found)
+        return total / count
+    assert found["metrics"]["heldout_loss_base"] == pytest.approx(heldout_loss(sft_run), abs=1e-4)
+    assert found["metrics"]["heldout_loss"] == pytest.approx(heldout_loss(out), abs=1e-4)
+    assert found["metrics"]["heldout_loss"] < found["metrics"]["heldout_loss_base"]
+    with pytest.raises(SystemExit):
+        train(sft, tmp_path / "other", **{**args, "quantization": "qlora"}, sft_adapter=sft_run)
+
+
 def test_sft_under_nf4_measures_both_bases(sft_args, tmp_path):
     """QLoRA: held-out losses on the NF4 base that it trains on, and on the full-precision one that later phases use."""
     out = train(sft, tmp_path / "run", **{**sft_args, "quantization": "qlora", "dtype": "bfloat16", "lr": 1e-2})
