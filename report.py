@@ -172,7 +172,7 @@ def resamples(counts: tuple[int, ...]) -> np.ndarray:
     """[RESAMPLES, K]: how often each of K distinct items, of which there are counts[k], is among sum(counts) drawn with
     replacement. The same draws for every comparison of the same items."""
     n = sum(counts)
-    return np.random.default_rng(0).multinomial(n, np.array(counts) / n, size=RESAMPLES)
+    return np.random.default_rng(0).multinomial(n, np.array(counts) / n, size=RESAMPLES).astype(float)
 
 
 def paired_bootstrap(d: np.ndarray, m: np.ndarray) -> tuple[float, float, float]:
@@ -233,8 +233,8 @@ def read_items(results: Path, row: dict) -> dict[str, dict] | None:
         tasks = record["tasks"]
     except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
         fail(f"{path} holds no per-item scores ({type(e).__name__}: {e}); evaluate {row['name']} again")
-    if unlike := [key for key in ("config_hash", "adapter_sha256", "weights_sha256", "eval_hash") if record[key] != row[key]]:
-        fail(f"{path} is of another {unlike[0]} than row {row['name']}: {record[unlike[0]]} / {row[unlike[0]]}")
+    if unlike := [key for key in (*ROW_ID[1:], "eval_hash") if record.get(key, "absent") != row[key]]:
+        fail(f"{path} is of another {unlike[0]} than row {row['name']}: {record.get(unlike[0])} / {row[unlike[0]]}")
     for column, (task, metric, filter_name) in METRICS.items():
         values = at(tasks, task, f"{metric},{filter_name}")
         if values and (points := score(row, column)[0]) is not None:
@@ -503,7 +503,7 @@ def score_cell(points: float | None, stderr: float | None) -> str:
 def number(value: object, decimals: int = 3, scale: int = 1) -> str:
     if finite(value) is None:
         return "–"
-    text = f"{value:,}" if isinstance(value, int) and scale == 1 else f"{scale * value:z.{decimals}f}"
+    text = f"{value:,}" if isinstance(value, int) and scale == 1 else f"{scale * value:z,.{decimals}f}"
     return text.replace("-", "−")
 
 
@@ -885,7 +885,7 @@ def bench_tables(results: Path) -> list[str | Table]:
 # ------------------------------------------------------------------ plots
 
 # One file for light and dark: transparent, in tones that stand 4:1 or more against white and against a dark page.
-INK, ZERO = "#76808a", "#76808a"
+INK = "#76808a"
 COLOURS = {"sft": "#8a7a3c", "dpo": "#3b82c4", "ppo": "#c96a2b", "grpo": "#2e9164", "kto": "#a067d0"}
 STYLE = {
     "svg.hashsalt": "rungs", "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
@@ -906,9 +906,9 @@ def forest(compared: list[Comparison]) -> Figure | None:
     figure = Figure(figsize=(11, 1.1 + 0.36 * len(shown)), layout="constrained")
     axes = figure.subplots(1, len(METRICS), sharey=True)
     for axis, column in zip(axes, METRICS):
-        axis.axvline(0, color=ZERO, linewidth=1)
+        axis.axvline(0, color=INK, linewidth=1)
         if column.startswith(("MMLU", "TruthfulQA")):
-            axis.axvline(CATASTROPHIC, color=ZERO, linewidth=1, linestyle=":")
+            axis.axvline(CATASTROPHIC, color=INK, linewidth=1, linestyle=":")
         for y, c in enumerate(shown):
             if interval := c.changes[column].interval:
                 change, tone = c.changes[column], colour(c.row)
@@ -936,15 +936,16 @@ def tradeoff(compared: list[Comparison]) -> Figure | None:
         return None
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axis = figure.subplots()
-    axis.axvline(0, color=ZERO, linewidth=1)
-    axis.axhline(0, color=ZERO, linewidth=1)
-    axis.axhline(CATASTROPHIC, color=ZERO, linewidth=1, linestyle=":")
-    for c, gain, loss in points:
+    axis.axvline(0, color=INK, linewidth=1)
+    axis.axhline(0, color=INK, linewidth=1)
+    axis.axhline(CATASTROPHIC, color=INK, linewidth=1, linestyle=":")
+    axis.margins(x=0.12)
+    for i, (c, gain, loss) in enumerate(points):
         tone, (x, y) = colour(c.row), (round(gain.points, 3), round(loss.points, 3))
         axis.plot(np.round(gain.interval, 3), [y, y], color=tone, alpha=0.6)
         axis.plot([x, x], np.round(loss.interval, 3), color=tone, alpha=0.6)
         axis.plot(x, y, "o", color=tone)
-        axis.annotate(c.label, (x, y), (5, 5), textcoords="offset points", color=tone)
+        axis.annotate(c.label, (x, y), (5, (5, -13)[i % 2]), textcoords="offset points", color=tone)
     axis.set_xlabel("IFEval by prompt, points against base")
     axis.set_ylabel("worse of MMLU and TruthfulQA,\npoints against base")
     axis.grid()
@@ -965,14 +966,17 @@ def winrate_kl(judge: list[dict], guardrails: list[dict]) -> Figure | None:
         return None
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axis = figure.subplots()
-    axis.axhline(50, color=ZERO, linewidth=1)
+    axis.axhline(50, color=INK, linewidth=1)
+    axis.margins(x=0.12)
     for record, place, ends in points:
         method = next((k for k in COLOURS if k in str(place.get("name"))), "")
         tone, x, y = colour({"method": method}), place["kl_sft"], 100 * record["summary"]["win_rate"]
         axis.plot([x, x], ends, color=tone)
         axis.plot(x, y, "o", color=tone, markerfacecolor="none" if at(record, "judge", "circular") else tone)
         axis.annotate(str(place["name"]), (x, y), (6, 4), textcoords="offset points", color=tone)
-    axis.set_xlabel("KL to SFT, nats an answer" + " (best of N: its bound)" * any(p.get("kl_sft_bound") for _, p, _ in points))
+    marks = ["best of N: its bound"] * any(place.get("kl_sft_bound") for _, place, _ in points)
+    marks += ["hollow: circular judge"] * any(at(record, "judge", "circular") for record, _, _ in points)
+    axis.set_xlabel("KL to SFT, nats an answer" + f" ({'; '.join(marks)})" * bool(marks))
     axis.set_ylabel("win rate against SFT, %")
     axis.grid()
     return figure
@@ -1043,6 +1047,7 @@ def encode(figure: Figure, kind: str) -> bytes:
     out = io.BytesIO()
     metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
     figure.savefig(out, format=kind, dpi=150, transparent=True, metadata=metadata)
+    figure.set_layout_engine("none")  # the next kind keeps this one's layout
     return out.getvalue()
 
 
@@ -1144,8 +1149,7 @@ def page(label: str, rows: list[dict], tables: dict, compared: dict, records: di
             if row["method"] == "dpo":
                 own = own_criterion(row, tables["plain"], records["judge"]).replace("\n", "; ")
                 blocks.append(f"Own criterion: {own}.")
-    command = f"```bash\npython {run['command']}\n```" if run.get("command") else "Not recorded with this row."
-    blocks += ["## Command", command, "## Result"]
+    blocks += ["## Command", command_of(run), "## Result"]
     for r in rows:
         lines = [[column.replace("\n", " "), score_cell(*score(r, column))] for column in METRICS]
         header = ["benchmark", f"{r['protocol']}, %"]
@@ -1161,18 +1165,38 @@ def page(label: str, rows: list[dict], tables: dict, compared: dict, records: di
         if own := [r for r in record.get("rows") or [] if same_policy(r, row)]:
             blocks += ["## Held-out answers", guardrails_table(record | {"rows": own}, everything)]
     curves = image(f"../plots/run-{label}", plots)
-    blocks += ["## Training", training_table([row]) or "Not recorded with this row.", curves]
+    blocks += ["## Training", training_table([row]) or "Not recorded with this run.", curves]
     parents = [row.get("parent"), *(run.get("scorers") or {}).values()]
     data = [[role, f"`{value}`"] for role, value in (row.get("data") or {}).items()]
     data += [[f"{p.get('method') or 'parent'} {p.get('name')}", f"`{p.get('config_hash')}`"] for p in parents if p]
-    hashes = [[key, f"`{row.get(key)}`"] for key in ("train_invariants", "config_hash", "family", "adapter_sha256")]
-    blocks += ["## Data and lineage", Table(["", "fingerprint"], data + hashes, 2)]
-    settings = [[key, f"`{json.dumps(value, ensure_ascii=False)}`"] for key, value in (run.get("args") or {}).items()]
-    if settings:
-        blocks += ["## Configuration", Table(["argument", "value"], settings, 2)]
+    blocks += ["## Data and lineage", Table(["", "fingerprint"], data + hashes_of(row), 2), *configuration(run)]
+    if run:
         about = {"git commit": run.get("git_commit"), **(run.get("hardware") or {}), **(run.get("versions") or {})}
         blocks.append("; ".join(f"{key} {value}" for key, value in about.items()) + ".")
     return [block for block in [*blocks, LEGEND] if block]
+
+
+def reward_page(record: dict) -> list[str | Table]:
+    """The page of a reward model."""
+    data = [[role, f"`{value}`"] for role, value in (record.get("data") or {}).items()]
+    plot = f"![Held-out figures](../{record['plot']})" if record["plot"] else ""
+    blocks = [f"# {record['label']}", f"`reward`, seed {record.get('seed')}. [All results](../README.md)", "## Command",
+              command_of(record), "## Result", reward_table([record]), against_length(record), plot, "## Data and lineage",
+              Table(["", "fingerprint"], data + hashes_of(record), 2), *configuration(record)]  # fmt: skip
+    return [block for block in blocks if block]
+
+
+def command_of(run: dict) -> str:
+    return f"```bash\npython {run['command']}\n```" if run.get("command") else "Not recorded with this run."
+
+
+def hashes_of(run: dict) -> list[list[str]]:
+    return [[key, f"`{run.get(key)}`"] for key in ("train_invariants", "config_hash", "family", "adapter_sha256")]
+
+
+def configuration(run: dict) -> list[str | Table]:
+    settings = [[key, f"`{json.dumps(value, ensure_ascii=False)}`"] for key, value in (run.get("args") or {}).items()]
+    return ["## Configuration", Table(["argument", "value"], settings, 2)] if settings else []
 
 
 def same_policy(a: dict, b: dict) -> bool:
@@ -1230,28 +1254,33 @@ def main(args: Args) -> None:
             found = [record for record in records["runs"] if same_policy(record, own[0])]
             figures[f"run-{label}"] = run_curves(found[0]) if found else None
         figures = {name: figure for name, figure in figures.items() if figure}
-        kinds = ("svg",) if args.check else ("svg", "png")  # a PNG's bytes depend on the machine
-        files = {results / "plots" / f"{name}.{kind}": encode(figure, kind) for name, figure in figures.items() for kind in kinds}
+        files = {results / "plots" / f"{name}.svg": encode(figure, "svg") for name, figure in figures.items()}
+        pictures = {results / "plots" / f"{name}.png": figure for name, figure in figures.items() if name in PLOTS}
+        if not args.check:  # a PNG's bytes depend on the machine: that it is there is all that is checked
+            files |= {path: encode(figure, "png") for path, figure in pictures.items()}
     flags = {"--results": args.results, "--readme": args.readme, "--group": " ".join(args.group)}
     defaults = {"--results": Args.results, "--readme": Args.readme, "--group": ""}
     given = [f"{flag} {value}" for flag, value in flags.items() if value != defaults[flag]]
     command = " ".join(["python report.py", *given])
     stamp, speed, plots = f"<!-- written by `{command}`; edits are lost -->\n\n", bench_tables(results), list(figures)
-    full = [*full_report(tables, compared, records, plots, list(runs)), *speed, LEGEND]
+    own_rewards = [record for record in records["rm"] if not record["note"] and record["name"] not in runs]
+    pages = [*runs, *(record["name"] for record in own_rewards)]
+    full = [*full_report(tables, compared, records, plots, pages), *speed, LEGEND]
     texts = {results / "README.md": stamp + markdown(full)}
     for label, own in runs.items():
         texts[results / "runs" / f"{label}.md"] = stamp + markdown(page(label, own, tables, compared, records, plots))
+    for record in own_rewards:
+        texts[results / "runs" / f"{record['name']}.md"] = stamp + markdown(reward_page(record))
     if args.readme != "none":
         readme = Path(args.readme)
         place = Path(os.path.relpath(results, readme.parent)).as_posix()
         compact = [*compact_report(tables, compared, records, plots, place), *speed, LEGEND]
         texts[readme] = with_section(readme, stamp + markdown(compact) + "\n")
     names = [str(path) for path in texts if path.parent != results / "runs"]
-    names += [f"{len(found)} {what}" for found, what in ((runs, "run pages"), (figures, "plots")) if found]
+    names += [f"{len(found)} {what}" for found, what in ((pages, "run pages"), (figures, "plots")) if found]
     files |= {path: text.encode() for path, text in texts.items()}
-    pictures = {results / "plots" / f"{name}.png" for name in figures}
     generated = [*(results / "runs").glob("*.md"), *(results / "plots").glob("*.svg"), *(results / "plots").glob("*.png")]
-    leftover = sorted(set(generated) - set(files) - pictures)
+    leftover = sorted(set(generated) - set(files) - set(pictures))
 
     # 3. Compare, or show and write.
     if not args.check:
