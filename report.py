@@ -398,9 +398,10 @@ class Change:
         return self.interval is not None and self.interval[1] < 0 and self.points < CATASTROPHIC
 
 
-def paired_items(a: dict, b: dict, column: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """([n] the score of row a minus that of row b, [n] the size) of each item: of a prompt of several instructions, the
-    difference of how many were followed, and how many there are. None where a row has no per-item scores."""
+def paired_items(a: dict, b: dict, column: str) -> tuple[np.ndarray, np.ndarray, bool] | None:
+    """([n] the score of row a minus that of row b, [n] the size) of each item, and whether all scores are 0 or 1. Of a
+    prompt of several instructions: the difference of how many were followed, and how many there are. None where a row has
+    no per-item scores; ends the run where the two rows' items are not the same."""
     task, metric, filter_name = METRICS[column]
     items = [at(row, "items", task) for row in (a, b)]
     key = f"{metric},{filter_name}"
@@ -414,16 +415,17 @@ def paired_items(a: dict, b: dict, column: str) -> tuple[np.ndarray, np.ndarray]
         )
     pairs = [(x, of_b[item]) for item, x in of_a.items()]
     if isinstance(pairs[0][0], list):
-        return np.array([sum(x) - sum(y) for x, y in pairs]), np.array([len(x) for x, _ in pairs])
-    return np.array([x - y for x, y in pairs]), np.ones(len(pairs), int)
+        return np.array([sum(x) - sum(y) for x, y in pairs]), np.array([len(x) for x, _ in pairs]), False
+    scores = np.array(pairs)  # [n, 2]
+    return scores[:, 0] - scores[:, 1], np.ones(len(pairs), int), bool(np.isin(scores, (0, 1)).all())
 
 
 def compare(a: dict, b: dict, column: str) -> Change:
     change = Change(*delta(score(a, column), score(b, column)))
     if change.points is None or not (found := paired_items(a, b, column)):
         return change
-    d, m = found
-    if m.max() == 1 and np.isin(d, (-1, 0, 1)).all():  # 0/1 items
+    d, m, right_or_wrong = found
+    if right_or_wrong:
         gained, lost = int((d > 0).sum()), int((d < 0).sum())
         low, high, p = *paired_interval(gained, lost, len(d)), mcnemar(gained, lost)
     else:
@@ -884,9 +886,9 @@ def bench_tables(results: Path) -> list[str | Table]:
 
 # ------------------------------------------------------------------ plots
 
-# One file for light and dark: transparent, in tones that stand 4:1 or more against white and against a dark page.
+# One file for light and dark: transparent, in tones of contrast 4:1 or more against white and against #0d1117.
 INK = "#76808a"
-COLOURS = {"sft": "#8a7a3c", "dpo": "#3b82c4", "ppo": "#c96a2b", "grpo": "#2e9164", "kto": "#a067d0"}
+COLOURS = {"sft": "#8a7a3c", "dpo": "#3b82c4", "ppo": "#c4652a", "grpo": "#2a8a5e", "kto": "#9a60cc"}
 STYLE = {
     "svg.hashsalt": "rungs", "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "grid.alpha": 0.3, "lines.linewidth": 1.6, "lines.markersize": 6,
