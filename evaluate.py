@@ -550,7 +550,7 @@ def read_finished(path: Path, identity: dict) -> dict | None:
 
 
 def score_columns(lines: list[dict]) -> dict[str, list]:
-    """The items of a task without their text: {"task", "doc_id", "doc_hash" (8 digits, to pair by), and each metric}."""
+    """The items of a task without their text: {"task", "doc_id", "doc_hash" (8 digits, to pair by), each metric}."""
 
     def plain(x):  # true and 1.0 -> 1
         return [plain(y) for y in x] if isinstance(x, list) else int(x) if x == int(x) else x
@@ -562,7 +562,7 @@ def score_columns(lines: list[dict]) -> dict[str, list]:
 
 
 def thin(log: list[dict], points: int = 100) -> dict[str, list]:
-    """A log's curves, {"step", key: values}, with at most `points` values each: means over as many neighbouring steps."""
+    """A log's curves, {"step", key: values}, of at most `points` values each: means over neighbouring steps."""
     size = -(-len(log) // points) or 1
     parts = [log[i : i + size] for i in range(0, len(log), size)]
     keys = dict.fromkeys(key for line in log for key, value in line.items() if isinstance(value, (int, float)))

@@ -8,8 +8,8 @@ Both rows answered the same items, so the test is a paired one, on the differenc
                  (IFEval by instruction, whose delta is sum d_i / sum m_i, m_i instructions in prompt i)
     p-values     adjusted by Holm over a table: five columns x the rows compared with base, in one protocol
     detectable   (z_0.975 + z_0.8) sqrt(sum d_i^2) / sum m_i: what a test at 5 % finds with power 0.8
-"Up" and "down" are adjusted p < 0.05. Catastrophic: the interval wholly below 0 and the point below -2. Verdicts, of the
-plain protocol against base, the first that holds:
+"Up" and "down" are adjusted p < 0.05. Catastrophic: the interval wholly below 0 and the point below -2. The verdict is
+that of the plain protocol against base, the first that holds:
     open            a test is missing: the row or base has no per-item scores
     irreproducible  a rerun of the same config_hash differs from it (Holm over the five columns)
     forgetting      IFEval up, and a catastrophic drop elsewhere
@@ -19,9 +19,9 @@ plain protocol against base, the first that holds:
     mixed           the rest: up elsewhere than on IFEval, or up and down on it
 DPO has a criterion of its own besides: the lower bound of its judged win rate against SFT is above 50 %.
 
-1. A report is about one train_invariants, and a table about one protocol (plain, chat) and one eval_hash. A results file
-   that holds more is refused, naming the rows and the fields that differ; --group HASH picks. So are rows whose items
-   (doc_id, doc_hash) are not the same.
+1. A report is about one train_invariants, and a table about one protocol (plain, chat) and one eval_hash. A results
+   file that holds more is refused, naming the rows and the fields that differ; --group HASH picks. So are rows whose
+   items (doc_id, doc_hash) are not the same.
 2. A method is compared with base and with the SFT row it was trained from: the parent that the row names, else the only
    candidate. Where two could be meant, the difference is left out and a note says so.
 3. The same config_hash with another adapter hash is a run that did not reproduce: both rows stay, the later marked †.
@@ -31,8 +31,8 @@ DPO has a criterion of its own besides: the lower bound of its judged win rate a
    held-out answers from judge/*.json, speed from bench/*.json. A record of other train_invariants than the rows' is
    listed with ‡ and both hashes, and left out where --group names theirs.
 
-    python report.py            print the tables; write results/README.md, results/runs/*.md, results/plots/ and README.md
-                                between its two markers
+    python report.py            print the tables; write results/README.md, a page a run in results/runs/, the plots in
+                                results/plots/, and README.md between its two markers
     python report.py --check    write nothing; exit 1 with a diff when a file disagrees with the results
 """
 
@@ -120,19 +120,19 @@ ROW_KEYS = (
     "protocol metrics n"
 ).split()
 LEGEND = (
-    "Scores in % ± standard error; n counts items, for IFEval prompts. Differences in points. With per-item scores: the "
-    "paired 95 % interval in brackets, p adjusted by Holm over the table, **bold** where p < 0.05. Without: ± √(se² + "
-    "se²), **bold** at twice that or more. `~`: less than 2 √(se² + se²), which the two scores alone would not tell "
-    "apart. `?`: a standard error is missing. `–`: not measured."
+    "Scores in % ± standard error; n counts items, for IFEval prompts. Differences in points. With per-item scores: "
+    "the paired 95 % interval in brackets, p adjusted by Holm over the table, **bold** where p < 0.05. Without: "
+    "± √(se² + se²), **bold** at twice that or more. `~`: less than 2 √(se² + se²), which the two scores alone would "
+    "not tell apart. `?`: a standard error is missing. `–`: not measured."
 )
-UNPAIRED = "± stands where a row has no per-item scores: no paired test, so no verdict; evaluate.py keeps them in scores/."
+UNPAIRED = "±: no per-item scores (evaluate.py keeps them in scores/), so no paired test and no verdict."
 DETECTABLE = "smallest detectable"
 VERDICTS = (
     "Up and down: p < 0.05 after Holm. Catastrophic: interval wholly below 0, point below −2. **win**: IFEval up, no "
     "catastrophic drop. **forgetting**: IFEval up, a catastrophic drop elsewhere. **regression**: down, nothing up. "
-    "**flat**: neither. **mixed**: up elsewhere than on IFEval. **irreproducible**: a rerun differs. **open**: a test is "
-    "missing. Smallest detectable: the true difference that one paired test at 5 % finds 4 times in 5, from the share of "
-    "items on which the two rows differ."
+    "**flat**: neither. **mixed**: up elsewhere than on IFEval. **irreproducible**: a rerun differs. **open**: a test "
+    "is missing. Smallest detectable: the true difference that one paired test at 5 % finds 4 times in 5, from the "
+    "share of items on which the two rows differ."
 )
 PLOTS = {  # file name under plots/ -> what it shows
     "deltas-plain": "Differences to base with paired 95 % intervals, plain protocol",
@@ -151,8 +151,8 @@ Z_ALPHA, Z_POWER = (statistics.NormalDist().inv_cdf(p) for p in (1 - ALPHA / 2, 
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p that the items which only one of two rows has right are fair coins, of which `gained` and `lost`
-    fell on each side: min(1, 2 P(X <= min)), X ~ Binomial(gained + lost, 1/2). 1 where there is no such item."""
+    """Two-sided exact p that the items which only one of two rows has right are fair coins, of which `gained` and
+    `lost` fell on each side: min(1, 2 P(X <= min)), X ~ Binomial(gained + lost, 1/2). 1 where there is no such item."""
     n, term, total = gained + lost, 1, 0  # term: n choose k, in whole numbers
     for k in range(min(gained, lost) + 1):
         total, term = total + term, term * (n - k) // (k + 1)
@@ -176,8 +176,8 @@ def resamples(counts: tuple[int, ...]) -> np.ndarray:
 
 
 def paired_bootstrap(d: np.ndarray, m: np.ndarray) -> tuple[float, float, float]:
-    """(lower, upper, p) of sum d / sum m, d [n] the differences and m [n] the sizes of the independent units (an item: 1;
-    a prompt: its instructions): the percentile 95 % interval, and p = 2 min(P(. <= 0), P(. >= 0)), never 0."""
+    """(lower, upper, p) of sum d / sum m, d [n] the differences and m [n] the sizes of the independent units (an item:
+    1; a prompt: its instructions): the percentile 95 % interval, and p = 2 min(P(. <= 0), P(. >= 0)), never 0."""
     pairs = np.stack([d, m], axis=1).astype(float)  # [n, 2]
     values, counts = np.unique(pairs, axis=0, return_counts=True)  # drawing items is drawing how often each value comes
     if 4 * len(values) > len(pairs):  # mostly distinct: then equal weights, which all comparisons share
@@ -201,8 +201,8 @@ def holm(p: list[float]) -> list[float]:
 def minimum_detectable_effect(d: np.ndarray, m: np.ndarray) -> float | None:
     """The true difference that one paired test at alpha = 0.05, two-sided, finds with power 0.8:
         (z_0.975 + z_0.8) sqrt(sum d^2) / sum m
-    which for 0/1 items is 2.80 sqrt(psi / n), psi the observed share of discordant items [Connor 1987, Biometrics 43(1),
-    without the term delta^2 << psi: a little too large]. Not of the adjusted test, which needs more. None if d is 0."""
+    which for 0/1 items is 2.80 sqrt(psi / n), psi the observed share of discordant items [Connor 1987, Biometrics
+    43(1), without the term delta^2 << psi: a little too large]. Holm's test needs more. None where no item differs."""
     return float((Z_ALPHA + Z_POWER) * math.sqrt((d.astype(float) ** 2).sum()) / m.sum()) if d.any() else None
 
 
@@ -223,8 +223,8 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def read_items(results: Path, row: dict) -> dict[str, dict] | None:
-    """{task: {"task", "doc_id", "doc_hash", and each metric}: a list over its items}, or None where a row has none. Ends
-    the run if they are not the row's: of other weights, or with another mean than its score."""
+    """{task: {"task", "doc_id", "doc_hash", and each metric: a list over its items}}, or None where a row has none.
+    Ends the run if they are not the row's: of other weights, or with another mean than its score."""
     path = results / (row.get("scores") or "")
     if not path.is_file():
         return None
@@ -303,7 +303,8 @@ def tables_of(rows: list[dict], group: tuple[str, ...], path: Path) -> dict[str,
 def read_records(results: Path, rows: list[dict], group: tuple[str, ...]) -> dict[str, list[dict]]:
     """{"rm", "ppo", "grpo", "judge", "guardrails", "runs": what the files hold}, with a `label`, the `plot` beside the
     file ("": none), and a `note` on one whose train_invariants are not those of `rows`. Fails on a newer schema."""
-    records, climb = {kind: [] for kind in ("rm", "ppo", "grpo", "judge", "guardrails", "runs")}, rows[0] if rows else None
+    records = {kind: [] for kind in ("rm", "ppo", "grpo", "judge", "guardrails", "runs")}
+    climb = rows[0] if rows else None
     folders = [kind for kind in records if kind != "guardrails"]
     for folder, path in [(folder, path) for folder in folders for path in sorted((results / folder).glob("*.json"))]:
         record, plot = {"name": path.stem, **read_json(path)}, path.with_suffix(".png")
@@ -400,8 +401,8 @@ class Change:
 
 def paired_items(a: dict, b: dict, column: str) -> tuple[np.ndarray, np.ndarray, bool] | None:
     """([n] the score of row a minus that of row b, [n] the size) of each item, and whether all scores are 0 or 1. Of a
-    prompt of several instructions: the difference of how many were followed, and how many there are. None where a row has
-    no per-item scores; ends the run where the two rows' items are not the same."""
+    prompt of several instructions: the difference of how many were followed, and how many there are. None where a row
+    has no per-item scores; ends the run where the two rows' items are not the same."""
     task, metric, filter_name = METRICS[column]
     items = [at(row, "items", task) for row in (a, b)]
     key = f"{metric},{filter_name}"
@@ -466,11 +467,12 @@ def comparisons(rows: list[dict], method: str) -> tuple[list[Comparison], list[s
 
 
 def reran(row: dict, rows: list[dict]) -> bool | None:
-    """Whether a rerun of the row's config_hash (another adapter) differs beyond noise: Holm over the five columns of each.
-    None where that can't be told."""
+    """Whether a rerun of the row's config_hash (another adapter) differs beyond noise, by Holm over the five columns of
+    each rerun; None where that can't be told."""
     others = [r for r in rows if r["name"] == row["name"] and r["config_hash"] == row["config_hash"]]
     others = [r for r in others if r["adapter_sha256"] != row["adapter_sha256"]]
-    found = [change for other in others for change in adjust([{k: compare(row, other, k) for k in METRICS}])[0].values()]
+    pairs = [adjust([{k: compare(row, other, k) for k in METRICS}])[0] for other in others]
+    found = [change for changes in pairs for change in changes.values()]
     if any(change.p is not None and change.clear for change in found):
         return True
     return None if any(change.p is None for change in found) else False
@@ -525,7 +527,7 @@ def delta_cell(points: float | None, stderr: float | None, clear: bool | None, s
 
 
 def change_cell(change: Change, short: bool = False) -> str:
-    """`**+5.0 [3.6, 6.4]**` and the adjusted p where there is a paired test, else a delta_cell; short: the points only."""
+    """`**+5.0 [3.6, 6.4]**` and the adjusted p where there is a paired test, else a delta_cell; short: points only."""
     if change.adjusted is None:
         return delta_cell(change.points, change.stderr, change.apart, short)
     text = signed(change.points)
@@ -631,7 +633,7 @@ def verdict_table(compared: list[Comparison], rows: list[dict], judge: list[dict
 
 
 def own_criterion(row: dict, rows: list[dict], judge: list[dict]) -> str:
-    """DPO's: does the interval of its judged win rate against its SFT row lie above 50 %? A circular judge doesn't count."""
+    """DPO's: the judged win rate against its SFT row is above 50 % with its whole interval. No circular judge counts."""
     parents = {r["adapter_sha256"] for r in references(row, rows, "sft")}
     said = []
     for record in judge:
@@ -697,7 +699,8 @@ def training_table(rows: list[dict]) -> Table | None:
         for (label, row), found in zip(label_rows(list(once.values())), facts.values())
     ]
     notes = ["A row's own training, without that of its parent and of the reward models it used."]
-    notes += ["Tokens: all that it trained on or sampled, every epoch counted."] * any(row.get("cost") for row in once.values())
+    if any(row.get("cost") for row in once.values()):
+        notes.append("Tokens: all that it trained on or sampled, every epoch counted.")
     return Table(["row", "method", "seed", "config_hash", *titles.values()], lines, 4, notes) if lines else None
 
 
@@ -819,10 +822,10 @@ def judged_label(row: dict, rows: list[dict]) -> str:
 
 def judge_table(records: list[dict], rows: list[dict]) -> Table:
     lines, notes = [], [
-        "Held-out prompts, each judged in both orders: a disagreement is a tie, a tie is half a win. Win rate in % with "
-        "the bootstrap's 95 % interval over prompts; length-controlled, what a logistic fit says at equal lengths. "
-        "Inconsistent: the share of prompts on which the two orders disagree. Circular: the judge has trained one of the "
-        "two, or is one; its figure shows over-optimisation, not quality."
+        "Held-out prompts, each judged in both orders: a disagreement is a tie, a tie is half a win. Win rate in % "
+        "with the bootstrap's 95 % interval over prompts; length-controlled: by a logistic fit, at equal lengths. "
+        "Inconsistent: the share of prompts on which the two orders disagree. Circular: the judge has trained one of "
+        "the two, or is one; its figure shows over-optimisation, not quality."
     ]  # fmt: skip
     for record in records:
         a, b = (judged_label(at(record, "rows", side) or {"name": record.get(side)}, rows) for side in "ab")
@@ -832,9 +835,8 @@ def judge_table(records: list[dict], rows: list[dict]) -> Table:
         controlled = share_interval(s.get("length_controlled_win_rate"), s.get("length_controlled_ci95"))
         tokens = " / ".join(number(s.get(key), 0) for key in ("mean_tokens_a", "mean_tokens_b"))
         shares = [number(s.get("position_inconsistency"), 1, 100), number(s.get("unparsable"))]
-        mark = "‡" * bool(record["note"])
-        lines.append([f"{a} against {b}{mark}", name, number(s.get("n")), counts, win_rate_cell(record), controlled, *shares,
-                      tokens])  # fmt: skip
+        who, rate = f"{a} against {b}" + "‡" * bool(record["note"]), win_rate_cell(record)
+        lines.append([who, name, number(s.get("n")), counts, rate, controlled, *shares, tokens])
         if judge.get("circular"):
             notes.append(f"{a} against {b}: circular, {judge.get('circular_why') or 'no reason given'}.")
         notes += [record["note"]] * bool(record["note"])
@@ -856,11 +858,12 @@ def guardrails_table(record: dict, rows: list[dict]) -> Table:
             kl += f" ± {number(row['kl_sft_se'], 2)}"
         lines.append([judged_label(row, rows), tokens, *cells, kl, number(row.get("delta_w"), 2, 100)])
     notes = [
-        "Tokens: mean ± sd of an answer. Distinct-n: different runs of n words among all. Longest repeat: tokens of the "
-        "longest span that an answer says twice. KL: nats an answer, of the row to SFT along its own answers, ± standard "
-        "error. ‖ΔW‖ / ‖W‖: size of the adapter beside the weights it changes, against the base."
+        "Tokens: mean ± sd of an answer. Distinct-n: different runs of n words among all. Longest repeat: tokens of "
+        "the longest span that an answer says twice. KL: nats an answer, of the row to SFT along its own answers, "
+        "± standard error. ‖ΔW‖ / ‖W‖: size of the adapter beside the weights it changes, against the base."
     ]
-    notes += ["≤: best of N, for which log N − (N − 1) / N bounds the KL."] * bound + [record["note"]] * bool(record["note"])
+    notes += ["≤: best of N, for which log N − (N − 1) / N bounds the KL."] * bound
+    notes += [record["note"]] * bool(record["note"])
     return Table(["row", "tokens", *GUARDRAILS, "KL to SFT", "‖ΔW‖ / ‖W‖,\n%"], lines, 1, notes)
 
 
@@ -872,12 +875,14 @@ def bench_tables(results: Path) -> list[str | Table]:
         cases = [case for case in record.get("cases") or [] if isinstance(case, dict)]
         for workload in dict.fromkeys(case.get("workload") for case in cases):
             of = [case for case in cases if case.get("workload") == workload]
-            ours = max((finite(case.get("tokens_per_s")) or 0 for case in of if case.get("system") == "rungs"), default=0)
+            speeds = [finite(case.get("tokens_per_s")) or 0 for case in of if case.get("system") == "rungs"]
+            ours = max(speeds, default=0)
             for case in sorted(of, key=lambda case: case.get("system") != "rungs"):
                 speed = finite(case.get("tokens_per_s"))
                 ratio = f"{ours / speed:.2f}×" if ours and speed and case["system"] != "rungs" else ""
-                lines.append([str(workload), str(case.get("system")), str(case.get("settings") or "–"), number(speed, 0),
-                              ratio, number(case.get("peak_gib"), 1), number(case.get("mfu"), 1, 100)])  # fmt: skip
+                about = [str(case.get(key) or "–") for key in ("workload", "system", "settings")]
+                figures = [number(speed, 0), ratio, number(case.get("peak_gib"), 1), number(case.get("mfu"), 1, 100)]
+                lines.append(about + figures)
         header = ["workload", "system", "settings", "tokens/s", "rungs is", "peak GiB", "MFU, %"]
         notes = ["rungs is: the tokens/s of our fastest case of the workload over those of the line."]
         blocks += [f"## Speed: {record.get('device') or path.stem}", Table(header, lines, 3, notes)]
@@ -890,9 +895,9 @@ def bench_tables(results: Path) -> list[str | Table]:
 INK = "#76808a"
 COLOURS = {"sft": "#8a7a3c", "dpo": "#3b82c4", "ppo": "#c4652a", "grpo": "#2a8a5e", "kto": "#9a60cc"}
 STYLE = {
-    "svg.hashsalt": "rungs", "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, "grid.alpha": 0.3, "lines.linewidth": 1.6, "lines.markersize": 6,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK),
+    "svg.hashsalt": "rungs", "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "grid.alpha": 0.3, "lines.linewidth": 1.6,
+    **dict.fromkeys("text.color axes.edgecolor axes.labelcolor xtick.color ytick.color grid.color".split(), INK),
 }  # fmt: skip
 
 
@@ -927,7 +932,7 @@ def forest(compared: list[Comparison]) -> Figure | None:
 
 
 def tradeoff(compared: list[Comparison]) -> Figure | None:
-    """A point a row: the gain on IFEval, and the larger of the losses on MMLU and TruthfulQA, each with its interval."""
+    """A point a row: the gain on IFEval beside the worse of MMLU and TruthfulQA, each with its interval."""
     points = []
     for c in compared:
         gain = c.changes["IFEval\nprompt"]
@@ -955,7 +960,7 @@ def tradeoff(compared: list[Comparison]) -> Figure | None:
 
 
 def winrate_kl(judge: list[dict], guardrails: list[dict]) -> Figure | None:
-    """A point a judged row: how often it beats SFT, and how far from SFT it went for that. A hollow one: circular judge."""
+    """A point a judged row: how often it beats SFT, and how far from SFT it went for that; hollow: circular judge."""
     moved = {(r.get("name"), r.get("adapter_sha256")): r for record in guardrails for r in record.get("rows") or []}
     points = []
     for record in judge:
@@ -1014,8 +1019,8 @@ def on_policy(records: list[dict]) -> Figure | None:
         for axis, key in zip(axes, (reward, "kl", "completion_tokens")):
             values = curves.get(key) or []
             draw_curve(axis, list(range(len(values))), values, tone, record["label"])
-        if values := curves.get("watch_scores"):
-            draw_curve(axes[0], list(range(len(values))), values, tone, f"{record['label']}, the model that watches", "--")
+        if watched := curves.get("watch_scores"):
+            draw_curve(axes[0], list(range(len(watched))), watched, tone, f"{record['label']}, watched", "--")
     for axis, title in zip(axes, ("reward, mean of a batch", "KL to the reference, nats", "tokens of an answer")):
         axis.set_title(title)
         axis.set_xlabel("update")
@@ -1042,6 +1047,18 @@ def run_curves(record: dict) -> Figure | None:
     for axis in axes[len(keys) :]:
         axis.set_axis_off()
     return figure
+
+
+def draw(compared: dict, records: dict[str, list[dict]], runs: dict[str, list[dict]]) -> dict[str, Figure]:
+    """{name under plots/: figure}, of those that have data."""
+    figures = {f"deltas-{protocol}": forest(rows) for (protocol, to), (rows, _) in compared.items() if to == "base"}
+    figures["tradeoff"] = tradeoff(compared.get(("plain", "base"), ([], []))[0])
+    figures["winrate-kl"] = winrate_kl(records["judge"], records["guardrails"])
+    figures |= {method: on_policy(records[method]) for method in ("ppo", "grpo")}
+    for label, rows in runs.items():
+        found = [record for record in records["runs"] if same_policy(record, rows[0])]
+        figures[f"run-{label}"] = run_curves(found[0]) if found else None
+    return {name: figure for name, figure in figures.items() if figure}
 
 
 def encode(figure: Figure, kind: str) -> bytes:
@@ -1139,13 +1156,13 @@ def policies(tables: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return dict(zip(labels, found.values()))
 
 
-def page(label: str, rows: list[dict], tables: dict, compared: dict, records: dict, plots: list[str]) -> list[str | Table]:
-    """A run's page: verdict, command, result, curves, data, configuration."""
+def page(label: str, rows: list[dict], tables: dict, compared: dict, records: dict, plots: list[str]) -> list:
+    """A run's page, blocks of text and tables: verdict, command, result, training, data, configuration."""
     row, everything = rows[0], [r for table in tables.values() for r in table]
     run = next((r for r in records["runs"] if same_policy(r, row)), {})
     blocks = [f"# {label}", f"`{row['method']}`, phase {row['phase']}, seed {row['seed']}. [All results](../README.md)"]
     for c in compared.get(("plain", "base"), ([], []))[0]:
-        if c.row in rows:
+        if any(c.row is r for r in rows):
             word, why = verdict(c.changes, reran(c.row, tables["plain"]))
             blocks.append(f"**Verdict: {word}** ({why}).")
             if row["method"] == "dpo":
@@ -1182,9 +1199,9 @@ def reward_page(record: dict) -> list[str | Table]:
     """The page of a reward model."""
     data = [[role, f"`{value}`"] for role, value in (record.get("data") or {}).items()]
     plot = f"![Held-out figures](../{record['plot']})" if record["plot"] else ""
-    blocks = [f"# {record['label']}", f"`reward`, seed {record.get('seed')}. [All results](../README.md)", "## Command",
-              command_of(record), "## Result", reward_table([record]), against_length(record), plot, "## Data and lineage",
-              Table(["", "fingerprint"], data + hashes_of(record), 2), *configuration(record)]  # fmt: skip
+    blocks = [f"# {record['label']}", f"`reward`, seed {record.get('seed')}. [All results](../README.md)"]
+    blocks += ["## Command", command_of(record), "## Result", reward_table([record]), against_length(record), plot]
+    blocks += ["## Data and lineage", Table(["", "fingerprint"], data + hashes_of(record), 2), *configuration(record)]
     return [block for block in blocks if block]
 
 
@@ -1243,19 +1260,12 @@ def main(args: Args) -> None:
     records = read_records(results, rows, args.group)
     for row in rows:
         row["items"] = read_items(results, row)
-    compared = {(name, method): comparisons(table, method) for name, table in tables.items() for method in ("base", "sft")}
+    compared = {(name, to): comparisons(table, to) for name, table in tables.items() for to in ("base", "sft")}
 
     # 2. The plots, and the files as they should read.
     runs = policies(tables)
     with rc_context(STYLE):
-        figures = {f"deltas-{name}": forest(compared[name, "base"][0]) for name in tables}
-        figures["tradeoff"] = tradeoff(compared["plain", "base"][0]) if "plain" in tables else None
-        figures["winrate-kl"] = winrate_kl(records["judge"], records["guardrails"])
-        figures |= {method: on_policy(records[method]) for method in ("ppo", "grpo")}
-        for label, own in runs.items():
-            found = [record for record in records["runs"] if same_policy(record, own[0])]
-            figures[f"run-{label}"] = run_curves(found[0]) if found else None
-        figures = {name: figure for name, figure in figures.items() if figure}
+        figures = draw(compared, records, runs)
         files = {results / "plots" / f"{name}.svg": encode(figure, "svg") for name, figure in figures.items()}
         pictures = {results / "plots" / f"{name}.png": figure for name, figure in figures.items() if name in PLOTS}
         if not args.check:  # a PNG's bytes depend on the machine: that it is there is all that is checked
@@ -1279,10 +1289,10 @@ def main(args: Args) -> None:
         compact = [*compact_report(tables, compared, records, plots, place), *speed, LEGEND]
         texts[readme] = with_section(readme, stamp + markdown(compact) + "\n")
     names = [str(path) for path in texts if path.parent != results / "runs"]
-    names += [f"{len(found)} {what}" for found, what in ((pages, "run pages"), (figures, "plots")) if found]
+    names += [f"pages of {len(pages)} runs"] * bool(pages) + [f"plots: {len(figures)}"] * bool(figures)
     files |= {path: text.encode() for path, text in texts.items()}
-    generated = [*(results / "runs").glob("*.md"), *(results / "plots").glob("*.svg"), *(results / "plots").glob("*.png")]
-    leftover = sorted(set(generated) - set(files) - set(pictures))
+    generated = {path for pattern in ("runs/*.md", "plots/*.svg", "plots/*.png") for path in results.glob(pattern)}
+    leftover = sorted(generated - set(files) - set(pictures))  # of rows that are no longer there
 
     # 3. Compare, or show and write.
     if not args.check:
