@@ -469,7 +469,7 @@ def comparisons(rows: list[dict], method: str) -> tuple[list[Comparison], list[s
 def reran(row: dict, rows: list[dict]) -> bool | None:
     """Whether a rerun of the row's config_hash (another adapter) differs beyond noise, by Holm over the five columns of
     each rerun; None where that can't be told."""
-    others = [r for r in rows if r["name"] == row["name"] and r["config_hash"] == row["config_hash"]]
+    others = [r for r in rows if row["adapter_sha256"] and r["config_hash"] == row["config_hash"]]
     others = [r for r in others if r["adapter_sha256"] != row["adapter_sha256"]]
     pairs = [adjust([{k: compare(row, other, k) for k in METRICS}])[0] for other in others]
     found = [change for changes in pairs for change in changes.values()]
@@ -1130,14 +1130,22 @@ def full_report(tables: dict[str, list[dict]], compared: dict, records: dict[str
 
 def compact_report(tables: dict[str, list[dict]], compared: dict, records: dict[str, list[dict]], plots: list[str],
                    place: str) -> list[str | Table]:
-    """README.md's section: the current state with each difference to base and the verdict, and the reward models."""
-    blocks = []
+    """README.md's section: the current state with each difference to base and the verdict, win rates, reward models."""
+    blocks, everything = [], [row for table in tables.values() for row in table]
     for protocol, rows in tables.items():
         blocks.append(f"**{protocol.capitalize()} protocol**, % (difference to base, points)")
         blocks += [scores_table(rows, compared[protocol, "base"][0], verdicts=protocol == "plain")]
         blocks += [text for text in (image(f"{place}/plots/deltas-{protocol}", plots), *describe(rows)) if text]
+    blocks = blocks or [scores_table([])]
+    by_judge = {}
+    for record in records["judge"]:
+        if not record["note"] and not at(record, "judge", "circular"):
+            by_judge.setdefault((at(record, "judge", "model"), record.get("b")), []).append(record)
+    for (model, b), found in by_judge.items():
+        rates = ", ".join(f"{judged_label(record['rows']['a'], everything)} {win_rate_cell(record)}" for record in found)
+        blocks.append(f"**Win rate** against {b}, judged by {model} in both orders, %: {rates}.")
     rewards = [against_length(record) for record in records["rm"] if not record["note"]] or ["rm_v1: planned."]
-    return [*(blocks or [scores_table([])]), *(f"**Reward model** {text}" for text in rewards)]
+    return blocks + [f"**Reward model** {text}" for text in rewards]
 
 
 def image(stem: str, plots: list[str]) -> str:

@@ -835,6 +835,8 @@ def test_a_rerun_that_differs_is_irreproducible_and_one_that_does_not_is_no_matt
     assert verdicts["sft_v2"][0] == "**flat**"
     run([base, sft, dpo, scored(rerun, ifeval=better)])
     assert table("### Verdicts")["dpo_v1@99999999†"][0] == "**win**"
+    run([base, sft, dpo, scored(rerun | {"name": "dpo_again"})])  # its name is no part of a configuration
+    assert table("### Verdicts")["dpo_v1"][0] == table("### Verdicts")["dpo_again"][0] == "**irreproducible**"
     run([base, sft, dpo, rerun | {"n": dict.fromkeys(N, 60)}])  # can't be told
     assert table("### Verdicts")["dpo_v1@dddddddd"][0] == "**open**"
 
@@ -900,9 +902,12 @@ def test_judged_win_rates(here):
     assert line == ["judge-70b (api)", "200", "120 / 20 / 59", "65.4 [59.0, 72.0]", "60.1 [53.0, 67.0]", "8.5", "1",
                     "210 / 160"]  # fmt: skip
     assert "circular," not in Path("results/README.md").read_text()
+    sentence = "**Win rate** against sft_v2, judged by judge-70b in both orders, %: dpo_v1 65.4 [59.0, 72.0]."
+    assert said("**Win rate**", "README.md") == sentence
     judged(dpo, sft, "dpo_v1_vs_sft_v2.rm_v1", judge={"kind": "reward", "model": "rm_v1", "circular": True, "circular_why": "why"})
     run(None)
     assert said("dpo_v1 against sft_v2: ") == "dpo_v1 against sft_v2: circular, why."
+    assert said("**Win rate**", "README.md") == sentence  # which a circular judge is no part of
     judged(dpo | {"adapter_sha256": "7" * 64}, sft)  # of other weights than the row's
     run(None)
     assert "dpo_v1@77777777 against sft_v2" in table("## Judged win rates")
