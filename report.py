@@ -406,7 +406,7 @@ def paired_items(a: dict, b: dict, column: str) -> tuple[np.ndarray, np.ndarray,
     task, metric, filter_name = METRICS[column]
     items = [at(row, "items", task) for row in (a, b)]
     key = f"{metric},{filter_name}"
-    if not all(side and key in side for side in items):
+    if not all(side and side.get(key) for side in items):
         return None
     of_a, of_b = (dict(zip(zip(i["task"], i["doc_id"], i["doc_hash"]), i[key], strict=True)) for i in items)
     if unlike := sorted(of_a.keys() ^ of_b.keys()):
@@ -487,8 +487,10 @@ def verdict(changes: dict[str, Change], irreproducible: bool | None = False) -> 
     followed = [k for k in up if k.startswith("IFEval")]
     moved = [f"{k} {signed(tested[k].points)}" + " (catastrophic)" * (k in worst) for k in up + down]
     why = ", ".join(moved) or "nothing clearly up or down"
-    if len(tested) < len(METRICS) or irreproducible is None:
-        return "open", "no per-item scores" if not tested else "not all is measured"
+    if len(tested) < len(METRICS):
+        return "open", "not all is measured" if tested else "no per-item scores"
+    if irreproducible is None:
+        return "open", f"a rerun has no per-item scores to compare; {why}"
     if irreproducible:
         return "irreproducible", f"a rerun of the same configuration differs; {why}"
     if followed and any(not k.startswith("IFEval") for k in worst):
@@ -633,7 +635,7 @@ def verdict_table(compared: list[Comparison], rows: list[dict], judge: list[dict
 
 
 def own_criterion(row: dict, rows: list[dict], judge: list[dict]) -> str:
-    """DPO's: the judged win rate against its SFT row is above 50 % with its whole interval. No circular judge counts."""
+    """DPO's: the judged win rate against its SFT row, with its whole interval, is above 50 %; by no circular judge."""
     parents = {r["adapter_sha256"] for r in references(row, rows, "sft")}
     said = []
     for record in judge:
@@ -947,12 +949,14 @@ def tradeoff(compared: list[Comparison]) -> Figure | None:
     axis.axhline(0, color=INK, linewidth=1)
     axis.axhline(CATASTROPHIC, color=INK, linewidth=1, linestyle=":")
     axis.margins(x=0.12)
-    for i, (c, gain, loss) in enumerate(points):
+    for c, gain, loss in points:
         tone, (x, y) = colour(c.row), (round(gain.points, 3), round(loss.points, 3))
         axis.plot(np.round(gain.interval, 3), [y, y], color=tone, alpha=0.6)
         axis.plot([x, x], np.round(loss.interval, 3), color=tone, alpha=0.6)
         axis.plot(x, y, "o", color=tone)
-        axis.annotate(c.label, (x, y), (5, (5, -13)[i % 2]), textcoords="offset points", color=tone)
+        others = [(math.dist((x, y), (g.points, b.points)), b.points) for o, g, b in points if o is not c]
+        above = loss.points >= min(others, default=(0, -math.inf))[1]  # its name, away from the nearest point
+        axis.annotate(c.label, (x, y), (5, 5 if above else -13), textcoords="offset points", color=tone)
     axis.set_xlabel("IFEval by prompt, points against base")
     axis.set_ylabel("worse of MMLU and TruthfulQA,\npoints against base")
     axis.grid()
@@ -1142,8 +1146,8 @@ def compact_report(tables: dict[str, list[dict]], compared: dict, records: dict[
         if not record["note"] and not at(record, "judge", "circular"):
             by_judge.setdefault((at(record, "judge", "model"), record.get("b")), []).append(record)
     for (model, b), found in by_judge.items():
-        rates = ", ".join(f"{judged_label(record['rows']['a'], everything)} {win_rate_cell(record)}" for record in found)
-        blocks.append(f"**Win rate** against {b}, judged by {model} in both orders, %: {rates}.")
+        rates = [f"{judged_label(record['rows']['a'], everything)} {win_rate_cell(record)}" for record in found]
+        blocks.append(f"**Win rate** against {b}, judged by {model} in both orders, %: {', '.join(rates)}.")
     rewards = [against_length(record) for record in records["rm"] if not record["note"]] or ["rm_v1: planned."]
     return blocks + [f"**Reward model** {text}" for text in rewards]
 

@@ -741,14 +741,14 @@ def test_paired_differences_against_scipy_and_by_hand(here):
     assert against_base["sft_v2 − base"] == [wide, wide, none, wide, none]
     # 2.80 sqrt(26 / 60 / 60); nothing differs on MMLU and TruthfulQA
     detectable = f"{280.1585 * (26 / 60 / 60) ** 0.5:.1f}"
-    assert against_base["smallest detectable"][:4] == ["–", detectable, "–", detectable]
     assert table("### Verdicts")["dpo_v1"][:2] == [
         "**win**", "GSM8K strict +26.7, IFEval prompt +26.7, IFEval instruction +13.3"]
     assert table("### Verdicts")["sft_v2"][0] == "**flat**"
     compact = table(report.BEGIN, "README.md")
     assert compact["dpo_v1"][2].endswith("(**+26.7**)") and compact["dpo_v1"][-1] == "win"
     assert compact["base"][-1] == "" and compact["ppo_v1"][-1] == ""
-    assert compact[""] == ["smallest detectable", "–", detectable, "–", detectable, against_base["smallest detectable"][4], ""]
+    line = against_base["smallest detectable"]
+    assert line[:4] == ["–", detectable, "–", detectable] and compact[""] == ["smallest detectable", *line, ""]
     assert report.UNPAIRED not in Path("results/README.md").read_text()
 
 
@@ -771,7 +771,8 @@ def test_bold_is_the_paired_test_and_the_tilde_the_two_scores_alone(here):
     """12 items gained and none lost of 600: p = 2 / 2^12, while 2 sqrt(se_a^2 + se_b^2) is 5.5 points."""
     base, sft, dpo = three_rows()
     run([scored(base, 600), scored(sft, 600), scored(dpo, 600, gsm8k=lambda i: int(i % 3 == 0 or i < 18))])
-    assert re.fullmatch(r"\*\*\+2\.0 \[0\.\d, 3\.\d\]\*\* ~<br>p 0\.005", table("### Change against base")["dpo_v1 − base"][1])
+    cell = table("### Change against base")["dpo_v1 − base"][1]
+    assert re.fullmatch(r"\*\*\+2\.0 \[0\.\d, 3\.\d\]\*\* ~<br>p 0\.005", cell)
     assert table(report.BEGIN, "README.md")["dpo_v1"][2].endswith("(**+2.0** ~)")
 
 
@@ -804,8 +805,8 @@ BROKEN = {  # what is wrong with a file of scores: (edit, what the error says)
     "weights": (lambda r: r.update(weights_sha256="f" * 64), "is of another weights_sha256 than row dpo_v1"),
     "adapter": (lambda r: r.pop("adapter_sha256"), "is of another adapter_sha256 than row dpo_v1"),
     "eval": (lambda r: r.update(eval_hash="cccc3333"), "is of another eval_hash than row dpo_v1: cccc3333 / bbbb2222"),
-    "mean": (lambda r: r["tasks"]["gsm8k"]["exact_match,strict-match"].__setitem__(0, 0), "the mean of gsm8k/exact_match"),
-    "instructions": (lambda r: r["tasks"]["ifeval"]["inst_level_strict_acc,none"].__setitem__(1, [1, 1]), "the mean of ifeval"),
+    "mean": (lambda r: r["tasks"]["gsm8k"]["exact_match,strict-match"].__setitem__(0, 0), "the mean of gsm8k/exact"),
+    "instructions": (lambda r: r["tasks"]["ifeval"]["inst_level_strict_acc,none"].pop(), "the mean of ifeval/inst"),
     "tasks": (lambda r: r.pop("tasks"), "holds no per-item scores"),
 }  # fmt: skip
 
@@ -843,8 +844,8 @@ def test_a_rerun_that_differs_is_irreproducible_and_one_that_does_not_is_no_matt
 
 def test_seeds_of_a_family_are_aggregated_each_once(here):
     rows = scored_rows(gsm8k=better)
-    seeds = [make_row(f"dpo_s{seed}", 2, "dpo", str(seed), config=f"c{seed}", gsm8k=(x, 0.01)) | {"seed": seed, "family": "fd"}
-             for seed, x in ((1, 0.10), (2, 0.20), (3, 0.30))]
+    seeds = [make_row(f"dpo_s{seed}", 2, "dpo", str(seed), config=f"c{seed}", gsm8k=(seed / 10, 0.01))
+             | {"seed": seed, "family": "fd"} for seed in (1, 2, 3)]
     seeds.append(seeds[0] | {"name": "dpo_again", "adapter_sha256": "e" * 64, "timestamp": "2026-01-09"})
     run([row | {"n": dict.fromkeys(N, 60)} for row in (*rows, *seeds)])
     # sd of 10, 20, 30 with n - 1: 10; of seed 1 the first by name counts
@@ -880,15 +881,16 @@ def test_what_a_run_took(here):
 
 
 def judged(a, b, stem=None, **changes):
-    """results/judge/<a>_vs_<b>.json as judge.py writes it, of the rows' adapters; changes replace parts of the summary."""
+    """results/judge/<a>_vs_<b>.json as judge.py writes it; changes replace parts of the summary."""
     def identity(row):
         return {key: row[key] for key in ("name", "config_hash", "adapter_sha256", "train_invariants")}
 
     judge = {"kind": "api", "model": "judge-70b", "circular": False, "circular_why": None, "temperature": 0.0}
     judge |= changes.pop("judge", {})
-    summary = {"n": 200, "wins": 120, "ties": 20, "losses": 59, "unparsable": 1, "win_rate": 0.654, "win_rate_ci95": [0.59, 0.72],
-               "tie_rate": 0.1, "position_inconsistency": 0.085, "length_controlled_win_rate": 0.601,
-               "length_controlled_ci95": [0.53, 0.67], "mean_tokens_a": 210.4, "mean_tokens_b": 160.0} | changes  # fmt: skip
+    summary = {"n": 200, "wins": 120, "ties": 20, "losses": 59, "unparsable": 1, "win_rate": 0.654,
+               "win_rate_ci95": [0.59, 0.72], "tie_rate": 0.1, "position_inconsistency": 0.085,
+               "length_controlled_win_rate": 0.601, "length_controlled_ci95": [0.53, 0.67], "mean_tokens_a": 210.4,
+               "mean_tokens_b": 160.0} | changes  # fmt: skip
     write_json(f"results/judge/{stem or a['name'] + '_vs_' + b['name']}.json", {
         "schema_version": 1, "a": a["name"], "b": b["name"], "rows": {"a": identity(a), "b": identity(b)}, "judge": judge,
         "summary": summary, "prompts": []})  # fmt: skip
@@ -904,7 +906,8 @@ def test_judged_win_rates(here):
     assert "circular," not in Path("results/README.md").read_text()
     sentence = "**Win rate** against sft_v2, judged by judge-70b in both orders, %: dpo_v1 65.4 [59.0, 72.0]."
     assert said("**Win rate**", "README.md") == sentence
-    judged(dpo, sft, "dpo_v1_vs_sft_v2.rm_v1", judge={"kind": "reward", "model": "rm_v1", "circular": True, "circular_why": "why"})
+    circular = {"kind": "reward", "model": "rm_v1", "circular": True, "circular_why": "why"}
+    judged(dpo, sft, "dpo_v1_vs_sft_v2.rm_v1", judge=circular)
     run(None)
     assert said("dpo_v1 against sft_v2: ") == "dpo_v1 against sft_v2: circular, why."
     assert said("**Win rate**", "README.md") == sentence  # which a circular judge is no part of
@@ -939,8 +942,8 @@ def test_the_criterion_of_dpo_is_a_lower_bound_above_one_half(here, changes, sai
 
 def test_guardrails_and_distance(here):
     base, sft, dpo = rows = three_rows()
-    figures = {"n": 200, "tokens_mean": 181.4, "tokens_sd": 66.6, "eos_rate": 0.985, "refusal_rate": 0.02, "distinct_1": 0.4321,
-               "distinct_2": 0.7, "distinct_3": 0.85, "longest_repeat_mean": 4.25, "repetition_rate": 0.015,
+    figures = {"n": 200, "tokens_mean": 181.4, "tokens_sd": 66.6, "eos_rate": 0.985, "refusal_rate": 0.02,
+               "distinct_1": 0.4321, "distinct_2": 0.7, "distinct_3": 0.85, "longest_repeat_mean": 4.25, "repetition_rate": 0.015,
                "language_drift_rate": 0.005, "kl_sft": 12.345, "kl_sft_se": 0.678, "delta_w": 0.0123}  # fmt: skip
     who = {key: dpo[key] for key in ("name", "config_hash", "adapter_sha256", "train_invariants")}
     best = {"name": "sft_v2_bo16", "adapter_sha256": sft["adapter_sha256"], "kl_sft": 1.83, "kl_sft_bound": True}
@@ -952,15 +955,17 @@ def test_guardrails_and_distance(here):
                                "12.35 ± 0.68", "1.23"]  # fmt: skip
     assert found["sft_v2_bo16"] == ["– ± –"] + ["–"] * 9 + ["≤ 1.83", "–"]
     assert said("≤: best of N")
-    assert Path("results/plots/winrate-kl.svg").is_file() and "plots/winrate-kl.svg" in Path("results/README.md").read_text()
+    assert Path("results/plots/winrate-kl.svg").is_file()
+    assert "(plots/winrate-kl.svg)" in Path("results/README.md").read_text()
     assert "12.35 ± 0.68" in Path("results/runs/dpo_v1.md").read_text()
 
 
 def test_speed_beside_others(here):
     run(three_rows())
     assert "## Speed" not in Path("README.md").read_text()
-    cases = [{"workload": "SFT", "system": "trl-default", "tokens_per_s": 20_000, "peak_gib": 30.14, "mfu": 0.081, "settings": "b"},
-             {"workload": "SFT", "system": "rungs", "tokens_per_s": 100_000.4, "peak_gib": 12, "mfu": 0.41, "settings": "a"},
+    sft = {"workload": "SFT", "mfu": 0.41}
+    cases = [sft | {"system": "trl-default", "tokens_per_s": 20_000, "peak_gib": 30.14, "mfu": 0.081, "settings": "b"},
+             sft | {"system": "rungs", "tokens_per_s": 100_000.4, "peak_gib": 12, "settings": "a"},
              {"workload": "DPO", "system": "rungs", "tokens_per_s": None}]  # fmt: skip
     write_json("results/bench/h100.json", {"device": "an H100", "cases": cases})
     exits(1, None, "--check")
@@ -978,9 +983,10 @@ def test_speed_beside_others(here):
 def run_record(row, **changes):
     """results/runs/<name>-<adapter>.json, as evaluate.py writes it."""
     record = {"schema_version": 1, "name": row["name"], "method": row["method"], "command": f"{row['method']}.py --seed 7",
-              "args": {"lr": 1e-4, "data": None}, "versions": {"torch": "2.0"}, "git_commit": "abc", "hardware": {"gpus": 1},
+              "args": {"lr": 1e-4, "data": None}, "versions": {"torch": "2.0"}, "git_commit": "abc",
+              "hardware": {"gpus": 1}, "steps": 3,
               "scorers": {"reward": {"name": "rm_v1", "method": "reward", "config_hash": "c31"}},
-              "curves": {"step": [0.0, 1.0, 2.0], "loss": [0.7, 0.6, 0.5], "lr": [1.0, 2.0, 3.0], "flat": [1.0] * 3}}  # fmt: skip
+              "curves": {"step": [0.0, 1.0, 2.0], "loss": [0.7, 0.6, 0.5], "flat": [1.0] * 3}}  # fmt: skip
     record |= {key: row[key] for key in ("config_hash", "adapter_sha256", "train_invariants")} | changes
     write_json(f"results/runs/{row['name']}-{row['adapter_sha256'][:8]}.json", record)
 
@@ -1016,7 +1022,7 @@ def test_plots_are_written_checked_and_the_same_each_time(here, capsys):
     names = {"deltas-plain", "tradeoff", "ppo"}
     found = {p.name: p.read_bytes() for p in Path("results/plots").iterdir()}
     assert set(found) == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
-    assert "![Differences to base" in Path("README.md").read_text() and "(results/plots/deltas-plain.svg)" in Path("README.md").read_text()
+    assert re.search(r"!\[Differences to base[^]]+\]\(results/plots/deltas-plain\.svg\)", Path("README.md").read_text())
     run(None, "--check")  # draws them again
     Path("results/plots/ppo.svg").write_bytes(found["ppo.svg"].replace(b"</svg>", b" </svg>"))
     Path("results/plots/tradeoff.png").unlink()
@@ -1026,7 +1032,8 @@ def test_plots_are_written_checked_and_the_same_each_time(here, capsys):
     capsys.readouterr()
     exits(1, None, "--check")
     error = capsys.readouterr().err
-    assert all(f"results/{name}" in error for name in ("plots/ppo.svg", "plots/tradeoff.png", "plots/old.svg", "runs/old.md"))
+    for name in ("plots/ppo.svg", "plots/tradeoff.png", "plots/old.svg", "runs/old.md"):
+        assert f"results/{name}" in error, name
     assert "deltas-plain.png" not in error and Path("results/plots/old.svg").exists()
     run(None)
     assert {p.name: p.read_bytes() for p in Path("results/plots").iterdir()} == found
@@ -1052,7 +1059,8 @@ def contrast(a, b):
 @pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
 def test_the_plots_tones_are_legible_on_light_and_dark(page):
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    assert {tone: round(contrast(tone, page), 2) for tone in (report.INK, *report.COLOURS.values()) if contrast(tone, page) < 4} == {}
+    found = {tone: contrast(tone, page) for tone in (report.INK, *report.COLOURS.values())}
+    assert {tone: ratio for tone, ratio in found.items() if ratio < 4} == {}
 
 
 # ------------------------------------------------------------------ rows that can't stand together

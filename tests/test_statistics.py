@@ -38,8 +38,9 @@ def test_mcnemar_rejects_a_true_null_at_most_at_its_level(n, discordant):
     assert 0.005 < np.mean(found) < 0.05 + 2 * math.sqrt(0.05 * 0.95 / 4000)  # exact: conservative, but not blind
 
 
-@pytest.mark.parametrize("n, discordant, effect", [(541, 0.02, 0.0), (541, 0.01, 0.008), (541, 0.2, 0.12), (1319, 0.1, -0.05),
-                                                   (100, 0.4, 0.3), (14_042, 0.2, 0.01), (57, 0.1, 0.0)])  # fmt: skip
+@pytest.mark.parametrize("n, discordant, effect", [
+    (541, 0.02, 0.0), (541, 0.01, 0.008), (541, 0.2, 0.12), (1319, 0.1, -0.05), (100, 0.4, 0.3), (14_042, 0.2, 0.01),
+    (57, 0.1, 0.0)])  # fmt: skip
 def test_the_interval_of_0_1_items_covers(n, discordant, effect):
     ends = [paired_interval(*table, n) for table in tables(n, discordant, effect, 4000, 1)]
     assert 0.935 < np.mean([low <= effect <= high for low, high in ends]) < 0.995
@@ -224,7 +225,7 @@ def test_a_verdict_says_what_it_rests_on():
 
 def test_no_verdict_without_every_test():
     found = changes(prompt=5.0)
-    assert verdict(found, irreproducible=None)[0] == "open"
+    assert verdict(found, irreproducible=None) == ("open", "a rerun has no per-item scores to compare; IFEval prompt +5.0")
     assert verdict(found, irreproducible=True)[0] == "irreproducible"
     assert verdict(found | {GSM8K: Change(1.0, 0.5, True)}) == ("open", "not all is measured")
     assert verdict({column: Change(5.0, 0.5, True) for column in report.METRICS}) == ("open", "no per-item scores")
@@ -245,7 +246,8 @@ def test_a_table_of_full_size_takes_seconds():
         items["truthfulqa_mc2"]["acc,none"] = rng.uniform(size=sizes["truthfulqa_mc2"]).tolist()
         follows = [rng.integers(0, 2, size).tolist() for size in m]
         items["ifeval"] |= {"inst_level_strict_acc,none": follows, "prompt_level_strict_acc,none": list(map(min, follows))}
-        metrics = {f"{task}/{metric}{end},{f}": 0.5 for task, metric, f in report.METRICS.values() for end in ("", "_stderr")}
+        keys = [f"{task}/{metric}{{}},{f}" for task, metric, f in report.METRICS.values()]
+        metrics = {key.format(end): 0.5 for key in keys for end in ("", "_stderr")}
         rows.append({"name": f"row{i}", "method": ["base", "sft", "dpo"][min(i, 2)], "phase": i, "config_hash": str(i),
                      "adapter_sha256": str(i), "metrics": metrics, "items": items})  # fmt: skip
     start = time.process_time()
