@@ -25,7 +25,9 @@ Deliberate deviations from `lm_eval --model hf --model_args peft=...`:
 5. The adapter stays unmerged, as with `peft=`: merging would round the weights once more.
 
 Every task's items and result are kept as soon as it is done, in results/samples/<name>-<eval_hash>-<weights>/. A run
-that was cut off goes on at that task, and a row that is there is not evaluated again.
+that was cut off goes on at that task, and a row that is there is not evaluated again. What report.py needs besides the
+row holds no text of a data set and can be committed: the items' scores in results/scores/<the same>.json.gz, and the
+adapter's command, configuration and curves in results/runs/<name>-<weights>.json.
 
     python evaluate.py --adapter runs/sft_v2                  # on Qwen2.5-0.5B, with lm-eval's data sets from the hub
     python evaluate.py --model models/smollm2 --quantization none --eval-data data/demo/eval --limit 8 --max-gen-toks 64
@@ -100,7 +102,7 @@ class Args:
     """Precision of the base model's weights and forward; the adapter is fp32."""
     # run: these change speed and places, not numbers (beyond the rounding of the dtype)
     out: str = "results"
-    """Directory of metrics.json and samples/."""
+    """Directory of metrics.json, samples/, scores/ and runs/."""
     stamp: str | None = None
     """File to write the row's train_invariants and eval_hash to when it is done (what make goes by)."""
     micro_tokens: int = 16384
@@ -526,10 +528,13 @@ def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args
     return {"metrics": metrics, "n": len(lines), "versions": found["versions"], "wall_time_s": seconds}, lines
 
 
-def write_lines(path: Path, lines: list[dict]) -> None:
-    """JSON Lines, gzipped without a time in the header: equal items, equal bytes."""
-    text = "".join(json.dumps(line, ensure_ascii=False, default=lambda o: o.item()) + "\n" for line in lines)
+def write_gzip(path: Path, text: str) -> None:
+    """Without a time in the header: equal text, equal bytes."""
     common.write_atomic(path, lambda p: p.write_bytes(gzip.compress(text.encode(), mtime=0)))
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    write_gzip(path, "".join(json.dumps(line, ensure_ascii=False, default=lambda o: o.item()) + "\n" for line in lines))
 
 
 def read_finished(path: Path, identity: dict) -> dict | None:
@@ -539,6 +544,55 @@ def read_finished(path: Path, identity: dict) -> dict | None:
     result, lines = json.loads(path.read_text()), path.with_suffix(".jsonl.gz")
     same = result["identity"] == identity and lines.is_file()
     return result if same and common.file_sha256(lines) == result["samples_sha256"] else None
+
+
+# ------------------------------------------------------------------ what the report needs besides the row
+
+
+def score_columns(lines: list[dict]) -> dict[str, list]:
+    """The items of a task without their text: {"task", "doc_id", "doc_hash" (8 digits, to pair by), each metric}."""
+
+    def plain(x):  # true and 1.0 -> 1
+        return [plain(y) for y in x] if isinstance(x, list) else int(x) if x == int(x) else x
+
+    columns = {"task": [line["task"] for line in lines], "doc_id": [line["doc_id"] for line in lines],
+               "doc_hash": [line["doc_hash"][:8] for line in lines]}  # fmt: skip
+    metrics = lines[0]["metrics"] if lines else {}
+    return columns | {key: [plain(line["metrics"][key]) for line in lines] for key in metrics}
+
+
+def thin(log: list[dict], points: int = 100) -> dict[str, list]:
+    """A log's curves, {"step", key: values}, of at most `points` values each: means over neighbouring steps."""
+    size = -(-len(log) // points) or 1
+    parts = [log[i : i + size] for i in range(0, len(log), size)]
+    keys = dict.fromkeys(key for line in log for key, value in line.items() if isinstance(value, (int, float)))
+    found = {key: [[line[key] for line in part if line.get(key) is not None] for part in parts] for key in keys}
+    return {key: [float(f"{sum(v) / len(v):.6g}") if v else None for v in values] for key, values in found.items()}
+
+
+def keep_records(out: Path, samples: Path, identity: dict, run: dict | None, adapter: str | None) -> dict:
+    """Write scores/<name of samples>.json.gz and, of an adapter, runs/<name>-<its hash>.json; -> the row's fields for
+    them: "scores" and "cost", what training took."""
+    columns = {}
+    for task in TASKS:
+        with gzip.open(out / samples / f"{task}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            columns[task] = score_columns([json.loads(line) for line in lines])
+    scores = Path("scores") / f"{samples.name}.json.gz"
+    write_gzip(out / scores, json.dumps({"schema_version": common.SCHEMA_VERSION, **identity, "tasks": columns}))
+    if not run:
+        return {"scores": scores.as_posix(), "cost": None}
+    file = Path(adapter) / "log.jsonl"
+    log = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    hardware = run.get("hardware") or {}
+    tokens, peaks = ([line[key] for line in log if line.get(key)] for key in ("tokens", "peak_gib"))
+    cost = {"wall_time_s": run["wall_time_s"], "device": hardware.get("device"), "gpus": hardware.get("gpus"),
+            "peak_gib": max(peaks, default=None), "tokens": sum(tokens) if tokens else None}  # fmt: skip
+    kept = {key: run.get(key) for key in "method config_hash adapter_sha256 train_invariants family seed command args "
+            "data parent scorers versions git_commit hardware wall_time_s metrics".split()}  # fmt: skip
+    name = samples.name.rsplit("-", 2)[0]
+    record = {"schema_version": common.SCHEMA_VERSION, "name": name, **kept, "steps": len(log), "curves": thin(log)}
+    common.write_json(out / "runs" / f"{name}-{run['adapter_sha256'][:8]}.json", record)
+    return {"scores": scores.as_posix(), "cost": cost}
 
 
 # ------------------------------------------------------------------ main
@@ -592,6 +646,9 @@ def main(args: Args) -> dict:
     wanted = {"name": name, "train_invariants": train_invariants, **identity}
     for row in stored["runs"]:
         if all(results.values()) and all(row.get(key) == value for key, value in wanted.items()):
+            if not row.get("scores") or not (out / row["scores"]).is_file():  # written before there were any
+                row = row | keep_records(out, samples, identity, run, args.adapter)
+                common.upsert_row(out / "metrics.json", row)
             print(f"{out / 'metrics.json'} has this row already; nothing to do")
             return finish(row, args)
     if done := [task for task in TASKS if results[task]]:
@@ -645,6 +702,7 @@ def main(args: Args) -> dict:
         "n": {task: results[task]["n"] for task in TASKS},
         "task_versions": merged["versions"],
         "samples": samples.as_posix(),
+        **keep_records(out, samples, identity, run, args.adapter),
         "training": {**run["metrics"], "wall_time_s": run["wall_time_s"]} if run else None,
         "batch": {"micro_tokens": args.micro_tokens, "max_batch": args.max_batch},
         "wall_time_s": round(sum(results[task]["wall_time_s"] for task in TASKS), 2),
@@ -653,7 +711,7 @@ def main(args: Args) -> dict:
         "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     common.upsert_row(out / "metrics.json", row)
-    print(f"row written to {out / 'metrics.json'}, items to {out / samples}")
+    print(f"row written to {out / 'metrics.json'}, items to {out / samples}, their scores to {out / row['scores']}")
     return finish(row, args)
 
 

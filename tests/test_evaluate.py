@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 import evaluate
+import report
 from evaluate import Args, RungsLM, clustered_stderr, main
 
 # ------------------------------------------------------------------ a tiny model, adapter and evaluation directory
@@ -381,6 +382,45 @@ def test_samples_give_back_the_metrics(base_run):
     assert {"exact_match,strict-match", "exact_match,flexible-extract"} <= set(lines_of(out, row, "gsm8k")[0]["metrics"])
 
 
+def scores_of(out: Path, row: dict) -> dict:
+    return json.loads(gzip.decompress((out / row["scores"]).read_bytes()))
+
+
+def test_scores_are_the_samples_without_their_text(base_run):
+    """Item by item what the samples say, in the same order; no text but names of tasks, metrics and hashes."""
+    out, row = base_run
+    record = scores_of(out, row)
+    assert row["scores"] == f"scores/{Path(row['samples']).name}.json.gz" and row["cost"] is None
+    assert [record[k] for k in ("config_hash", "adapter_sha256", "weights_sha256", "eval_hash")] == [
+        row[k] for k in ("config_hash", "adapter_sha256", "weights_sha256", "eval_hash")]  # fmt: skip
+    assert set(record["tasks"]) == set(row["n"])
+    for task, columns in record["tasks"].items():
+        lines = lines_of(out, row, task)
+        assert columns.pop("task") == [line["task"] for line in lines]
+        assert columns.pop("doc_id") == [line["doc_id"] for line in lines]
+        hashes = columns.pop("doc_hash")
+        assert hashes == [line["doc_hash"][:8] for line in lines] and len(set(hashes)) == len(hashes)
+        assert columns.keys() == lines[0]["metrics"].keys()
+        for key, values in columns.items():
+            assert values == [line["metrics"][key] for line in lines]  # 1 == 1.0 == true
+            flat = [x for v in values for x in (v if isinstance(v, list) else [v])]
+            assert all(type(x) in (int, float) for x in flat)
+    assert report.read_items(out, row) == scores_of(out, row)["tasks"]  # and report.py takes them for this row's
+
+
+def test_scores_of_an_older_row_are_added(base_run, place, tmp_path, monkeypatch):
+    """A row from before there were scores gets them from its samples, without the model and with nothing else changed."""
+    out, row = base_run
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "scores")
+    old = {key: value for key, value in row.items() if key not in ("scores", "cost")}
+    common.write_json(tmp_path / "out" / "metrics.json", {"schema_version": 1, "runs": [old]})
+    monkeypatch.setattr(common, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    assert main(args(place, tmp_path / "out")) == json.loads(json.dumps(row))
+    assert common.read_results(tmp_path / "out" / "metrics.json") == common.read_results(out / "metrics.json")
+    assert (tmp_path / "out" / row["scores"]).read_bytes() == (out / row["scores"]).read_bytes()
+
+
 def test_mmlu_is_aggregated_by_size(base_run):
     """The score is the mean over all items; the error is pooled within subjects, from the items by hand."""
     out, row = base_run
@@ -449,8 +489,30 @@ def test_adapter_row(base_run, place, tmp_path):
         assert row[key] == run[key], key
     assert (row["name"], row["phase"], row["method"]) == ("tiny", 1, "sft")
     assert row["training"] == {"heldout_loss": 2.0, "wall_time_s": 1.5}
+    assert row["cost"] == {"wall_time_s": 1.5, "device": None, "gpus": None, "peak_gib": None, "tokens": None}  # no log
     assert row["samples"].endswith(f"-{run['adapter_sha256'][:8]}") and row["eval_hash"] == base["eval_hash"]
     assert row["metrics"]["truthfulqa_mc2/acc,none"] != base["metrics"]["truthfulqa_mc2/acc,none"]
+
+
+def test_what_training_took_and_logged_goes_with_the_row(place, tmp_path):
+    """Cost from the log (peak of all steps, tokens of all); curves, command and arguments in runs/."""
+    log = [{"step": i, "tokens": 100, "peak_gib": 9.5 if i == 3 else 8.0, "loss": 250.0 - i, "z0": None if i % 2 else 1.0,
+            "text": "no number"} for i in range(250)]  # fmt: skip
+    changes = {"command": "sft.py --lr 1", "args": {"lr": 1.0}, "hardware": {"device": "a GPU", "gpus": 2},
+               "metrics": {"tokens": 7}, "wall_time_s": 60.0, "git_commit": "abc"}  # fmt: skip
+    adapter = make_adapter(tmp_path / "logged", place / "model", seed=2, **changes)
+    (adapter / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    row = main(args(place, tmp_path / "out", adapter=str(adapter), quantization=None, limit=2))
+    assert row["cost"] == {"wall_time_s": 60.0, "device": "a GPU", "gpus": 2, "peak_gib": 9.5, "tokens": 25_000}
+    assert row["training"] == {"tokens": 7, "wall_time_s": 60.0}
+    (path,) = (tmp_path / "out" / "runs").iterdir()
+    assert path.name == f"logged-{row['adapter_sha256'][:8]}.json"
+    record = common.read_json(path)
+    assert {key: record[key] for key in changes} == changes and record["adapter_sha256"] == row["adapter_sha256"]
+    curves = record["curves"]  # 250 steps: 84 means over three, the last over one
+    assert record["steps"] == 250 and list(curves) == ["step", "tokens", "peak_gib", "loss", "z0"]
+    assert curves["loss"][:2] == [249.0, 246.0] and curves["step"][-1] == 249 and {len(v) for v in curves.values()} == {84}
+    assert curves["z0"][0] == 1.0 and curves["z0"][-1] is None and curves["peak_gib"][1] == round((9.5 + 8 + 8) / 3, 4)
 
 
 def test_limit_and_chat(base_run, place, tmp_path, monkeypatch):

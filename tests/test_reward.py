@@ -243,6 +243,7 @@ def test_what_a_run_writes(reward_run, reward_args):
         assert 0 <= line["accuracy"] <= 1 and line["chosen_tokens"] > 1
     results = json.loads((Path(reward_args["results"]) / "rm" / "rm_v1.json").read_text())
     assert results["adapter_sha256"] == found["adapter_sha256"] and results["config_hash"] == found["config_hash"]
+    assert results["command"] == found["command"] and results["args"] == found["args"]  # of the page of the run
     assert results["n"] == 16 == found["metrics"]["heldout_pairs"]
     assert results["accuracy"] == found["metrics"]["heldout_accuracy"]
     assert results["interval"] == pytest.approx(reward.wilson(results["accuracy"] * 16, 16))
