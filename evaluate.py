@@ -550,7 +550,8 @@ def read_finished(path: Path, identity: dict) -> dict | None:
 
 
 def score_columns(lines: list[dict]) -> dict[str, list]:
-    """The items of a task without their text: {"task", "doc_id", "doc_hash" (8 digits, to pair by), each metric}."""
+    """The items of a task without their text: {"task", "doc_id", "doc_hash" (8 digits, to pair by), each metric, and of a
+    response "characters", without whitespace around it}."""
 
     def plain(x):  # true and 1.0 -> 1
         return [plain(y) for y in x] if isinstance(x, list) else int(x) if x == int(x) else x
@@ -558,6 +559,8 @@ def score_columns(lines: list[dict]) -> dict[str, list]:
     columns = {"task": [line["task"] for line in lines], "doc_id": [line["doc_id"] for line in lines],
                "doc_hash": [line["doc_hash"][:8] for line in lines]}  # fmt: skip
     metrics = lines[0]["metrics"] if lines else {}
+    if lines and "response" in lines[0]:
+        columns["characters"] = [len(line["response"].strip()) for line in lines]
     return columns | {key: [plain(line["metrics"][key]) for line in lines] for key in metrics}
 
 
@@ -572,7 +575,7 @@ def thin(log: list[dict], points: int = 100) -> dict[str, list]:
 
 def keep_records(out: Path, samples: Path, identity: dict, run: dict | None, adapter: str | None) -> dict:
     """Write scores/<name of samples>.json.gz and, of an adapter, runs/<name>-<its hash>.json; -> the row's fields for
-    them: "scores" and "cost", what training took."""
+    them: "scores" and "cost", what training took. Places on this machine are cut to their last part."""
     columns = {}
     for task in TASKS:
         with gzip.open(out / samples / f"{task}.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -589,6 +592,7 @@ def keep_records(out: Path, samples: Path, identity: dict, run: dict | None, ada
             "peak_gib": max(peaks, default=None), "tokens": sum(tokens) if tokens else None}  # fmt: skip
     kept = {key: run.get(key) for key in "method config_hash adapter_sha256 train_invariants family seed command args "
             "data parent scorers versions git_commit hardware wall_time_s metrics".split()}  # fmt: skip
+    kept = json.loads(re.sub(r'(?<=[" =])(/[^/" ]+)+/', "", json.dumps(kept)))
     name = samples.name.rsplit("-", 2)[0]
     record = {"schema_version": common.SCHEMA_VERSION, "name": name, **kept, "steps": len(log), "curves": thin(log)}
     common.write_json(out / "runs" / f"{name}-{run['adapter_sha256'][:8]}.json", record)

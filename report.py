@@ -339,8 +339,8 @@ def label_rows(rows: list[dict]) -> list[tuple[str, dict]]:
 
 def references(row: dict, rows: list[dict], method: str) -> list[dict]:
     """The rows of `method` ("base" or "sft") that `row` may be compared with: one, unless there is doubt."""
-    if row["method"] in ("base", method):
-        return []
+    if row["method"] == "base" or (row["method"] == method and not row.get("parent")):
+        return []  # an SFT run that goes on from another one has that to be compared with
     found = [r for r in rows if r["method"] == method]
     if method == "sft" and row.get("parent"):
         return [r for r in found if r["adapter_sha256"] == row["parent"]["adapter_sha256"]]
@@ -660,6 +660,21 @@ def seeds_table(rows: list[dict]) -> Table | None:
             lines.append([names, ", ".join(map(str, seeds)), family, *cells])
     notes = ["mean ± sd (n − 1) of the scores, in %: what another seed of the same configuration changes."]
     return Table(["rows", "seeds", "family", *METRICS], lines, 3, notes) if lines else None
+
+
+def answers_table(rows: list[dict]) -> Table | None:
+    """What the generated answers of the benchmarks look like from outside: a score may move because answers get longer."""
+    lines = []
+    for label, row in label_rows(rows):
+        cells = []
+        for task in ("gsm8k", "ifeval"):
+            characters = at(row, "items", task, "characters")
+            cells += [number(statistics.fmean(n == 0 for n in characters), 1, 100),
+                      number(statistics.median(characters), 0)] if characters else ["–", "–"]
+        lines.append([label, *cells])
+    note = "Empty: nothing but whitespace before the end. A policy that says something more often scores more often on IFEval."
+    titles = ["row", "GSM8K\nempty, %", "GSM8K\nmedian characters", "IFEval\nempty, %", "IFEval\nmedian characters"]
+    return Table(titles, lines, 1, [note]) if any(line[1:] != ["–"] * 4 for line in lines) else None
 
 
 def protocols_table(tables: dict[str, list[dict]]) -> Table | None:
@@ -1117,6 +1132,8 @@ def full_report(tables: dict[str, list[dict]], compared: dict, records: dict[str
         blocks += [image(f"plots/deltas-{protocol}", plots)]
         if protocol == "plain" and (found := verdict_table(compared[protocol, "base"][0], table, records["judge"])):
             blocks += ["### Verdicts", found, VERDICTS, image("plots/tradeoff", plots)]
+        if found := answers_table(table):
+            blocks += ["### Answers in the benchmarks", found]
         if found := seeds_table(table):
             blocks += ["### Seeds", found]
     if not tables:
