@@ -663,7 +663,7 @@ def check_api(args: Args) -> None:
         fail(str(e))
 
 
-def ask_all_api(questions: dict[str, list[dict]], lines: Lines, args: Args) -> None:
+def ask_apis(questions: dict[str, list[dict]], lines: Lines, args: Args) -> None:
     """Verdicts of all questions, --judge-parallel at a time, each kept as it comes; the first error ends them all."""
     stopping, errors = threading.Event(), []
 
@@ -688,50 +688,57 @@ def ask_all_api(questions: dict[str, list[dict]], lines: Lines, args: Args) -> N
         fail(f"{errors[0]}. {kept} of {len(questions)} verdicts came and are kept: the same command goes on from there")
 
 
-# -- a comparison -----------------------------------------------------------------------------------
+# -- comparisons ------------------------------------------------------------------------------------
 
-def compare(judge: Judge, a: Row, b: Row, prompts: Sequence[Prompt], answers: dict[str, list[Answer]], eos: int,
-            args: Args, device) -> tuple[list[dict], dict[str, float]]:
-    """(every prompt with both completions, verdicts and score; what the verdicts cost)."""
-    pairs = list(zip(answers[a.name], answers[b.name]))
-    entries = [{"id": p.id, "prompt": p.messages, "completion_a": x.text, "completion_b": y.text,
-                "tokens_a": len(x.ids), "tokens_b": len(y.ids), "stopped_a": x.ended, "stopped_b": y.ended}
-               for p, (x, y) in zip(prompts, pairs)]
-    cost = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "seconds"), 0)
-    if judge.kind == "reward":
-        began = time.time()
-        by_row = [reward_scores(judge.adapter, judge.run, judge.model_dir, list(zip(prompts, side)), eos, args, device)
-                  for side in zip(*pairs)]
-        for e, x, y in zip(entries, *by_row):
-            verdict = "tie" if x == y else "a" if x > y else "b"
-            e |= {"reward_a": x, "reward_b": y, "verdict_ab": verdict, "verdict_ba": verdict}
-        cost["seconds"] = time.time() - began
-    else:
-        name = f"verdicts-{common.sha256_json(judge.identity)[:16]}.jsonl"
-        lines = Lines(Path(args.results) / "judge" / "cache" / name)
-        asked: list[dict[str, str]] = []  # of each prompt: order -> key of its question
-        questions = {}
+def side_by_side(prompts: Sequence[Prompt], answers_a: Sequence[Answer], answers_b: Sequence[Answer]) -> list[dict]:
+    """Every prompt with both completions; verdicts come later."""
+    return [{"id": p.id, "prompt": p.messages, "completion_a": x.text, "completion_b": y.text, "tokens_a": len(x.ids),
+             "tokens_b": len(y.ids), "stopped_a": x.ended, "stopped_b": y.ended}
+            for p, x, y in zip(prompts, answers_a, answers_b)]
+
+
+COST = ("requests", "prompt_tokens", "completion_tokens", "seconds")
+
+
+def ask_all(judge: Judge, compared: dict[str, list[dict]], args: Args, device) -> dict[str, dict[str, float]]:
+    """Put both verdicts into each entry of every comparison. Returns what those of each comparison cost."""
+    name = f"verdicts-{common.sha256_json(judge.identity)[:16]}.jsonl"
+    lines = Lines(Path(args.results) / "judge" / "cache" / name)
+    keys, questions, costs = {}, {}, {}
+    for pair, entries in compared.items():
         for e in entries:
-            asked.append({})
-            if e["completion_a"] != e["completion_b"]:
-                for order, (first, second) in (("ab", ("a", "b")), ("ba", ("b", "a"))):
-                    messages = question(e["prompt"], e[f"completion_{first}"], e[f"completion_{second}"])
-                    asked[-1][order] = key = common.sha256_json(messages)[:24]
-                    if key not in lines.found:
-                        questions[key] = messages
-        if questions and judge.kind == "local":
-            ask_local(judge, questions, lines, args, device)
-        elif questions:
-            ask_all_api(questions, lines, args)
-        for e, keys in zip(entries, asked):
+            for first, second in ("ab", "ba") if e["completion_a"] != e["completion_b"] else ():
+                messages = question(e["prompt"], e[f"completion_{first}"], e[f"completion_{second}"])
+                keys[pair, e["id"], first + second] = key = common.sha256_json(messages)[:24]
+                if key not in lines.found:
+                    questions[key] = messages
+    if questions and judge.kind == "local":
+        ask_local(judge, questions, lines, args, device)
+    elif questions:
+        ask_apis(questions, lines, args)
+    for pair, entries in compared.items():
+        costs[pair] = cost = dict.fromkeys(COST, 0)
+        for e in entries:
             for order in ("ab", "ba"):
-                line = lines.found[keys[order]] if keys else None
+                line = lines.found.get(keys.get((pair, e["id"], order)))
                 e[f"verdict_{order}"] = to_rows(line["verdict"], *order) if line else "tie"
                 for k in cost:
                     cost[k] += line[k] if line else 0
-    for e in entries:
-        e["score"] = prompt_score(e["verdict_ab"], e["verdict_ba"])
-    return entries, {**cost, "seconds": round(cost["seconds"], 2)}
+    return costs
+
+
+def score_all(judge: Judge, compared: dict[str, list[dict]], reference: str, prompts: Sequence[Prompt],
+              answers: dict[str, list[Answer]], eos: int, args: Args, device) -> dict[str, dict[str, float]]:
+    """The same with a reward model: one verdict for both orders, by the scores, which are kept beside it."""
+    began, pairs = time.time(), [pair for said in answers.values() for pair in zip(prompts, said)]
+    found = iter(reward_scores(judge.adapter, judge.run, judge.model_dir, pairs, eos, args, device))
+    scores = {name: list(itertools.islice(found, len(prompts))) for name in answers}
+    for name, entries in compared.items():
+        for e, x, y in zip(entries, scores[name], scores[reference]):
+            verdict = "tie" if x == y else "a" if x > y else "b"
+            e |= {"reward_a": x, "reward_b": y, "verdict_ab": verdict, "verdict_ba": verdict}
+    seconds = (time.time() - began) / max(1, len(compared))
+    return {name: {**dict.fromkeys(COST, 0), "seconds": seconds} for name in compared}
 
 
 def place_for(directory: Path, a: str, b: str, judge: dict) -> Path:
@@ -750,11 +757,11 @@ def show(result: dict) -> None:
 
     def percent(x: float | None) -> str:
         return "–" if x is None else f"{100 * x:.1f}"
-    print(f"{result['a']} vs {result['b']}, judged by {judge['model']}" + (f" (CIRCULAR: {judge['circular_why']})"
-                                                                         if judge["circular"] else ""))
-    for title, rate, interval in (("wins", "win_rate", "win_rate_ci95"),
-                                  ("length-controlled", "length_controlled_win_rate", "length_controlled_ci95")):
-        print(f"  {title:<18} {percent(s[rate])} % [{', '.join(map(percent, s[interval]))}]")
+    circular = f" (CIRCULAR: {judge['circular_why']})" if judge["circular"] else ""
+    print(f"{result['a']} vs {result['b']}, judged by {judge['model']}{circular}")
+    for title, rate, ends in (("wins", "win_rate", "win_rate_ci95"),
+                              ("length-controlled", "length_controlled_win_rate", "length_controlled_ci95")):
+        print(f"  {title:<18} {percent(s[rate])} % [{', '.join(map(percent, s[ends]))}]")
     print(f"  {s['wins']} wins, {s['ties']} ties, {s['losses']} losses of {s['n']}; {s['unparsable_verdicts']} of "
           f"{2 * s['n']} verdicts unparsable; the orders disagree on {percent(s['position_inconsistency'])} %; tokens "
           f"{s['mean_tokens_a']:.0f} to {s['mean_tokens_b']:.0f}")
@@ -853,16 +860,22 @@ def main(args: Args) -> None:
         answers = measure(reference, rows, choose, prompts, tokenizer, shared, directory, load, args, device)
 
         # 3. Each row against the reference, in both orders.
+        compared = {row.name: side_by_side(prompts, answers[row.name], answers[reference.name]) for row in rows}
+        if judge and judge.kind == "reward":
+            costs = score_all(judge, compared, reference.name, prompts, answers, tokenizer.eos_token_id, args, device)
+        elif judge:
+            costs = ask_all(judge, compared, args, device)
         for row in rows if judge else []:
-            entries, cost = compare(judge, row, reference, prompts, answers, tokenizer.eos_token_id, args, device)
-            why = circular_why(judge, row, reference, invariants.weights_sha256)
+            entries, why = compared[row.name], circular_why(judge, row, reference, invariants.weights_sha256)
+            for e in entries:
+                e["score"] = prompt_score(e["verdict_ab"], e["verdict_ba"])
             result = {
                 "schema_version": 1, "a": row.name, "b": reference.name,
                 "rows": {"a": row.record, "b": reference.record},
                 "judge": {"kind": judge.kind, "model": judge.model, "circular": why is not None, "circular_why": why,
                           "temperature": 0.0},
-                "sampling": sampling, **fingerprints, "summary": summarise(entries, args.seed), "cost": cost,
-                "prompts": entries}
+                "sampling": sampling, **fingerprints, "summary": summarise(entries, args.seed),
+                "cost": {k: round(v, 2) for k, v in costs[row.name].items()}, "prompts": entries}
             common.write_json(place_for(directory, row.name, reference.name, result["judge"]), result)
             show(result)
         # write_page(Path(args.results))
