@@ -357,8 +357,8 @@ class Lines:
             os.truncate(path, sum(len(line) + 1 for line in whole))
 
     def add(self, entry: dict[str, Any]) -> None:
-        with self.lock, open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        with self.lock, open(self.path, "a") as f:
+            f.write(json.dumps(entry) + "\n")  # in ASCII: a reply may hold what UTF-8 can't
             self.found[entry["key"]] = entry
 
 
@@ -531,17 +531,22 @@ def read_judge(args: Args, base_dir: Path, invariants) -> Judge:
     name = args.judge_model
     if args.judge_url:
         return Judge("api", name, ["api", args.judge_url, name, args.judge_tokens])
-    if (Path(name) / "adapter_config.json").is_file():
-        path = Path(name) / "run.json"
-        reward = path.is_file() and common.read_json(path).get("method") == "reward"
+    path = Path(name)
+    if (path / "adapter_config.json").is_file():
+        record = path / "run.json"
+        reward = record.is_file() and common.read_json(record).get("method") == "reward"
         run = common.read_adapter(name, reward)
         check_same(name, run, invariants)
         identity = ["local", run["adapter_sha256"], args.dtype]
-        return Judge("reward" if reward else "local", name, identity, base_dir, name, run)
-    if not Path(name).is_dir() and "/" not in name:
+        judge = Judge("reward" if reward else "local", name, identity, base_dir, name, run)
+    elif path.is_dir() or "/" in name:
+        model_dir = common.resolve_model(name)
+        judge = Judge("local", name, ["local", common.weights_sha256(model_dir), args.dtype], model_dir)
+    else:
         fail(f"--judge-model {name}: no such directory; for the model of an API give its --judge-url too")
-    model_dir = common.resolve_model(name)
-    return Judge("local", name, ["local", common.weights_sha256(model_dir), args.dtype], model_dir)
+    if judge.kind == "local":
+        letter_tokens(common.load_tokenizer(judge.model_dir), name)
+    return judge
 
 
 def circular_why(judge: Judge, a: Row, b: Row, base_sha256: str) -> str | None:
@@ -562,17 +567,22 @@ def circular_why(judge: Judge, a: Row, b: Row, base_sha256: str) -> str | None:
     return None
 
 
+def letter_tokens(tokenizer, model: str) -> list[int]:
+    """The token of each verdict, as a reply begins with it."""
+    tokens = []
+    for letter in LETTERS:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}]
+        said = [i for i, own in zip(*common.render(tokenizer, chat)) if own and i != tokenizer.eos_token_id]
+        if len(said) != 1:
+            fail(f"--judge-model {model}: its tokenizer has no single token for the verdict {letter}")
+        tokens += said
+    return tokens
+
+
 def ask_local(judge: Judge, questions: dict[str, list[dict]], lines: Lines, args: Args, device) -> None:
     """The likeliest of the letters A, B, C where the reply would begin; likeliest alike is C, a tie."""
     tokenizer = common.load_tokenizer(judge.model_dir)
-    tokens = []  # of each letter, as a reply begins with it
-    for letter in LETTERS:
-        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}]
-        ids, mask = common.render(tokenizer, chat)
-        said = [i for i, own in zip(ids, mask) if own and i != tokenizer.eos_token_id]
-        if len(said) != 1:
-            fail(f"--judge-model {judge.model}: its tokenizer has no single token for the verdict {letter}")
-        tokens.append(said[0])
+    tokens = letter_tokens(tokenizer, judge.model)
     model = load_policy(Row("judge", judge.adapter, judge.run, {}), judge.model_dir, args, device)
     todo, limit = list(questions), common.max_positions(judge.model_dir)
     for part in tqdm([todo[i:i + CHUNK] for i in range(0, len(todo), CHUNK)], desc=f"{judge.model}: verdicts"):
@@ -765,6 +775,9 @@ def show(result: dict) -> None:
     print(f"  {s['wins']} wins, {s['ties']} ties, {s['losses']} losses of {s['n']}; {s['unparsable_verdicts']} of "
           f"{2 * s['n']} verdicts unparsable; the orders disagree on {percent(s['position_inconsistency'])} %; tokens "
           f"{s['mean_tokens_a']:.0f} to {s['mean_tokens_b']:.0f}")
+    if (cost := result["cost"])["requests"]:
+        print(f"  {cost['requests']:,} requests, {cost['prompt_tokens']:,} + {cost['completion_tokens']:,} tokens, "
+              f"{cost['seconds']:,.0f} s")
 
 
 # -- main -------------------------------------------------------------------------------------------
@@ -789,7 +802,8 @@ def measure(reference: Row, rows: Sequence[Row], choose: Callable, prompts: Sequ
         drawn = sample(policy, tokenizer, prompts, row.best_of, args,
                        Lines(directory / "cache" / f"generations-{key}.jsonl"), row.name)
         answers[row.name] = said = choose(prompts, drawn) if row.best_of > 1 else [each[0] for each in drawn]
-        if all(measured.get(row.name, {}).get(k) == v for k, v in row.record.items()):
+        identity = row.record | {"completions_sha256": common.sha256_json([a.ids for a in said])}
+        if all(measured.get(row.name, {}).get(k) == v for k, v in identity.items()):
             continue
         kl = {"kl_sft": best_of_kl(row.best_of), "kl_sft_se": None, "kl_sft_bound": True} if row.best_of > 1 else \
             {"kl_sft": 0.0, "kl_sft_se": 0.0}
@@ -798,7 +812,7 @@ def measure(reference: Row, rows: Sequence[Row], choose: Callable, prompts: Sequ
             nats = kl_of_completions(policy(), reference_policy(), examples, args.temperature or 1.0, args.micro_tokens,
                                      device)
             kl = {"kl_sft": fmean(nats), "kl_sft_se": stdev(nats) / math.sqrt(len(nats)) if len(nats) > 1 else None}
-        measured[row.name] = {**row.record, **guardrails(prompts, said, tokenizer.eos_token_id), **kl,
+        measured[row.name] = {**identity, **guardrails(prompts, said, tokenizer.eos_token_id), **kl,
                               "delta_w": delta_w(row.adapter, policy()) if row.adapter else 0.0}
         common.write_json(path, {"schema_version": 1, **shared, "n_prompts": len(prompts),
                                  "rows": list(measured.values())})

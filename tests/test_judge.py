@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -483,13 +482,14 @@ def test_a_question_beyond_the_judges_positions_is_counted(results, judge_args, 
     assert found["judge"]["circular"] and "base" in found["judge"]["circular_why"]
 
 
-def test_a_policy_as_its_own_judge_is_circular(results, judge_args, dpo_run, sft_run, kto_run):
-    for run, why in ((dpo_run, "the judge is dpo_v1 itself"), (sft_run, "the judge is sft_v2 itself"),
-                     (kto_run, "a policy on the base")):
-        judge.main(judge.Args(**judge_args, results=str(results), judge_model=run))
-        found = [read(results, p.stem) for p in (results / "judge").glob("dpo_v1_vs_*.json")]
-        (found,) = [f for f in found if f["judge"]["model"] == run]
-        assert found["judge"]["circular"] and why in found["judge"]["circular_why"]
+def test_a_policy_as_its_own_judge_is_circular(results, judge_args, dpo_run, sft_run):
+    """One of the two rows is named; another policy on their base is circular too."""
+    for run, against, why in ((dpo_run, sft_run, "the judge is dpo_v1 itself"), (sft_run, sft_run, "the judge is sft_v2 itself"),
+                              (sft_run, "base", "a policy on the base")):
+        shutil.rmtree(results / "judge", ignore_errors=True)
+        judge.main(judge.Args(**judge_args | {"against": against}, results=str(results), judge_model=run))
+        found = read(results, f"dpo_v1_vs_{Path(against).name}")["judge"]
+        assert found["kind"] == "local" and found["circular"] and why in found["circular_why"]
 
 
 def plain_scores(tiny_model, reward_run, sequences):
@@ -795,13 +795,13 @@ def test_a_server_that_isnt_there_is_found_before_sampling(api, results, capsys)
     with pytest.raises(SystemExit) as stop:
         api(judge_url=f"http://127.0.0.1:{free_port()}/v1")
     assert stop.value.code == 2 and "can't be reached" in capsys.readouterr().err
-    assert completions(results) in ({}, {k: [] for k in completions(results)})
+    assert not any(completions(results).values())
 
 
 def test_nonsense_is_counted_and_never_guessed(api, proxy):
     """One prompt's two replies are no verdict, another's only in one order; the judge prefers row a, whatever its place."""
     order = itertools.count()
-    odd = {0: "I'd say A, but B has a point", 1: "", 2: "Both!"}
+    odd = {0: "I'd say A, but B has a point", 1: "", 2: "\ud800 Both!"}  # half a character, which JSON can hold
 
     def reply(messages):
         return odd.get(next(order), "A")
@@ -897,6 +897,12 @@ def test_a_reward_model_is_no_row(refused, reward_run):
 
 def test_a_policy_chooses_nothing(refused, dpo_run):
     refused({"best_of": 2, "reward_adapter": dpo_run}, dpo_run, "not a reward model")
+
+
+def test_a_judge_without_a_token_for_a_verdict_is_refused(refused, tmp_path):
+    """With plain role markers a reply begins with a space, and this tokenizer has no token of space and letter."""
+    plain = make_model(tmp_path / "plain", template=None)
+    refused({"judge_model": plain}, plain, "verdict A")
 
 
 def altered(run, tmp_path, **changes):
