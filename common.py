@@ -1337,14 +1337,16 @@ def merge_kl(model_dir: str | Path, adapter: str | Path, merged: nn.Module, exam
 
 @torch.no_grad()
 def exact_kl(p_model: nn.Module, q_model: nn.Module, pack: Pack, temperature: float = 1.0) -> Tensor:
-    """KL(p ‖ q) at each predicted position of a pack, over the whole vocabulary, [K] in nats, in fp32."""
+    """KL(p ‖ q) at each predicted position of a pack, over the whole vocabulary, [K] in nats.
+
+    The LM heads are applied in fp32 whatever the dtype: rounding logits to bfloat16 adds a divergence of its own.
+    """
     hidden = [hidden_states(m, pack)[pack.predict].split(HEAD_CHUNK) for m in (p_model, q_model)]
-    heads = [base_of(m).get_output_embeddings() for m in (p_model, q_model)]
+    heads = [base_of(m).get_output_embeddings().weight.float() for m in (p_model, q_model)]                  # [V, H]
     parts = []
     for chunks in zip(*hidden):
-        with precision(p_model):
-            logp, logq = ((head(h).float() / temperature).log_softmax(1) for head, h in zip(heads, chunks))  # [C, V]
-        parts.append((logp.exp() * (logp - logq)).sum(1))
+        logp, logq = ((F.linear(h.float(), head) / temperature).log_softmax(1) for head, h in zip(heads, chunks))
+        parts.append((logp.exp() * (logp - logq)).sum(1))                                                    # [C, V]
     return torch.cat(parts)
 
 

@@ -580,21 +580,26 @@ def letter_tokens(tokenizer, model: str) -> list[int]:
 
 
 def ask_local(judge: Judge, questions: dict[str, list[dict]], lines: Lines, args: Args, device) -> None:
-    """The likeliest of the letters A, B, C where the reply would begin; likeliest alike is C, a tie."""
+    """The likeliest of the letters A, B, C where the reply would begin; likeliest alike is C, a tie.
+
+    Their logits are fp32 whatever the dtype: in bfloat16 one of 20 is a multiple of 1/8, and letters would often tie.
+    """
     tokenizer = common.load_tokenizer(judge.model_dir)
     tokens = letter_tokens(tokenizer, judge.model)
     model = load_policy(Row("judge", judge.adapter, judge.run, {}), judge.model_dir, args, device)
+    head = common.base_of(model).get_output_embeddings().weight[tokens].float()                    # [3, H]
     todo, limit = list(questions), common.max_positions(judge.model_dir)
     for part in tqdm([todo[i:i + CHUNK] for i in range(0, len(todo), CHUNK)], desc=f"{judge.model}: verdicts"):
         began, rendered = time.time(), [common.render_prompt(tokenizer, questions[key]) for key in part]
         fits = [i for i, ids in enumerate(rendered) if len(ids) <= limit]
-        examples = [Example(rendered[i], [len(rendered[i]) - 1] * len(tokens), tokens) for i in fits]
+        examples = [Example(rendered[i], [], []) for i in fits]
         replies: dict[int, dict[str, float]] = {}
         with torch.no_grad():
             for pack in common.pack(examples, max([args.micro_tokens, *(len(e.ids) for e in examples)]), device=device,
                                     share=True):
-                rows = common.token_logprobs(model, pack).view(-1, len(tokens)).tolist()
-                replies |= {fits[e]: dict(zip(LETTERS, row)) for e, row in zip(pack.examples, rows)}
+                logits = common.hidden_states(model, pack)[pack.last].float() @ head.T             # [N, 3]
+                found = logits.log_softmax(1).tolist()
+                replies |= {fits[e]: dict(zip(LETTERS, row)) for e, row in zip(pack.examples, found)}
         seconds = (time.time() - began) / len(part)
         for i, key in enumerate(part):
             reply = replies.get(i)  # none where the question is longer than the judge's positions
@@ -640,7 +645,8 @@ def ask_api(client: httpx2.Client, messages: list[dict], args: Args, stopping: t
                         "completion_tokens": usage.get("completion_tokens") or 0, "seconds": time.time() - began}
             problem, wait = f"HTTP {response.status_code}", retry_after(response)
             if response.status_code not in (408, 409, 429) and response.status_code < 500:
-                raise JudgeError(f"{args.judge_url} refuses the request ({problem}): {response.text[:300]}")
+                raise JudgeError(f"{args.judge_url} refuses the request ({problem}): "
+                                 + " ".join(response.text.split())[:300])
         except httpx2.RequestError as e:  # timeouts, refused and cut connections
             problem = type(e).__name__
         except (ValueError, LookupError, TypeError, AttributeError):

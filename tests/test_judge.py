@@ -473,8 +473,9 @@ def test_a_local_verdict_is_the_likeliest_letter(results, judge_args, long_model
         for order, (first, second) in (("ab", "ab"), ("ba", "ba")):
             asked = judge.question(e["prompt"], e[f"completion_{first}"], e[f"completion_{second}"])
             with torch.no_grad():
-                logprobs = model(torch.tensor([common.render_prompt(tokenizer, asked)])).logits[0, -1].log_softmax(0)
-            values = {x: logprobs[i].item() for x, i in letters.items()}
+                logits = model(torch.tensor([common.render_prompt(tokenizer, asked)])).logits[0, -1]
+            total = math.log(sum(math.exp(logits[i].item()) for i in letters.values()))
+            values = {x: logits[i].item() - total for x, i in letters.items()}
             expected.append(tuple(values.values()))
             assert e[f"verdict_{order}"] == {"A": first, "B": second, "C": "tie"}[max(values, key=values.get)]
     torch.testing.assert_close(torch.tensor(replies), torch.tensor(sorted(expected)), rtol=1e-4, atol=1e-4)
