@@ -55,7 +55,6 @@ from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any, Literal, NamedTuple
 
-import httpx2
 import langdetect
 import numpy as np
 import torch
@@ -65,6 +64,11 @@ from tqdm import tqdm
 
 import common
 from common import Example, fail
+
+try:
+    import httpx2 as httpx
+except ModuleNotFoundError:  # the former name, of the same interface: where an older huggingface_hub brought it
+    import httpx
 
 
 @dataclass(frozen=True)
@@ -612,7 +616,7 @@ class JudgeError(Exception):
     """The API can't go on."""
 
 
-def retry_after(response: httpx2.Response) -> float:
+def retry_after(response: httpx.Response) -> float:
     """Seconds that a Retry-After header asks to wait, as a number or a date; 0 without one."""
     value = response.headers.get("retry-after", "")
     with_date = email.utils.parsedate_to_datetime(value) if re.match("[A-Z][a-z]{2},", value) else None
@@ -621,14 +625,14 @@ def retry_after(response: httpx2.Response) -> float:
     return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else 0.0
 
 
-def check_key(response: httpx2.Response, args: Args) -> None:
+def check_key(response: httpx.Response, args: Args) -> None:
     if response.status_code in (401, 403):
         what_to_do = f"check {args.judge_key_env}" if os.environ.get(args.judge_key_env) else \
             f"{args.judge_key_env} is not set; export it, or name another variable with --judge-key-env"
         raise JudgeError(f"{args.judge_url} refuses the key (HTTP {response.status_code}): {what_to_do}")
 
 
-def ask_api(client: httpx2.Client, messages: list[dict], args: Args, stopping: threading.Event) -> dict[str, Any]:
+def ask_api(client: httpx.Client, messages: list[dict], args: Args, stopping: threading.Event) -> dict[str, Any]:
     """One verdict. Retries what may pass (429, 5xx, timeouts, cut connections); JudgeError for anything else."""
     body = {"model": args.judge_model, "messages": messages, "temperature": 0.0, "max_tokens": args.judge_tokens}
     began = time.time()
@@ -647,7 +651,7 @@ def ask_api(client: httpx2.Client, messages: list[dict], args: Args, stopping: t
             if response.status_code not in (408, 409, 429) and response.status_code < 500:
                 raise JudgeError(f"{args.judge_url} refuses the request ({problem}): "
                                  + " ".join(response.text.split())[:300])
-        except httpx2.RequestError as e:  # timeouts, refused and cut connections
+        except httpx.RequestError as e:  # timeouts, refused and cut connections
             problem = type(e).__name__
         except (ValueError, LookupError, TypeError, AttributeError):
             problem = "a reply that is no chat completion"
@@ -659,11 +663,11 @@ def ask_api(client: httpx2.Client, messages: list[dict], args: Args, stopping: t
             raise JudgeError("stopped")
 
 
-def open_client(args: Args) -> httpx2.Client:
+def open_client(args: Args) -> httpx.Client:
     key = os.environ.get(args.judge_key_env, "").strip()
-    return httpx2.Client(base_url=args.judge_url.rstrip("/") + "/", timeout=args.judge_timeout,
+    return httpx.Client(base_url=args.judge_url.rstrip("/") + "/", timeout=args.judge_timeout,
                          headers={"Authorization": f"Bearer {key}"} if key else {},
-                         limits=httpx2.Limits(max_connections=args.judge_parallel))
+                         limits=httpx.Limits(max_connections=args.judge_parallel))
 
 
 def check_api(args: Args) -> None:
@@ -671,9 +675,9 @@ def check_api(args: Args) -> None:
     try:
         with open_client(args) as client:
             check_key(client.get("models"), args)
-    except httpx2.TimeoutException:
+    except httpx.TimeoutException:
         pass  # slow is no reason not to begin
-    except (httpx2.RequestError, httpx2.InvalidURL) as e:
+    except (httpx.RequestError, httpx.InvalidURL) as e:
         fail(f"--judge-url {args.judge_url} can't be reached ({type(e).__name__})")
     except JudgeError as e:
         fail(str(e))
@@ -683,7 +687,7 @@ def ask_apis(questions: dict[str, list[dict]], lines: Lines, args: Args) -> None
     """Verdicts of all questions, --judge-parallel at a time, each kept as it comes; the first error ends them all."""
     stopping, errors = threading.Event(), []
 
-    def ask(client: httpx2.Client, key: str) -> None:
+    def ask(client: httpx.Client, key: str) -> None:
         if not stopping.is_set():
             try:
                 lines.add({"key": key, **ask_api(client, questions[key], args, stopping)})
@@ -825,6 +829,25 @@ def measure(reference: Row, rows: Sequence[Row], choose: Callable, prompts: Sequ
     return answers
 
 
+PAGE_DATA = '<script type="application/json" id="data">null</script>'  # in judge.html: where the records go
+
+
+def page_html(comparisons: list[dict], guardrails: dict | None) -> str:
+    """judge.html with the records in it. A comparison is what its file holds and "file", the file's name without .json,
+    which is its address in the page. The JSON is ASCII without a "<", so that no text in it ends the script element."""
+    records = json.dumps({"comparisons": comparisons, "guardrails": guardrails}, allow_nan=False, separators=(",", ":"))
+    html = Path(__file__).with_name("judge.html").read_text(encoding="utf-8")
+    return html.replace(PAGE_DATA, PAGE_DATA.replace("null", records.replace("<", "\\u003c")))
+
+
+def write_page(results: Path) -> None:
+    """<results>/judge/index.html: every <a>_vs_<b>.json beside it, in the order of their names, and guardrails.json."""
+    directory = Path(results) / "judge"
+    comparisons = [{"file": path.stem, **common.read_json(path)} for path in sorted(directory.glob("*_vs_*.json"))]
+    guardrails = directory / "guardrails.json"
+    common.write_text(directory / "index.html", page_html(comparisons, common.read_json(guardrails) if guardrails.exists() else None))
+
+
 def main(args: Args) -> None:
     # 1. Check everything that can be checked without a model.
     if common.world() > 1:
@@ -898,7 +921,7 @@ def main(args: Args) -> None:
                 "cost": {k: round(v, 2) for k, v in costs[row.name].items()}, "prompts": entries}
             common.write_json(place_for(directory, row.name, reference.name, result["judge"]), result)
             show(result)
-        # write_page(Path(args.results))
+        write_page(Path(args.results))
 
 
 if __name__ == "__main__":
