@@ -42,6 +42,8 @@ COMMON = $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) --s
 
 # One line a method: its flags. One rule a method, below.
 SFT  = $(strip $(COMMON) --quantization $(QUANT) $(call flag,--data,$(SFT_DATA)) $(SFT_FLAGS))
+SFT_CHOSEN = $(strip $(COMMON) --quantization $(QUANT) $(SFT_FLAGS))
+ULTRAFEEDBACK = $(shell $(PY) -c 'import common; print(common.ULTRAFEEDBACK)')
 RM   = $(strip $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) --quantization $(QUANT) $(call flag,--data,$(PREF_DATA)) $(RM_FLAGS))
 DPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(DPO_FLAGS))
 SEED_rm_v1    = $(SEED)
@@ -58,10 +60,11 @@ JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))
 # The rows of the table, and the reward models, which have no row: their figures are in $(RESULTS)/rm. rm_watch is one of
 # another seed, which watches PPO. A method that is added is named here, beside its rule.
 POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1 kto_v1
+CONTROLS = sft_2ep sft_chosen
 RUNS     = $(foreach run,$(POLICIES) rm_v1 rm_watch,$(OUT)/$(run)/run.json)
 EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 
-.PHONY: all demo env test help gpu-check bench bench-cpu clean-demo force
+.PHONY: all controls demo env test help gpu-check bench bench-cpu clean-demo force
 .DELETE_ON_ERROR:
 .PRECIOUS: $(OUT)/%/run.json
 .NOTPARALLEL:
@@ -70,6 +73,9 @@ EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 
 all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU; its time and memory are not measured yet
 	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(OUT)/.done/* | tr ' ' '\n' | sort -u)
+
+controls: ## make all with two rows more: SFT for a second epoch, and SFT on the chosen answers that DPO and KTO learn from
+	@$(MAKE) --no-print-directory all POLICIES='$(POLICIES) $(CONTROLS)'
 
 # -- a method: one rule. Its parent adapters are its prerequisites. --
 
@@ -99,6 +105,14 @@ $(OUT)/kto_v1/run.json: $(OUT)/.flags/kto_v1 $(OUT)/sft_v2/run.json $(wildcard $
 	$(TRAIN) kto.py $(KTO) --sft-adapter $(OUT)/sft_v2 --out $(@D) --overwrite
 	@touch $@
 
+$(OUT)/sft_2ep/run.json: $(OUT)/.flags/sft_2ep $(BASE) $(wildcard $(SFT_DATA)) | $(ENV)
+	$(TRAIN) sft.py $(SFT) --epochs 2 --out $(@D) --overwrite
+	@touch $@
+
+$(OUT)/sft_chosen/run.json: $(OUT)/.flags/sft_chosen $(OUT)/sft_v2/run.json $(wildcard $(PREF_DATA)) | $(ENV)
+	$(TRAIN) sft.py $(SFT_CHOSEN) --data $(or $(PREF_DATA),$(ULTRAFEEDBACK)) --sft-adapter $(OUT)/sft_v2 --out $(@D) --overwrite
+	@touch $@
+
 # -- evaluation: the base, then any adapter; its stamp holds the hashes of its table --
 
 $(OUT)/.done/base-$(PROTOCOL): $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA)) | $(ENV)
@@ -122,6 +136,8 @@ $(OUT)/.flags/rm_watch: LINE = $(RM) --seed $(SEED_rm_watch)
 $(OUT)/.flags/ppo_v1:   LINE = $(PPO)
 $(OUT)/.flags/grpo_v1:  LINE = $(GRPO)
 $(OUT)/.flags/kto_v1:   LINE = $(KTO)
+$(OUT)/.flags/sft_2ep:  LINE = $(SFT) --epochs 2
+$(OUT)/.flags/sft_chosen: LINE = $(SFT_CHOSEN) --data $(PREF_DATA)
 $(OUT)/.flags/evaluate: LINE = $(EVAL)
 $(OUT)/.flags/judge:    LINE = $(JUDGE)
 $(OUT)/.flags/%: force

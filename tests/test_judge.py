@@ -17,7 +17,6 @@ from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import httpx2
 import numpy as np
 import pytest
 import torch
@@ -28,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import common
 import judge
 from conftest import make_model, make_tokenizer, write_jsonl
+from judge import httpx
 
 REPO = Path(common.__file__).parent
 KEY = "sk-very-secret-7f3a"
@@ -627,9 +627,9 @@ def server(starting_server):
     process, port, log = starting_server
     for _ in range(480):
         try:
-            if httpx2.get(f"http://127.0.0.1:{port}/health", timeout=5).is_success:
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).is_success:
                 return port
-        except httpx2.RequestError:
+        except httpx.RequestError:
             time.sleep(0.25)
         assert process.poll() is None, log.read_text()
     pytest.fail(f"transformers serve did not start: {log.read_text()}")
