@@ -52,7 +52,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -895,8 +894,14 @@ def use_scorer(scorers: PeftModel, name: str, train: bool = False) -> PeftModel:
 def compile_layers(policy: nn.Module) -> None:
     """Compile each decoder layer (CUDA): one graph for packs of any size."""
     base = base_of(policy)
+    base.compiled_parts = True
     for layer in getattr(base, base.base_model_prefix).layers:
         layer.compile(dynamic=True)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Was compile_layers called on it?"""
+    return getattr(base_of(model), "compiled_parts", False)
 
 
 def trainable(policy: nn.Module) -> list[nn.Parameter]:
@@ -1252,32 +1257,56 @@ def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
 HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time
 
 
-def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, extras: Sequence[str]):
-    logits = head(hidden).float() / temperature                                        # [C, V]
-    logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)          # [C]
-    found, logits = {}, logits.detach()
+class KnownSlope(torch.autograd.Function):
+    """values [K] as a function of x [K, H], by its known gradient: slopes [K, H], the gradient of values[k] at x[k]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
+        ctx.save_for_backward(slopes)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        slopes, = ctx.saved_tensors
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None
+
+
+def of_targets(logits: Tensor, targets: Tensor, temperature: float, extras: Sequence[str], slopes: bool):
+    """(log softmax(logits / temperature)[target] [C] in fp32, its gradient to the logits or None, {extra: values})."""
+    z = logits.float() / temperature                                                   # [C, V]
+    normaliser = z.logsumexp(1, keepdim=True)
+    logprobs = (z.gather(1, targets[:, None]) - normaliser)[:, 0]                      # [C]
+    found, slope = {}, None
     if "correct" in extras:
-        found["correct"] = logits.argmax(1) == targets
+        found["correct"] = z.argmax(1) == targets
     if "entropy" in extras:  # log Σ exp z − Σ p z
-        found["entropy"] = logits.logsumexp(1) - (logits.softmax(1) * logits).sum(1)
-    return logprobs, found
+        found["entropy"] = normaliser[:, 0] - ((z - normaliser).exp() * z).sum(1)
+    if slopes:  # d log p_t / d logit_v = (1[v = t] − p_v) / temperature
+        hit = torch.arange(z.shape[1], device=z.device) == targets[:, None]
+        slope = ((hit.float() - (z - normaliser).exp()) / temperature).to(logits.dtype)
+    return logprobs, slope, found
 
 
 def token_logprobs(model: nn.Module, pack: Pack, temperature: float = 1.0, extras: Sequence[str] = ()):
     """log softmax(logits / temperature)[target] of a pack's predicted tokens, [K] in fp32.
 
-    The LM head runs on predicted positions only, in chunks, recomputed in the backward: a [T, V] tensor never exists.
+    The LM head runs on predicted positions only, in chunks: a [T, V] tensor never exists. It is frozen, so a token's
+    gradient to its hidden state, w_t − Σ_v p_v w_v over the temperature, is taken while its logits are there, and the
+    backward has only to scale it: nothing of [C, V] is kept, and nothing computed again.
     extras, each [K] and without gradient, give (logprobs, {extra: values}): "correct", the target is the argmax;
     "entropy" of softmax(logits / temperature), in nats.
     """
-    hidden, head = hidden_states(model, pack)[pack.predict], base_of(model).get_output_embeddings()
-    chunks = []
-    with precision(model):
+    hidden, base = hidden_states(model, pack)[pack.predict], base_of(model)
+    head, slopes, parts = base.get_output_embeddings(), hidden.requires_grad, []
+    choose_targets = compiled(of_targets) if is_compiled(model) else of_targets
+    with precision(model), torch.no_grad():
         for h, t in zip(hidden.split(HEAD_CHUNK), pack.targets.split(HEAD_CHUNK)):  # no token: one empty chunk
-            args = (head, h, t, temperature, extras)
-            chunks.append(recompute(_head_chunk, *args, use_reentrant=False) if h.requires_grad else _head_chunk(*args))
-    logprobs = torch.cat([lp for lp, _ in chunks])
-    return (logprobs, {k: torch.cat([found[k] for _, found in chunks]) for k in extras}) if extras else logprobs
+            logprobs, slope, found = choose_targets(head(h), t, temperature, tuple(extras), slopes)
+            parts.append((logprobs, slope @ head.weight if slopes else None, found))
+    logprobs = torch.cat([lp for lp, _, _ in parts])
+    if slopes:
+        logprobs = KnownSlope.apply(hidden, logprobs, torch.cat([slope for _, slope, _ in parts]))
+    return (logprobs, {k: torch.cat([found[k] for _, _, found in parts]) for k in extras}) if extras else logprobs
 
 
 def token_values(model: nn.Module, pack: Pack) -> Tensor:
