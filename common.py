@@ -747,8 +747,9 @@ def check_architecture(model_dir: Path) -> None:
     names = {part for file in model_dir.glob("*.safetensors") for name in tensor_entries(file) for part in name.split(".")}
     if missing := [t for t in TARGET_MODULES if t not in names]:
         fail(f"{model_dir}: this model has no {', '.join(missing)}; its LoRA would differ from the invariants")
-    if config.get("model_type") not in DECODERS:
-        fail(f"{model_dir}: a model of the kind {config.get('model_type')}; sampling knows {', '.join(DECODERS)}")
+    if config.get("model_type") not in DECODERS or config.get("hidden_act", "silu") != "silu":
+        fail(f"{model_dir}: a model of the kind {config.get('model_type')} with {config.get('hidden_act', 'silu')}; the decoder "
+             f"here knows {', '.join(DECODERS)} with silu")
 
 
 def weights_sha256(model_dir: str | Path) -> str:
@@ -892,11 +893,9 @@ def use_scorer(scorers: PeftModel, name: str, train: bool = False) -> PeftModel:
 
 
 def compile_layers(policy: nn.Module) -> None:
-    """Compile each decoder layer (CUDA): one graph for packs of any size."""
-    base = base_of(policy)
-    base.compiled_parts = True
-    for layer in getattr(base, base.base_model_prefix).layers:
-        layer.compile(dynamic=True)
+    """From now on, what its layers do between matrix products and attention, and what follows the LM head, is compiled: for
+    packs of any size, with few and small graphs (CUDA)."""
+    base_of(policy).compiled_parts = True
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -1244,14 +1243,175 @@ def precision(model: nn.Module):
     return torch.autocast(head.device.type, torch.bfloat16, enabled=head.dtype == torch.bfloat16)
 
 
+# The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, in the order and the precisions of
+# transformers' modules, which it replaces in packs and in sampling. T tokens, H hidden size, d head size, kv key/value
+# heads. What a layer adds to the residual stream is carried apart (`update`), so that the sum and the norm after it are
+# one kernel.
+
+DECODERS = ("llama", "qwen2", "qwen3")  # transformers' model types that the functions below are
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.float()
+    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: x [T, heads, d], cos and sin [T, 1, d]."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def add_norm(x: Tensor, update: Tensor, norm: tuple[Tensor, float]) -> tuple[Tensor, Tensor]:
+    """The residual stream x + update [T, H], and its norm."""
+    x = x + update
+    return x, rms_norm(x, *norm)
+
+
+def split_heads(qkv: Tensor, heads: int, kv_heads: int, norms: tuple, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """[T, (heads + 2 kv) d] -> queries [T, heads, d], keys and values [T, kv, d]; norms: (weight, eps) of q and k, or none."""
+    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
+    if norms:
+        q, k = (rms_norm(y, *norm) for y, norm in zip((q, k), norms))
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[T, 2 I] -> [T, I]"""
+    gate, up = gate_up.chunk(2, 1)
+    return F.silu(gate) * up
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """torch.compile of a function, once a process, for any number of rows: the first size of a tensor may vary."""
+    fast = torch.compile(function)
+
+    def call(*args):
+        for t in args:
+            if isinstance(t, Tensor) and t.dim():
+                torch._dynamo.maybe_mark_dynamic(t, 0)
+        return fast(*args)
+    return call
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """A linear layer's weight; an NF4 one in its compute dtype."""
+    if getattr(weight, "quant_state", None) is None:
+        return weight
+    import bitsandbytes.functional
+    return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+
+
+def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
+    """(alpha/r, A [r, in], B [out, r]) in fp32 of a linear layer's active adapters; none while adapters are off."""
+    if not hasattr(module, "lora_A") or module.disable_adapters:
+        return []
+    if module.merged:
+        raise ValueError("the adapter is merged into the model's own weights; unmerge it first")
+    return [(module.scaling[name], module.lora_A[name].weight.float(), module.lora_B[name].weight.float())
+            for name in module.active_adapters if name in module.lora_A]
+
+
+def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
+    """The weights of frozen linear layers of one input, one below the other. Plain ones are made views of one tensor, once."""
+    if len(modules) == 1:
+        return dequantized(modules[0].weight).to(dtype)
+    first, parts = modules[0].weight, [m.weight for m in modules]
+    if getattr(first, "quant_state", None) is not None:
+        return torch.cat([dequantized(w) for w in parts]).to(dtype)
+    together = getattr(modules[0], "together", None)
+    at = None if together is None else together.data_ptr()
+    for w in parts:  # still the views that they were made?
+        if at is None or w.data_ptr() != at or w.dtype != together.dtype:
+            together = modules[0].together = torch.cat([w.data for w in parts])
+            for m, view in zip(modules, together.split([len(w) for w in parts])):
+                m.weight.data = view
+            break
+        at += w.nbytes
+    return together.to(dtype)
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """y = x Wᵀ + bias + (x Aᵀ)(s B)ᵀ of frozen linear layers side by side, x [T, in] -> y [T, out]; A, B trained, in fp32.
+
+    Written out, because of what autograd would do: keep W for the backward (an NF4 one is dequantised there again), cast x
+    to the factors' fp32 and back, and hold each low-rank term before it is added.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, modules: Sequence[nn.Module], terms: Sequence[tuple], *factors: Tensor) -> Tensor:
+        """terms: (first output, last + 1, s) of each pair A [r, in], B [out, r] in `factors`."""
+        bias = None if modules[0].bias is None else torch.cat([m.bias for m in modules])
+        y, low = F.linear(x, weight_of(modules, x.dtype), bias), x.new_empty(len(x), 0)
+        if terms:
+            low = F.linear(x, torch.cat(factors[::2]).to(x.dtype))                     # [T, Σ r]
+            for (begin, end, scale), b, part in zip(terms, factors[1::2], AdaptedLinear.split(low, factors)):
+                y[:, begin:end].addmm_(part, (scale * b).to(x.dtype).T)
+        ctx.modules, ctx.terms = modules, terms
+        ctx.save_for_backward(x, low, *factors)
+        return y
+
+    @staticmethod
+    def split(low: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return low.split([len(a) for a in factors[::2]], 1)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, low, *factors = ctx.saved_tensors
+        dx = dy @ weight_of(ctx.modules, x.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.terms:
+            return dx, None, None
+        grads, dlow = [None] * len(factors), torch.empty_like(low)
+        for i, ((begin, end, scale), b, part, out) in enumerate(zip(ctx.terms, factors[1::2], AdaptedLinear.split(low, factors),
+                                                                   AdaptedLinear.split(dlow, factors))):
+            part_dy = dy[:, begin:end]
+            torch.mm(part_dy, (scale * b).to(x.dtype), out=out)
+            if ctx.needs_input_grad[4 + 2 * i]:
+                grads[2 * i + 1] = scale * (part_dy.T @ part).to(b.dtype)
+        a = torch.cat(factors[::2])
+        if dx is not None:
+            dx.addmm_(dlow, a.to(x.dtype))
+        grads[::2] = (dlow.T @ x).to(a.dtype).split([len(a) for a in factors[::2]])
+        return dx, None, None, *grads
+
+
+def adapted(x: Tensor, *modules: nn.Module) -> Tensor:
+    """Linear layers of one input (plain, NF4, with or without LoRA), side by side: [T, in] -> [T, Σ out]."""
+    terms, factors, at = [], [], 0
+    for m in modules:
+        end = at + m.out_features
+        for scale, a, b in low_rank(m):
+            terms.append((at, end, scale))
+            factors += [a, b]
+        at = end
+    return AdaptedLinear.apply(x, [getattr(m, "base_layer", m) for m in modules], terms, *factors)
+
+
 def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
     """Last hidden states of a pack, [T, H]."""
     base = base_of(model)
-    body = getattr(base, base.base_model_prefix)
-    with precision(model):
-        return body(input_ids=pack.input_ids, position_ids=pack.position_ids, cu_seq_lens_q=pack.cu_seqlens,
-                    cu_seq_lens_k=pack.cu_seqlens if pack.keys is None else pack.cu_seqlens_k, keys=pack.keys,
-                    max_length_q=pack.max_length, max_length_k=pack.max_length, use_cache=False).last_hidden_state[0]
+    body, config = getattr(base, base.base_model_prefix), base.config
+    fused = compiled if is_compiled(model) else lambda function: function
+    add, split, activate = map(fused, (add_norm, split_heads, swiglu))
+
+    def norm(module: nn.Module) -> tuple[Tensor, float]:
+        return module.weight, module.variance_epsilon
+    x = body.embed_tokens(pack.input_ids[0])                                                    # [T, H]
+    cos, sin = (table[0][:, None] for table in body.rotary_emb(x, pack.position_ids))           # [T, 1, d]
+    update = torch.zeros_like(x)
+    for layer in body.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = (norm(attention.q_norm), norm(attention.k_norm)) if hasattr(attention, "q_norm") else ()
+        x, h = add(x, update, norm(layer.input_layernorm))
+        qkv = split(adapted(h, attention.q_proj, attention.k_proj, attention.v_proj), config.num_attention_heads,
+                    config.num_key_value_heads, norms, cos, sin)
+        attended, _ = packed_attention(attention, *(y.transpose(0, 1)[None] for y in qkv), None, attention.scaling,
+                                       cu_seq_lens_q=pack.cu_seqlens, cu_seq_lens_k=pack.cu_seqlens_k, keys=pack.keys,
+                                       max_length_q=pack.max_length, sliding_window=getattr(attention, "sliding_window", None))
+        x, h = add(x, adapted(attended[0].flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
+        update = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
+    return add(x, update, norm(body.norm))[1]
 
 
 HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time
@@ -1418,12 +1578,8 @@ class Completion:
     text: str               # decoded, without EOS, cut before the stop string
 
 
-# The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, in the order and the precisions of
-# transformers' modules. Two pure functions a layer, with attention between them: prompts are packed and attend to
-# themselves, decoding attends to the cache. T tokens, H hidden size, d head size, kv key/value heads.
-
-DECODERS = ("llama", "qwen2", "qwen3")  # transformers' model types that the functions below are
-
+# The sampler's layer: two pure functions, with attention between them. Prompts are packed and attend to themselves,
+# decoding attends to the cache.
 
 class Projection(NamedTuple):
     """Linear layers of one input as one product; an unmerged adapter adds its low-rank term."""
@@ -1453,35 +1609,18 @@ def project(x: Tensor, p: Projection) -> Tensor:
     return y if p.a is None else y + F.linear(F.linear(x, p.a), p.b)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y = x.float()
-    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [T, heads, d], cos and sin [T, 1, d]."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
-
-
 def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual stream x + update [T, H], queries [T, heads, d], keys and values [T, 2, kv, d].
-
-    What a layer adds to the stream is carried apart (`update`), so that the sum and the norm after it are one kernel.
-    """
-    x = x + update
-    qkv = project(rms_norm(x, w.input_norm, w.eps), w.qkv)
-    q, k, v = qkv.unflatten(1, (w.heads + 2 * w.kv_heads, -1)).split((w.heads, w.kv_heads, w.kv_heads), 1)
-    if w.q_norm is not None:
-        q, k = rms_norm(q, w.q_norm, w.eps), rms_norm(k, w.k_norm, w.eps)
-    return x, rotate(q, cos, sin), torch.stack([rotate(k, cos, sin), v], 1)
+    """The residual stream x + update [T, H], queries [T, heads, d], keys and values [T, 2, kv, d]."""
+    x, h = add_norm(x, update, (w.input_norm, w.eps))
+    norms = () if w.q_norm is None else ((w.q_norm, w.eps), (w.k_norm, w.eps))
+    q, k, v = split_heads(project(h, w.qkv), w.heads, w.kv_heads, norms, cos, sin)
+    return x, q, torch.stack([k, v], 1)
 
 
 def attention_out(x: Tensor, attended: Tensor, w: Layer) -> tuple[Tensor, Tensor]:
     """The stream after attention [T, H], and what the MLP adds to it; attended [T, heads d]."""
-    x = x + project(attended, w.o)
-    gate, up = project(rms_norm(x, w.post_norm, w.eps), w.gate_up).chunk(2, 1)
-    return x, project(F.silu(gate) * up, w.down)
+    x, h = add_norm(x, project(attended, w.o), (w.post_norm, w.eps))
+    return x, project(swiglu(project(h, w.gate_up)), w.down)
 
 
 # One decoding step of B rows. Row b owns the slots b·stride, b·stride + 1, … of the cache [slots, 2, kv, d], one a token.
@@ -1572,39 +1711,8 @@ def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | Non
     return (block * CHOICE_BLOCK + place)[:, 0], logprob[:, 0].float()
 
 
-@functools.cache
-def compiled(function: Callable) -> Callable:
-    """torch.compile of a function, once a process, for any number of rows: the first size of a tensor may vary."""
-    fast = torch.compile(function)
-
-    def call(*args):
-        for t in args:
-            if isinstance(t, Tensor) and t.dim():
-                torch._dynamo.maybe_mark_dynamic(t, 0)
-        return fast(*args)
-    return call
-
-
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def dequantized(weight: Tensor) -> Tensor:
-    """A linear layer's weight; an NF4 one in its compute dtype."""
-    if getattr(weight, "quant_state", None) is None:
-        return weight
-    import bitsandbytes.functional
-    return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-
-
-def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
-    """(alpha/r, A [r, in], B [out, r]) in fp32 of a linear layer's active adapters; none while adapters are off."""
-    if not hasattr(module, "lora_A") or module.disable_adapters:
-        return []
-    if module.merged:
-        raise ValueError("the adapter is merged into the model's own weights; unmerge it first")
-    return [(module.scaling[name], module.lora_A[name].weight.float(), module.lora_B[name].weight.float())
-            for name in module.active_adapters if name in module.lora_A]
 
 
 class Sampler:
