@@ -748,8 +748,8 @@ def check_architecture(model_dir: Path) -> None:
     if missing := [t for t in TARGET_MODULES if t not in names]:
         fail(f"{model_dir}: this model has no {', '.join(missing)}; its LoRA would differ from the invariants")
     if config.get("model_type") not in DECODERS or config.get("hidden_act", "silu") != "silu":
-        fail(f"{model_dir}: a model of the kind {config.get('model_type')} with {config.get('hidden_act', 'silu')}; the decoder "
-             f"here knows {', '.join(DECODERS)} with silu")
+        fail(f"{model_dir}: a model of the kind {config.get('model_type')} with {config.get('hidden_act', 'silu')}; "
+             f"the decoder here knows {', '.join(DECODERS)} with silu")
 
 
 def weights_sha256(model_dir: str | Path) -> str:
@@ -893,8 +893,10 @@ def use_scorer(scorers: PeftModel, name: str, train: bool = False) -> PeftModel:
 
 
 def compile_layers(policy: nn.Module) -> None:
-    """From now on, what its layers do between matrix products and attention, and what follows the LM head, is compiled: for
-    packs of any size, with few and small graphs (CUDA)."""
+    """From now on, what layers do between matrix products and attention, and what follows the LM head, is compiled (CUDA).
+
+    A few small graphs, for packs of any size and for all layers.
+    """
     base_of(policy).compiled_parts = True
 
 
@@ -1118,6 +1120,7 @@ class Pack:
     targets: Tensor        # [K] token ids
     counts: Tensor         # [N] predicted tokens of each sequence
     examples: list[int]    # [N] index of each sequence in the list that was packed
+    attended: int          # pairs of a query and a key it attends to
     keys: Tensor | None = None          # [L] positions in T of all tokens of each sequence, end to end
     cu_seqlens_k: Tensor | None = None  # [N + 1] int32, where sequences begin and end in `keys`
 
@@ -1149,7 +1152,7 @@ class Pack:
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
         """[K] -> [N]: sums over each sequence's predicted tokens, in a fixed order (index_add on CUDA has none)."""
-        return torch.segment_reduce(values, "sum", lengths=self.counts)
+        return torch.segment_reduce(values, "sum", lengths=self.counts, unsafe=True)  # unsafe: without a wait for a check
 
 
 def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="cpu", share: bool = False) -> list[Pack]:
@@ -1162,16 +1165,20 @@ def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="
         raise ValueError("packs that share tokens don't keep units together")
     bins = sorted_fit(examples, micro_tokens) if share else []
     if sum(shared for members in bins for _, shared in members) <= WORTH_SHARING * sum(len(e.ids) for e in examples):
-        bins = first_fit(examples, micro_tokens, unit)
+        bins = even_fit(examples, micro_tokens, unit)
     return [lay_out(examples, members).to(device) for members in bins]
 
 
-def first_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> list[list[tuple[int, int]]]:
-    """First-fit decreasing of units of examples into packs: (example, 0 tokens shared) of each."""
+def even_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> list[list[tuple[int, int]]]:
+    """As few packs of units of examples as first-fit decreasing needs, as equal as can be: (example, 0 tokens shared) of each.
+
+    A small pack costs as long as a larger one, since a GPU then waits for the program; and the largest takes the memory.
+    """
     units = [range(i, i + unit) for i in range(0, len(examples), unit)]
     size = {u: sum(len(examples[i].ids) for i in u) for u in units}
+    order = sorted(units, key=lambda u: (-size[u], u[0]))
     bins: list[list] = []  # [tokens, members]
-    for u in sorted(units, key=lambda u: (-size[u], u[0])):
+    for u in order:
         if size[u] > micro_tokens:
             raise ValueError(f"{size[u]} tokens that belong together don't fit into --micro-tokens {micro_tokens}")
         b = next((b for b in bins if b[0] + size[u] <= micro_tokens), None)
@@ -1179,7 +1186,12 @@ def first_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> 
             bins.append(b := [0, []])
         b[0] += size[u]
         b[1] += [(i, 0) for i in u]
-    return [members for _, members in bins]
+    level: list[list] = [[0, []] for _ in bins]
+    for u in order:
+        b = min(level, key=lambda b: b[0])
+        b[0] += size[u]
+        b[1] += [(i, 0) for i in u]
+    return [members for _, members in (level if max((b[0] for b in level), default=0) <= micro_tokens else bins)]
 
 
 WORTH_SHARING = 1 / 16  # of all tokens; below, copying keys costs more than the shared tokens do
@@ -1215,7 +1227,7 @@ def shared_length(a: np.ndarray, b: np.ndarray) -> int:
 
 def lay_out(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Pack:
     """A pack of (example, how many of its first tokens are those of the example before it)."""
-    ids, position, cu, predict, targets, places = [], [], [0], [], [], [np.arange(0)]
+    ids, position, cu, predict, targets, places, attended = [], [], [0], [], [], [np.arange(0)], 0
     for i, shared in members:
         e, start = examples[i], len(ids)
         ids += e.ids[shared:]
@@ -1224,13 +1236,14 @@ def lay_out(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> 
         places.append(np.concatenate([places[-1][:shared], np.arange(start, len(ids))]))
         predict.append(places[-1][np.asarray(e.predict, dtype=int)])
         targets += e.targets
+        attended += (len(e.ids) - shared) * (len(e.ids) + shared + 1) // 2
     lengths = [len(p) for p in places]
     keys = {"keys": torch.from_numpy(np.concatenate(places)),
             "cu_seqlens_k": torch.tensor(np.cumsum(lengths), dtype=torch.int32)} if any(n for _, n in members) else {}
     return Pack(torch.tensor([ids]), torch.tensor([position]), torch.tensor(cu, dtype=torch.int32),
                 1 << (max(lengths) - 1).bit_length(), torch.from_numpy(np.concatenate(predict)),
                 torch.tensor(targets, dtype=torch.long), torch.tensor([len(p) for p in predict]),
-                [i for i, _ in members], **keys)
+                [i for i, _ in members], attended, **keys)
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -1241,6 +1254,40 @@ def precision(model: nn.Module):
     """Autocast to bfloat16 for a bfloat16 base (fp32 adapters are cast in the forward); nothing for an fp32 one."""
     head = base_of(model).get_output_embeddings().weight
     return torch.autocast(head.device.type, torch.bfloat16, enabled=head.dtype == torch.bfloat16)
+
+
+# Dense bfloat16 FLOPs a second by the makers' data sheets; a device's name holds the key. The first that fits.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "A10": 125e12}
+
+
+def peak_flops(device: str) -> float | None:
+    """What a GPU of this name could do at most, in bfloat16; None where it isn't known."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+
+
+def model_flops(config, tokens: int, attended: int, predicted: int, backward: bool = False) -> int:
+    """FLOPs that the mathematics of a pass needs, whatever a program recomputes.
+
+    Forward: 2 for each weight of the layers and token, 2 H V for each predicted token (LM head), 4 heads·d a layer for each
+    pair of a query and a key it attends to (QK^T and PV). backward: another 2 a weight, to the inputs alone, since the base
+    is frozen; twice the forward's of attention. LoRA's factors (3 % more) and elementwise work are left out.
+    config: transformers' (llama, qwen2, qwen3). attended: Σ n(n+1)/2 over sequences of n tokens.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or hidden // heads)
+    kv_width = width * config.num_key_value_heads // heads
+    weights = config.num_hidden_layers * hidden * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
+    products = 2 * (weights * tokens + hidden * config.vocab_size * predicted)
+    attention = 4 * config.num_hidden_layers * width * attended
+    return (2 * products + 3 * attention) if backward else products + attention
+
+
+flops_done = 0  # by this process, since it began
+
+
+def count_flops(config, tokens: int = 0, attended: int = 0, predicted: int = 0, backward: bool = False) -> None:
+    global flops_done
+    flops_done += model_flops(config, tokens, attended, predicted, backward)
 
 
 # The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, in the order and the precisions of
@@ -1333,7 +1380,7 @@ def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """y = x Wᵀ + bias + (x Aᵀ)(s B)ᵀ of frozen linear layers side by side, x [T, in] -> y [T, out]; A, B trained, in fp32.
+    """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ of frozen linear layers side by side, x [T, in] -> y [T, out]; A, B trained, in fp32.
 
     Written out, because of what autograd would do: keep W for the backward (an NF4 one is dequantised there again), cast x
     to the factors' fp32 and back, and hold each low-rank term before it is added.
@@ -1343,37 +1390,31 @@ class AdaptedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, modules: Sequence[nn.Module], terms: Sequence[tuple], *factors: Tensor) -> Tensor:
         """terms: (first output, last + 1, s) of each pair A [r, in], B [out, r] in `factors`."""
         bias = None if modules[0].bias is None else torch.cat([m.bias for m in modules])
-        y, low = F.linear(x, weight_of(modules, x.dtype), bias), x.new_empty(len(x), 0)
+        y = F.linear(x, weight_of(modules, x.dtype), bias)
         if terms:
-            low = F.linear(x, torch.cat(factors[::2]).to(x.dtype))                     # [T, Σ r]
-            for (begin, end, scale), b, part in zip(terms, factors[1::2], AdaptedLinear.split(low, factors)):
-                y[:, begin:end].addmm_(part, (scale * b).to(x.dtype).T)
-        ctx.modules, ctx.terms = modules, terms
-        ctx.save_for_backward(x, low, *factors)
+            ctx.ranks, ctx.precision = [len(a) for a in factors[::2]], factors[0].dtype
+            a, bs = torch.cat(factors[::2]).to(x.dtype), [b.to(x.dtype) for b in factors[1::2]]
+            low = F.linear(x, a)                                                       # [T, Σ r]
+            for (begin, end, scale), b, part in zip(terms, bs, low.split(ctx.ranks, 1)):
+                y[:, begin:end].addmm_(part, b.T, alpha=scale)
+            ctx.save_for_backward(x, low, a, *bs)
+        ctx.modules, ctx.terms, ctx.dtype = modules, terms, x.dtype
         return y
 
     @staticmethod
-    def split(low: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return low.split([len(a) for a in factors[::2]], 1)
-
-    @staticmethod
     def backward(ctx, dy: Tensor):
-        x, low, *factors = ctx.saved_tensors
-        dx = dy @ weight_of(ctx.modules, x.dtype) if ctx.needs_input_grad[0] else None
+        dx = dy @ weight_of(ctx.modules, ctx.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.terms:
             return dx, None, None
-        grads, dlow = [None] * len(factors), torch.empty_like(low)
-        for i, ((begin, end, scale), b, part, out) in enumerate(zip(ctx.terms, factors[1::2], AdaptedLinear.split(low, factors),
-                                                                   AdaptedLinear.split(dlow, factors))):
-            part_dy = dy[:, begin:end]
-            torch.mm(part_dy, (scale * b).to(x.dtype), out=out)
-            if ctx.needs_input_grad[4 + 2 * i]:
-                grads[2 * i + 1] = scale * (part_dy.T @ part).to(b.dtype)
-        a = torch.cat(factors[::2])
+        x, low, a, *bs = ctx.saved_tensors
+        dlow, db = torch.empty_like(low), []                                           # d loss / d (x Aᵀ), times s
+        for (begin, end, scale), b, part, dpart in zip(ctx.terms, bs, low.split(ctx.ranks, 1), dlow.split(ctx.ranks, 1)):
+            dpart.addmm_(dy[:, begin:end], b, beta=0, alpha=scale)
+            db.append(torch.addmm(b, dy[:, begin:end].T, part, beta=0, alpha=scale).to(ctx.precision))
         if dx is not None:
-            dx.addmm_(dlow, a.to(x.dtype))
-        grads[::2] = (dlow.T @ x).to(a.dtype).split([len(a) for a in factors[::2]])
-        return dx, None, None, *grads
+            dx.addmm_(dlow, a)
+        da = (dlow.T @ x).to(ctx.precision).split(ctx.ranks)
+        return dx, None, None, *(grad for pair in zip(da, db) for grad in pair)
 
 
 def adapted(x: Tensor, *modules: nn.Module) -> Tensor:
@@ -1411,7 +1452,9 @@ def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
                                        max_length_q=pack.max_length, sliding_window=getattr(attention, "sliding_window", None))
         x, h = add(x, adapted(attended[0].flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
         update = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
-    return add(x, update, norm(body.norm))[1]
+    x, h = add(x, update, norm(body.norm))
+    count_flops(config, len(x), pack.attended, backward=x.requires_grad)
+    return h
 
 
 HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time
@@ -1463,6 +1506,7 @@ def token_logprobs(model: nn.Module, pack: Pack, temperature: float = 1.0, extra
         for h, t in zip(hidden.split(HEAD_CHUNK), pack.targets.split(HEAD_CHUNK)):  # no token: one empty chunk
             logprobs, slope, found = choose_targets(head(h), t, temperature, tuple(extras), slopes)
             parts.append((logprobs, slope @ head.weight if slopes else None, found))
+    count_flops(base.config, predicted=len(hidden), backward=slopes)
     logprobs = torch.cat([lp for lp, _, _ in parts])
     if slopes:
         logprobs = KnownSlope.apply(hidden, logprobs, torch.cat([slope for _, slope, _ in parts]))
@@ -1537,32 +1581,6 @@ def mean_kl(p_model: nn.Module, q_model: nn.Module, packs: Sequence[Pack]) -> fl
             total += (logp.exp() * (logp - logq)).sum().item()
             count += len(hp)
     return total / max(count, 1)
-
-
-# Dense bfloat16 FLOPs a second by the makers' data sheets; a device's name holds the key. The first that fits.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "A10": 125e12}
-
-
-def peak_flops(device: str) -> float | None:
-    """What a GPU of this name could do at most, in bfloat16; None where it isn't known."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
-
-
-def model_flops(config, tokens: int, attended: int, predicted: int, backward: bool = False) -> int:
-    """FLOPs that the mathematics of a pass needs, whatever a program recomputes.
-
-    Forward: 2 for each weight of the layers and token, 2 H V for each predicted token (LM head), 4 heads·d a layer for each
-    pair of a query and a key it attends to (QK^T and PV). backward: another 2 a weight, to the inputs alone, since the base
-    is frozen; twice the forward's of attention. LoRA's factors (3 % more) and elementwise work are left out.
-    config: transformers' (llama, qwen2, qwen3). attended: Σ n(n+1)/2 over sequences of n tokens.
-    """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or hidden // heads)
-    kv_width = width * config.num_key_value_heads // heads
-    weights = config.num_hidden_layers * hidden * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
-    products = 2 * (weights * tokens + hidden * config.vocab_size * predicted)
-    attention = 4 * config.num_hidden_layers * width * attended
-    return (2 * products + 3 * attention) if backward else products + attention
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1882,6 +1900,9 @@ class Sampler:
             self.seed.fill_(seed)
             kind = "greedy" if temperature == 0 else "sample" if top_p == 1 else "nucleus"
             self._sample_batch(prompts, budgets, stops, keys, batch, stride, kind, done, progress)
+        for p, c in zip(prompts, done):
+            n = len(p) + len(c.ids)
+            count_flops(self.config, n, n * (n + 1) // 2, len(c.ids))
         return done
 
     @torch.no_grad()
@@ -2154,7 +2175,8 @@ class Run:
                 if p.requires_grad:
                     p.data.copy_(tensors[f"parameter/{name}"])
                     state = {k: tensors[f"{k}/{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-                    optimizer.state[p] = {"step": tensors[f"step/{name}"], **state}
+                    where = p.device if optimizer.defaults["fused"] else "cpu"  # where Adam keeps its count of steps
+                    optimizer.state[p] = {"step": tensors[f"step/{name}"].to(where), **state}
             torch.set_rng_state(tensors["rng/cpu"])
             if "rng/cuda" in tensors and torch.cuda.is_available():
                 torch.cuda.set_rng_state(tensors["rng/cuda"])
@@ -2170,7 +2192,7 @@ class Run:
                 import wandb
                 self.tracker = wandb.init(project="rungs", name=self.record["name"], config=self.record,
                                           id=f"{self.record['config_hash']}", resume="allow")
-        self.total_steps, self.started, self.last_tick = total_steps, time.time(), time.time()
+        self.total_steps, self.started, self.last_tick, self.last_flops = total_steps, time.time(), time.time(), flops_done
         if step < total_steps:
             self.old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return step
@@ -2185,13 +2207,15 @@ class Run:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line of log.jsonl: `metrics` (means or sums over the whole step and all ranks), rate, memory, time.
 
-        A "tokens" entry gives tokens_per_s.
+        A "tokens" entry gives tokens_per_s; on a GPU of PEAK_FLOPS, mfu is the share of its peak that this rank's passes needed.
         """
         metrics = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
         now = time.time()
         if "tokens" in metrics:
             metrics["tokens_per_s"] = round(metrics["tokens"] / (now - self.last_tick), 1)
-        self.last_tick = now
+        if torch.cuda.is_available() and (peak := peak_flops(torch.cuda.get_device_name())):
+            metrics["mfu"] = round((flops_done - self.last_flops) / (now - self.last_tick) / peak, 4)
+        self.last_tick, self.last_flops = now, flops_done
         if torch.cuda.is_available():
             metrics["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         line = {"step": step, **metrics, "seconds": round(self.seconds + now - self.started, 3)}
@@ -2199,7 +2223,7 @@ class Run:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(line) + "\n")
             self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in ("loss", "accuracy", "scores", "kl", "tokens_per_s",
-                                                                   "peak_gib") if metrics.get(k) is not None},
+                                                                   "mfu", "peak_gib") if metrics.get(k) is not None},
                                  refresh=False)
             self.bar.update(1)
             if self.tracker:
