@@ -1476,17 +1476,17 @@ class KnownSlope(torch.autograd.Function):
 
 def of_targets(logits: Tensor, targets: Tensor, temperature: float, extras: Sequence[str], slopes: bool):
     """(log softmax(logits / temperature)[target] [C] in fp32, its gradient to the logits or None, {extra: values})."""
-    z = logits.float() / temperature                                                   # [C, V]
+    z = logits.float() if temperature == 1 else logits.float() / temperature           # [C, V]
     normaliser = z.logsumexp(1, keepdim=True)
     logprobs = (z.gather(1, targets[:, None]) - normaliser)[:, 0]                      # [C]
-    found, slope = {}, None
+    found, slope, p = {}, None, (z - normaliser).exp_() if slopes or "entropy" in extras else None
     if "correct" in extras:
         found["correct"] = z.argmax(1) == targets
     if "entropy" in extras:  # log Σ exp z − Σ p z
-        found["entropy"] = normaliser[:, 0] - ((z - normaliser).exp() * z).sum(1)
+        found["entropy"] = normaliser[:, 0] - (p * z).sum(1)
     if slopes:  # d log p_t / d logit_v = (1[v = t] − p_v) / temperature
-        hit = torch.arange(z.shape[1], device=z.device) == targets[:, None]
-        slope = ((hit.float() - (z - normaliser).exp()) / temperature).to(logits.dtype)
+        slope, at_target = p.mul_(-1 / temperature).to(logits.dtype), (1 - logprobs.exp()) / temperature
+        slope.scatter_(1, targets[:, None], at_target[:, None].to(slope.dtype))
     return logprobs, slope, found
 
 
