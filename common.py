@@ -52,7 +52,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -748,8 +747,9 @@ def check_architecture(model_dir: Path) -> None:
     names = {part for file in model_dir.glob("*.safetensors") for name in tensor_entries(file) for part in name.split(".")}
     if missing := [t for t in TARGET_MODULES if t not in names]:
         fail(f"{model_dir}: this model has no {', '.join(missing)}; its LoRA would differ from the invariants")
-    if config.get("model_type") not in DECODERS:
-        fail(f"{model_dir}: a model of the kind {config.get('model_type')}; sampling knows {', '.join(DECODERS)}")
+    if config.get("model_type") not in DECODERS or config.get("hidden_act", "silu") != "silu":
+        fail(f"{model_dir}: a model of the kind {config.get('model_type')} with {config.get('hidden_act', 'silu')}; "
+             f"the decoder here knows {', '.join(DECODERS)} with silu")
 
 
 def weights_sha256(model_dir: str | Path) -> str:
@@ -893,10 +893,16 @@ def use_scorer(scorers: PeftModel, name: str, train: bool = False) -> PeftModel:
 
 
 def compile_layers(policy: nn.Module) -> None:
-    """Compile each decoder layer (CUDA): one graph for packs of any size."""
-    base = base_of(policy)
-    for layer in getattr(base, base.base_model_prefix).layers:
-        layer.compile(dynamic=True)
+    """From now on, what layers do between matrix products and attention, and what follows the LM head, is compiled (CUDA).
+
+    A few small graphs, for packs of any size and for all layers.
+    """
+    base_of(policy).compiled_parts = True
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Was compile_layers called on it?"""
+    return getattr(base_of(model), "compiled_parts", False)
 
 
 def trainable(policy: nn.Module) -> list[nn.Parameter]:
@@ -1114,6 +1120,7 @@ class Pack:
     targets: Tensor        # [K] token ids
     counts: Tensor         # [N] predicted tokens of each sequence
     examples: list[int]    # [N] index of each sequence in the list that was packed
+    attended: int          # pairs of a query and a key it attends to
     keys: Tensor | None = None          # [L] positions in T of all tokens of each sequence, end to end
     cu_seqlens_k: Tensor | None = None  # [N + 1] int32, where sequences begin and end in `keys`
 
@@ -1145,7 +1152,7 @@ class Pack:
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
         """[K] -> [N]: sums over each sequence's predicted tokens, in a fixed order (index_add on CUDA has none)."""
-        return torch.segment_reduce(values, "sum", lengths=self.counts)
+        return torch.segment_reduce(values, "sum", lengths=self.counts, unsafe=True)  # unsafe: without a wait for a check
 
 
 def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="cpu", share: bool = False) -> list[Pack]:
@@ -1158,16 +1165,20 @@ def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="
         raise ValueError("packs that share tokens don't keep units together")
     bins = sorted_fit(examples, micro_tokens) if share else []
     if sum(shared for members in bins for _, shared in members) <= WORTH_SHARING * sum(len(e.ids) for e in examples):
-        bins = first_fit(examples, micro_tokens, unit)
+        bins = even_fit(examples, micro_tokens, unit)
     return [lay_out(examples, members).to(device) for members in bins]
 
 
-def first_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> list[list[tuple[int, int]]]:
-    """First-fit decreasing of units of examples into packs: (example, 0 tokens shared) of each."""
+def even_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> list[list[tuple[int, int]]]:
+    """As few packs of units of examples as first-fit decreasing needs, as equal as can be: (example, 0 tokens shared) of each.
+
+    A small pack costs as long as a larger one, since a GPU then waits for the program; and the largest takes the memory.
+    """
     units = [range(i, i + unit) for i in range(0, len(examples), unit)]
     size = {u: sum(len(examples[i].ids) for i in u) for u in units}
+    order = sorted(units, key=lambda u: (-size[u], u[0]))
     bins: list[list] = []  # [tokens, members]
-    for u in sorted(units, key=lambda u: (-size[u], u[0])):
+    for u in order:
         if size[u] > micro_tokens:
             raise ValueError(f"{size[u]} tokens that belong together don't fit into --micro-tokens {micro_tokens}")
         b = next((b for b in bins if b[0] + size[u] <= micro_tokens), None)
@@ -1175,7 +1186,12 @@ def first_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> 
             bins.append(b := [0, []])
         b[0] += size[u]
         b[1] += [(i, 0) for i in u]
-    return [members for _, members in bins]
+    level: list[list] = [[0, []] for _ in bins]
+    for u in order:
+        b = min(level, key=lambda b: b[0])
+        b[0] += size[u]
+        b[1] += [(i, 0) for i in u]
+    return [members for _, members in (level if max((b[0] for b in level), default=0) <= micro_tokens else bins)]
 
 
 WORTH_SHARING = 1 / 16  # of all tokens; below, copying keys costs more than the shared tokens do
@@ -1211,7 +1227,7 @@ def shared_length(a: np.ndarray, b: np.ndarray) -> int:
 
 def lay_out(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Pack:
     """A pack of (example, how many of its first tokens are those of the example before it)."""
-    ids, position, cu, predict, targets, places = [], [], [0], [], [], [np.arange(0)]
+    ids, position, cu, predict, targets, places, attended = [], [], [0], [], [], [np.arange(0)], 0
     for i, shared in members:
         e, start = examples[i], len(ids)
         ids += e.ids[shared:]
@@ -1220,13 +1236,14 @@ def lay_out(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> 
         places.append(np.concatenate([places[-1][:shared], np.arange(start, len(ids))]))
         predict.append(places[-1][np.asarray(e.predict, dtype=int)])
         targets += e.targets
+        attended += (len(e.ids) - shared) * (len(e.ids) + shared + 1) // 2
     lengths = [len(p) for p in places]
     keys = {"keys": torch.from_numpy(np.concatenate(places)),
             "cu_seqlens_k": torch.tensor(np.cumsum(lengths), dtype=torch.int32)} if any(n for _, n in members) else {}
     return Pack(torch.tensor([ids]), torch.tensor([position]), torch.tensor(cu, dtype=torch.int32),
                 1 << (max(lengths) - 1).bit_length(), torch.from_numpy(np.concatenate(predict)),
                 torch.tensor(targets, dtype=torch.long), torch.tensor([len(p) for p in predict]),
-                [i for i, _ in members], **keys)
+                [i for i, _ in members], attended, **keys)
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -1239,45 +1256,261 @@ def precision(model: nn.Module):
     return torch.autocast(head.device.type, torch.bfloat16, enabled=head.dtype == torch.bfloat16)
 
 
+# Dense bfloat16 FLOPs a second by the makers' data sheets; a device's name holds the key. The first that fits.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "A10": 125e12}
+
+
+def peak_flops(device: str) -> float | None:
+    """What a GPU of this name could do at most, in bfloat16; None where it isn't known."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+
+
+def model_flops(config, tokens: int, attended: int, predicted: int, backward: bool = False) -> int:
+    """FLOPs that the mathematics of a pass needs, whatever a program recomputes.
+
+    Forward: 2 for each weight of the layers and token, 2 H V for each predicted token (LM head), 4 heads·d a layer for each
+    pair of a query and a key it attends to (QK^T and PV). backward: another 2 a weight, to the inputs alone, since the base
+    is frozen; twice the forward's of attention. LoRA's factors (3 % more) and elementwise work are left out.
+    config: transformers' (llama, qwen2, qwen3). attended: Σ n(n+1)/2 over sequences of n tokens.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or hidden // heads)
+    kv_width = width * config.num_key_value_heads // heads
+    weights = config.num_hidden_layers * hidden * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
+    products = 2 * (weights * tokens + hidden * config.vocab_size * predicted)
+    attention = 4 * config.num_hidden_layers * width * attended
+    return (2 * products + 3 * attention) if backward else products + attention
+
+
+flops_done = 0  # by this process, since it began
+
+
+def count_flops(config, tokens: int = 0, attended: int = 0, predicted: int = 0, backward: bool = False) -> None:
+    global flops_done
+    flops_done += model_flops(config, tokens, attended, predicted, backward)
+
+
+# The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, in the order and the precisions of
+# transformers' modules, which it replaces in packs and in sampling. T tokens, H hidden size, d head size, kv key/value
+# heads. What a layer adds to the residual stream is carried apart (`update`), so that the sum and the norm after it are
+# one kernel.
+
+DECODERS = ("llama", "qwen2", "qwen3")  # transformers' model types that the functions below are
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.float()
+    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: x [T, heads, d], cos and sin [T, 1, d]."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def add_norm(x: Tensor, update: Tensor, norm: tuple[Tensor, float]) -> tuple[Tensor, Tensor]:
+    """The residual stream x + update [T, H], and its norm."""
+    x = x + update
+    return x, rms_norm(x, *norm)
+
+
+def split_heads(qkv: Tensor, heads: int, kv_heads: int, norms: tuple, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """[T, (heads + 2 kv) d] -> queries [T, heads, d], keys and values [T, kv, d]; norms: (weight, eps) of q and k, or none."""
+    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
+    if norms:
+        q, k = (rms_norm(y, *norm) for y, norm in zip((q, k), norms))
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[T, 2 I] -> [T, I]"""
+    gate, up = gate_up.chunk(2, 1)
+    return F.silu(gate) * up
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """torch.compile of a function, once a process, for any number of rows: the first size of a tensor may vary."""
+    fast = torch.compile(function)
+
+    def call(*args):
+        for t in args:
+            if isinstance(t, Tensor) and t.dim():
+                torch._dynamo.maybe_mark_dynamic(t, 0)
+        return fast(*args)
+    return call
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """A linear layer's weight; an NF4 one in its compute dtype."""
+    if getattr(weight, "quant_state", None) is None:
+        return weight
+    import bitsandbytes.functional
+    return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+
+
+def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
+    """(alpha/r, A [r, in], B [out, r]) in fp32 of a linear layer's active adapters; none while adapters are off."""
+    if not hasattr(module, "lora_A") or module.disable_adapters:
+        return []
+    if module.merged:
+        raise ValueError("the adapter is merged into the model's own weights; unmerge it first")
+    return [(module.scaling[name], module.lora_A[name].weight.float(), module.lora_B[name].weight.float())
+            for name in module.active_adapters if name in module.lora_A]
+
+
+def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
+    """The weights of frozen linear layers of one input, one below the other. Plain ones are made views of one tensor, once."""
+    if len(modules) == 1:
+        return dequantized(modules[0].weight).to(dtype)
+    first, parts = modules[0].weight, [m.weight for m in modules]
+    if getattr(first, "quant_state", None) is not None:
+        return torch.cat([dequantized(w) for w in parts]).to(dtype)
+    together = getattr(modules[0], "together", None)
+    at = None if together is None else together.data_ptr()
+    for w in parts:  # still the views that they were made?
+        if at is None or w.data_ptr() != at or w.dtype != together.dtype:
+            together = modules[0].together = torch.cat([w.data for w in parts])
+            for m, view in zip(modules, together.split([len(w) for w in parts])):
+                m.weight.data = view
+            break
+        at += w.nbytes
+    return together.to(dtype)
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ of frozen linear layers side by side, x [T, in] -> y [T, out]; A, B trained, in fp32.
+
+    Written out, because of what autograd would do: keep W for the backward (an NF4 one is dequantised there again), cast x
+    to the factors' fp32 and back, and hold each low-rank term before it is added.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, modules: Sequence[nn.Module], terms: Sequence[tuple], *factors: Tensor) -> Tensor:
+        """terms: (first output, last + 1, s) of each pair A [r, in], B [out, r] in `factors`."""
+        bias = None if modules[0].bias is None else torch.cat([m.bias for m in modules])
+        y = F.linear(x, weight_of(modules, x.dtype), bias)
+        if terms:
+            ctx.ranks, ctx.precision = [len(a) for a in factors[::2]], factors[0].dtype
+            a, bs = torch.cat(factors[::2]).to(x.dtype), [b.to(x.dtype) for b in factors[1::2]]
+            low = F.linear(x, a)                                                       # [T, Σ r]
+            for (begin, end, scale), b, part in zip(terms, bs, low.split(ctx.ranks, 1)):
+                y[:, begin:end].addmm_(part, b.T, alpha=scale)
+            ctx.save_for_backward(x, low, a, *bs)
+        ctx.modules, ctx.terms, ctx.dtype = modules, terms, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        dx = dy @ weight_of(ctx.modules, ctx.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.terms:
+            return dx, None, None
+        x, low, a, *bs = ctx.saved_tensors
+        dlow, db = torch.empty_like(low), []                                           # d loss / d (x Aᵀ), times s
+        for (begin, end, scale), b, part, dpart in zip(ctx.terms, bs, low.split(ctx.ranks, 1), dlow.split(ctx.ranks, 1)):
+            dpart.addmm_(dy[:, begin:end], b, beta=0, alpha=scale)
+            db.append(torch.addmm(b, dy[:, begin:end].T, part, beta=0, alpha=scale).to(ctx.precision))
+        if dx is not None:
+            dx.addmm_(dlow, a)
+        da = (dlow.T @ x).to(ctx.precision).split(ctx.ranks)
+        return dx, None, None, *(grad for pair in zip(da, db) for grad in pair)
+
+
+def adapted(x: Tensor, *modules: nn.Module) -> Tensor:
+    """Linear layers of one input (plain, NF4, with or without LoRA), side by side: [T, in] -> [T, Σ out]."""
+    terms, factors, at = [], [], 0
+    for m in modules:
+        end = at + m.out_features
+        for scale, a, b in low_rank(m):
+            terms.append((at, end, scale))
+            factors += [a, b]
+        at = end
+    return AdaptedLinear.apply(x, [getattr(m, "base_layer", m) for m in modules], terms, *factors)
+
+
 def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
     """Last hidden states of a pack, [T, H]."""
     base = base_of(model)
-    body = getattr(base, base.base_model_prefix)
-    with precision(model):
-        return body(input_ids=pack.input_ids, position_ids=pack.position_ids, cu_seq_lens_q=pack.cu_seqlens,
-                    cu_seq_lens_k=pack.cu_seqlens if pack.keys is None else pack.cu_seqlens_k, keys=pack.keys,
-                    max_length_q=pack.max_length, max_length_k=pack.max_length, use_cache=False).last_hidden_state[0]
+    body, config = getattr(base, base.base_model_prefix), base.config
+    fused = compiled if is_compiled(model) else lambda function: function
+    add, split, activate = map(fused, (add_norm, split_heads, swiglu))
+
+    def norm(module: nn.Module) -> tuple[Tensor, float]:
+        return module.weight, module.variance_epsilon
+    x = body.embed_tokens(pack.input_ids[0])                                                    # [T, H]
+    cos, sin = (table[0][:, None] for table in body.rotary_emb(x, pack.position_ids))           # [T, 1, d]
+    update = torch.zeros_like(x)
+    for layer in body.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = (norm(attention.q_norm), norm(attention.k_norm)) if hasattr(attention, "q_norm") else ()
+        x, h = add(x, update, norm(layer.input_layernorm))
+        qkv = split(adapted(h, attention.q_proj, attention.k_proj, attention.v_proj), config.num_attention_heads,
+                    config.num_key_value_heads, norms, cos, sin)
+        attended, _ = packed_attention(attention, *(y.transpose(0, 1)[None] for y in qkv), None, attention.scaling,
+                                       cu_seq_lens_q=pack.cu_seqlens, cu_seq_lens_k=pack.cu_seqlens_k, keys=pack.keys,
+                                       max_length_q=pack.max_length, sliding_window=getattr(attention, "sliding_window", None))
+        x, h = add(x, adapted(attended[0].flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
+        update = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
+    x, h = add(x, update, norm(body.norm))
+    count_flops(config, len(x), pack.attended, backward=x.requires_grad)
+    return h
 
 
 HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time
 
 
-def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, extras: Sequence[str]):
-    logits = head(hidden).float() / temperature                                        # [C, V]
-    logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)          # [C]
-    found, logits = {}, logits.detach()
+class KnownSlope(torch.autograd.Function):
+    """values [K] as a function of x [K, H], by its known gradient: slopes [K, H], the gradient of values[k] at x[k]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
+        ctx.save_for_backward(slopes)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        slopes, = ctx.saved_tensors
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None
+
+
+def of_targets(logits: Tensor, targets: Tensor, temperature: float, extras: Sequence[str], slopes: bool):
+    """(log softmax(logits / temperature)[target] [C] in fp32, its gradient to the logits or None, {extra: values})."""
+    z = logits.float() if temperature == 1 else logits.float() / temperature           # [C, V]
+    normaliser = z.logsumexp(1, keepdim=True)
+    logprobs = (z.gather(1, targets[:, None]) - normaliser)[:, 0]                      # [C]
+    found, slope, p = {}, None, (z - normaliser).exp_() if slopes or "entropy" in extras else None
     if "correct" in extras:
-        found["correct"] = logits.argmax(1) == targets
+        found["correct"] = z.argmax(1) == targets
     if "entropy" in extras:  # log Σ exp z − Σ p z
-        found["entropy"] = logits.logsumexp(1) - (logits.softmax(1) * logits).sum(1)
-    return logprobs, found
+        found["entropy"] = normaliser[:, 0] - (p * z).sum(1)
+    if slopes:  # d log p_t / d logit_v = (1[v = t] − p_v) / temperature
+        slope, at_target = p.mul_(-1 / temperature).to(logits.dtype), (1 - logprobs.exp()) / temperature
+        slope.scatter_(1, targets[:, None], at_target[:, None].to(slope.dtype))
+    return logprobs, slope, found
 
 
 def token_logprobs(model: nn.Module, pack: Pack, temperature: float = 1.0, extras: Sequence[str] = ()):
     """log softmax(logits / temperature)[target] of a pack's predicted tokens, [K] in fp32.
 
-    The LM head runs on predicted positions only, in chunks, recomputed in the backward: a [T, V] tensor never exists.
+    The LM head runs on predicted positions only, in chunks: a [T, V] tensor never exists. It is frozen, so a token's
+    gradient to its hidden state, w_t − Σ_v p_v w_v over the temperature, is taken while its logits are there, and the
+    backward has only to scale it: nothing of [C, V] is kept, and nothing computed again.
     extras, each [K] and without gradient, give (logprobs, {extra: values}): "correct", the target is the argmax;
     "entropy" of softmax(logits / temperature), in nats.
     """
-    hidden, head = hidden_states(model, pack)[pack.predict], base_of(model).get_output_embeddings()
-    chunks = []
-    with precision(model):
+    hidden, base = hidden_states(model, pack)[pack.predict], base_of(model)
+    head, slopes, parts = base.get_output_embeddings(), hidden.requires_grad, []
+    choose_targets = compiled(of_targets) if is_compiled(model) else of_targets
+    with precision(model), torch.no_grad():
         for h, t in zip(hidden.split(HEAD_CHUNK), pack.targets.split(HEAD_CHUNK)):  # no token: one empty chunk
-            args = (head, h, t, temperature, extras)
-            chunks.append(recompute(_head_chunk, *args, use_reentrant=False) if h.requires_grad else _head_chunk(*args))
-    logprobs = torch.cat([lp for lp, _ in chunks])
-    return (logprobs, {k: torch.cat([found[k] for _, found in chunks]) for k in extras}) if extras else logprobs
+            logprobs, slope, found = choose_targets(head(h), t, temperature, tuple(extras), slopes)
+            parts.append((logprobs, slope @ head.weight if slopes else None, found))
+    count_flops(base.config, predicted=len(hidden), backward=slopes)
+    logprobs = torch.cat([lp for lp, _, _ in parts])
+    if slopes:
+        logprobs = KnownSlope.apply(hidden, logprobs, torch.cat([slope for _, slope, _ in parts]))
+    return (logprobs, {k: torch.cat([found[k] for _, _, found in parts]) for k in extras}) if extras else logprobs
 
 
 def token_values(model: nn.Module, pack: Pack) -> Tensor:
@@ -1356,32 +1589,6 @@ def mean_kl(p_model: nn.Module, q_model: nn.Module, packs: Sequence[Pack]) -> fl
     return sum(kl.sum().item() for kl in found) / max(sum(map(len, found)), 1)
 
 
-# Dense bfloat16 FLOPs a second by the makers' data sheets; a device's name holds the key. The first that fits.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "A10": 125e12}
-
-
-def peak_flops(device: str) -> float | None:
-    """What a GPU of this name could do at most, in bfloat16; None where it isn't known."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
-
-
-def model_flops(config, tokens: int, attended: int, predicted: int, backward: bool = False) -> int:
-    """FLOPs that the mathematics of a pass needs, whatever a program recomputes.
-
-    Forward: 2 for each weight of the layers and token, 2 H V for each predicted token (LM head), 4 heads·d a layer for each
-    pair of a query and a key it attends to (QK^T and PV). backward: another 2 a weight, to the inputs alone, since the base
-    is frozen; twice the forward's of attention. LoRA's factors (3 % more) and elementwise work are left out.
-    config: transformers' (llama, qwen2, qwen3). attended: Σ n(n+1)/2 over sequences of n tokens.
-    """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or hidden // heads)
-    kv_width = width * config.num_key_value_heads // heads
-    weights = config.num_hidden_layers * hidden * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
-    products = 2 * (weights * tokens + hidden * config.vocab_size * predicted)
-    attention = 4 * config.num_hidden_layers * width * attended
-    return (2 * products + 3 * attention) if backward else products + attention
-
-
 # ------------------------------------------------------------------------------------------------
 # 7. Sampling
 # ------------------------------------------------------------------------------------------------
@@ -1395,12 +1602,8 @@ class Completion:
     text: str               # decoded, without EOS, cut before the stop string
 
 
-# The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, in the order and the precisions of
-# transformers' modules. Two pure functions a layer, with attention between them: prompts are packed and attend to
-# themselves, decoding attends to the cache. T tokens, H hidden size, d head size, kv key/value heads.
-
-DECODERS = ("llama", "qwen2", "qwen3")  # transformers' model types that the functions below are
-
+# The sampler's layer: two pure functions, with attention between them. Prompts are packed and attend to themselves,
+# decoding attends to the cache.
 
 class Projection(NamedTuple):
     """Linear layers of one input as one product; an unmerged adapter adds its low-rank term."""
@@ -1430,35 +1633,18 @@ def project(x: Tensor, p: Projection) -> Tensor:
     return y if p.a is None else y + F.linear(F.linear(x, p.a), p.b)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y = x.float()
-    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [T, heads, d], cos and sin [T, 1, d]."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
-
-
 def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual stream x + update [T, H], queries [T, heads, d], keys and values [T, 2, kv, d].
-
-    What a layer adds to the stream is carried apart (`update`), so that the sum and the norm after it are one kernel.
-    """
-    x = x + update
-    qkv = project(rms_norm(x, w.input_norm, w.eps), w.qkv)
-    q, k, v = qkv.unflatten(1, (w.heads + 2 * w.kv_heads, -1)).split((w.heads, w.kv_heads, w.kv_heads), 1)
-    if w.q_norm is not None:
-        q, k = rms_norm(q, w.q_norm, w.eps), rms_norm(k, w.k_norm, w.eps)
-    return x, rotate(q, cos, sin), torch.stack([rotate(k, cos, sin), v], 1)
+    """The residual stream x + update [T, H], queries [T, heads, d], keys and values [T, 2, kv, d]."""
+    x, h = add_norm(x, update, (w.input_norm, w.eps))
+    norms = () if w.q_norm is None else ((w.q_norm, w.eps), (w.k_norm, w.eps))
+    q, k, v = split_heads(project(h, w.qkv), w.heads, w.kv_heads, norms, cos, sin)
+    return x, q, torch.stack([k, v], 1)
 
 
 def attention_out(x: Tensor, attended: Tensor, w: Layer) -> tuple[Tensor, Tensor]:
     """The stream after attention [T, H], and what the MLP adds to it; attended [T, heads d]."""
-    x = x + project(attended, w.o)
-    gate, up = project(rms_norm(x, w.post_norm, w.eps), w.gate_up).chunk(2, 1)
-    return x, project(F.silu(gate) * up, w.down)
+    x, h = add_norm(x, project(attended, w.o), (w.post_norm, w.eps))
+    return x, project(swiglu(project(h, w.gate_up)), w.down)
 
 
 # One decoding step of B rows. Row b owns the slots b·stride, b·stride + 1, … of the cache [slots, 2, kv, d], one a token.
@@ -1549,39 +1735,8 @@ def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | Non
     return (block * CHOICE_BLOCK + place)[:, 0], logprob[:, 0].float()
 
 
-@functools.cache
-def compiled(function: Callable) -> Callable:
-    """torch.compile of a function, once a process, for any number of rows: the first size of a tensor may vary."""
-    fast = torch.compile(function)
-
-    def call(*args):
-        for t in args:
-            if isinstance(t, Tensor) and t.dim():
-                torch._dynamo.maybe_mark_dynamic(t, 0)
-        return fast(*args)
-    return call
-
-
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def dequantized(weight: Tensor) -> Tensor:
-    """A linear layer's weight; an NF4 one in its compute dtype."""
-    if getattr(weight, "quant_state", None) is None:
-        return weight
-    import bitsandbytes.functional
-    return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-
-
-def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
-    """(alpha/r, A [r, in], B [out, r]) in fp32 of a linear layer's active adapters; none while adapters are off."""
-    if not hasattr(module, "lora_A") or module.disable_adapters:
-        return []
-    if module.merged:
-        raise ValueError("the adapter is merged into the model's own weights; unmerge it first")
-    return [(module.scaling[name], module.lora_A[name].weight.float(), module.lora_B[name].weight.float())
-            for name in module.active_adapters if name in module.lora_A]
 
 
 class Sampler:
@@ -1751,6 +1906,9 @@ class Sampler:
             self.seed.fill_(seed)
             kind = "greedy" if temperature == 0 else "sample" if top_p == 1 else "nucleus"
             self._sample_batch(prompts, budgets, stops, keys, batch, stride, kind, done, progress)
+        for p, c in zip(prompts, done):
+            n = len(p) + len(c.ids)
+            count_flops(self.config, n, n * (n + 1) // 2, len(c.ids))
         return done
 
     @torch.no_grad()
@@ -2023,7 +2181,8 @@ class Run:
                 if p.requires_grad:
                     p.data.copy_(tensors[f"parameter/{name}"])
                     state = {k: tensors[f"{k}/{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-                    optimizer.state[p] = {"step": tensors[f"step/{name}"], **state}
+                    where = p.device if optimizer.defaults["fused"] else "cpu"  # where Adam keeps its count of steps
+                    optimizer.state[p] = {"step": tensors[f"step/{name}"].to(where), **state}
             torch.set_rng_state(tensors["rng/cpu"])
             if "rng/cuda" in tensors and torch.cuda.is_available():
                 torch.cuda.set_rng_state(tensors["rng/cuda"])
@@ -2039,7 +2198,7 @@ class Run:
                 import wandb
                 self.tracker = wandb.init(project="rungs", name=self.record["name"], config=self.record,
                                           id=f"{self.record['config_hash']}", resume="allow")
-        self.total_steps, self.started, self.last_tick = total_steps, time.time(), time.time()
+        self.total_steps, self.started, self.last_tick, self.last_flops = total_steps, time.time(), time.time(), flops_done
         if step < total_steps:
             self.old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return step
@@ -2054,13 +2213,15 @@ class Run:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line of log.jsonl: `metrics` (means or sums over the whole step and all ranks), rate, memory, time.
 
-        A "tokens" entry gives tokens_per_s.
+        A "tokens" entry gives tokens_per_s; on a GPU of PEAK_FLOPS, mfu is the share of its peak that this rank's passes needed.
         """
         metrics = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
         now = time.time()
         if "tokens" in metrics:
             metrics["tokens_per_s"] = round(metrics["tokens"] / (now - self.last_tick), 1)
-        self.last_tick = now
+        if torch.cuda.is_available() and (peak := peak_flops(torch.cuda.get_device_name())):
+            metrics["mfu"] = round((flops_done - self.last_flops) / (now - self.last_tick) / peak, 4)
+        self.last_tick, self.last_flops = now, flops_done
         if torch.cuda.is_available():
             metrics["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         line = {"step": step, **metrics, "seconds": round(self.seconds + now - self.started, 3)}
@@ -2068,7 +2229,7 @@ class Run:
             with open(self.log_file, "a") as f:
                 f.write(json.dumps(line) + "\n")
             self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in ("loss", "accuracy", "scores", "kl", "tokens_per_s",
-                                                                   "peak_gib") if metrics.get(k) is not None},
+                                                                   "mfu", "peak_gib") if metrics.get(k) is not None},
                                  refresh=False)
             self.bar.update(1)
             if self.tracker:

@@ -487,7 +487,7 @@ def main(args: Args) -> None:
     if args.compile and device.type == "cuda":
         common.compile_layers(policy)
     params, sampler = common.trainable(policy), common.Sampler(policy, tokenizer)
-    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     P, G, size = args.batch_size, args.group_size, args.batch_size // args.minibatches
     total_steps, single = args.updates * args.epochs * args.minibatches, args.epochs * args.minibatches == 1
     common.say(f"{args.updates} updates of {P} prompts x {G} answers = {P * G}; {args.epochs} epochs x {args.minibatches} "

@@ -356,7 +356,7 @@ def main(args: Args) -> None:
     if args.compile and device.type == "cuda":
         common.compile_layers(policy)
     params = common.trainable(policy)
-    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     common.say(f"{len(steps)} steps of up to {max(map(len, steps))} rows = {common.world()} ranks x "
                f"{max(map(len, steps)) / common.world():g}; {sum(p.numel() for p in params):,} trained parameters")
 

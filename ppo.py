@@ -348,7 +348,8 @@ def main(args: Args) -> None:
         common.compile_layers(policy)
         common.compile_layers(scorers)
     sampler = common.Sampler(policy, tokenizer)
-    optimizer = torch.optim.Adam([{"params": policy_params}, {"params": critic_params}], lr=args.lr, eps=1e-5)
+    optimizer = torch.optim.Adam([{"params": policy_params}, {"params": critic_params}], lr=args.lr, eps=1e-5,
+                                 fused=device.type == "cuda")
     learners = nn.ModuleDict({"policy": policy, "critic": scorers})  # what a checkpoint holds
     size, total_steps = args.batch_size // args.minibatches, args.updates * args.epochs * args.minibatches
     common.say(f"{args.updates} updates of {args.batch_size} completions = {args.epochs} epochs x {args.minibatches} "

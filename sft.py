@@ -220,7 +220,7 @@ def main(args: Args) -> None:
     if args.compile and device.type == "cuda":
         common.compile_layers(policy)
     params = common.trainable(policy)
-    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     steps = common.batches(len(examples), args.batch_size, args.epochs, args.seed)
     common.say(f"{len(steps)} steps of {args.batch_size} conversations = {common.world()} ranks x "
                f"{args.batch_size / common.world():g}; {sum(p.numel() for p in params):,} trained parameters")

@@ -699,7 +699,8 @@ def test_it_climbs_a_reward_it_can_see(grpo_args, tmp_path):
 
 def test_a_tiny_model_climbs_the_easiest_arithmetic(tmp_path, monkeypatch):
     """A random model of two layers that has seen some answers (SFT): on one-digit sums the mean reward (1 for the number,
-    0.1 for the form) of updates 21 to 30 is above that of the first ten by more than 0.05. Prompts are bare, for speed."""
+    0.1 for the form) of updates 31 to 40 is above that of the first ten by more than 0.05. Prompts are bare, for speed.
+    The rates are small enough that rounding, which parts two runs by chance, leaves the gain: 0.1, 0.04, 0.09 for three seeds."""
     monkeypatch.setitem(grpo.WORKED, "arithmetic", [])
     monkeypatch.setattr(grpo, "ASK", "")
     task, rows = grpo.load_task(grpo.Args(task="arithmetic:1")), grpo.arithmetic_rows(1, 1, 400)
@@ -708,11 +709,11 @@ def test_a_tiny_model_climbs_the_easiest_arithmetic(tmp_path, monkeypatch):
     data = write_jsonl(tmp_path / "sums.jsonl", chats)
     write_jsonl(tmp_path / "sums_heldout.jsonl", chats[:4])
     sft.main(sft.Args(model=make_model(tmp_path / "model", hidden_size=128), quantization="none", dtype="float32",
-                      data=data, rows=400, heldout_rows=4, max_length=100, batch_size=16, epochs=3, lr=1e-2, eos_prompts=4,
+                      data=data, rows=400, heldout_rows=4, max_length=100, batch_size=16, epochs=3, lr=5e-3, eos_prompts=4,
                       eos_tokens=24, device="cpu", out=str(tmp_path / "sft")))
-    out = train(tmp_path / "run", sft_adapter=str(tmp_path / "sft"), task="arithmetic:1", updates=30, batch_size=8,
+    out = train(tmp_path / "run", sft_adapter=str(tmp_path / "sft"), task="arithmetic:1", updates=40, batch_size=8,
                 group_size=8, completion_tokens=24, prompt_tokens=60, eval_every=0, pass_k=1, heldout_rows=4, beta=0.0,
-                lr=4e-3, max_gap=1e-3, device="cpu", results=str(tmp_path))
+                lr=2e-3, max_gap=1e-3, device="cpu", results=str(tmp_path))
     rewards = [line["rewards"] for line in log(out)]
     print([round(r, 3) for r in rewards])
     assert statistics.mean(rewards[-10:]) > statistics.mean(rewards[:10]) + 0.05

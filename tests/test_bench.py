@@ -1,0 +1,163 @@
+"""Speed paths equal the plain ones in value and gradient, FLOPs are counted right, and the benchmark runs."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
+
+import common
+from common import Example
+from conftest import make_model
+
+REPO = Path(__file__).parent.parent
+
+
+def random_examples(n, seed=0, low=5, high=50):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(low, high, (n,), generator=g).tolist()
+    return [Example.masked(ids, [i % 3 > 0 for i in range(len(ids) - 1)] + [True])
+            for ids in (torch.randint(3, 300, (k,), generator=g).tolist() for k in lengths)]
+
+
+def nudged(policy, seed=0):
+    """Both factors of every adapter away from zero, the same numbers whatever the model's own."""
+    g = torch.Generator().manual_seed(seed)
+    for _, p in sorted((n, p) for n, p in policy.named_parameters() if p.requires_grad):
+        p.data.copy_(0.05 * torch.randn(p.shape, generator=g))
+    return policy
+
+
+def ours(directory, quantization="none"):
+    return nudged(common.add_lora(common.load_model(directory, None, quantization, torch.float32)))
+
+
+def theirs(directory, quantization="none"):
+    """The same policy of transformers and PEFT, whose forward computes no packs."""
+    nf4 = {"quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32), "device_map": {"": "cpu"}} if quantization == "nf4" else {}
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **nf4)
+    return nudged(get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+                                                   target_modules=list(common.TARGET_MODULES))))
+
+
+def gradients(policy):
+    return {n.replace(".default", ""): p.grad for n, p in policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind, quantization", [("llama", "none"), ("qwen2", "none"), ("qwen2", "nf4")])
+def test_log_probs_and_gradients_are_those_of_transformers_and_peft(tmp_path, kind, quantization):
+    """Our decoder, LoRA and head, in packs, against their modules a sequence at a time: unequal weights of the tokens."""
+    make_model(tmp_path, kind=kind)
+    mine, plain, examples = ours(tmp_path, quantization), theirs(tmp_path, quantization), random_examples(7)
+    if kind == "qwen2":
+        for model in (mine, plain):  # biases that are not zero
+            for n, p in model.named_parameters():
+                if n.endswith("bias"):
+                    p.data.copy_(torch.linspace(-0.2, 0.2, len(p)))
+    expected = {}
+    for i, e in enumerate(examples):
+        logits = plain(torch.tensor([e.ids]), use_cache=False).logits[0] / 0.7
+        expected[i] = logits.log_softmax(1)[e.predict, e.targets]
+        (expected[i] * torch.arange(1, len(e.targets) + 1)).sum().backward()
+    packs = common.pack(examples, 120)
+    assert len(packs) > 1
+    for pk in packs:
+        for i, logprobs in zip(pk.examples, common.token_logprobs(mine, pk, 0.7).split(pk.counts.tolist())):
+            torch.testing.assert_close(logprobs, expected[i], atol=1e-5, rtol=1e-5)
+        places = torch.cat([torch.arange(1, n + 1) for n in pk.counts.tolist()])
+        (common.token_logprobs(mine, pk, 0.7) * places).sum().backward()
+    found, wanted = gradients(mine), gradients(plain)
+    assert found.keys() == wanted.keys() and len(found) == 2 * 7 * 2
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, atol=1e-5 * grad.abs().max().item(), rtol=1e-4)
+
+
+def test_weights_side_by_side_are_the_modules_own(tiny_model):
+    """One tensor holds q, k and v; a weight that is replaced afterwards counts."""
+    model = common.load_model(tiny_model, dtype=torch.float32)
+    attention = common.base_of(model).model.layers[0].self_attn
+    modules = [attention.q_proj, attention.k_proj, attention.v_proj]
+    before = torch.cat([m.weight.clone() for m in modules])
+    together = common.weight_of(modules, torch.float32)
+    assert torch.equal(together, before) and common.weight_of(modules, torch.float32) is together
+    assert all(m.weight.untyped_storage().data_ptr() == together.untyped_storage().data_ptr() for m in modules)
+    attention.v_proj.weight.data += 1
+    assert torch.equal(common.weight_of(modules, torch.float32)[-len(attention.v_proj.weight):], attention.v_proj.weight)
+    attention.k_proj.weight.data = torch.zeros_like(attention.k_proj.weight)
+    assert torch.equal(common.weight_of(modules, torch.float32), torch.cat([m.weight for m in modules]))
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_packs_are_as_equal_as_they_can_be(unit):
+    """No more of them than first-fit decreasing makes, none too large, and the largest not far above the mean."""
+    for seed in range(20):
+        examples = random_examples(16, seed, high=100)
+        total = sum(len(e.ids) for e in examples)
+        packs = common.pack(examples, 400, unit=unit)
+        sizes = [pk.input_ids.shape[1] for pk in packs]
+        assert sum(sizes) == total and max(sizes) <= 400 and len(sizes) <= -(-total // (400 - unit * 99))
+        assert max(sizes) <= total / len(sizes) + unit * 99
+
+
+# -- FLOPs ----------------------------------------------------------------------------------------
+
+CONFIG = Qwen2Config(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                     num_key_value_heads=2, max_position_embeddings=256, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_flops_are_those_that_torch_counts(backward):
+    """Of a sequence of n tokens through transformers' eager modules; these compute all n² pairs, and ours n(n+1)/2."""
+    n, model = 40, Qwen2ForCausalLM(CONFIG).requires_grad_(False)
+    inputs = model.get_input_embeddings()(torch.randint(320, (1, n))).requires_grad_(backward)
+    with FlopCounterMode(display=False) as counter:
+        loss = model(inputs_embeds=inputs, use_cache=False).logits.sum()
+        if backward:
+            loss.backward()
+    assert common.model_flops(CONFIG, n, n * n, n, backward) == counter.get_total_flops()
+
+
+def test_a_step_counts_its_passes(tiny_model):
+    policy, examples = ours(tiny_model), random_examples(5)
+    (pk,) = common.pack(examples, 1000)
+    tokens, attended = sum(len(e.ids) for e in examples), sum(len(e.ids) * (len(e.ids) + 1) // 2 for e in examples)
+    assert pk.attended == attended
+    predicted, config, begin = sum(len(e.targets) for e in examples), common.base_of(policy).config, common.flops_done
+    with torch.no_grad():
+        common.token_logprobs(policy, pk)
+    forward = common.flops_done - begin
+    assert forward == common.model_flops(config, tokens, attended, predicted)
+    common.token_logprobs(policy, pk).sum().backward()
+    assert common.flops_done - begin - forward == common.model_flops(config, tokens, attended, predicted, backward=True)
+
+
+@pytest.mark.parametrize("name, flops", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12),
+                                         ("NVIDIA A100-SXM4-80GB", 312e12), ("a CPU", None)])
+def test_peaks(name, flops):
+    assert common.peak_flops(name) == flops
+
+
+# -- the benchmark --------------------------------------------------------------------------------
+
+def test_the_benchmark_runs(tmp_path):
+    """One workload of ours on a CPU: the file, its case, and a second call that keeps what it didn't run again."""
+    out = tmp_path / "out"
+    def bench(*flags):
+        return subprocess.run([sys.executable, "bench/train.py", "--shape", "tiny", "--steps", "3", "--warm", "1", "--work",
+                               str(tmp_path / "work"), "--out", str(out), *flags], cwd=REPO, capture_output=True, text=True)
+    done = bench("--only", "reward", "--system", "rungs")
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.json")
+    (case,) = json.loads(path.read_text())["cases"]
+    assert (case["workload"], case["system"], case["steps"]) == ("reward", "rungs", 2) and case["tokens_per_s"] > 0
+    assert "| reward | rungs |" in done.stdout
+    done = bench("--only", "ppo-step", "--system", "trl-best")
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(path.read_text())["cases"]
+    assert [c["workload"] for c in cases] == ["reward", "ppo-step"] and cases[0] == case and "error" in cases[1]
