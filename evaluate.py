@@ -29,6 +29,9 @@ that was cut off goes on at that task, and a row that is there is not evaluated 
 row holds no text of a data set and can be committed: the items' scores in results/scores/<the same>.json.gz, and the
 adapter's command, configuration and curves in results/runs/<name>-<weights>.json.
 
+Measured: SmolLM2-135M, all four tasks in full (13,508 + 817 + 1,319 + 541 items) on one H100: 68 s for the base, 75 s with
+an adapter, loading included. Beside plain lm-eval: bench/evaluation.py.
+
     python evaluate.py --adapter runs/sft_v2                  # on Qwen2.5-0.5B, with lm-eval's data sets from the hub
     python evaluate.py --model models/smollm2 --quantization none --eval-data data/demo/eval --limit 8 --max-gen-toks 64
 """

@@ -5,7 +5,7 @@
 
 One JSON line a task: seconds and their ratio (theirs / ours), the headline scores by both, items whose scores differ (by over
 0.005), mean |difference| of log-likelihoods (nats) or the share of other texts. In bfloat16 the two differ by rounding alone: packs
-against padded batches, and an LM head in fp32 (evaluate.py's first deviation).
+against padded batches, and an LM head in fp32 (evaluate.py's first deviation). Seen on one H100: NOTES.md.
 """
 import dataclasses
 import json
