@@ -515,6 +515,8 @@ def test_a_reward_model_prefers_the_higher_score(results, judge_args, tiny_model
     judge.main(judge.Args(**judge_args, results=str(results), judge_model=reward_run))
     found, tokenizer = read(results), common.load_tokenizer(tiny_model)
     assert found["judge"]["kind"] == "reward" and not found["judge"]["circular"]
+    assert found["judge"]["sha256"] == json.loads((Path(reward_run) / "run.json").read_text())["adapter_sha256"]
+    assert found["summary"]["position_inconsistency"] is None  # it has no order to prefer
     by_text = {line["text"]: line["ids"] for lines in completions(results).values() for line in lines}
     for side in "ab":
         sequences = []
@@ -540,24 +542,24 @@ def test_the_reward_model_that_trained_a_policy_is_circular(results, judge_args,
 
 
 def test_best_of_n_is_the_argmax(results, judge_args, tiny_model, reward_run, sft_run):
-    """Of four samples a prompt the best by plain PEFT's scores among those that ended; the first is the reference's
-    own. Its KL is a bound, and the reward model that chose is no independent judge of it."""
+    """Of four samples a prompt the best by plain PEFT's scores among those that ended, none of them the reference's own.
+    Its KL is a bound, and the reward model that chose is no independent judge of it."""
     args = judge_args | {"rows": (), "results": str(results), "judge_model": reward_run, "best_of": 4,
                          "reward_adapter": reward_run}
     own = completions(results)
     judge.main(judge.Args(**args))
     found, tokenizer = read(results, "sft_v2_bo4_vs_sft_v2"), common.load_tokenizer(tiny_model)
-    (drawn,) = [lines for lines in completions(results).values() if len(lines) == 4 * len(PROMPTS)]
+    (drawn,) = [lines for lines in completions(results).values() if len(lines) == 5 * len(PROMPTS)]
     assert any(drawn[:len(PROMPTS)] == lines for lines in own.values())
     for e in found["prompts"]:
-        samples = [line for line in drawn if line["key"].startswith(e["id"])]
+        (reference, *samples) = [line for line in drawn if line["key"].startswith(e["id"])]
         assert len(samples) == 4 and len({line["text"] for line in samples}) > 1
         candidates = [line for line in samples if line["ended"]] or samples
         prompt = common.render_prompt(tokenizer, e["prompt"])
         scores = plain_scores(tiny_model, reward_run, [
             prompt + c["ids"] + [tokenizer.eos_token_id] * (not c["ended"]) for c in candidates])
         assert e["completion_a"] == candidates[int(np.argmax(scores))]["text"]
-        assert e["completion_b"] == next(line["text"] for line in samples if line["key"].endswith("/0"))
+        assert e["completion_b"] == reference["text"] and reference["key"].endswith("/0")
     row = guardrail_rows(results)["sft_v2_bo4"]
     assert row["kl_sft"] == pytest.approx(math.log(4) - 3 / 4) and row["kl_sft_bound"] is True
     assert row["delta_w"] == guardrail_rows(results)["sft_v2"]["delta_w"]
@@ -579,7 +581,7 @@ def test_the_bound_on_best_of_n_is_reached_without_ties(n):
 
 
 def test_a_second_judge_has_a_file_of_its_own(results, judge_args, says_a, reward_run):
-    for model in (says_a, reward_run, says_a):
+    for model in (says_a, reward_run, says_a + "/"):
         judge.main(judge.Args(**judge_args, results=str(results), judge_model=model))
     names = {p.name for p in (results / "judge").glob("dpo_v1_vs_*")}
     assert names == {"dpo_v1_vs_sft_v2.json", f"dpo_v1_vs_sft_v2.{Path(reward_run).name}.json"}
