@@ -25,8 +25,8 @@ Deliberate choices:
      since the completions are samples at it (exact for --top-p 1; greedy ones are measured at temperature 1).
   5. θ and γ have a weak prior, N(0, 10²), without which a row that always wins has no finite fit.
   6. --best-of N adds the reference's best of N samples by --reward-adapter: what a policy trained against that reward
-     model must beat. None of the N is the reference's own answer, beside which it is judged. It moves no weights; its KL
-     is stated by its bound, log N − (N − 1)/N.
+     model must beat. None of the N is the reference's own answer, beside which it is judged. It moves no weights; its
+     KL is stated by its bound, log N − (N − 1)/N.
 
     python judge.py --rows runs/dpo_v1 runs/ppo_v1 --against runs/sft_v2 --judge-model runs/rm_watch
     python judge.py --judge-model gpt-4o --judge-url https://api.openai.com/v1       # its key: OPENAI_API_KEY
@@ -187,8 +187,9 @@ def length_controlled(scores: np.ndarray, lengths: np.ndarray, weights: np.ndarr
 def summarise(entries: list[dict], seed: int) -> dict[str, Any]:
     """The figures of a comparison, from its prompts' verdicts and lengths. Rates are over the prompts with a score."""
     verdicts = [(e["verdict_ab"], e["verdict_ba"]) for e in entries]
+    asked = [(e["verdict_ab"], e["verdict_ba"]) for e in entries if e["completion_a"] != e["completion_b"]]
     scored = [e for e in entries if e["score"] is not None]
-    found, both = Counter(e["score"] for e in scored), [ab != ba for ab, ba in verdicts if ab and ba]
+    found, both = Counter(e["score"] for e in scored), [ab != ba for ab, ba in asked if ab and ba]
     out = {"n": len(entries), "wins": found[1.0], "ties": found[0.5], "losses": found[0.0],
            "unparsable": len(entries) - len(scored),
            "unparsable_verdicts": sum(v is None for pair in verdicts for v in pair),

@@ -842,14 +842,14 @@ def judge_table(records: list[dict], rows: list[dict]) -> Table:
     lines, notes = [], [
         "Held-out prompts, each judged in both orders: a disagreement is a tie, a tie is half a win. Win rate in % "
         "with the bootstrap's 95 % interval over prompts; length-controlled: by a logistic fit, at equal lengths. "
-        "Inconsistent: the share of prompts on which the two orders disagree; a reward model, which scores each answer by "
-        "itself, knows none. Unparsable: verdicts, two a prompt; with one of the two a prompt is a tie, without either it "
-        "is left out. Circular: the judge has trained one of the two, or is one; its figure shows over-optimisation, not "
-        "quality."
+        "Inconsistent: the share of prompts with two different answers on which the two orders disagree; a reward "
+        "model, which scores each answer by itself, knows none. Unparsable: verdicts, two a prompt; a prompt with one "
+        "of them is a tie, one with two is left out. Circular: the judge has trained one of the two, or is one; its "
+        "figure shows over-optimisation, not quality."
     ]  # fmt: skip
     asked = [[record.get("prompts_fingerprint"), record.get("sampling")] for record in records]
     if any(one != asked[0] for one in asked):
-        notes.append("Not all were asked alike (other prompts, or another sampling): compare lines only where that is known.")
+        notes.append("Not all were asked alike: other prompts, or another sampling. Not every line compares with every other.")
     for record in records:
         a, b = (judged_label(at(record, "rows", side) or {"name": record.get(side)}, rows) for side in "ab")
         s, judge = record.get("summary") or {}, record.get("judge") or {}
@@ -881,9 +881,9 @@ def guardrails_table(record: dict, rows: list[dict]) -> Table:
             kl += f" ± {number(row['kl_sft_se'], 2)}"
         lines.append([judged_label(row, rows), tokens, *cells, kl, number(row.get("delta_w"), 2, 100)])
     notes = [
-        "Tokens: mean ± sd of an answer. Distinct-n: share of an answer's runs of n tokens that are different, mean over "
-        f"answers. Longest repeat: tokens of the longest span that an answer says twice. KL: nats an answer, of the row to "
-        f"{reference} along its own answers, "
+        "Tokens: mean ± sd of an answer. Distinct-n: share of an answer's runs of n tokens that are different, mean "
+        "over answers. Longest repeat: tokens of the longest span that an answer says twice. KL: nats an answer, of "
+        f"the row to {reference} along its own answers, "
         "± standard error. ‖ΔW‖ / ‖W‖: size of the adapter beside the weights it changes, against the base."
     ]
     notes += ["≤: best of N, for which log N − (N − 1) / N bounds the KL."] * bound

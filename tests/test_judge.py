@@ -131,9 +131,9 @@ def test_letters_become_rows_in_both_orders():
     assert [judge.to_rows(x, *"ba") for x in ("A", "B", "C", None)] == ["b", "a", "tie", None]
 
 
-def entry(ab, ba, tokens_a=10, tokens_b=10):
+def entry(ab, ba, tokens_a=10, tokens_b=10, completion_b="that"):
     return {"verdict_ab": ab, "verdict_ba": ba, "score": judge.prompt_score(ab, ba), "tokens_a": tokens_a,
-            "tokens_b": tokens_b}
+            "tokens_b": tokens_b, "completion_a": "this", "completion_b": completion_b}
 
 
 def test_summary_by_hand():
@@ -147,6 +147,12 @@ def test_summary_by_hand():
     assert found["mean_tokens_a"] == pytest.approx((20 + 5 * 10 + 4) / 7) and found["mean_tokens_b"] == 10
     low, high = found["win_rate_ci95"]
     assert low < found["win_rate"] < high
+
+
+def test_equal_completions_say_nothing_of_a_judges_order():
+    """They are a tie that nobody was asked about."""
+    found = judge.summarise([entry("a", "b"), entry("a", "a"), *[entry("tie", "tie", completion_b="this")] * 8], 0)
+    assert found["position_inconsistency"] == 1 / 2 and found["ties"] == 9
 
 
 def test_summary_without_any_verdict():
@@ -447,7 +453,7 @@ def test_a_judge_that_always_says_the_first_decides_nothing(results, judge_args,
     judge.main(judge.Args(**judge_args, results=str(results), judge_model=says_a))
     found = read(results)
     assert found["judge"] == {"kind": "local", "model": says_a, "circular": False, "circular_why": None,
-                              "temperature": 0.0}
+                              "sha256": common.weights_sha256(Path(says_a)), "temperature": 0.0}
     check_first_always(found)
     assert found["cost"]["requests"] == 2 * len(PROMPTS) and found["cost"]["completion_tokens"] == 0
 
