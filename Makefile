@@ -63,6 +63,7 @@ POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1 kto_v1
 CONTROLS = sft_2ep sft_chosen
 RUNS     = $(foreach run,$(POLICIES) rm_v1 rm_watch,$(OUT)/$(run)/run.json)
 EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
+STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
 .PHONY: all controls demo env test help gpu-check bench bench-cpu clean-demo force
 .DELETE_ON_ERROR:
@@ -72,7 +73,7 @@ EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 .DEFAULT_GOAL := help
 
 all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU; its time and memory are not measured yet
-	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(OUT)/.done/* | tr ' ' '\n' | sort -u)
+	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(STAMPS) | tr ' ' '\n' | sort -u)
 
 controls: ## make all with two rows more: SFT for a second epoch, and SFT on the chosen answers that DPO and KTO learn from
 	@$(MAKE) --no-print-directory all POLICIES='$(POLICIES) $(CONTROLS)'

@@ -556,8 +556,8 @@ def score_columns(lines: list[dict]) -> dict[str, list]:
     """The items of a task without their text: {"task", "doc_id", "doc_hash" (8 digits, to pair by), each metric, and of a
     response "characters", without whitespace around it}."""
 
-    def plain(x):  # true and 1.0 -> 1
-        return [plain(y) for y in x] if isinstance(x, list) else int(x) if x == int(x) else x
+    def plain(x):  # true and 1.0 -> 1; NaN, the score of an item whose answers all have probability 0, stays
+        return [plain(y) for y in x] if isinstance(x, list) else int(x) if float(x).is_integer() else x
 
     columns = {"task": [line["task"] for line in lines], "doc_id": [line["doc_id"] for line in lines],
                "doc_hash": [line["doc_hash"][:8] for line in lines]}  # fmt: skip
@@ -595,7 +595,7 @@ def keep_records(out: Path, samples: Path, identity: dict, run: dict | None, ada
             "peak_gib": max(peaks, default=None), "tokens": sum(tokens) if tokens else None}  # fmt: skip
     kept = {key: run.get(key) for key in "method config_hash adapter_sha256 train_invariants family seed command args "
             "data parent scorers versions git_commit hardware wall_time_s metrics".split()}  # fmt: skip
-    kept = json.loads(re.sub(r'(?<=[" =])(/[^/" ]+)+/', "", json.dumps(kept)))
+    kept = json.loads(re.sub(r'(?<=[" =])(/[^/" ]+)+/(?=[^" ])', "", json.dumps(kept)))
     name = samples.name.rsplit("-", 2)[0]
     record = {"schema_version": common.SCHEMA_VERSION, "name": name, **kept, "steps": len(log), "curves": thin(log)}
     common.write_json(out / "runs" / f"{name}-{run['adapter_sha256'][:8]}.json", record)

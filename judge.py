@@ -25,7 +25,8 @@ Deliberate choices:
      since the completions are samples at it (exact for --top-p 1; greedy ones are measured at temperature 1).
   5. θ and γ have a weak prior, N(0, 10²), without which a row that always wins has no finite fit.
   6. --best-of N adds the reference's best of N samples by --reward-adapter: what a policy trained against that reward
-     model must beat. It moves no weights; its KL is stated by its bound, log N − (N − 1)/N.
+     model must beat. None of the N is the reference's own answer, beside which it is judged. It moves no weights; its
+     KL is stated by its bound, log N − (N − 1)/N.
 
     python judge.py --rows runs/dpo_v1 runs/ppo_v1 --against runs/sft_v2 --judge-model runs/rm_watch
     python judge.py --judge-model gpt-4o --judge-url https://api.openai.com/v1       # its key: OPENAI_API_KEY
@@ -186,8 +187,9 @@ def length_controlled(scores: np.ndarray, lengths: np.ndarray, weights: np.ndarr
 def summarise(entries: list[dict], seed: int) -> dict[str, Any]:
     """The figures of a comparison, from its prompts' verdicts and lengths. Rates are over the prompts with a score."""
     verdicts = [(e["verdict_ab"], e["verdict_ba"]) for e in entries]
+    asked = [(e["verdict_ab"], e["verdict_ba"]) for e in entries if e["completion_a"] != e["completion_b"]]
     scored = [e for e in entries if e["score"] is not None]
-    found, both = Counter(e["score"] for e in scored), [ab != ba for ab, ba in verdicts if ab and ba]
+    found, both = Counter(e["score"] for e in scored), [ab != ba for ab, ba in asked if ab and ba]
     out = {"n": len(entries), "wins": found[1.0], "ties": found[0.5], "losses": found[0.0],
            "unparsable": len(entries) - len(scored),
            "unparsable_verdicts": sum(v is None for pair in verdicts for v in pair),
@@ -439,8 +441,9 @@ def load_policy(row: Row, model_dir: Path, args: Args, device):
 
 def sample(policy: Callable[[], Any], tokenizer, prompts: Sequence[Prompt], n: int, args: Args, lines: Lines,
            title: str) -> list[list[Answer]]:
-    """n answers of a policy to each prompt: those that `lines` has, the others sampled, some at a time."""
-    wanted = [(p, f"{p.id}/{k}") for p in prompts for k in range(n)]
+    """n answers of a policy to each prompt: those that `lines` has, the others sampled, some at a time. Where one will
+    be chosen of several, none is answer 0, the policy's own: it would be compared with itself."""
+    wanted = [(p, f"{p.id}/{k}") for p in prompts for k in (range(1, n + 1) if n > 1 else [0])]
     todo = [(p, key) for p, key in wanted if key not in lines.found]
     if todo:
         sampler = common.Sampler(policy(), tokenizer, merge=False, compile=False)
@@ -536,6 +539,7 @@ def read_judge(args: Args, base_dir: Path, invariants) -> Judge:
     if args.judge_url:
         return Judge("api", name, ["api", args.judge_url, name, args.judge_tokens])
     path = Path(name)
+    name = name.rstrip("/")  # one judge, however its directory is written
     if (path / "adapter_config.json").is_file():
         record = path / "run.json"
         reward = record.is_file() and common.read_json(record).get("method") == "reward"
@@ -845,7 +849,8 @@ def write_page(results: Path) -> None:
     directory = Path(results) / "judge"
     comparisons = [{"file": path.stem, **common.read_json(path)} for path in sorted(directory.glob("*_vs_*.json"))]
     guardrails = directory / "guardrails.json"
-    common.write_text(directory / "index.html", page_html(comparisons, common.read_json(guardrails) if guardrails.exists() else None))
+    rows = common.read_json(guardrails) if guardrails.is_file() else None
+    common.write_text(directory / "index.html", page_html(comparisons, rows))
 
 
 def main(args: Args) -> None:
@@ -912,12 +917,15 @@ def main(args: Args) -> None:
             entries, why = compared[row.name], circular_why(judge, row, reference, invariants.weights_sha256)
             for e in entries:
                 e["score"] = prompt_score(e["verdict_ab"], e["verdict_ba"])
+            summary = summarise(entries, args.seed)
+            if judge.kind == "reward":  # it sees an answer at a time: there are no places to prefer
+                summary["position_inconsistency"] = None
             result = {
                 "schema_version": 1, "a": row.name, "b": reference.name,
                 "rows": {"a": row.record, "b": reference.record},
                 "judge": {"kind": judge.kind, "model": judge.model, "circular": why is not None, "circular_why": why,
-                          "temperature": 0.0},
-                "sampling": sampling, **fingerprints, "summary": summarise(entries, args.seed),
+                          "sha256": None if judge.kind == "api" else judge.identity[1], "temperature": 0.0},
+                "sampling": sampling, **fingerprints, "summary": summary,
                 "cost": {k: round(v, 2) for k, v in costs[row.name].items()}, "prompts": entries}
             common.write_json(place_for(directory, row.name, reference.name, result["judge"]), result)
             show(result)

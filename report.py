@@ -85,7 +85,7 @@ METRICS = {  # column title: (task, metric, filter) of lm-eval
 # The climb. A rung without a result is shown as planned; rows of other names follow those of their phase.
 LADDER = {"base": 0, "sft_v2": 1, "dpo_v1": 2, "ppo_v1": 3, "grpo_v1": 4, "kto_v1": 5}  # row: phase
 TRAINING = {  # facts of a training run: key in the row's "training" or "cost" -> column title
-    "heldout_loss_base": "held-out loss\nof the base", "heldout_loss": "held-out\nloss",
+    "heldout_loss_base": "held-out loss\nbefore", "heldout_loss": "held-out\nloss",
     "heldout_accuracy": "held-out\naccuracy", "eos_rate": "EOS rate", "tokens": "tokens", "wall_time_s": "minutes",
     "gpu_minutes": "GPU\nminutes", "peak_gib": "peak\nGiB", "device": "device",
 }
@@ -114,25 +114,26 @@ PROTOCOLS = {"plain": "no chat template", "chat": "chat template applied, few-sh
 UNDRAWN = {"step", "seconds", "tokens", "trained_tokens", "lr"}  # of a run's log: known without a plot
 ROW_ID = ("name", "config_hash", "adapter_sha256", "weights_sha256")  # of an evaluated policy, in any protocol
 SMALL = 200  # items; with fewer, the standard error of a score near 50 % is above 3.5 points
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BEGIN, END, STAMP = "<!-- results:begin -->", "<!-- results:end -->", "<!-- written by `"
 ROW_KEYS = (
     "name phase method model revision config_hash adapter_sha256 weights_sha256 train_invariants eval_hash eval seed "
     "protocol metrics n"
 ).split()
 LEGEND = (
     "Scores in % ± standard error; n counts items, for IFEval prompts. Differences in points. With per-item scores: "
-    "the paired 95 % interval in brackets, p adjusted by Holm over the table, **bold** where p < 0.05. Without: "
+    "the paired 95 % interval of that one difference in brackets, p adjusted by Holm over the table, **bold** where "
+    "p < 0.05. Without: "
     "± √(se² + se²), **bold** at twice that or more. `~`: less than 2 √(se² + se²), which the two scores alone would "
     "not tell apart. `?`: a standard error is missing. `–`: not measured."
 )
 UNPAIRED = "±: no per-item scores (evaluate.py keeps them in scores/), so no paired test and no verdict."
 DETECTABLE = "smallest detectable"
 VERDICTS = (
-    "Up and down: p < 0.05 after Holm. Catastrophic: interval wholly below 0, point below −2. **win**: IFEval up, no "
-    "catastrophic drop. **forgetting**: IFEval up, a catastrophic drop elsewhere. **regression**: down, nothing up. "
-    "**flat**: neither. **mixed**: up elsewhere than on IFEval. **irreproducible**: a rerun differs. **open**: a test "
-    "is missing. Smallest detectable: the true difference that one paired test at 5 % finds 4 times in 5, from the "
-    "share of items on which the two rows differ."
+    "Up and down: p < 0.05 after Holm. Catastrophic: interval wholly below 0, before Holm, and point below −2. **win**: "
+    "IFEval up and not down, no catastrophic drop. **forgetting**: IFEval up, a catastrophic drop elsewhere. "
+    "**regression**: down or catastrophic, nothing up. **flat**: neither. **mixed**: up elsewhere than on IFEval. "
+    "**irreproducible**: a rerun differs. **open**: a test is missing. Smallest detectable: the true difference that one "
+    "paired test at 5 %, before Holm, finds 4 times in 5, from the share of items on which the two rows differ."
 )
 PLOTS = {  # file name under plots/ -> what it shows
     "deltas-plain": "Differences to base with paired 95 % intervals, plain protocol",
@@ -631,7 +632,7 @@ def verdict_table(compared: list[Comparison], rows: list[dict], judge: list[dict
         word, why = verdict(c.changes, reran(c.row, rows))
         own = own_criterion(c.row, rows, judge) if c.row["method"] == "dpo" else "–"
         lines.append([c.label, f"**{word}**", why, own])
-    return Table(["row", "verdict", "clearly moved, points", "own criterion"], lines, 4) if lines else None
+    return Table(["row", "verdict", "clearly or catastrophically moved, points", "own criterion"], lines, 4) if lines else None
 
 
 def own_criterion(row: dict, rows: list[dict], judge: list[dict]) -> str:
@@ -642,8 +643,8 @@ def own_criterion(row: dict, rows: list[dict], judge: list[dict]) -> str:
         a, b = (at(record, "rows", side, "adapter_sha256") for side in "ab")
         low = finite((at(record, "summary", "win_rate_ci95") or [None])[0])
         if a == row["adapter_sha256"] and b in parents and low is not None and not at(record, "judge", "circular"):
-            said.append(f"{'met' if low > 0.5 else 'not met'}: beats SFT in {win_rate_cell(record)} %, "
-                        f"says {at(record, 'judge', 'model')}")  # fmt: skip
+            said.append(f"{'met' if low > 0.5 else 'not met'}: beats SFT in {win_rate_cell(record)} % of "
+                        f"{number(at(record, 'summary', 'n'))} prompts, says {at(record, 'judge', 'model')}")  # fmt: skip
     return "\n".join(said) or "open: not judged against SFT"
 
 
@@ -841,9 +842,14 @@ def judge_table(records: list[dict], rows: list[dict]) -> Table:
     lines, notes = [], [
         "Held-out prompts, each judged in both orders: a disagreement is a tie, a tie is half a win. Win rate in % "
         "with the bootstrap's 95 % interval over prompts; length-controlled: by a logistic fit, at equal lengths. "
-        "Inconsistent: the share of prompts on which the two orders disagree. Circular: the judge has trained one of "
-        "the two, or is one; its figure shows over-optimisation, not quality."
+        "Inconsistent: the share of prompts with two different answers on which the two orders disagree; a reward "
+        "model, which scores each answer by itself, knows none. Unparsable: verdicts, two a prompt; a prompt with one "
+        "of them is a tie, one with two is left out. Circular: the judge has trained one of the two, or is one; its "
+        "figure shows over-optimisation, not quality."
     ]  # fmt: skip
+    asked = [[record.get("prompts_fingerprint"), record.get("sampling")] for record in records]
+    if any(one != asked[0] for one in asked):
+        notes.append("Not all were asked alike: other prompts, or another sampling. Not every line compares with every other.")
     for record in records:
         a, b = (judged_label(at(record, "rows", side) or {"name": record.get(side)}, rows) for side in "ab")
         s, judge = record.get("summary") or {}, record.get("judge") or {}
@@ -851,20 +857,20 @@ def judge_table(records: list[dict], rows: list[dict]) -> Table:
         counts = " / ".join(number(s.get(key)) for key in ("wins", "ties", "losses"))
         controlled = share_interval(s.get("length_controlled_win_rate"), s.get("length_controlled_ci95"))
         tokens = " / ".join(number(s.get(key), 0) for key in ("mean_tokens_a", "mean_tokens_b"))
-        shares = [number(s.get("position_inconsistency"), 1, 100), number(s.get("unparsable"))]
+        shares = [number(s.get("position_inconsistency"), 1, 100), number(s.get("unparsable_verdicts"))]
         who, rate = f"{a} against {b}" + "‡" * bool(record["note"]), win_rate_cell(record)
         lines.append([who, name, number(s.get("n")), counts, rate, controlled, *shares, tokens])
         if judge.get("circular"):
             notes.append(f"{a} against {b}: circular, {judge.get('circular_why') or 'no reason given'}.")
         notes += [record["note"]] * bool(record["note"])
     header = ["rows", "judge", "prompts", "won / tied\n/ lost", "win rate, %", "length-\ncontrolled, %",
-              "inconsistent,\n%", "unparsable", "mean tokens"]  # fmt: skip
+              "inconsistent,\n%", "unparsable\nverdicts", "mean tokens"]  # fmt: skip
     return Table(header, lines, 2, notes)
 
 
 def guardrails_table(record: dict, rows: list[dict]) -> Table:
     """How each row answers the held-out prompts, and how far it moved from SFT."""
-    lines, bound = [], False
+    lines, bound, reference = [], False, at(record, "reference", "name") or "SFT"
     for row in record.get("rows") or []:
         tokens = number(row.get("tokens_mean"), 0) + f" ± {number(row.get('tokens_sd'), 0)}"
         cells = [number(row.get(key), decimals, scale) for key, scale, decimals in GUARDRAILS.values()]
@@ -875,13 +881,14 @@ def guardrails_table(record: dict, rows: list[dict]) -> Table:
             kl += f" ± {number(row['kl_sft_se'], 2)}"
         lines.append([judged_label(row, rows), tokens, *cells, kl, number(row.get("delta_w"), 2, 100)])
     notes = [
-        "Tokens: mean ± sd of an answer. Distinct-n: different runs of n words among all. Longest repeat: tokens of "
-        "the longest span that an answer says twice. KL: nats an answer, of the row to SFT along its own answers, "
+        "Tokens: mean ± sd of an answer. Distinct-n: share of an answer's runs of n tokens that are different, mean "
+        "over answers. Longest repeat: tokens of the longest span that an answer says twice. KL: nats an answer, of "
+        f"the row to {reference} along its own answers, "
         "± standard error. ‖ΔW‖ / ‖W‖: size of the adapter beside the weights it changes, against the base."
     ]
     notes += ["≤: best of N, for which log N − (N − 1) / N bounds the KL."] * bound
     notes += [record["note"]] * bool(record["note"])
-    return Table(["row", "tokens", *GUARDRAILS, "KL to SFT", "‖ΔW‖ / ‖W‖,\n%"], lines, 1, notes)
+    return Table(["row", "tokens", *GUARDRAILS, f"KL to {reference}", "‖ΔW‖ / ‖W‖,\n%"], lines, 1, notes)
 
 
 def bench_tables(results: Path) -> list[str | Table]:
@@ -979,12 +986,18 @@ def tradeoff(compared: list[Comparison]) -> Figure | None:
 
 
 def winrate_kl(judge: list[dict], guardrails: list[dict]) -> Figure | None:
-    """A point a judged row: how often it beats SFT, and how far from SFT it went for that; hollow: circular judge."""
-    moved = {(r.get("name"), r.get("adapter_sha256")): r for record in guardrails for r in record.get("rows") or []}
+    """A point a judged row: how often it beats SFT, and how far from SFT it went for that, along the very answers that
+    were judged; hollow: circular judge. None for records of another climb."""
+
+    def key(record: dict, row: dict, reference: object) -> str:
+        return sha256_json([row.get("name"), row.get("adapter_sha256"), reference, record.get("prompts_fingerprint"),
+                            record.get("sampling")])
+
+    moved = {key(record, row, at(record, "reference", "adapter_sha256")): row for record in guardrails
+             for row in record.get("rows") or [] if not record["note"]}
     points = []
     for record in judge:
-        row = at(record, "rows", "a") or {}
-        place = moved.get((row.get("name"), row.get("adapter_sha256"))) or {}
+        place = moved.get(key(record, at(record, "rows", "a") or {}, at(record, "rows", "b", "adapter_sha256"))) or {}
         ends = at(record, "summary", "win_rate_ci95") or [None]
         if None not in map(finite, (place.get("kl_sft"), at(record, "summary", "win_rate"), *ends)):
             points.append((record, place, [100 * end for end in ends]))
@@ -994,12 +1007,14 @@ def winrate_kl(judge: list[dict], guardrails: list[dict]) -> Figure | None:
     axis = figure.subplots()
     axis.axhline(50, color=INK, linewidth=1)
     axis.margins(x=0.12)
+    judges = {at(record, "judge", "model") for record, _, _ in points}
     for record, place, ends in points:
         method = next((k for k in COLOURS if k in str(place.get("name"))), "")
         tone, x, y = colour({"method": method}), place["kl_sft"], 100 * record["summary"]["win_rate"]
         axis.plot([x, x], ends, color=tone)
         axis.plot(x, y, "o", color=tone, markerfacecolor="none" if at(record, "judge", "circular") else tone)
-        axis.annotate(str(place["name"]), (x, y), (6, 4), textcoords="offset points", color=tone)
+        label = str(place["name"]) + f", by {Path(record['judge']['model']).name}" * (len(judges) > 1)
+        axis.annotate(label, (x, y), (6, 4), textcoords="offset points", color=tone)
     marks = ["best of N: its bound"] * any(place.get("kl_sft_bound") for _, place, _ in points)
     marks += ["hollow: circular judge"] * any(at(record, "judge", "circular") for record, _, _ in points)
     axis.set_xlabel("KL to SFT, nats an answer" + f" ({'; '.join(marks)})" * bool(marks))
@@ -1161,10 +1176,11 @@ def compact_report(tables: dict[str, list[dict]], compared: dict, records: dict[
     by_judge = {}
     for record in records["judge"]:
         if not record["note"] and not at(record, "judge", "circular"):
-            by_judge.setdefault((at(record, "judge", "model"), record.get("b")), []).append(record)
-    for (model, b), found in by_judge.items():
+            who = f"{at(record, 'judge', 'model')}" + " in both orders" * (at(record, "judge", "kind") != "reward")
+            by_judge.setdefault((who, record.get("b")), []).append(record)
+    for (who, b), found in by_judge.items():
         rates = [f"{judged_label(record['rows']['a'], everything)} {win_rate_cell(record)}" for record in found]
-        blocks.append(f"**Win rate** against {b}, judged by {model} in both orders, %: {', '.join(rates)}.")
+        blocks.append(f"**Win rate** against {b}, judged by {who}, %: {', '.join(rates)}.")
     rewards = [against_length(record) for record in records["rm"] if not record["note"]] or ["rm_v1: planned."]
     return blocks + [f"**Reward model** {text}" for text in rewards]
 
@@ -1279,6 +1295,13 @@ def with_section(readme: Path, section: str) -> str:
     return "".join([*lines[: marks[0] + 1], section, *lines[marks[1] :]])
 
 
+def generated(results: Path) -> list[Path]:
+    """The pages and plots that a report has written, now or before; what else lies beside them is not ours."""
+    pages = [path for path in results.glob("runs/*.md") if path.read_bytes().startswith(STAMP.encode())]
+    plots = [path for kind in ("svg", "png") for path in results.glob(f"plots/*.{kind}")]
+    return pages + [path for path in plots if path.stem in PLOTS or path.stem.startswith("run-")]
+
+
 def main(args: Args) -> None:
     # 1. The rows, and whether they may stand together.
     results = Path(args.results)
@@ -1303,7 +1326,7 @@ def main(args: Args) -> None:
     defaults = {"--results": Args.results, "--readme": Args.readme, "--group": ""}
     given = [f"{flag} {value}" for flag, value in flags.items() if value != defaults[flag]]
     command = " ".join(["python report.py", *given])
-    stamp, speed, plots = f"<!-- written by `{command}`; edits are lost -->\n\n", bench_tables(results), list(figures)
+    stamp, speed, plots = f"{STAMP}{command}`; edits are lost -->\n\n", bench_tables(results), list(figures)
     own_rewards = [record for record in records["rm"] if not record["note"] and record["name"] not in runs]
     pages = [*runs, *(record["name"] for record in own_rewards)]
     full = [*full_report(tables, compared, records, plots, pages), *speed, LEGEND]
@@ -1320,8 +1343,7 @@ def main(args: Args) -> None:
     names = [str(path) for path in texts if path.parent != results / "runs"]
     names += [f"pages of {len(pages)} runs"] * bool(pages) + [f"plots: {len(figures)}"] * bool(figures)
     files |= {path: text.encode() for path, text in texts.items()}
-    generated = {path for pattern in ("runs/*.md", "plots/*.svg", "plots/*.png") for path in results.glob(pattern)}
-    leftover = sorted(generated - set(files) - set(pictures))  # of rows that are no longer there
+    leftover = sorted(set(generated(results)) - set(files) - set(pictures))  # of rows that are no longer there
 
     # 3. Compare, or show and write.
     if not args.check:

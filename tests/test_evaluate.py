@@ -515,6 +515,26 @@ def test_what_training_took_and_logged_goes_with_the_row(place, tmp_path):
     assert curves["z0"][0] == 1.0 and curves["z0"][-1] is None and curves["peak_gib"][1] == round((9.5 + 8 + 8) / 3, 4)
 
 
+def test_an_item_without_a_score_stays_one():
+    """A policy that gives every answer of a TruthfulQA item probability 0 has the score 0/0 there."""
+    item = {"task": "truthfulqa_mc2", "doc_hash": "a" * 64}
+    lines = [item | {"doc_id": i, "metrics": {"acc,none": x}} for i, x in enumerate((math.nan, 0.5, 1.0))]
+    found = evaluate.score_columns(lines)["acc,none"]
+    assert math.isnan(found[0]) and found[1:] == [0.5, 1] and type(found[2]) is int
+
+
+def test_places_are_cut_to_their_last_part(place, tmp_path):
+    """Also those that end in a slash, as a shell completes a directory."""
+    command = "dpo.py --sft-adapter /home/me/runs/sft_v2/ --data=/home/me/pairs.jsonl --out runs/dpo_v1"
+    arguments = {"sft_adapter": "/home/me/runs/sft_v2/", "data": "/home/me/pairs.jsonl", "out": "runs/dpo_v1"}
+    adapter = make_adapter(tmp_path / "placed", place / "model", seed=2, command=command, args=arguments)
+    main(args(place, tmp_path / "out", adapter=str(adapter), quantization=None, limit=2))
+    (path,) = (tmp_path / "out" / "runs").iterdir()
+    record = common.read_json(path)
+    assert record["command"] == "dpo.py --sft-adapter sft_v2/ --data=pairs.jsonl --out runs/dpo_v1"
+    assert record["args"] == {"sft_adapter": "sft_v2/", "data": "pairs.jsonl", "out": "runs/dpo_v1"}
+
+
 def test_limit_and_chat(base_run, place, tmp_path, monkeypatch):
     """--limit cuts each task, MMLU evenly over its subjects; --protocol chat prompts are turns of the template."""
     base, prompts, sample = base_run[1], [], common.Sampler.sample

@@ -131,9 +131,9 @@ def test_letters_become_rows_in_both_orders():
     assert [judge.to_rows(x, *"ba") for x in ("A", "B", "C", None)] == ["b", "a", "tie", None]
 
 
-def entry(ab, ba, tokens_a=10, tokens_b=10):
+def entry(ab, ba, tokens_a=10, tokens_b=10, completion_b="that"):
     return {"verdict_ab": ab, "verdict_ba": ba, "score": judge.prompt_score(ab, ba), "tokens_a": tokens_a,
-            "tokens_b": tokens_b}
+            "tokens_b": tokens_b, "completion_a": "this", "completion_b": completion_b}
 
 
 def test_summary_by_hand():
@@ -147,6 +147,12 @@ def test_summary_by_hand():
     assert found["mean_tokens_a"] == pytest.approx((20 + 5 * 10 + 4) / 7) and found["mean_tokens_b"] == 10
     low, high = found["win_rate_ci95"]
     assert low < found["win_rate"] < high
+
+
+def test_equal_completions_say_nothing_of_a_judges_order():
+    """They are a tie that nobody was asked about."""
+    found = judge.summarise([entry("a", "b"), entry("a", "a"), *[entry("tie", "tie", completion_b="this")] * 8], 0)
+    assert found["position_inconsistency"] == 1 / 2 and found["ties"] == 9
 
 
 def test_summary_without_any_verdict():
@@ -447,7 +453,7 @@ def test_a_judge_that_always_says_the_first_decides_nothing(results, judge_args,
     judge.main(judge.Args(**judge_args, results=str(results), judge_model=says_a))
     found = read(results)
     assert found["judge"] == {"kind": "local", "model": says_a, "circular": False, "circular_why": None,
-                              "temperature": 0.0}
+                              "sha256": common.weights_sha256(Path(says_a)), "temperature": 0.0}
     check_first_always(found)
     assert found["cost"]["requests"] == 2 * len(PROMPTS) and found["cost"]["completion_tokens"] == 0
 
@@ -515,6 +521,8 @@ def test_a_reward_model_prefers_the_higher_score(results, judge_args, tiny_model
     judge.main(judge.Args(**judge_args, results=str(results), judge_model=reward_run))
     found, tokenizer = read(results), common.load_tokenizer(tiny_model)
     assert found["judge"]["kind"] == "reward" and not found["judge"]["circular"]
+    assert found["judge"]["sha256"] == json.loads((Path(reward_run) / "run.json").read_text())["adapter_sha256"]
+    assert found["summary"]["position_inconsistency"] is None  # it has no order to prefer
     by_text = {line["text"]: line["ids"] for lines in completions(results).values() for line in lines}
     for side in "ab":
         sequences = []
@@ -540,24 +548,24 @@ def test_the_reward_model_that_trained_a_policy_is_circular(results, judge_args,
 
 
 def test_best_of_n_is_the_argmax(results, judge_args, tiny_model, reward_run, sft_run):
-    """Of four samples a prompt the best by plain PEFT's scores among those that ended; the first is the reference's
-    own. Its KL is a bound, and the reward model that chose is no independent judge of it."""
+    """Of four samples a prompt the best by plain PEFT's scores among those that ended, none of them the reference's own.
+    Its KL is a bound, and the reward model that chose is no independent judge of it."""
     args = judge_args | {"rows": (), "results": str(results), "judge_model": reward_run, "best_of": 4,
                          "reward_adapter": reward_run}
     own = completions(results)
     judge.main(judge.Args(**args))
     found, tokenizer = read(results, "sft_v2_bo4_vs_sft_v2"), common.load_tokenizer(tiny_model)
-    (drawn,) = [lines for lines in completions(results).values() if len(lines) == 4 * len(PROMPTS)]
+    (drawn,) = [lines for lines in completions(results).values() if len(lines) == 5 * len(PROMPTS)]
     assert any(drawn[:len(PROMPTS)] == lines for lines in own.values())
     for e in found["prompts"]:
-        samples = [line for line in drawn if line["key"].startswith(e["id"])]
+        (reference, *samples) = [line for line in drawn if line["key"].startswith(e["id"])]
         assert len(samples) == 4 and len({line["text"] for line in samples}) > 1
         candidates = [line for line in samples if line["ended"]] or samples
         prompt = common.render_prompt(tokenizer, e["prompt"])
         scores = plain_scores(tiny_model, reward_run, [
             prompt + c["ids"] + [tokenizer.eos_token_id] * (not c["ended"]) for c in candidates])
         assert e["completion_a"] == candidates[int(np.argmax(scores))]["text"]
-        assert e["completion_b"] == next(line["text"] for line in samples if line["key"].endswith("/0"))
+        assert e["completion_b"] == reference["text"] and reference["key"].endswith("/0")
     row = guardrail_rows(results)["sft_v2_bo4"]
     assert row["kl_sft"] == pytest.approx(math.log(4) - 3 / 4) and row["kl_sft_bound"] is True
     assert row["delta_w"] == guardrail_rows(results)["sft_v2"]["delta_w"]
@@ -579,7 +587,7 @@ def test_the_bound_on_best_of_n_is_reached_without_ties(n):
 
 
 def test_a_second_judge_has_a_file_of_its_own(results, judge_args, says_a, reward_run):
-    for model in (says_a, reward_run, says_a):
+    for model in (says_a, reward_run, says_a + "/"):
         judge.main(judge.Args(**judge_args, results=str(results), judge_model=model))
     names = {p.name for p in (results / "judge").glob("dpo_v1_vs_*")}
     assert names == {"dpo_v1_vs_sft_v2.json", f"dpo_v1_vs_sft_v2.{Path(reward_run).name}.json"}

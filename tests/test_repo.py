@@ -377,3 +377,17 @@ def test_make_repeats_what_changed_and_only_that(clone, tmp_path):
     assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4", "LIMIT=4") == [
         "dpo", "reward", "reward", "ppo", "kto", "evaluate dpo_v1", "evaluate ppo_v1", "evaluate kto_v1", "judge"]
     assert ran("DPO_FLAGS=--beta 0.3", "SFT_FLAGS=--lr 1e-4", "LIMIT=4", "RESULTS=other") == [*evaluations, "judge"]
+
+
+def test_a_row_that_is_no_longer_made_has_no_say_in_what_is_reported(clone, tmp_path):
+    """The stamps of a control, of invariants since changed, are left from `make controls`: the report isn't of them."""
+    shutil.copyfile(clone / "Makefile", tmp_path / "Makefile")
+    (tmp_path / "stub.py").write_text(STUB)
+    for name, stamp in (("sft_2ep-plain", "cccc3333 bbbb2222"), ("dpo_v1-chat", "aaaa1111 dddd4444")):
+        path = tmp_path / "runs" / ".done" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(stamp + "\n")
+    done = make(tmp_path, "all", f"PY={sys.executable} stub.py", "SFT_DATA=a.jsonl", "PREF_DATA=b.jsonl")
+    assert done.returncode == 0, done.stderr
+    (last,) = [line for line in done.stdout.splitlines() if line.startswith("RAN report")]
+    assert last.split("--group ")[1].split() == ["aaaa1111", "bbbb2222", "dddd4444"]

@@ -887,13 +887,14 @@ def judged(a, b, stem=None, **changes):
 
     judge = {"kind": "api", "model": "judge-70b", "circular": False, "circular_why": None, "temperature": 0.0}
     judge |= changes.pop("judge", {})
-    summary = {"n": 200, "wins": 120, "ties": 20, "losses": 59, "unparsable": 1, "win_rate": 0.654,
+    prompts = changes.pop("prompts_fingerprint", "sha256:200")
+    summary = {"n": 200, "wins": 120, "ties": 20, "losses": 59, "unparsable": 1, "unparsable_verdicts": 5, "win_rate": 0.654,
                "win_rate_ci95": [0.59, 0.72], "tie_rate": 0.1, "position_inconsistency": 0.085,
                "length_controlled_win_rate": 0.601, "length_controlled_ci95": [0.53, 0.67], "mean_tokens_a": 210.4,
                "mean_tokens_b": 160.0} | changes  # fmt: skip
     write_json(f"results/judge/{stem or a['name'] + '_vs_' + b['name']}.json", {
         "schema_version": 1, "a": a["name"], "b": b["name"], "rows": {"a": identity(a), "b": identity(b)}, "judge": judge,
-        "summary": summary, "prompts": []})  # fmt: skip
+        "prompts_fingerprint": prompts, "summary": summary, "prompts": []})  # fmt: skip
 
 
 def test_judged_win_rates(here):
@@ -901,7 +902,7 @@ def test_judged_win_rates(here):
     judged(dpo, sft)
     run(rows)
     (line,) = [cells for name, cells in table("## Judged win rates").items() if name == "dpo_v1 against sft_v2"]
-    assert line == ["judge-70b (api)", "200", "120 / 20 / 59", "65.4 [59.0, 72.0]", "60.1 [53.0, 67.0]", "8.5", "1",
+    assert line == ["judge-70b (api)", "200", "120 / 20 / 59", "65.4 [59.0, 72.0]", "60.1 [53.0, 67.0]", "8.5", "5",
                     "210 / 160"]  # fmt: skip
     assert "circular," not in Path("results/README.md").read_text()
     sentence = "**Win rate** against sft_v2, judged by judge-70b in both orders, %: dpo_v1 65.4 [59.0, 72.0]."
@@ -911,6 +912,12 @@ def test_judged_win_rates(here):
     run(None)
     assert said("dpo_v1 against sft_v2: ") == "dpo_v1 against sft_v2: circular, why."
     assert said("**Win rate**", "README.md") == sentence  # which a circular judge is no part of
+    assert "asked alike" not in Path("results/README.md").read_text()
+    reward = {"kind": "reward", "model": "rm_watch"}  # of which "in both orders" would say nothing
+    judged(base, sft, judge=reward, position_inconsistency=None, prompts_fingerprint="sha256:other")
+    run(None)
+    assert said("**Win rate** against sft_v2, judged by rm_watch, %: base 65.4", "README.md")
+    assert table("## Judged win rates")["base against sft_v2"][5] == "–" and said("Not all were asked alike")
     judged(dpo | {"adapter_sha256": "7" * 64}, sft)  # of other weights than the row's
     run(None)
     assert "dpo_v1@77777777 against sft_v2" in table("## Judged win rates")
@@ -922,8 +929,8 @@ def test_judged_win_rates(here):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({}, "met: beats SFT in 65.4 [59.0, 72.0] %, says judge-70b"),
-    ({"win_rate_ci95": [0.5, 0.72]}, "not met: beats SFT in 65.4 [50.0, 72.0] %, says judge-70b"),  # above, not at
+    ({}, "met: beats SFT in 65.4 [59.0, 72.0] % of 200 prompts, says judge-70b"),
+    ({"win_rate_ci95": [0.5, 0.72]}, "not met: beats SFT in 65.4 [50.0, 72.0] % of 200 prompts, says judge-70b"),  # above, not at
     ({"judge": {"circular": True}}, "open: not judged against SFT"),
     ({"win_rate_ci95": None}, "open: not judged against SFT"),
     (None, "open: not judged against SFT"),
@@ -947,8 +954,15 @@ def test_guardrails_and_distance(here):
                "language_drift_rate": 0.005, "kl_sft": 12.345, "kl_sft_se": 0.678, "delta_w": 0.0123}  # fmt: skip
     who = {key: dpo[key] for key in ("name", "config_hash", "adapter_sha256", "train_invariants")}
     best = {"name": "sft_v2_bo16", "adapter_sha256": sft["adapter_sha256"], "kl_sft": 1.83, "kl_sft_bound": True}
-    write_json("results/judge/guardrails.json", {"schema_version": 1, "rows": [{**who, **figures}, best]})
+    reference = {"name": "sft_v2", "adapter_sha256": sft["adapter_sha256"]}
+    write_json("results/judge/guardrails.json", {"schema_version": 1, "prompts_fingerprint": "sha256:200",
+                                                 "reference": reference, "rows": [{**who, **figures}, best]})
+    judged(dpo, sft, prompts_fingerprint="sha256:others")
+    judged(dpo, base, prompts_fingerprint="sha256:200")
+    run(rows)
+    assert not Path("results/plots/winrate-kl.svg").exists()  # judged on other prompts, or against another row
     judged(dpo, sft)
+    judged(dpo, sft, "dpo_v1_vs_sft_v2.rm_watch", judge={"kind": "reward", "model": "runs/rm_watch"})
     run(rows)
     found = table("## Held-out answers")
     assert found["dpo_v1"] == ["181 ± 67", "200", "98.5", "2.0", "0.432", "0.700", "0.850", "4.2", "1.5", "0.5",
@@ -956,6 +970,10 @@ def test_guardrails_and_distance(here):
     assert found["sft_v2_bo16"] == ["– ± –"] + ["–"] * 9 + ["≤ 1.83", "–"]
     assert said("≤: best of N")
     assert Path("results/plots/winrate-kl.svg").is_file()
+    records = report.read_records(Path("results"), rows, ())
+    figure = report.winrate_kl(records["judge"], records["guardrails"])
+    assert {text.get_text() for text in figure.axes[0].texts} == {"dpo_v1, by judge-70b", "dpo_v1, by rm_watch"}
+    assert "KL to sft_v2" in Path("results/README.md").read_text()
     assert "(plots/winrate-kl.svg)" in Path("results/README.md").read_text()
     assert "12.35 ± 0.68" in Path("results/runs/dpo_v1.md").read_text()
 
@@ -1027,15 +1045,21 @@ def test_plots_are_written_checked_and_the_same_each_time(here, capsys):
     Path("results/plots/ppo.svg").write_bytes(found["ppo.svg"].replace(b"</svg>", b" </svg>"))
     Path("results/plots/tradeoff.png").unlink()
     Path("results/plots/deltas-plain.png").write_bytes(b"of another machine")  # a PNG's bytes are not compared
-    Path("results/plots/old.svg").write_text("of a run that is gone")
-    Path("results/runs/old.md").write_text("of a run that is gone")
+    Path("results/plots/run-old.svg").write_text("of a run that is gone")
+    Path("results/runs/old.md").write_text(f"{report.STAMP}python report.py`; edits are lost -->\n\nof a run that is gone")
+    others = [Path("results/plots/mine.png"), Path("results/runs/notes.md")]
+    for path in others:
+        path.write_text("not the report's")
     capsys.readouterr()
     exits(1, None, "--check")
     error = capsys.readouterr().err
-    for name in ("plots/ppo.svg", "plots/tradeoff.png", "plots/old.svg", "runs/old.md"):
+    for name in ("plots/ppo.svg", "plots/tradeoff.png", "plots/run-old.svg", "runs/old.md"):
         assert f"results/{name}" in error, name
-    assert "deltas-plain.png" not in error and Path("results/plots/old.svg").exists()
+    assert "deltas-plain.png" not in error and Path("results/plots/run-old.svg").exists()
+    assert not any(path.name in error for path in others)
     run(None)
+    assert all(path.read_text() == "not the report's" for path in others)
+    others[0].unlink()
     assert {p.name: p.read_bytes() for p in Path("results/plots").iterdir()} == found
     assert not Path("results/runs/old.md").exists()
 
