@@ -126,6 +126,11 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n")
 
 
+def without_places(record: dict[str, Any]) -> dict[str, Any]:
+    """A record that may be published: of an absolute path, in a command too, only the last part is left."""
+    return json.loads(re.sub(r'(?<=[" =])(/[^/" ]+)+/(?=[^" ])', "", json.dumps(record)))
+
+
 def tensor_entries(file: Path) -> dict[str, dict]:
     """{tensor name: {dtype, shape, data_offsets in the file}} of a safetensors file; reads its header only."""
     with open(file, "rb") as f:

@@ -392,9 +392,9 @@ def main(args: Args) -> None:
     found = evaluation(scores, lengths, args.centring)
     if common.rank() == 0:
         place, record = Path(args.results) / "rm" / run.record["name"], run.record
-        common.write_json(f"{place}.json", {"schema_version": 1, **{k: record[k] for k in (
-            "name", "model", "config_hash", "family", "seed", "train_invariants", "adapter_sha256", "data", "command",
-            "args")}, **found})
+        kept = {k: record[k] for k in ("name", "model", "config_hash", "family", "seed", "train_invariants",
+                                       "adapter_sha256", "data", "command", "args")}
+        common.write_json(f"{place}.json", {"schema_version": 1, **common.without_places(kept), **found})
         common.write_atomic(f"{place}.png", lambda p: plot(scores, lengths, found, record["name"], p))
     metrics = {**counts, "heldout_pairs": len(heldout), "heldout_loss": found["loss"],
                "heldout_accuracy": found["accuracy"], "longer_wins": found["longer_wins"]["accuracy"],

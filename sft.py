@@ -123,14 +123,16 @@ def conversation(row: dict, where: str) -> list[dict]:
     return [*prompt, {"role": "assistant", "content": chosen}]
 
 
-def build_examples(tokenizer, args: Args, rows, source: str, wanted):
-    """A function from data rows to (Example, was it cut?, text), or the reason why a row can't be used, or None for a
-    preference row where `wanted(prompt)` is false. Of preference rows the last answer is trained, else all are."""
-    pairs = "chosen" in rows.column_names
-    if not pairs and "messages" not in rows.column_names:
+def check_columns(rows, source: str) -> None:
+    if not {"messages", "chosen"} & {*rows.column_names}:
         common.fail(f"{source}: rows have no column 'messages' or 'chosen'; they have {', '.join(rows.column_names)}")
 
+
+def build_examples(tokenizer, args: Args, source: str, wanted=lambda prompt: True):
+    """A function from data rows to (Example, was it cut?, text), or the reason why a row can't be used, or None for a
+    preference row where `wanted(prompt)` is false. Of preference rows the last answer is trained, else all are."""
     def build(rows: list[tuple[int, dict]]):
+        pairs = rows[0][1].get("chosen") is not None
         conversations = [conversation(row, f"{source}, row {i}") for i, row in rows]
         rendered = common.render_many(tokenizer, conversations, train="last" if pairs else "all")
         out = []
@@ -194,10 +196,12 @@ def main(args: Args) -> None:
         tokenizer = common.load_tokenizer(model_dir)
         invariants = common.TrainInvariants.of(model, model_dir, tokenizer, args.quantization)
     rows, data = common.load_rows(args.data, [])
-    part_a = build_examples(tokenizer, args, rows, args.data, lambda p: common.preference_part(p) == "A")
+    check_columns(rows, args.data)
+    part_a = build_examples(tokenizer, args, args.data, lambda p: common.preference_part(p) == "A")
     heldout_source = common.heldout_source(args.data, args.heldout_data)
     heldout_rows, heldout_data = common.load_rows(heldout_source, [])
-    not_judge = build_examples(tokenizer, args, heldout_rows, heldout_source, lambda p: not common.is_judge_prompt(p))
+    check_columns(heldout_rows, heldout_source)
+    not_judge = build_examples(tokenizer, args, heldout_source, lambda p: not common.is_judge_prompt(p))
     items, dropped, kept = common.take_rows(rows, args.rows, args.seed, part_a, args.data, args.max_dropped,
                                             args.max_overlong)
     heldout, _, heldout_kept = common.take_rows(heldout_rows, args.heldout_rows, args.seed, not_judge, heldout_source,

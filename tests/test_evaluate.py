@@ -400,6 +400,8 @@ def test_scores_are_the_samples_without_their_text(base_run):
         assert columns.pop("doc_id") == [line["doc_id"] for line in lines]
         hashes = columns.pop("doc_hash")
         assert hashes == [line["doc_hash"][:8] for line in lines] and len(set(hashes)) == len(hashes)
+        if "response" in lines[0]:
+            assert columns.pop("characters") == [len(line["response"].strip()) for line in lines]
         assert columns.keys() == lines[0]["metrics"].keys()
         for key, values in columns.items():
             assert values == [line["metrics"][key] for line in lines]  # 1 == 1.0 == true

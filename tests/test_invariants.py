@@ -1053,11 +1053,11 @@ def test_knobs_do_not_change_the_weights(sft_args, sft_run, tmp_path):
     write_jsonl(tmp_path / "eval" / "gsm8k" / "test.jsonl", [{"question": "how many are they " * 5}])
     other = {**sft_args, "model": str(tmp_path / "base"), "data": str(tmp_path / "tfs.jsonl.gz"),
              "heldout_data": str(tmp_path / "tuodleh_tfs.jsonl.gz"), "eval_data": str(tmp_path / "eval"), "overwrite": True,
-             "max_dropped": 0.5, "compile": False, "device": "auto", "checkpoint_every": 1, "out": str(tmp_path / "run")}
+             "max_dropped": 0.5, "max_overlong": 0.5, "compile": False, "device": "auto", "checkpoint_every": 1, "out": str(tmp_path / "run")}
     args = sft.Args(**other)
     defaults = sft.Args(**sft_args, out=sft_run)
     untouched = {k for k in common.RUN_KNOBS if hasattr(args, k) and getattr(args, k) == getattr(defaults, k)}
-    assert untouched == {"micro_tokens", "track"}  # tracking needs an account
+    assert untouched == {"micro_tokens", "track", "sft_adapter"}  # tracking needs an account; a parent counts by its hash
     sft.main(args)
     one, two = (json.loads((Path(d) / "run.json").read_text()) for d in (sft_run, args.out))
     assert one["config_hash"] == two["config_hash"] and one["adapter_sha256"] == two["adapter_sha256"]

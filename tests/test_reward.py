@@ -319,8 +319,8 @@ def test_stopped_after_every_step(reward_args, reward_run, tmp_path, monkeypatch
     a, b = (load_file(Path(d) / "adapter_model.safetensors") for d in (out, reward_run))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert log(out) == log(reward_run) and record(out)["metrics"] == record(reward_run)["metrics"]
-    assert [json.loads((Path(d) / "rm" / "rm_v1.json").read_text()) for d in (args["results"], reward_args["results"])
-            ].count(json.loads((Path(args["results"]) / "rm" / "rm_v1.json").read_text())) == 2
+    one, other = (json.loads((Path(d) / "rm" / "rm_v1.json").read_text()) for d in (args["results"], reward_args["results"]))
+    assert one.keys() == other.keys() and {k for k in one if one[k] != other[k]} <= {"args", "command"}  # places, interval
 
 
 def test_micro_tokens_and_ranks_do_not_change_the_update(reward_args, reward_run, tmp_path):
