@@ -114,6 +114,7 @@ PROTOCOLS = {"plain": "no chat template", "chat": "chat template applied, few-sh
 UNDRAWN = {"step", "seconds", "tokens", "trained_tokens", "lr"}  # of a run's log: known without a plot
 ROW_ID = ("name", "config_hash", "adapter_sha256", "weights_sha256")  # of an evaluated policy, in any protocol
 SMALL = 200  # items; with fewer, the standard error of a score near 50 % is above 3.5 points
+FEWEST = 20  # judged prompts; the bootstrap's interval of two wins in two has no width
 BEGIN, END, STAMP = "<!-- results:begin -->", "<!-- results:end -->", "<!-- written by `"
 ROW_KEYS = (
     "name phase method model revision config_hash adapter_sha256 weights_sha256 train_invariants eval_hash eval seed "
@@ -636,15 +637,18 @@ def verdict_table(compared: list[Comparison], rows: list[dict], judge: list[dict
 
 
 def own_criterion(row: dict, rows: list[dict], judge: list[dict]) -> str:
-    """DPO's: the judged win rate against its SFT row, with its whole interval, is above 50 %; by no circular judge."""
+    """DPO's: the judged win rate against its SFT row, with its whole interval, is above 50 %; by no circular judge, over
+    FEWEST prompts or more."""
     parents = {r["adapter_sha256"] for r in references(row, rows, "sft")}
     said = []
     for record in judge:
         a, b = (at(record, "rows", side, "adapter_sha256") for side in "ab")
         low = finite((at(record, "summary", "win_rate_ci95") or [None])[0])
         if a == row["adapter_sha256"] and b in parents and low is not None and not at(record, "judge", "circular"):
-            said.append(f"{'met' if low > 0.5 else 'not met'}: beats SFT in {win_rate_cell(record)} % of "
-                        f"{number(at(record, 'summary', 'n'))} prompts, says {at(record, 'judge', 'model')}")  # fmt: skip
+            scored = (at(record, "summary", "n") or 0) - (at(record, "summary", "unparsable") or 0)
+            word = "open, too few" if scored < FEWEST else "met" if low > 0.5 else "not met"
+            said.append(f"{word}: beats SFT in {win_rate_cell(record)} % of {number(scored)} prompts, says "
+                        f"{at(record, 'judge', 'model')}")  # fmt: skip
     return "\n".join(said) or "open: not judged against SFT"
 
 

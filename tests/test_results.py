@@ -929,8 +929,10 @@ def test_judged_win_rates(here):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({}, "met: beats SFT in 65.4 [59.0, 72.0] % of 200 prompts, says judge-70b"),
-    ({"win_rate_ci95": [0.5, 0.72]}, "not met: beats SFT in 65.4 [50.0, 72.0] % of 200 prompts, says judge-70b"),  # above, not at
+    ({}, "met: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts, says judge-70b"),
+    ({"win_rate_ci95": [0.5, 0.72]}, "not met: beats SFT in 65.4 [50.0, 72.0] % of 199 prompts, says judge-70b"),  # above, not at
+    ({"n": 2, "unparsable": 0, "win_rate": 1.0, "win_rate_ci95": [1.0, 1.0]},
+     "open, too few: beats SFT in 100.0 [100.0, 100.0] % of 2 prompts, says judge-70b"),
     ({"judge": {"circular": True}}, "open: not judged against SFT"),
     ({"win_rate_ci95": None}, "open: not judged against SFT"),
     (None, "open: not judged against SFT"),
