@@ -67,8 +67,9 @@ from common import SCHEMA_VERSION, fail, read_json, read_results, sha256_json, w
 class Args:
     results: str = "results"
     """Directory that holds metrics.json and the records beside it; the full tables go to README.md inside it."""
-    readme: str = "README.md"
-    """File whose section between the two results markers gets the compact table; "none": no such file."""
+    readme: str | None = None
+    """File whose section between the two results markers gets the compact table; "none": no such file. By default
+    README.md for the directory results, and none for another."""
     group: tuple[str, ...] = ()
     """Report only rows of these train_invariants and eval_hashes; a kind of hash that isn't named is not restricted."""
     check: bool = False
@@ -341,12 +342,12 @@ def label_rows(rows: list[dict]) -> list[tuple[str, dict]]:
 
 def references(row: dict, rows: list[dict], method: str) -> list[dict]:
     """The rows of `method` ("base" or "sft") that `row` may be compared with: one, unless there is doubt."""
-    if row["method"] == "base" or (row["method"] == method and not row.get("parent")):
-        return []  # an SFT run that goes on from another one has that to be compared with
+    if row["method"] == "base" or row["name"] in LADDER and row["method"] == method:
+        return []
     found = [r for r in rows if r["method"] == method]
     if method == "sft" and row.get("parent"):
         return [r for r in found if r["adapter_sha256"] == row["parent"]["adapter_sha256"]]
-    return [r for r in found if r["name"] in LADDER] or found
+    return [r for r in found if r["name"] in LADDER] or [r for r in found if r["method"] != row["method"]]
 
 
 # ------------------------------------------------------------------ scores and differences
@@ -1328,7 +1329,7 @@ def main(args: Args) -> None:
             files |= {path: encode(figure, "png") for path, figure in pictures.items()}
     flags = {"--results": args.results, "--readme": args.readme, "--group": " ".join(args.group)}
     defaults = {"--results": Args.results, "--readme": Args.readme, "--group": ""}
-    given = [f"{flag} {value}" for flag, value in flags.items() if value != defaults[flag]]
+    given = [f"{flag} {value}" for flag, value in flags.items() if value and value != defaults[flag]]
     command = " ".join(["python report.py", *given])
     stamp, speed, plots = f"{STAMP}{command}`; edits are lost -->\n\n", bench_tables(results), list(figures)
     own_rewards = [record for record in records["rm"] if not record["note"] and record["name"] not in runs]
@@ -1339,8 +1340,9 @@ def main(args: Args) -> None:
         texts[results / "runs" / f"{label}.md"] = stamp + markdown(page(label, own, tables, compared, records, plots))
     for record in own_rewards:
         texts[results / "runs" / f"{record['name']}.md"] = stamp + markdown(reward_page(record))
-    if args.readme != "none":
-        readme = Path(args.readme)
+    chosen = args.readme or ("README.md" if results == Path(Args.results) else "none")
+    if chosen != "none":
+        readme = Path(chosen)
         place = Path(os.path.relpath(results, readme.parent)).as_posix()
         compact = [*compact_report(tables, compared, records, plots, place), *speed, LEGEND]
         texts[readme] = with_section(readme, stamp + markdown(compact) + "\n")

@@ -70,7 +70,7 @@ class Args:
     """Largest share of degenerate pairs (empty or equal answers) that doesn't end the run."""
     max_overlong: float = 0.15
     """Largest share of pairs beyond --max-length that doesn't end the run [at least 6 % of UltraFeedback]."""
-    max_overlap: float = 0.0
+    max_overlap: float = 0.05
     """Largest share of held-out rows whose prompt is in --data too that doesn't end the run; they are left out."""
     # -- method --
     centring: float = 0.01
