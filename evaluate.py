@@ -596,7 +596,8 @@ def keep_records(out: Path, samples: Path, identity: dict, run: dict | None, ada
     kept = {key: run.get(key) for key in "method config_hash adapter_sha256 train_invariants family seed command args "
             "data parent scorers versions git_commit hardware wall_time_s metrics".split()}  # fmt: skip
     name = samples.name.rsplit("-", 2)[0]
-    record = {"schema_version": common.SCHEMA_VERSION, "name": name, **common.without_places(kept), "steps": len(log), "curves": thin(log)}
+    record = {"schema_version": common.SCHEMA_VERSION, "name": name, **common.without_places(kept), "steps": len(log),
+              "curves": thin(log)}  # fmt: skip
     common.write_json(out / "runs" / f"{name}-{run['adapter_sha256'][:8]}.json", record)
     return {"scores": scores.as_posix(), "cost": cost}
 

@@ -553,7 +553,9 @@ def read_judge(args: Args, base_dir: Path, invariants) -> Judge:
     else:
         fail(f"--judge-model {name}: no such directory; for the model of an API give its --judge-url too")
     if judge.kind == "local":
-        letter_tokens(common.load_tokenizer(judge.model_dir), name)
+        tokenizer = common.load_tokenizer(judge.model_dir)
+        letter_tokens(tokenizer, name)
+        judge.identity.append(common.sha256_json(common.render_prompt(tokenizer, [{"role": "user", "content": "?"}])))
     return judge
 
 
@@ -767,13 +769,14 @@ def score_all(judge: Judge, compared: dict[str, list[dict]], reference: str, pro
 
 def place_for(directory: Path, a: str, b: str, judge: dict) -> Path:
     """<a>_vs_<b>.json, or with the judge in its name where that file is another judge's."""
-    plain = directory / f"{a}_vs_{b}.json"
-    if plain.is_file():
-        other = common.read_json(plain)["judge"]
-        if (other["kind"], other["model"]) != (judge["kind"], judge["model"]):
-            slug = re.sub(r"[^\w.-]+", "-", Path(judge["model"]).name)
-            return directory / f"{a}_vs_{b}.{slug}.json"
-    return plain
+    who = [judge["kind"], judge["model"]]
+    slug = re.sub(r"[^\w.-]+", "-", Path(judge["model"]).name)
+    places = [directory / f"{a}_vs_{b}{more}.json" for more in ("", f".{slug}", f".{slug}-{common.sha256_json(who)[:6]}")]
+
+    def is_free(path: Path) -> bool:
+        other = common.read_json(path)["judge"] if path.is_file() else judge
+        return [other["kind"], other["model"]] == who
+    return next(path for path in places if is_free(path) or path == places[-1])
 
 
 def show(result: dict) -> None:
@@ -923,7 +926,8 @@ def main(args: Args) -> None:
             result = {
                 "schema_version": 1, "a": row.name, "b": reference.name,
                 "rows": {"a": row.record, "b": reference.record},
-                "judge": {"kind": judge.kind, "model": judge.model, "circular": why is not None, "circular_why": why,
+                "judge": {"kind": judge.kind, "model": judge.model,
+                          "circular": why is not None, "circular_why": why,
                           "sha256": None if judge.kind == "api" else judge.identity[1], "temperature": 0.0},
                 "sampling": sampling, **fingerprints, "summary": summary,
                 "cost": {k: round(v, 2) for k, v in costs[row.name].items()}, "prompts": entries}

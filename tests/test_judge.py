@@ -971,3 +971,15 @@ def test_guardrails_of_other_prompts_are_not_mixed(results, judge_args, sft_run,
     data = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "name a colour"}, {"prompt": "name a city"}])
     judge.main(judge.Args(**judge_args | {"rows": ("base",), "data": data}, results=str(results)))
     assert guardrail_rows(results).keys() == {"sft_v2", "base"} and read(results, "guardrails")["n_prompts"] == 2
+
+
+def test_each_judge_has_a_file_of_its_own(tmp_path):
+    """Judges of one directory name too; a judge that judges again finds its own file."""
+    judges = [{"kind": "reward", "model": model} for model in ("runs/rm", "other/rm", "third/rm")]
+    for _ in range(2):
+        places = [judge.place_for(tmp_path, "a", "b", who) for who in judges[:1]]
+        common.write_json(places[0], {"judge": judges[0]})
+        for who in judges[1:]:
+            places.append(judge.place_for(tmp_path, "a", "b", who))
+            common.write_json(places[-1], {"judge": who})
+        assert len(set(places)) == 3 and places[0].name == "a_vs_b.json" and places[1].name == "a_vs_b.rm.json"

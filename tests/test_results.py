@@ -1263,3 +1263,13 @@ def test_the_committed_tables_are_what_the_committed_results_say():
     done = subprocess.run([sys.executable, "report.py", *stamp[1].split(), "--check"], cwd=root, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_an_sft_row_is_compared_with():
+    """A control that was trained from the base stands beside the ladder's row, one that goes on from it beside its parent."""
+    def row(name, method, adapter, parent=None):
+        return {"name": name, "method": method, "adapter_sha256": adapter, "parent": parent and {"adapter_sha256": parent}}
+    rows = [row("base", "base", None), row("sft_v2", "sft", "s"), row("sft_2ep", "sft", "t"),
+            row("sft_chosen", "sft", "u", "s"), row("dpo_v1", "dpo", "d", "t")]
+    found = [[r["name"] for r in report.references(r, rows, "sft")] for r in rows]
+    assert found == [[], [], ["sft_v2"], ["sft_v2"], ["sft_2ep"]]
