@@ -125,7 +125,7 @@ class Args:
     """Tokens the reply of an API may take."""
     # -- run --
     results: str = "results"
-    """Where judge/<a>_vs_<b>.json and judge/guardrails.json go."""
+    """Where judge/<a>_vs_<b>.json, the same without text in judge/summaries/, judge/guardrails.json and the page go."""
     micro_tokens: int = 16384
     """Tokens of one forward: memory and speed, not the figures; a longer sequence makes a pack of its own."""
     device: str = "auto"
@@ -680,7 +680,14 @@ def check_api(args: Args) -> None:
     """Before hours of sampling: is there a server that takes the key? /models costs nothing, but not all have it."""
     try:
         with open_client(args) as client:
-            check_key(client.get("models"), args)
+            response = client.get("models")
+        check_key(response, args)
+        known = [model["id"] for model in response.json()["data"]] if response.is_success else []
+        if known and args.judge_model not in known:
+            common.say(f"note: {args.judge_url} lists no model {args.judge_model} (it has {', '.join(known[:8])}); "
+                       "if it doesn't know it, the run ends at the first verdict")
+    except (ValueError, LookupError, TypeError):
+        pass  # no list: nothing is known
     except httpx.TimeoutException:
         pass  # slow is no reason not to begin
     except (httpx.RequestError, httpx.InvalidURL) as e:
@@ -931,7 +938,9 @@ def main(args: Args) -> None:
                           "sha256": None if judge.kind == "api" else judge.identity[1], "temperature": 0.0},
                 "sampling": sampling, **fingerprints, "summary": summary,
                 "cost": {k: round(v, 2) for k, v in costs[row.name].items()}, "prompts": entries}
-            common.write_json(place_for(directory, row.name, reference.name, result["judge"]), result)
+            place = place_for(directory, row.name, reference.name, result["judge"])
+            common.write_json(place, result)
+            common.write_json(directory / "summaries" / place.name, {k: v for k, v in result.items() if k != "prompts"})
             show(result)
         write_page(Path(args.results))
 

@@ -309,7 +309,10 @@ def read_records(results: Path, rows: list[dict], group: tuple[str, ...]) -> dic
     records = {kind: [] for kind in ("rm", "ppo", "grpo", "judge", "guardrails", "runs")}
     climb = rows[0] if rows else None
     folders = [kind for kind in records if kind != "guardrails"]
-    for folder, path in [(folder, path) for folder in folders for path in sorted((results / folder).glob("*.json"))]:
+    places = [(folder, path) for folder in folders for path in sorted((results / folder).glob("*.json"))]
+    places += [("judge", path) for path in sorted((results / "judge" / "summaries").glob("*.json"))
+               if not (results / "judge" / path.name).is_file()]  # without the text of prompts and answers
+    for folder, path in places:
         record, plot = {"name": path.stem, **read_json(path)}, path.with_suffix(".png")
         version = record.get("schema_version")
         if not isinstance(version, int):

@@ -606,6 +606,11 @@ def test_the_record_has_what_was_agreed(results, judge_args, reward_run, dpo_run
         common.prompt_id(m): m for m in (common.as_prompt({"prompt": p}, "") for p in PROMPTS)}
     guardrails = read(results, "guardrails")
     assert guardrails["n_prompts"] == len(PROMPTS) and guardrails["sampling"] == found["sampling"]
+    published = [read(results, "summaries/dpo_v1_vs_sft_v2"), guardrails]  # what git takes: no text
+    assert published[0] == {k: v for k, v in found.items() if k != "prompts"}
+    assert not any(text in json.dumps(published) for e in found["prompts"] for text in (
+        e["prompt"][0]["content"], e["completion_a"]) if len(text) > 8)
+    assert (results / "judge" / "index.html").is_file()
 
 
 # -- an API ------------------------------------------------------------------------------------------

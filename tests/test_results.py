@@ -897,6 +897,23 @@ def judged(a, b, stem=None, **changes):
         "prompts_fingerprint": prompts, "summary": summary, "prompts": []})  # fmt: skip
 
 
+def test_judged_win_rates_are_read_without_the_text(here):
+    """A comparison whose prompts were left out of git: the same tables from its summary."""
+    base, sft, dpo = rows = three_rows()
+    judged(dpo, sft)
+    run(rows)
+    whole = Path("results/README.md").read_text()
+    assert "judge-70b" in whole
+    full = Path("results/judge/dpo_v1_vs_sft_v2.json")
+    write_json("results/judge/summaries/dpo_v1_vs_sft_v2.json",
+               {k: v for k, v in json.loads(full.read_text()).items() if k != "prompts"})
+    run(rows)
+    assert Path("results/README.md").read_text() == whole  # not twice
+    full.unlink()
+    run(rows)
+    assert Path("results/README.md").read_text() == whole
+
+
 def test_judged_win_rates(here):
     base, sft, dpo = rows = three_rows()
     judged(dpo, sft)
