@@ -681,9 +681,19 @@ def answers_table(rows: list[dict]) -> Table | None:
             cells += [number(statistics.fmean(n == 0 for n in characters), 1, 100),
                       number(statistics.median(characters), 0)] if characters else ["–", "–"]
         lines.append([label, *cells])
-    note = "Empty: nothing but whitespace before the end. A policy that says something more often scores more often on IFEval."
+    note = "Empty: nothing but whitespace before the end. A row that says something more often follows more instructions."
     titles = ["row", "GSM8K\nempty, %", "GSM8K\nmedian characters", "IFEval\nempty, %", "IFEval\nmedian characters"]
     return Table(titles, lines, 1, [note]) if any(line[1:] != ["–"] * 4 for line in lines) else None
+
+
+def empty_note(rows: list[dict]) -> str:
+    """IFEval's empty answers, where rows differ in them by ten points or more; else nothing."""
+    share = {label: 100 * statistics.fmean(n == 0 for n in characters) for label, row in label_rows(rows)
+             if (characters := at(row, "items", "ifeval", "characters"))}
+    if not share or max(share.values()) - min(share.values()) < 10:
+        return ""
+    return ("**Read IFEval with care**: answers that are empty, " + ", ".join(f"{k} {v:.0f} %" for k, v in share.items())
+            + ". A row that says something more often follows more instructions.")
 
 
 def protocols_table(tables: dict[str, list[dict]]) -> Table | None:
@@ -1179,7 +1189,8 @@ def compact_report(tables: dict[str, list[dict]], compared: dict, records: dict[
     for protocol, rows in tables.items():
         blocks.append(f"**{protocol.capitalize()} protocol**, % (difference to base, points)")
         blocks += [scores_table(rows, compared[protocol, "base"][0], verdicts=protocol == "plain")]
-        blocks += [text for text in (image(f"{place}/plots/deltas-{protocol}", plots), *describe(rows)) if text]
+        texts = (image(f"{place}/plots/deltas-{protocol}", plots), empty_note(rows), *describe(rows))
+        blocks += [text for text in texts if text]
     blocks = blocks or [scores_table([])]
     by_judge = {}
     for record in records["judge"]:

@@ -1290,3 +1290,16 @@ def test_what_an_sft_row_is_compared_with():
             row("sft_chosen", "sft", "u", "s"), row("dpo_v1", "dpo", "d", "t")]
     found = [[r["name"] for r in report.references(r, rows, "sft")] for r in rows]
     assert found == [[], [], ["sft_v2"], ["sft_v2"], ["sft_2ep"]]
+
+
+def test_empty_answers_are_said_where_they_differ():
+    """By hand: 40 % and 0 % of IFEval's answers are empty; rows that are alike, or have no items, say nothing."""
+    def row(name, characters):
+        return {"name": name, "config_hash": name, "adapter_sha256": None,
+                "items": characters and {"ifeval": {"characters": characters}, "gsm8k": {"characters": [9, 11]}}}
+    base, talker = row("base", [0, 0, 7, 100, 5]), row("talker", [1, 2, 3, 4, 5])
+    said = report.empty_note([base, talker, row("old", None)])
+    assert "base 40 %, talker 0 %." in said and "old" not in said
+    assert report.empty_note([talker, row("other", [3, 3, 3, 3, 3])]) == report.empty_note([row("old", None)]) == ""
+    lines = report.answers_table([base, talker]).rows
+    assert lines == [["base", "0.0", "10", "40.0", "5"], ["talker", "0.0", "10", "0.0", "3"]]
