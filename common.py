@@ -1035,7 +1035,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     """Causal attention inside each sequence of a pack, never across (query [1, heads, T, d]).
 
     On CUDA in half precision one varlen kernel, elsewhere sdpa sequence by sequence: the same semantics. Without
-    cu_seq_lens (sampling with a cache and an explicit mask) it is transformers' own sdpa. `keys` (a pack whose sequences
+    cu_seq_lens (a call through transformers' own forward) it is transformers' own sdpa. `keys` (a pack whose sequences
     share tokens) says where the keys of each sequence are; its queries are the last of them.
     """
     if (kwargs.get("sliding_window") or math.inf) < (max_length_q or 0) or kwargs.get("softcap") or \
@@ -2102,7 +2102,8 @@ class Run:
             "config_hash": config_hash(method, args, invariants, data, parent, scorers),
             "train_invariants": invariants.hash, "invariants": dataclasses.asdict(invariants),
             "family": config_hash(method, args, invariants, data, parent, scorers, seed=False), "seed": args.seed,
-            "parent": link, **({"scorers": dict(zip(scorers, scorer_links))} if scorers else {}), "data": data, "weights_sha256": invariants.weights_sha256,
+            "parent": link, **({"scorers": dict(zip(scorers, scorer_links))} if scorers else {}), "data": data,
+            "weights_sha256": invariants.weights_sha256,
             "args": dataclasses.asdict(args), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
         if args.track and not importlib.util.find_spec("wandb"):

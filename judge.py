@@ -686,10 +686,8 @@ def check_api(args: Args) -> None:
         if known and args.judge_model not in known:
             common.say(f"note: {args.judge_url} lists no model {args.judge_model} (it has {', '.join(known[:8])}); "
                        "if it doesn't know it, the run ends at the first verdict")
-    except (ValueError, LookupError, TypeError):
-        pass  # no list: nothing is known
-    except httpx.TimeoutException:
-        pass  # slow is no reason not to begin
+    except (ValueError, LookupError, TypeError, httpx.TimeoutException):
+        pass  # no list, or a slow one: no reason not to begin
     except (httpx.RequestError, httpx.InvalidURL) as e:
         fail(f"--judge-url {args.judge_url} can't be reached ({type(e).__name__})")
     except JudgeError as e:

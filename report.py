@@ -47,7 +47,6 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -671,6 +670,12 @@ def seeds_table(rows: list[dict]) -> Table | None:
     return Table(["rows", "seeds", "family", *METRICS], lines, 3, notes) if lines else None
 
 
+def empty_share(row: dict, task: str) -> float | None:
+    """Share of a benchmark's generated answers that are nothing but whitespace, in percent; None without per-item scores."""
+    characters = at(row, "items", task, "characters")
+    return 100 * statistics.fmean(n == 0 for n in characters) if characters else None
+
+
 def answers_table(rows: list[dict]) -> Table | None:
     """What the generated answers of the benchmarks look like from outside: a score may move because answers get longer."""
     lines = []
@@ -678,8 +683,7 @@ def answers_table(rows: list[dict]) -> Table | None:
         cells = []
         for task in ("gsm8k", "ifeval"):
             characters = at(row, "items", task, "characters")
-            cells += [number(statistics.fmean(n == 0 for n in characters), 1, 100),
-                      number(statistics.median(characters), 0)] if characters else ["–", "–"]
+            cells += [number(empty_share(row, task), 1), number(statistics.median(characters) if characters else None, 0)]
         lines.append([label, *cells])
     note = "Empty: nothing but whitespace before the end. A row that says something more often follows more instructions."
     titles = ["row", "GSM8K\nempty, %", "GSM8K\nmedian characters", "IFEval\nempty, %", "IFEval\nmedian characters"]
@@ -688,8 +692,7 @@ def answers_table(rows: list[dict]) -> Table | None:
 
 def empty_note(rows: list[dict]) -> str:
     """IFEval's empty answers, where rows differ in them by ten points or more; else nothing."""
-    share = {label: 100 * statistics.fmean(n == 0 for n in characters) for label, row in label_rows(rows)
-             if (characters := at(row, "items", "ifeval", "characters"))}
+    share = {label: found for label, row in label_rows(rows) if (found := empty_share(row, "ifeval")) is not None}
     if not share or max(share.values()) - min(share.values()) < 10:
         return ""
     return ("**Read IFEval with care**: answers that are empty, " + ", ".join(f"{k} {v:.0f} %" for k, v in share.items())

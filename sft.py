@@ -189,12 +189,11 @@ def main(args: Args) -> None:
                         f"{invariants.quantization!r}: give that")
     else:
         model_dir = common.resolve_model(model)
+        tokenizer = common.load_tokenizer(model_dir)
+        invariants = common.TrainInvariants.of(model, model_dir, tokenizer, args.quantization)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
     if nf4:
         common.check_nf4(device)
-    if not parent:
-        tokenizer = common.load_tokenizer(model_dir)
-        invariants = common.TrainInvariants.of(model, model_dir, tokenizer, args.quantization)
     rows, data = common.load_rows(args.data, [])
     check_columns(rows, args.data)
     part_a = build_examples(tokenizer, args, args.data, lambda p: common.preference_part(p) == "A")
