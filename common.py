@@ -33,6 +33,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -1365,6 +1366,13 @@ def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
             for name in module.active_adapters if name in module.lora_A]
 
 
+def active_factors(base: nn.Module) -> list[Tensor]:
+    """A, B of every linear layer's active adapters, in the order of the layers; none while adapters are off."""
+    layers = base.__dict__.get("adapted_layers") or [m for m in base.modules() if hasattr(m, "lora_A")]
+    base.__dict__["adapted_layers"] = layers  # walking through all modules costs more than a pass may
+    return [f for m in layers for _, a, b in low_rank(m) for f in (a, b)]
+
+
 def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
     """The weights of frozen linear layers of one input, one below the other. Plain ones are made views of one tensor, once."""
     if len(modules) == 1:
@@ -1434,8 +1442,8 @@ def adapted(x: Tensor, *modules: nn.Module) -> Tensor:
     return AdaptedLinear.apply(x, [getattr(m, "base_layer", m) for m in modules], terms, *factors)
 
 
-def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
-    """Last hidden states of a pack, [T, H]."""
+def decoder(model: nn.Module, pack: Pack) -> Tensor:
+    """The model's layers over a pack: its last hidden states, [T, H]."""
     base = base_of(model)
     body, config = getattr(base, base.base_model_prefix), base.config
     fused = compiled if is_compiled(model) else lambda function: function
@@ -1457,9 +1465,135 @@ def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
                                        max_length_q=pack.max_length, sliding_window=getattr(attention, "sliding_window", None))
         x, h = add(x, adapted(attended[0].flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
         update = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
-    x, h = add(x, update, norm(body.norm))
-    count_flops(config, len(x), pack.attended, backward=x.requires_grad)
-    return h
+    return add(x, update, norm(body.norm))[1]
+
+
+# A decoder pass is some thousand kernels, which a GPU finishes sooner than a program can ask for them. So a pass over packs
+# of one size is recorded, as a CUDA graph forward and one backward, and from then on replayed.
+
+GRAPH_TOKENS = 256  # packs are filled up to a multiple of it; of twice, four times it from 8,192, 16,384 tokens on
+GRAPH_SEQUENCES = 64
+GRAPH_LENGTH = 1024  # room for more and longer sequences than there are costs next to nothing, and saves other graphs
+
+
+def filled_size(tokens: int) -> int:
+    """To how many tokens a pack is filled up: at most a sixteenth more, where it has more than 4,096."""
+    return round_up(tokens, max(GRAPH_TOKENS, (1 << tokens.bit_length() - 1) // 16))
+
+
+def fill(static: Pack, pack: Pack) -> None:
+    """Copy a pack into one of at least its size. What is left over is one sequence that nothing reads, the rest empty ones."""
+    tokens = pack.input_ids.shape[1]
+    static.input_ids[:, :tokens].copy_(pack.input_ids)
+    static.position_ids[:, :tokens].copy_(pack.position_ids)
+    static.cu_seqlens.fill_(static.input_ids.shape[1])
+    static.cu_seqlens[:len(pack.cu_seqlens)].copy_(pack.cu_seqlens)
+
+
+def empty_pack(tokens: int, sequences: int, max_length: int, device) -> Pack:
+    """Room for `fill`: that many tokens, in fewer sequences than that."""
+    ids = torch.zeros(2, 1, tokens, dtype=torch.long, device=device)
+    nothing = torch.zeros(0, dtype=torch.long, device=device)
+    return Pack(*ids, torch.zeros(sequences + 1, dtype=torch.int32, device=device), max_length, *3 * [nothing], [], 0)
+
+
+class DecoderModule(nn.Module):
+    """decoder() as a module, for torch.func."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+
+    def forward(self, pack: Pack) -> Tensor:
+        return decoder(self.base, pack)
+
+
+class DecoderGraph:
+    """decoder() over packs of one size, recorded: forward and, where `factors` are trained, backward to them."""
+    pool = stream = None    # memory of all graphs: one pass at a time, forward and backward, holds what it needs
+    pending = lambda: None  # the pass whose backward is still to come, while anything can call it
+    compiled: set = set()   # kinds of passes that have run before: (dtype, adapters are on, factors are trained)
+
+    def __init__(self, base: nn.Module, static: Pack, factors: Sequence[Tensor], kind: tuple):
+        self.static, self.factors = static, factors
+        DecoderGraph.pool = DecoderGraph.pool or torch.cuda.graph_pool_handle()
+        DecoderGraph.stream = stream = DecoderGraph.stream or torch.cuda.Stream()
+        # The same memory under other leaves: autograd ties a leaf to the stream on which it was first used.
+        wanted = {id(f) for f in factors}
+        leaves = {f"base.{name}": p.detach().requires_grad_() for name, p in base.named_parameters() if id(p) in wanted}
+        order = {p.data_ptr(): p for p in leaves.values()}
+        inputs = [order[f.data_ptr()] for f in factors]
+
+        def run() -> Tensor:
+            return torch.func.functional_call(DecoderModule(base), leaves, (static,))
+        if kind not in DecoderGraph.compiled:  # outside of the recording
+            DecoderGraph.compiled.add(kind)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                hidden = run()
+                if factors:
+                    torch.autograd.grad(hidden, inputs, torch.zeros_like(hidden))
+                del hidden
+            torch.cuda.current_stream().wait_stream(stream)
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, pool=DecoderGraph.pool, stream=stream):
+            hidden = run()
+        if factors:
+            self.slope = torch.zeros_like(hidden)
+            with torch.cuda.graph(self.backward, pool=DecoderGraph.pool, stream=stream):
+                self.grads = torch.autograd.grad(hidden, inputs, self.slope)
+        self.hidden = hidden.detach()
+
+    def __call__(self, pack: Pack) -> Tensor:
+        fill(self.static, pack)
+        return Replay.apply(self, pack.input_ids.shape[1], *self.factors)
+
+
+class Awaited:
+    """Lives as long as the backward of a pass can be called."""
+
+
+class Replay(torch.autograd.Function):
+    """hidden states [T, H] of the pack that was filled in, as a function of the factors."""
+
+    @staticmethod
+    def forward(ctx, graph: DecoderGraph, tokens: int, *factors: Tensor) -> Tensor:
+        graph.forward.replay()
+        if factors:
+            ctx.graph, ctx.tokens = graph, tokens
+            ctx.awaited = Awaited()
+            DecoderGraph.pending = weakref.ref(ctx.awaited)
+        return graph.hidden[:tokens].clone()
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):
+        ctx.graph.slope[:ctx.tokens].copy_(slope)
+        ctx.graph.slope[ctx.tokens:].zero_()
+        ctx.graph.backward.replay()
+        DecoderGraph.pending = lambda: None
+        return None, None, *ctx.graph.grads
+
+
+def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
+    """Last hidden states of a pack, [T, H]; after compile_layers, on CUDA, by the recorded pass of its size."""
+    base = base_of(model)
+    active = active_factors(base)
+    factors = [f for f in active if f.requires_grad] if torch.is_grad_enabled() else []
+    count_flops(base.config, pack.input_ids.shape[1], pack.attended, backward=bool(factors))
+    recordable = is_compiled(model) and pack.input_ids.is_cuda and base.dtype != torch.float32 and pack.keys is None
+    if not recordable or DecoderGraph.pending() is not None:
+        return decoder(model, pack)
+    tokens = pack.input_ids.shape[1]
+    filled = filled_size(tokens)
+    size = (filled, round_up(len(pack.cu_seqlens) + 1, GRAPH_SEQUENCES),
+            round_up(max(pack.max_length, filled - tokens), GRAPH_LENGTH))
+    graphs = base.__dict__.setdefault("decoder_graphs", {})
+    key = (size, bool(factors), *(f.data_ptr() for f in active))
+    if key not in graphs:
+        static = empty_pack(*size, pack.input_ids.device)
+        fill(static, pack)
+        graphs[key] = DecoderGraph(base, static, factors, kind=(base.dtype, bool(active), bool(factors)))
+    return graphs[key](pack)
 
 
 HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time
@@ -2229,7 +2363,7 @@ class Run:
             metrics["mfu"] = round((flops_done - self.last_flops) / (now - self.last_tick) / peak, 4)
         self.last_tick, self.last_flops = now, flops_done
         if torch.cuda.is_available():
-            metrics["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            metrics["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)  # graphs hold theirs unallocated
         line = {"step": step, **metrics, "seconds": round(self.seconds + now - self.started, 3)}
         if rank() == 0:
             with open(self.log_file, "a") as f:

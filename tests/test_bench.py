@@ -93,6 +93,40 @@ def test_weights_side_by_side_are_the_modules_own(tiny_model):
     assert torch.equal(common.weight_of(modules, torch.float32), torch.cat([m.weight for m in modules]))
 
 
+def test_a_filled_pack_gives_what_the_pack_gives(tiny_model):
+    """What a recorded pass computes: packs of several sizes put into the room of a larger one, one after the other, under
+    leaves of its own for the same factors. What is left over from an earlier pack changes nothing."""
+    policy = ours(tiny_model)
+    base, factors = common.base_of(policy), common.active_factors(common.base_of(policy))
+    assert {id(f) for f in factors} == {id(p) for p in common.trainable(policy)}
+    names = {id(p): f"base.{n}" for n, p in base.named_parameters()}
+    leaves = {names[id(f)]: f.detach().requires_grad_() for f in factors}
+    room = common.empty_pack(512, 64, 1024, "cpu")
+    g = torch.Generator().manual_seed(1)
+    for n in (9, 3, 6):
+        (pk,) = common.pack(random_examples(n, seed=n), 512)
+        tokens = pk.input_ids.shape[1]
+        common.fill(room, pk)
+        weight = torch.randn(tokens, base.config.hidden_size, generator=g)
+        hidden = common.decoder(policy, pk)
+        wanted = torch.autograd.grad((hidden * weight).sum(), factors)
+        filled = torch.func.functional_call(common.DecoderModule(base), leaves, (room,))
+        slope = torch.cat([weight, torch.zeros(512 - tokens, weight.shape[1])])
+        found = torch.autograd.grad(filled, list(leaves.values()), slope)
+        torch.testing.assert_close(filled[:tokens], hidden, atol=1e-5, rtol=1e-5)
+        for a, b in zip(found, wanted):
+            torch.testing.assert_close(a, b, atol=1e-5 * b.abs().max().item(), rtol=1e-4)
+    with common.reference(policy):
+        assert common.active_factors(base) == []
+
+
+def test_packs_are_filled_up_by_little():
+    for tokens in (1, 255, 256, 257, 4096, 4097, 8191, 8192, 9000, 30000, 65537):
+        filled = common.filled_size(tokens)
+        assert tokens <= filled < tokens + max(256, tokens / 16) and common.filled_size(filled) == filled
+    assert len({common.filled_size(n) for n in range(4096, 32768)}) <= 50  # so many graphs at most
+
+
 @pytest.mark.parametrize("unit", [1, 2])
 def test_packs_are_as_equal_as_they_can_be(unit):
     """No more of them than first-fit decreasing makes, none too large, and the largest not far above the mean."""

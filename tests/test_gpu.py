@@ -140,6 +140,54 @@ def test_compiled_close_to_plain(pair):
     assert angles[1] > angles[0] - 0.005
 
 
+def test_recorded_passes_equal_plain_ones(pair):
+    """Packs of many sizes, first recorded, then replayed after the factors moved: hidden states, log-probs and gradients as
+    of the decoder itself; a pass whose backward is still to come is not overwritten by others."""
+    directory, tokenizer, _, _ = pair
+    policy = common.add_lora(common.load_model(directory, None, "none", torch.bfloat16, "cuda"))
+    base, g = common.base_of(policy), torch.Generator().manual_seed(1)
+    common.compile_layers(policy)
+    sizes = [[100, 30, 7], [500], [200] * 6, [90, 40, 3], [40] * 20]
+    examples = [[common.Example.completion([5, 6], torch.randint(3, 300, (n,), generator=g).tolist()) for n in ns] for ns in sizes]
+    all_packs = [common.pack(e, 4096, device="cuda")[0] for e in examples]
+
+    def plain(pk):
+        hidden = common.decoder(policy, pk)
+        (hidden.float() * weight[:len(hidden)]).sum().backward()
+        return hidden.detach(), gradient()
+
+    def gradient():
+        found = torch.cat([p.grad.flatten() for p in common.trainable(policy)])
+        policy.zero_grad(set_to_none=True)
+        return found
+
+    weight = torch.randn(4096, base.config.hidden_size, device="cuda")
+    for _ in range(3):
+        for p in common.trainable(policy):
+            p.data += 0.02 * torch.randn(p.shape, generator=g).to("cuda")
+        for pk in all_packs:
+            with torch.no_grad(), common.reference(policy):
+                torch.testing.assert_close(common.hidden_states(policy, pk), common.decoder(policy, pk), atol=0.1, rtol=0.05)
+            hidden = common.hidden_states(policy, pk)
+            with torch.no_grad():
+                other = common.hidden_states(policy, all_packs[0])  # while the first waits for its backward
+            (hidden.float() * weight[:len(hidden)]).sum().backward()
+            found = hidden.detach(), gradient()
+            wanted = plain(pk)
+            torch.testing.assert_close(found[0], wanted[0], atol=0.1, rtol=0.05)
+            assert torch.nn.functional.cosine_similarity(found[1], wanted[1], 0) > 0.999
+            assert (found[1].norm() / wanted[1].norm() - 1).abs() < 0.01
+            torch.testing.assert_close(other, common.hidden_states(policy, all_packs[0]).detach(), atol=0.1, rtol=0.05)
+    trained = [key for key in base.decoder_graphs if key[1]]
+    assert len(trained) == len({key[0] for key in trained}) >= 3 and len(base.decoder_graphs) > len(trained)
+    first, second = (common.hidden_states(policy, all_packs[i]) for i in (1, 2))  # two, then both backwards
+    (first.float() * weight[:len(first)]).sum().backward()
+    both = gradient()
+    (second.float() * weight[:len(second)]).sum().backward()
+    for found, pk in ((both, all_packs[1]), (gradient(), all_packs[2])):
+        assert torch.nn.functional.cosine_similarity(found, plain(pk)[1], 0) > 0.999
+
+
 def random_prompts(tokenizer, n, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randint(3, len(tokenizer), (1 + (i * 7) % 50,), generator=g).tolist() for i in range(n)]
