@@ -208,16 +208,6 @@ def all_reduce_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum gradients over ranks in one flat all-reduce. A rank without a share contributes zeros."""
-    if world() == 1:
-        return
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = all_reduce_(torch.cat([g.reshape(-1) for g in grads]))
-    for p, g, summed in zip(parameters, grads, flat.split([g.numel() for g in grads])):
-        p.grad = summed.view_as(g)
-
-
 def from_rank0(value: Any = None) -> Any:
     """Rank 0's value on every rank."""
     if world() == 1:
@@ -901,18 +891,33 @@ def use_scorer(scorers: PeftModel, name: str, train: bool = False) -> PeftModel:
 def compile_layers(policy: nn.Module) -> None:
     """From now on, what layers do between matrix products and attention, and what follows the LM head, is compiled (CUDA).
 
-    A few small graphs, for packs of any size and for all layers.
+    A few small graphs, for packs of any size and for all layers. Passes whose parameters are flat are recorded as a whole.
     """
-    base_of(policy).compiled_parts = True
+    base_of(policy).__dict__["recordings"] = Recordings(base_of(policy))
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Was compile_layers called on it?"""
-    return getattr(base_of(model), "compiled_parts", False)
+    return "recordings" in base_of(model).__dict__
 
 
 def trainable(policy: nn.Module) -> list[nn.Parameter]:
     return [p for p in policy.parameters() if p.requires_grad]
+
+
+def flat_parameters(policy: nn.Module) -> nn.Parameter:
+    """The trained parameters as one, of whose memory they become views, and their gradients views of its gradient.
+
+    So a step sums over ranks, clips and updates by a few kernels, where some hundred small tensors take a thousand. The
+    gradient is set to zero, never to None (set_to_none=False).
+    """
+    params = trainable(policy)
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
+    flat.grad, sizes = torch.zeros_like(flat), [p.numel() for p in params]
+    for p, value, grad in zip(params, flat.detach().split(sizes), flat.grad.split(sizes)):
+        p.data, p.grad = value.view_as(p), grad.view_as(p)
+    base_of(policy).__dict__["flat"] = flat
+    return flat
 
 
 def reference(policy: PeftModel):
@@ -1050,15 +1055,13 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     else:
         key, value = key[:, :, keys], value[:, :, keys]  # [1, kv, L, d]
     if query.is_cuda and query.dtype != torch.float32:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
-        if "enable_gqa" in VARLEN:
-            kind = {"window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-        else:  # torch 2.11
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-            kind = {"window_size": (-1, 0)} if "window_size" in VARLEN else {"is_causal": True}
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, d]; x[0] has a costly backward
+        kind = {"window_size": (-1, 0)} if "window_size" in VARLEN else {"is_causal": True}
+        if "enable_gqa" in VARLEN:  # torch 2.11 takes fewer heads of keys and values without a word
+            kind["enable_gqa"] = q.shape[1] != k.shape[1]
         # FlashAttention's causal mask puts the last query at the last key.
         out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_q, scale=scaling, **kind)
-        return out[None], None
+        return out.unsqueeze(0), None
     parts, (at, at_k) = [], (cu.tolist() for cu in (cu_seq_lens_q, cu_seq_lens_k))
     for a, b, c, d in zip(at, at[1:], at_k, at_k[1:]):
         # sdpa's own causal mask puts the first query at the first key
@@ -1233,23 +1236,25 @@ def shared_length(a: np.ndarray, b: np.ndarray) -> int:
 
 def lay_out(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Pack:
     """A pack of (example, how many of its first tokens are those of the example before it)."""
+    def longs(values: Sequence[int]) -> np.ndarray:
+        return np.fromiter(values, np.int64, len(values))
     ids, position, cu, predict, targets, places, attended = [], [], [0], [], [], [np.arange(0)], 0
     for i, shared in members:
-        e, start = examples[i], len(ids)
-        ids += e.ids[shared:]
-        position += range(shared, len(e.ids))
-        cu.append(len(ids))
-        places.append(np.concatenate([places[-1][:shared], np.arange(start, len(ids))]))
-        predict.append(places[-1][np.asarray(e.predict, dtype=int)])
-        targets += e.targets
-        attended += (len(e.ids) - shared) * (len(e.ids) + shared + 1) // 2
+        e, n, start = examples[i], len(examples[i].ids), cu[-1]
+        ids.append(longs(e.ids[shared:]))
+        position.append(np.arange(shared, n))
+        cu.append(start + n - shared)
+        places.append(np.concatenate([places[-1][:shared], np.arange(start, cu[-1])]))
+        predict.append(places[-1][longs(e.predict)])
+        targets.append(longs(e.targets))
+        attended += (n - shared) * (n + shared + 1) // 2
     lengths = [len(p) for p in places]
     keys = {"keys": torch.from_numpy(np.concatenate(places)),
             "cu_seqlens_k": torch.tensor(np.cumsum(lengths), dtype=torch.int32)} if any(n for _, n in members) else {}
-    return Pack(torch.tensor([ids]), torch.tensor([position]), torch.tensor(cu, dtype=torch.int32),
-                1 << (max(lengths) - 1).bit_length(), torch.from_numpy(np.concatenate(predict)),
-                torch.tensor(targets, dtype=torch.long), torch.tensor([len(p) for p in predict]),
-                [i for i, _ in members], attended, **keys)
+    ids, position, predict, targets = (torch.from_numpy(np.concatenate(parts)) for parts in (ids, position, predict, targets))
+    return Pack(ids[None], position[None], torch.tensor(cu, dtype=torch.int32), 1 << (max(lengths) - 1).bit_length(),
+                predict, targets, torch.tensor([len(examples[i].targets) for i, _ in members]), [i for i, _ in members],
+                attended, **keys)
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -1357,20 +1362,13 @@ def dequantized(weight: Tensor) -> Tensor:
 
 
 def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
-    """(alpha/r, A [r, in], B [out, r]) in fp32 of a linear layer's active adapters; none while adapters are off."""
+    """(alpha/r, A [r, in], B [out, r]) of a linear layer's active adapters; none while adapters are off."""
     if not hasattr(module, "lora_A") or module.disable_adapters:
         return []
     if module.merged:
         raise ValueError("the adapter is merged into the model's own weights; unmerge it first")
-    return [(module.scaling[name], module.lora_A[name].weight.float(), module.lora_B[name].weight.float())
+    return [(module.scaling[name], module.lora_A[name].weight, module.lora_B[name].weight)
             for name in module.active_adapters if name in module.lora_A]
-
-
-def active_factors(base: nn.Module) -> list[Tensor]:
-    """A, B of every linear layer's active adapters, in the order of the layers; none while adapters are off."""
-    layers = base.__dict__.get("adapted_layers") or [m for m in base.modules() if hasattr(m, "lora_A")]
-    base.__dict__["adapted_layers"] = layers  # walking through all modules costs more than a pass may
-    return [f for m in layers for _, a, b in low_rank(m) for f in (a, b)]
 
 
 def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
@@ -1393,7 +1391,7 @@ def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ of frozen linear layers side by side, x [T, in] -> y [T, out]; A, B trained, in fp32.
+    """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ of frozen linear layers side by side, x [T, in] -> y [T, out]; A, B trained, mostly in fp32.
 
     Written out, because of what autograd would do: keep W for the backward (an NF4 one is dequantised there again), cast x
     to the factors' fp32 and back, and hold each low-rank term before it is added.
@@ -1406,7 +1404,8 @@ class AdaptedLinear(torch.autograd.Function):
         y = F.linear(x, weight_of(modules, x.dtype), bias)
         if terms:
             ctx.ranks, ctx.precision = [len(a) for a in factors[::2]], factors[0].dtype
-            a, bs = torch.cat(factors[::2]).to(x.dtype), [b.to(x.dtype) for b in factors[1::2]]
+            a, *more = (f.to(x.dtype) for f in factors[::2])
+            a, bs = torch.cat([a, *more]) if more else a, [b.to(x.dtype) for b in factors[1::2]]
             low = F.linear(x, a)                                                       # [T, Σ r]
             for (begin, end, scale), b, part in zip(terms, bs, low.split(ctx.ranks, 1)):
                 y[:, begin:end].addmm_(part, b.T, alpha=scale)
@@ -1460,10 +1459,10 @@ def decoder(model: nn.Module, pack: Pack) -> Tensor:
         x, h = add(x, update, norm(layer.input_layernorm))
         qkv = split(adapted(h, attention.q_proj, attention.k_proj, attention.v_proj), config.num_attention_heads,
                     config.num_key_value_heads, norms, cos, sin)
-        attended, _ = packed_attention(attention, *(y.transpose(0, 1)[None] for y in qkv), None, attention.scaling,
+        attended, _ = packed_attention(attention, *(y.transpose(0, 1).unsqueeze(0) for y in qkv), None, attention.scaling,
                                        cu_seq_lens_q=pack.cu_seqlens, cu_seq_lens_k=pack.cu_seqlens_k, keys=pack.keys,
                                        max_length_q=pack.max_length, sliding_window=getattr(attention, "sliding_window", None))
-        x, h = add(x, adapted(attended[0].flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
+        x, h = add(x, adapted(attended.squeeze(0).flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
         update = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
     return add(x, update, norm(body.norm))[1]
 
@@ -1481,20 +1480,20 @@ def filled_size(tokens: int) -> int:
     return round_up(tokens, max(GRAPH_TOKENS, (1 << tokens.bit_length() - 1) // 16))
 
 
-def fill(static: Pack, pack: Pack) -> None:
-    """Copy a pack into one of at least its size. What is left over is one sequence that nothing reads, the rest empty ones."""
-    tokens = pack.input_ids.shape[1]
-    static.input_ids[:, :tokens].copy_(pack.input_ids)
-    static.position_ids[:, :tokens].copy_(pack.position_ids)
-    static.cu_seqlens.fill_(static.input_ids.shape[1])
-    static.cu_seqlens[:len(pack.cu_seqlens)].copy_(pack.cu_seqlens)
-
-
 def empty_pack(tokens: int, sequences: int, max_length: int, device) -> Pack:
     """Room for `fill`: that many tokens, in fewer sequences than that."""
     ids = torch.zeros(2, 1, tokens, dtype=torch.long, device=device)
     nothing = torch.zeros(0, dtype=torch.long, device=device)
     return Pack(*ids, torch.zeros(sequences + 1, dtype=torch.int32, device=device), max_length, *3 * [nothing], [], 0)
+
+
+def fill(room: Pack, pack: Pack) -> None:
+    """Copy a pack into one of at least its size. What is left over is one sequence that nothing reads, the rest empty ones."""
+    tokens = pack.input_ids.shape[1]
+    room.input_ids[:, :tokens].copy_(pack.input_ids)
+    room.position_ids[:, :tokens].copy_(pack.position_ids)
+    room.cu_seqlens.fill_(room.input_ids.shape[1])
+    room.cu_seqlens[:len(pack.cu_seqlens)].copy_(pack.cu_seqlens)
 
 
 class DecoderModule(nn.Module):
@@ -1508,45 +1507,50 @@ class DecoderModule(nn.Module):
         return decoder(self.base, pack)
 
 
-class DecoderGraph:
-    """decoder() over packs of one size, recorded: forward and, where `factors` are trained, backward to them."""
-    pool = stream = None    # memory of all graphs: one pass at a time, forward and backward, holds what it needs
-    pending = lambda: None  # the pass whose backward is still to come, while anything can call it
-    compiled: set = set()   # kinds of passes that have run before: (dtype, adapters are on, factors are trained)
+class RecordedPass:
+    """decoder() over packs of one size: recorded forward and, if it `learns`, backward to the flat parameters.
 
-    def __init__(self, base: nn.Module, static: Pack, factors: Sequence[Tensor], kind: tuple):
-        self.static, self.factors = static, factors
-        DecoderGraph.pool = DecoderGraph.pool or torch.cuda.graph_pool_handle()
-        DecoderGraph.stream = stream = DecoderGraph.stream or torch.cuda.Stream()
-        # The same memory under other leaves: autograd ties a leaf to the stream on which it was first used.
-        wanted = {id(f) for f in factors}
-        leaves = {f"base.{name}": p.detach().requires_grad_() for name, p in base.named_parameters() if id(p) in wanted}
-        order = {p.data_ptr(): p for p in leaves.values()}
-        inputs = [order[f.data_ptr()] for f in factors]
+    The factors are cast all at once, into leaves of the pass's own: autograd ties a leaf to the stream it was first used on.
+    """
 
-        def run() -> Tensor:
-            return torch.func.functional_call(DecoderModule(base), leaves, (static,))
-        if kind not in DecoderGraph.compiled:  # outside of the recording
-            DecoderGraph.compiled.add(kind)
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                hidden = run()
-                if factors:
-                    torch.autograd.grad(hidden, inputs, torch.zeros_like(hidden))
-                del hidden
-            torch.cuda.current_stream().wait_stream(stream)
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=DecoderGraph.pool, stream=stream):
-            hidden = run()
-        if factors:
+    def __init__(self, base: nn.Module, room: Pack, flat: Tensor | None, learns: bool, first: bool):
+        """flat: the trained parameters if they take part; first: nothing like it has run before, and compiles outside."""
+        self.room = room
+        names = {p.data_ptr(): f"base.{name}" for name, p in base.named_parameters() if p.requires_grad}
+
+        def forward() -> tuple[Tensor, list[Tensor]]:
+            half = [] if flat is None else flat.detach().to(base.dtype).split([p.numel() for p in trainable(base)])
+            leaves = [h.view_as(p).requires_grad_(learns) for h, p in zip(half, trainable(base))]
+            swap = {names[p.data_ptr()]: leaf for p, leaf in zip(trainable(base), leaves)}
+            return torch.func.functional_call(DecoderModule(base), swap, (room,)), leaves
+
+        def backward(hidden: Tensor, leaves: list[Tensor], slope: Tensor) -> Tensor:
+            grads = torch.autograd.grad(hidden, leaves, slope, allow_unused=True, materialize_grads=True)
+            return torch.cat([g.flatten() for g in grads]).to(flat.dtype)
+        self.stream = Recordings.stream
+        if first:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                hidden, leaves = forward()
+                if learns:
+                    backward(hidden, leaves, torch.zeros_like(hidden))
+                del hidden, leaves
+            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.empty_cache()  # of what only that stream could use
+        self.forward, (hidden, leaves) = self.record(forward)
+        if learns:
             self.slope = torch.zeros_like(hidden)
-            with torch.cuda.graph(self.backward, pool=DecoderGraph.pool, stream=stream):
-                self.grads = torch.autograd.grad(hidden, inputs, self.slope)
+            self.backward, self.gradient = self.record(lambda: backward(hidden, leaves, self.slope))
         self.hidden = hidden.detach()
 
-    def __call__(self, pack: Pack) -> Tensor:
-        fill(self.static, pack)
-        return Replay.apply(self, pack.input_ids.shape[1], *self.factors)
+    def record(self, function: Callable) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """As torch.cuda.graph does, without emptying the allocator's cache, which takes longer than a recording."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=Recordings.pool)
+            found = function()
+            graph.capture_end()
+        return graph, found
 
 
 class Awaited:
@@ -1554,46 +1558,71 @@ class Awaited:
 
 
 class Replay(torch.autograd.Function):
-    """hidden states [T, H] of the pack that was filled in, as a function of the factors."""
+    """Hidden states [T, H] of a pack by a recorded pass, as a function of the flat parameters."""
 
     @staticmethod
-    def forward(ctx, graph: DecoderGraph, tokens: int, *factors: Tensor) -> Tensor:
-        graph.forward.replay()
-        if factors:
-            ctx.graph, ctx.tokens = graph, tokens
-            ctx.awaited = Awaited()
-            DecoderGraph.pending = weakref.ref(ctx.awaited)
-        return graph.hidden[:tokens].clone()
+    def forward(ctx, recorded: RecordedPass, pack: Pack, flat: Tensor | None) -> Tensor:
+        tokens = pack.input_ids.shape[1]
+        fill(recorded.room, pack)
+        recorded.forward.replay()
+        if ctx.needs_input_grad[2]:
+            ctx.recorded, ctx.tokens, ctx.awaited = recorded, tokens, Awaited()
+            Recordings.pending = weakref.ref(ctx.awaited)
+        return recorded.hidden[:tokens].clone()
 
     @staticmethod
     def backward(ctx, slope: Tensor):
-        ctx.graph.slope[:ctx.tokens].copy_(slope)
-        ctx.graph.slope[ctx.tokens:].zero_()
-        ctx.graph.backward.replay()
-        DecoderGraph.pending = lambda: None
-        return None, None, *ctx.graph.grads
+        recorded = ctx.recorded
+        recorded.slope[:ctx.tokens].copy_(slope)
+        recorded.slope[ctx.tokens:].zero_()
+        recorded.backward.replay()
+        Recordings.pending = lambda: None
+        return None, None, recorded.gradient
+
+
+class Recordings:
+    """The recorded passes of a model, by size and by what takes part in them."""
+    pool = stream = None      # memory of all graphs: one pass at a time, forward and backward, holds what it needs
+    alive = weakref.WeakSet()  # a pool ends with its last graph
+    pending = lambda: None    # the pass whose backward is still to come, while anything can call it
+
+    def __init__(self, base: nn.Module):
+        self.base, self.passes, self.kinds = base, {}, set()
+        self.lora = next((m for m in base.modules() if hasattr(m, "lora_A")), None)  # all layers have the same adapters on
+
+    def run(self, pack: Pack) -> Tensor | None:
+        """Hidden states of a pack by the pass recorded for its size; None where only decoder() itself can."""
+        on = () if self.lora is None or self.lora.disable_adapters else tuple(self.lora.active_adapters)
+        trained = bool(on) and self.lora.lora_A[on[0]].weight.requires_grad
+        flat, learns = self.base.__dict__.get("flat") if trained else None, trained and torch.is_grad_enabled()
+        if not pack.input_ids.is_cuda or self.base.dtype == torch.float32 or pack.keys is not None or \
+                trained and flat is None or Recordings.pending() is not None:
+            return None
+        tokens = pack.input_ids.shape[1]
+        filled = filled_size(tokens)
+        size = (filled, round_up(len(pack.cu_seqlens) + 1, GRAPH_SEQUENCES),
+                round_up(max(pack.max_length, filled - tokens), GRAPH_LENGTH))
+        if (recorded := self.passes.get((size, on, learns))) is None:
+            if not Recordings.alive:
+                torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # or each size leaves its own holes
+                Recordings.pool, Recordings.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            room = empty_pack(*size, pack.input_ids.device)
+            fill(room, pack)
+            recorded = RecordedPass(self.base, room, flat, learns, first=(on, learns) not in self.kinds)
+            self.passes[size, on, learns] = recorded
+            self.kinds.add((on, learns))
+            Recordings.alive.add(recorded)
+        return Replay.apply(recorded, pack, flat if learns else None)
 
 
 def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
     """Last hidden states of a pack, [T, H]; after compile_layers, on CUDA, by the recorded pass of its size."""
     base = base_of(model)
-    active = active_factors(base)
-    factors = [f for f in active if f.requires_grad] if torch.is_grad_enabled() else []
-    count_flops(base.config, pack.input_ids.shape[1], pack.attended, backward=bool(factors))
-    recordable = is_compiled(model) and pack.input_ids.is_cuda and base.dtype != torch.float32 and pack.keys is None
-    if not recordable or DecoderGraph.pending() is not None:
-        return decoder(model, pack)
-    tokens = pack.input_ids.shape[1]
-    filled = filled_size(tokens)
-    size = (filled, round_up(len(pack.cu_seqlens) + 1, GRAPH_SEQUENCES),
-            round_up(max(pack.max_length, filled - tokens), GRAPH_LENGTH))
-    graphs = base.__dict__.setdefault("decoder_graphs", {})
-    key = (size, bool(factors), *(f.data_ptr() for f in active))
-    if key not in graphs:
-        static = empty_pack(*size, pack.input_ids.device)
-        fill(static, pack)
-        graphs[key] = DecoderGraph(base, static, factors, kind=(base.dtype, bool(active), bool(factors)))
-    return graphs[key](pack)
+    hidden = base.recordings.run(pack) if is_compiled(model) else None
+    if hidden is None:
+        hidden = decoder(model, pack)
+    count_flops(base.config, pack.input_ids.shape[1], pack.attended, backward=hidden.requires_grad)
+    return hidden
 
 
 HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time
@@ -1946,7 +1975,8 @@ class Sampler:
 
     def _fuse(self, name: str, *modules: nn.Module) -> Projection:
         """Linear layers (plain, NF4, with or without LoRA) as one projection in the compute dtype."""
-        bases, adapters = [getattr(m, "base_layer", m) for m in modules], [low_rank(m) for m in modules]
+        bases = [getattr(m, "base_layer", m) for m in modules]
+        adapters = [[(scale, a.float(), b.float()) for scale, a, b in low_rank(m)] for m in modules]
         merged, bias, a, b = self.merge and any(adapters), None, None, None
         if len(modules) == 1 and not merged and bases[0].weight.dtype == self.dtype:
             weight = bases[0].weight
@@ -2309,7 +2339,7 @@ class Run:
             names += [f"{k} {a.get(k)} -> {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
         return ", ".join(names)
 
-    def resume(self, policy: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int) -> int:
+    def resume(self, optimizer: torch.optim.Optimizer, total_steps: int) -> int:
         """Restore the last checkpoint, if there is one; the step to go on with. Starts log, progress bar and signals."""
         step, self.log_file = 0, self.directory / "log.jsonl"
         if self.checkpoint_file.is_file():
@@ -2317,12 +2347,11 @@ class Run:
             with safe_open(self.checkpoint_file, "pt") as f:
                 meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
             step, self.seconds, self.state = int(meta["step"]), float(meta["seconds"]), json.loads(meta["state"])
-            for name, p in policy.named_parameters():
-                if p.requires_grad:
-                    p.data.copy_(tensors[f"parameter/{name}"])
-                    state = {k: tensors[f"{k}/{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-                    where = p.device if optimizer.defaults["fused"] else "cpu"  # where Adam keeps its count of steps
-                    optimizer.state[p] = {"step": tensors[f"step/{name}"].to(where), **state}
+            for i, p in enumerate(learned(optimizer)):
+                p.data.copy_(tensors[f"parameter/{i}"])
+                state = {k: tensors[f"{k}/{i}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
+                where = p.device if optimizer.defaults["fused"] else "cpu"  # where Adam keeps its count of steps
+                optimizer.state[p] = {"step": tensors[f"step/{i}"].to(where), **state}
             torch.set_rng_state(tensors["rng/cpu"])
             if "rng/cuda" in tensors and torch.cuda.is_available():
                 torch.cuda.set_rng_state(tensors["rng/cuda"])
@@ -2387,23 +2416,19 @@ class Run:
             raise FloatingPointError(f"{bad} at step {step}; rows of the data set in it: {sorted(rows)}; "
                                      f"the last checkpoint is kept")
 
-    def checkpoint(self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def checkpoint(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """After `step` steps: save atomically when it is time or a signal asked; then leave if one did."""
-        stop = all_reduce_(torch.tensor(float(self.stop_signal), device=trainable(policy)[0].device)) if world() > 1 \
-            else self.stop_signal
-        stop = int(stop)
+        stop = int(all_reduce_(torch.tensor(float(self.stop_signal), device=learned(optimizer)[0].device))
+                   if world() > 1 else self.stop_signal)
         if stop or step == self.total_steps or step % self.args.checkpoint_every == 0:
             if rank() == 0:
                 tensors = {"rng/cpu": torch.get_rng_state()}
                 if torch.cuda.is_available():
                     tensors["rng/cuda"] = torch.cuda.get_rng_state()
-                for name, p in policy.named_parameters():
-                    if p.requires_grad:
-                        state = optimizer.state[p]
-                        tensors[f"parameter/{name}"] = p.detach().cpu().contiguous()
-                        tensors[f"step/{name}"] = state["step"].cpu()
-                        for k in ("exp_avg", "exp_avg_sq"):
-                            tensors[f"{k}/{name}"] = state[k].cpu().contiguous()
+                for i, p in enumerate(learned(optimizer)):
+                    state = optimizer.state[p]
+                    tensors[f"parameter/{i}"] = p.detach().cpu()
+                    tensors |= {f"{k}/{i}": state[k].cpu() for k in ("step", "exp_avg", "exp_avg_sq")}
                 meta = {"step": str(step), "seconds": str(self.seconds + time.time() - self.started),
                         "state": json.dumps(self.state)}
                 write_atomic(self.checkpoint_file, lambda p: save_file(tensors, p, meta))
@@ -2458,6 +2483,10 @@ class Run:
             if self.tracker:
                 self.tracker.finish()
             self.lock.release()
+
+
+def learned(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def args_model(args: Any, parent: dict | None) -> str:

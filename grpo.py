@@ -486,16 +486,16 @@ def main(args: Args) -> None:
     policy = common.add_lora(merged)
     if args.compile and device.type == "cuda":
         common.compile_layers(policy)
-    params, sampler = common.trainable(policy), common.Sampler(policy, tokenizer)
-    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
+    params, sampler = common.flat_parameters(policy), common.Sampler(policy, tokenizer)
+    optimizer = torch.optim.Adam([params], lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     P, G, size = args.batch_size, args.group_size, args.batch_size // args.minibatches
     total_steps, single = args.updates * args.epochs * args.minibatches, args.epochs * args.minibatches == 1
     common.say(f"{args.updates} updates of {P} prompts x {G} answers = {P * G}; {args.epochs} epochs x {args.minibatches} "
-               f"mini-batches of {size * G} = {total_steps:,} optimizer steps; {sum(map(Tensor.numel, params)):,} trained "
+               f"mini-batches of {size * G} = {total_steps:,} optimizer steps; {params.numel():,} trained "
                f"parameters; {len(problems):,} problems, {len(heldout)} held out")
 
     # Before the first update the policy is the reference: what it can do, to compare with.
-    first = run.resume(policy, optimizer, args.updates)
+    first = run.resume(optimizer, args.updates)
     if not run.state:
         before, greedy = evaluate(sampler, task, heldout, args, run)
         some = [Example.completion(g.problem.ids, g.completions[0].ids) for g in greedy[:8]]
@@ -592,7 +592,7 @@ def main(args: Args) -> None:
                     bound = 0.01 if args.compile and device.type == "cuda" else 0  # a compiled graph may differ by rounding
                     assert (sums[2:] <= bound * max(tokens, 1)).all(), \
                         f"first mini-batch: sums of {METRICS}: {sums.tolist()}: the policy is not the one that sampled"
-                common.all_reduce_gradients(params)
+                common.all_reduce_(params.grad)
                 grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
                 run.check_finite(update, row_ids, grad_norm=grad_norm, policy_loss=sums[0].item())
                 step = (update * args.epochs + epoch) * args.minibatches + part
@@ -616,7 +616,7 @@ def main(args: Args) -> None:
             "all_right": solved.count(G) / len(drawn), "all_wrong": solved.count(0) / len(drawn), "drawn_groups": len(drawn),
             **learning, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "rollout_tokens_per_s": tokens / (rolled - began),
             **{f"heldout_{k}": v for k, v in found.items()}})
-        run.checkpoint(update + 1, policy, optimizer)
+        run.checkpoint(update + 1, optimizer)
 
     # 4. Save (relative to the pretrained base), and answer the held-out problems again.
     run.save(policy, tokenizer)

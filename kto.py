@@ -355,13 +355,13 @@ def main(args: Args) -> None:
     policy = common.add_lora(merged)
     if args.compile and device.type == "cuda":
         common.compile_layers(policy)
-    params = common.trainable(policy)
-    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
+    params = common.flat_parameters(policy)
+    optimizer = torch.optim.Adam([params], lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     common.say(f"{len(steps)} steps of up to {max(map(len, steps))} rows = {common.world()} ranks x "
-               f"{max(map(len, steps)) / common.world():g}; {sum(p.numel() for p in params):,} trained parameters")
+               f"{max(map(len, steps)) / common.world():g}; {params.numel():,} trained parameters")
 
     # 3. Train.
-    for step in range(run.resume(policy, optimizer, len(steps)), len(steps)):
+    for step in range(run.resume(optimizer, len(steps)), len(steps)):
         batch = [rows[i] for i in steps[step]]
         mine = [batch[i] for i in common.my_share([len(r.example.ids) for r in batch])]
 
@@ -382,16 +382,16 @@ def main(args: Args) -> None:
         metrics = {**means(totals, len(batch)), "z0": z0, "kl": kl}
 
         # 3c. Sum over ranks, clip, step.
-        common.all_reduce_gradients(params)
+        common.all_reduce_(params.grad)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
         run.check_finite(step, [kept[i] for i in steps[step]], loss=metrics["loss"], kl=kl, grad_norm=grad_norm)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)
 
         # 3d. Log and checkpoint.
         run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(len(r.example.ids) for r in batch)})
-        run.checkpoint(step + 1, policy, optimizer)
+        run.checkpoint(step + 1, optimizer)
 
     # 4. Save (relative to the pretrained base) and measure on held-out rows and prompts.
     run.save(policy, tokenizer)

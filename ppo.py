@@ -51,7 +51,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 import common
 from common import Example
@@ -343,22 +343,20 @@ def main(args: Args) -> None:
                                   getattr(torch, scorer_runs["reward"]["args"]["dtype"]), device)
     common.use_scorer(scorers, "critic", train=True)
     common.head_of(scorers, "critic").weight.data.zero_()
-    critic_params, policy_params = common.trainable(scorers), common.trainable(policy)
+    critic_params, policy_params = common.flat_parameters(scorers), common.flat_parameters(policy)
     if args.compile and device.type == "cuda":
         common.compile_layers(policy)
         common.compile_layers(scorers)
     sampler = common.Sampler(policy, tokenizer)
-    optimizer = torch.optim.Adam([{"params": policy_params}, {"params": critic_params}], lr=args.lr, eps=1e-5,
-                                 fused=device.type == "cuda")
-    learners = nn.ModuleDict({"policy": policy, "critic": scorers})  # what a checkpoint holds
+    optimizer = torch.optim.Adam([policy_params, critic_params], lr=args.lr, eps=1e-5, fused=device.type == "cuda")
     size, total_steps = args.batch_size // args.minibatches, args.updates * args.epochs * args.minibatches
     common.say(f"{args.updates} updates of {args.batch_size} completions = {args.epochs} epochs x {args.minibatches} "
                f"mini-batches x {size} = {total_steps:,} optimizer steps; "
-               f"{sum(map(Tensor.numel, policy_params)):,} trained parameters in the policy, "
-               f"{sum(map(Tensor.numel, critic_params)):,} in the critic; {passes} passes over {len(prompts):,} prompts")
+               f"{policy_params.numel():,} trained parameters in the policy, {critic_params.numel():,} in the critic; "
+               f"{passes} passes over {len(prompts):,} prompts")
 
     # Before the first update the policy is the reference: its scores, to normalise by and to compare with.
-    first = run.resume(learners, optimizer, args.updates)
+    first = run.resume(optimizer, args.updates)
     if not run.state:
         some = prompts[:args.normalise]
         sample = roll_out(sampler, scorers, adapters, some, args, device, "normalise") if some else None
@@ -441,7 +439,7 @@ def main(args: Args) -> None:
                     assert means["approx_kl"] <= bound and means["clipfrac"] <= bound, \
                         f"first mini-batch: {means}: the policy is not the one that sampled"
                 for params in (policy_params, critic_params):
-                    common.all_reduce_gradients(params)
+                    common.all_reduce_(params.grad)
                 grad_norm, critic_grad_norm = (torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
                                                for params in (policy_params, critic_params))
                 run.check_finite(update, row_ids, grad_norm=grad_norm, critic_grad_norm=critic_grad_norm,
@@ -451,7 +449,7 @@ def main(args: Args) -> None:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=False)
                 totals += torch.tensor(list(means.values()), dtype=torch.float64, device=device)
         totals /= args.epochs * args.minibatches
 
@@ -470,7 +468,7 @@ def main(args: Args) -> None:
             "critic_grad_norm": critic_grad_norm, "lr": lr, "tokens": tokens, "rollout_tokens_per_s": tokens / (rolled - began),
             "learn_tokens_per_s": args.epochs * sum(len(e.ids) for e in examples) / (learned - rolled)})
         run.state["beta"] = adapted_beta(beta, kl_mean, args.kl_target)
-        run.checkpoint(update + 1, learners, optimizer)
+        run.checkpoint(update + 1, optimizer)
 
     # 4. Save (relative to the pretrained base), and answer the fixed prompts again.
     run.save(policy, tokenizer)

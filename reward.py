@@ -347,14 +347,14 @@ def main(args: Args) -> None:
     model = common.add_head(common.add_lora(common.load_model(model_dir, None, quantization, dtype, device)), args.seed)
     if args.compile and device.type == "cuda":
         common.compile_layers(model)
-    params = common.trainable(model)
-    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
+    params = common.flat_parameters(model)
+    optimizer = torch.optim.Adam([params], lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     steps = common.batches(len(pairs), args.batch_size, args.epochs, args.seed)
     common.say(f"{len(steps)} steps of {args.batch_size} pairs = {common.world()} ranks x "
-               f"{args.batch_size / common.world():g}; {sum(p.numel() for p in params):,} trained parameters")
+               f"{args.batch_size / common.world():g}; {params.numel():,} trained parameters")
 
     # 3. Train.
-    for step in range(run.resume(model, optimizer, len(steps)), len(steps)):
+    for step in range(run.resume(optimizer, len(steps)), len(steps)):
         batch = [pairs[i] for i in steps[step]]
         mine = sides([batch[i] for i in common.my_share([p.tokens for p in batch])])
 
@@ -368,18 +368,18 @@ def main(args: Args) -> None:
         metrics = dict(zip(METRICS, (common.all_reduce_(totals) / len(batch)).tolist()))
 
         # 3b. Sum over ranks, clip, step.
-        common.all_reduce_gradients(params)
+        common.all_reduce_(params.grad)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
         run.check_finite(step, [kept[i] for i in steps[step]], loss=metrics["loss"], grad_norm=grad_norm)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)
 
         # 3c. Log and checkpoint.
         run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(p.tokens for p in batch),
                        "chosen_tokens": sum(p.lengths[0] for p in batch) / len(batch),
                        "rejected_tokens": sum(p.lengths[1] for p in batch) / len(batch)})
-        run.checkpoint(step + 1, model, optimizer)
+        run.checkpoint(step + 1, optimizer)
 
     # 4. Save (adapter and head, relative to the pretrained base), and measure on held-out pairs.
     run.save(model, tokenizer)

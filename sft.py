@@ -222,14 +222,14 @@ def main(args: Args) -> None:
     base_loss = heldout_loss(policy, heldout, args.micro_tokens, device)  # B = 0: that of what it starts from
     if args.compile and device.type == "cuda":
         common.compile_layers(policy)
-    params = common.trainable(policy)
-    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
+    params = common.flat_parameters(policy)
+    optimizer = torch.optim.Adam([params], lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     steps = common.batches(len(examples), args.batch_size, args.epochs, args.seed)
     common.say(f"{len(steps)} steps of {args.batch_size} conversations = {common.world()} ranks x "
-               f"{args.batch_size / common.world():g}; {sum(p.numel() for p in params):,} trained parameters")
+               f"{args.batch_size / common.world():g}; {params.numel():,} trained parameters")
 
     # 3. Train.
-    for step in range(run.resume(policy, optimizer, len(steps)), len(steps)):
+    for step in range(run.resume(optimizer, len(steps)), len(steps)):
         batch = [examples[i] for i in steps[step]]
         step_tokens = sum(len(e.targets) for e in batch)  # the denominator: all ranks, all micro-batches
         mine = [batch[i] for i in common.my_share([len(e.ids) for e in batch])]
@@ -244,17 +244,17 @@ def main(args: Args) -> None:
         loss, accuracy = common.all_reduce_(totals).tolist()
 
         # 3b. Sum over ranks, clip, step.
-        common.all_reduce_gradients(params)
+        common.all_reduce_(params.grad)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
         run.check_finite(step, [kept[i] for i in steps[step]], loss=loss, grad_norm=grad_norm)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)
 
         # 3c. Log and checkpoint.
         run.log(step, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": lr,
                        "tokens": sum(len(e.ids) for e in batch), "trained_tokens": step_tokens})
-        run.checkpoint(step + 1, policy, optimizer)
+        run.checkpoint(step + 1, optimizer)
 
     # 4. Save, then measure the policy as later phases will use it: merged into the full-precision base.
     run.save(policy, tokenizer)

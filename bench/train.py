@@ -2,6 +2,7 @@
 
     python bench/train.py                                  # all workloads and systems, on a GPU
     python bench/train.py --only sft-bf16 dpo --system rungs --profile
+    python bench/train.py --system rungs --gpus 2 --only sft-bf16 dpo grpo-step      # beside the same with one
     python bench/train.py --shape tiny --seconds 60        # a trial without a GPU
 
 Ours is what a user runs: `python sft.py …` with its default flags, on generated data; speed is read from its log.jsonl. TRL
@@ -23,6 +24,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -47,12 +49,14 @@ class Args:
     """Workloads."""
     system: tuple[Literal[SYSTEMS], ...] = SYSTEMS
     """Who runs them; transformers-generate only samples."""
-    steps: int = 30
+    steps: int = 100
     """Optimizer steps of a training case; of grpo and ppo a fifth as many updates."""
-    warm: int = 10
+    warm: int = 25
     """First steps that don't count; of grpo and ppo a fifth, at least one."""
     seconds: int = 300
     """Time budget of a case, start-up and compiling included; what was measured by then counts."""
+    gpus: int = 1
+    """GPUs of ours, by torchrun, for the same update; with more than one the system is called rungs-x2, -x3, …"""
     shape: Literal["qwen2.5-0.5b", "tiny"] = "qwen2.5-0.5b"
     """Shape of the random model."""
     flags: str = ""
@@ -89,12 +93,21 @@ def script(case: str, work: Path, steps: int, completion_tokens: int) -> tuple[s
     }[case]
 
 
-def run(command: list[str], seconds: int) -> tuple[str, str | None]:
-    """(standard output, why it failed or None) of a process; SIGTERM after `seconds`, which our scripts obey after a step."""
+def run(command: list[str], seconds: int, seen: Callable[[float], None] = lambda elapsed: None) -> tuple[str, str | None]:
+    """(standard output, why it failed or None) of a process; SIGTERM after `seconds`, which our scripts obey after a step.
+
+    `seen` is called with the time since the start, in seconds, every tenth of a second.
+    """
+    began = time.time()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE.parent)
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
+    while (elapsed := time.time() - began) < seconds:
+        seen(elapsed)
+        try:
+            out, err = process.communicate(timeout=0.1)
+            break
+        except subprocess.TimeoutExpired:
+            pass
+    else:
         process.terminate()
         try:
             out, err = process.communicate(timeout=60)
@@ -126,24 +139,30 @@ def make_parents(cases: tuple[str, ...], work: Path, device: str, seconds: int) 
 
 
 def ours(case: str, args: Args, work: Path, device: str, steps: int, warm: int, completion_tokens: int) -> dict:
+    """A workload run by our script; its first step's time includes starting and compiling."""
     name, flags = script(case, work, steps, completion_tokens)
     more = small(device) + dtype_flag(case, device) + args.flags.split()
     out = work / f"run-{case}"
+    log, first_step = out / "log.jsonl", []
+
+    def watch(elapsed: float) -> None:
+        if not first_step and log.is_file() and log.stat().st_size:
+            first_step.append(elapsed)
+    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(args.gpus)] if args.gpus > 1 else []
     command = [f"{name}.py", *flags, *more, "--out", str(out)]
     if args.profile:
         command = [str(HERE / "profiled.py"), str(warm), *command]
-    printed, failed = run([sys.executable, *command], args.seconds)
+    printed, failed = run([sys.executable, *ranks, *command], args.seconds, watch)
     if args.profile:
         print(printed[printed.find("-- profile"):], flush=True)
-    log = out / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     if len(lines) <= warm:
         return {"error": failed or f"{len(lines)} steps are no more than the first {warm}"}
     timed = lines[warm:]
     taken, tokens = timed[-1]["seconds"] - lines[warm - 1]["seconds"], sum(line["tokens"] for line in timed)
     found = {"tokens_per_s": round(tokens / taken), "ms_per_step": round(taken / len(timed) * 1e3, 1), "steps": len(timed),
-             "first_step_s": lines[0]["seconds"], "peak_gib": lines[-1].get("peak_gib"),
-             "settings": {"script": name, "flags": " ".join(more)}}
+             "command_to_first_step_s": round(first_step[0], 1) if first_step else None,
+             "peak_gib": lines[-1].get("peak_gib"), "settings": {"script": name, "flags": " ".join(more)}}
     if "rollout_tokens_per_s" in timed[0]:
         rollout = sum(line["tokens"] / line["rollout_tokens_per_s"] for line in timed)
         found |= {"rollout_s": round(rollout / len(timed), 3), "update_s": round((taken - rollout) / len(timed), 3)}
@@ -205,7 +224,7 @@ def table(cases: list[dict]) -> str:
     peers = {c["workload"]: c["tokens_per_s"] for c in cases
              if c["system"] in ("trl-best", "transformers-generate") and "tokens_per_s" in c}
     lines = ["| workload | system | tokens/s | ratio | peak GiB | MFU | |", "| :-- | :-- | --: | --: | --: | --: | :-- |"]
-    for c in sorted(cases, key=lambda c: (WORKLOADS.index(c["workload"]), SYSTEMS.index(c["system"]))):
+    for c in cases:
         speed, peer = c.get("tokens_per_s"), peers.get(c["workload"])
         apart = f"rollout {c['rollout_s']} s, update {c['update_s']} s" if "rollout_s" in c else ""
         lines.append(f"| {c['workload']} | {c['system']} | {cell(speed, ',')} | {cell(speed / peer if speed and peer else None, '.2f')} "
@@ -215,10 +234,12 @@ def table(cases: list[dict]) -> str:
 
 def merge(path: Path, new: list[dict], device: str) -> list[dict]:
     """Write the cases among those that the file has; a case that was run again takes the place of its former self."""
+    def order(case: dict) -> tuple:
+        return WORKLOADS.index(case["workload"]), case["system"] not in SYSTEMS, SYSTEMS.index(case["system"].split("-x")[0])
     again = {(c["workload"], c["system"]) for c in new}
     old = common.read_json(path)["cases"] if path.is_file() else []
     cases = [c for c in old if (c["workload"], c["system"]) not in again] + new
-    cases.sort(key=lambda c: (WORKLOADS.index(c["workload"]), SYSTEMS.index(c["system"])))
+    cases.sort(key=order)
     common.write_json(path, {"device": device, "cases": cases})
     return cases
 
@@ -255,7 +276,10 @@ def main(args: Args) -> None:
                 settings = SETTINGS[case][:1] if system == "trl-default" else SETTINGS[case][1:]
                 found = trl(case, settings, args, work, steps, warm, completion_tokens)
             if "tokens_per_s" in found and (peak := common.peak_flops(name)):
-                found["mfu"] = round(found["tokens_per_s"] * flops_a_token(case, config, sizes, completion_tokens) / peak, 4)
+                found["mfu"] = round(found["tokens_per_s"] * flops_a_token(case, config, sizes, completion_tokens)
+                                     / (peak * (args.gpus if system == "rungs" else 1)), 4)
+            if system == "rungs" and args.gpus > 1:
+                system = f"rungs-x{args.gpus}"
             cases.append({**found, "workload": case, "system": system, "torch": torch.__version__.split("+")[0]})
             print(f"{case} {system}: {found.get('tokens_per_s') or found.get('error')} ({time.time() - began:.0f} s)", flush=True)
             if not args.profile:

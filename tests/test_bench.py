@@ -97,8 +97,7 @@ def test_a_filled_pack_gives_what_the_pack_gives(tiny_model):
     """What a recorded pass computes: packs of several sizes put into the room of a larger one, one after the other, under
     leaves of its own for the same factors. What is left over from an earlier pack changes nothing."""
     policy = ours(tiny_model)
-    base, factors = common.base_of(policy), common.active_factors(common.base_of(policy))
-    assert {id(f) for f in factors} == {id(p) for p in common.trainable(policy)}
+    base, factors = common.base_of(policy), common.trainable(policy)
     names = {id(p): f"base.{n}" for n, p in base.named_parameters()}
     leaves = {names[id(f)]: f.detach().requires_grad_() for f in factors}
     room = common.empty_pack(512, 64, 1024, "cpu")
@@ -116,8 +115,24 @@ def test_a_filled_pack_gives_what_the_pack_gives(tiny_model):
         torch.testing.assert_close(filled[:tokens], hidden, atol=1e-5, rtol=1e-5)
         for a, b in zip(found, wanted):
             torch.testing.assert_close(a, b, atol=1e-5 * b.abs().max().item(), rtol=1e-4)
-    with common.reference(policy):
-        assert common.active_factors(base) == []
+
+
+def test_flat_parameters_are_the_policys_own(tiny_model):
+    """One tensor of all factors: values and gradients of the modules are its parts, before and after a step."""
+    policy, plain, (pk,) = ours(tiny_model), ours(tiny_model), common.pack(random_examples(4), 512)
+    flat = common.flat_parameters(policy)
+    for model in (policy, plain):
+        for _ in range(2):  # gradients add up
+            common.token_logprobs(model, pk).sum().backward()
+    wanted = torch.cat([p.grad.flatten() for p in common.trainable(plain)])
+    assert torch.equal(flat.grad, wanted) and wanted.abs().max() > 1
+    torch.optim.SGD([flat], 0.01).step()
+    torch.optim.SGD(common.trainable(plain), 0.01).step()
+    assert torch.equal(flat, torch.cat([p.detach().flatten() for p in common.trainable(plain)]))
+    with torch.no_grad():
+        assert torch.equal(common.token_logprobs(policy, pk), common.token_logprobs(plain, pk))
+    flat.grad.zero_()
+    assert all((p.grad == 0).all() for p in common.trainable(policy))
 
 
 def test_packs_are_filled_up_by_little():

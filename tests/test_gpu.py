@@ -145,7 +145,7 @@ def test_recorded_passes_equal_plain_ones(pair):
     of the decoder itself; a pass whose backward is still to come is not overwritten by others."""
     directory, tokenizer, _, _ = pair
     policy = common.add_lora(common.load_model(directory, None, "none", torch.bfloat16, "cuda"))
-    base, g = common.base_of(policy), torch.Generator().manual_seed(1)
+    base, g, flat = common.base_of(policy), torch.Generator().manual_seed(1), common.flat_parameters(policy)
     common.compile_layers(policy)
     sizes = [[100, 30, 7], [500], [200] * 6, [90, 40, 3], [40] * 20]
     examples = [[common.Example.completion([5, 6], torch.randint(3, 300, (n,), generator=g).tolist()) for n in ns] for ns in sizes]
@@ -157,14 +157,13 @@ def test_recorded_passes_equal_plain_ones(pair):
         return hidden.detach(), gradient()
 
     def gradient():
-        found = torch.cat([p.grad.flatten() for p in common.trainable(policy)])
-        policy.zero_grad(set_to_none=True)
+        found = flat.grad.clone()
+        flat.grad.zero_()
         return found
 
     weight = torch.randn(4096, base.config.hidden_size, device="cuda")
     for _ in range(3):
-        for p in common.trainable(policy):
-            p.data += 0.02 * torch.randn(p.shape, generator=g).to("cuda")
+        flat.data += 0.02 * torch.randn(flat.shape, generator=g).to("cuda")
         for pk in all_packs:
             with torch.no_grad(), common.reference(policy):
                 torch.testing.assert_close(common.hidden_states(policy, pk), common.decoder(policy, pk), atol=0.1, rtol=0.05)
@@ -177,9 +176,16 @@ def test_recorded_passes_equal_plain_ones(pair):
             torch.testing.assert_close(found[0], wanted[0], atol=0.1, rtol=0.05)
             assert torch.nn.functional.cosine_similarity(found[1], wanted[1], 0) > 0.999
             assert (found[1].norm() / wanted[1].norm() - 1).abs() < 0.01
-            torch.testing.assert_close(other, common.hidden_states(policy, all_packs[0]).detach(), atol=0.1, rtol=0.05)
-    trained = [key for key in base.decoder_graphs if key[1]]
-    assert len(trained) == len({key[0] for key in trained}) >= 3 and len(base.decoder_graphs) > len(trained)
+            with torch.no_grad():
+                torch.testing.assert_close(other, common.hidden_states(policy, all_packs[0]), atol=0.1, rtol=0.05)
+    passes = base.recordings.passes
+    assert {(on, learns) for _, on, learns in passes} == {((), False), (("default",), False), (("default",), True)}
+    assert len({size for size, _, learns in passes if learns}) >= 3
+    another = common.load_model(directory, None, "none", torch.bfloat16, "cuda")  # its weights are not laid together yet
+    common.compile_layers(another)
+    with torch.no_grad():
+        found = common.hidden_states(another, all_packs[2])
+        torch.testing.assert_close(found, common.decoder(another, all_packs[2]), atol=0.1, rtol=0.05)
     first, second = (common.hidden_states(policy, all_packs[i]) for i in (1, 2))  # two, then both backwards
     (first.float() * weight[:len(first)]).sum().backward()
     both = gradient()

@@ -610,20 +610,25 @@ def steps(monkeypatch):
     seen, clip = [], torch.nn.utils.clip_grad_norm_
 
     def record(parameters, *args, **kw):
-        parameters = list(parameters)
+        parameters = [parameters]
         seen.append(([p.detach().clone() for p in parameters], [p.grad.clone() for p in parameters]))
-        return clip(parameters, *args, **kw)
+        return clip(*parameters, *args, **kw)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
     return seen
 
 
 def put(policy, parameters):
+    """The script's one flat parameter into a policy of its own; the policy's parameters, without gradients."""
     mine = [p for p in policy.parameters() if p.requires_grad]
-    assert [p.shape for p in mine] == [p.shape for p in parameters]
-    for p, value in zip(mine, parameters):
-        p.data.copy_(value)
+    (flat,), sizes = parameters, [p.numel() for p in mine]
+    for p, value in zip(mine, flat.split(sizes), strict=True):
+        p.data.copy_(value.view_as(p))
         p.grad = None
     return mine
+
+
+def flat_gradient(parameters):
+    return [torch.cat([p.grad.flatten() for p in parameters])]
 
 
 def assert_same_tensors(found, expected, tolerance=1e-5):
@@ -653,7 +658,7 @@ def test_sft_step_is_the_loop_over_single_conversations(sft_args, tokenizer, tmp
             (nll.sum() / n).backward()
             total += nll.sum().item()
             means.append(nll.mean().item())
-        expected = [p.grad for p in mine]
+        expected = flat_gradient(mine)
         assert line["loss"] == pytest.approx(total / n, abs=1e-5)
         assert abs(sum(means) / len(means) - total / n) > 1e-3  # a mean of means is another number
         assert line["trained_tokens"] == n and line["tokens"] == sum(len(ids) for ids, _ in conversations)
@@ -706,7 +711,7 @@ def test_dpo_step_is_the_loop_over_single_pairs(sft_args, sft_run, dpo_args, tok
             total += torch.stack(values).detach() / len(sides)
         for key, value in zip(("loss", "margin", "rewards_chosen", "rewards_rejected"), total.tolist()):
             assert line[key] == pytest.approx(value, abs=1e-5), key
-        assert_same_tensors(grads, [p.grad for p in mine])
+        assert_same_tensors(grads, flat_gradient(mine))
     assert log[0]["loss"] == pytest.approx(LN2, abs=1e-6) and log[0]["margin"] == 0 and log[0]["accuracy"] == 0.5
     assert log[1]["loss"] < LN2 - 0.01 and log[1]["margin"] > 0.05
 
@@ -748,9 +753,9 @@ def test_update_is_clipped_adam(sft_args, sft_run, dpo_args, tmp_path, steps, me
     assert len(norms) == 3 and min(norms) > 0.1  # every step is clipped
     assert [line["lr"] for line in rows_of(out / "log.jsonl")] == pytest.approx([lr, lr, lr / 2])
     saved = load_file(out / "adapter_model.safetensors")
-    names = [n for n, p in plain_lora(plain_model(sft_args["model"])).named_parameters() if p.requires_grad]
-    for name, expected in zip(names, weights, strict=True):
-        tensor = saved[name.replace(".default", "")]
+    trained = [(n, p) for n, p in plain_lora(plain_model(sft_args["model"])).named_parameters() if p.requires_grad]
+    for (name, p), expected in zip(trained, weights[0].split([p.numel() for _, p in trained]), strict=True):
+        tensor, expected = saved[name.replace(".default", "")], expected.view_as(p)
         tensor = tensor[-16:] if "lora_A" in name else tensor[:, -16:]  # after DPO, the part that is new
         torch.testing.assert_close(tensor, expected.float(), rtol=1e-4, atol=1e-6)
 

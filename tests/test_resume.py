@@ -43,7 +43,7 @@ def checkpoint_step(run):
         tensors = {k: f.get_tensor(k) for k in f.keys()}
         step = int(f.metadata()["step"])
     trained = [k for k in tensors if k.startswith("parameter/")]
-    assert len(trained) == 28 and all(t.float().isfinite().all() for t in tensors.values())
+    assert len(trained) == 1 and tensors["parameter/0"].dim() == 1 and all(t.float().isfinite().all() for t in tensors.values())
     assert all(tensors[k.replace("parameter/", "step/")] == step for k in trained)
     return step
 
@@ -454,17 +454,17 @@ def test_ctrl_c_after_the_last_step_ends_the_process_and_loses_nothing(sft_args,
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(sft_args, sft_run, tmp_path, monkeypatch):
     """The step in hand is lost, the checkpoint before it is not."""
-    steps, reduce = [], common.all_reduce_gradients
+    steps, clip = [], torch.nn.utils.clip_grad_norm_
 
-    def interrupted(parameters):
+    def interrupted(*args):
         steps.append(1)
         if len(steps) == 4:  # checkpoints are written every 2 steps
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("the second SIGINT was swallowed")
-        reduce(parameters)
+        return clip(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "all_reduce_gradients", interrupted)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sft.main(sft.Args(**sft_args, out=str(tmp_path / "run")))
     assert checkpoint_step(tmp_path / "run") == 2
