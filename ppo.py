@@ -32,12 +32,11 @@ Deviations from them, on purpose:
 
     python ppo.py --sft-adapter runs/sft_v2 --reward-adapter runs/rm_v1
 
-Measured: SmolLM2-135M on one H100, 120 updates of 64 completions (--updates 120 --no-compile --micro-tokens 32768): 8.9
-minutes, 7,000 completion tokens/s rolled out and scored, 20,000 tokens/s learned from; results/ppo/ppo_v1.json. In
-bfloat16 any change of weights re-rolls the rounding of every log-prob: sampler_gap 0.033 (mean), and an approx_kl of 0.0014
-with a clipfrac of 0.01 are noise, not movement. Memory at 0.5B with the defaults: about 12 GiB, by count and not yet seen on a
-GPU: 5.7 of a pack's graph (1.43 MiB a token; SmolLM2's count is 0.80 where the GPU showed 0.78), the rest three copies of
-the weights, the cache and the logits.
+Measured: SmolLM2-135M on one H100, shared with a second run, 100 updates of 64 completions: 3.2 minutes, 9.8 GiB;
+results/ppo/ppo_v1.json. At Qwen2.5-0.5B's shape, 64 completions of 256 tokens: 3.1 s an update, 0.75 of it sampling and
+scoring, 12.1 GiB (`python bench/train.py --only ppo-step --system rungs`). In bfloat16 any change of weights re-rolls the
+rounding of every log-prob: sampler_gap 0.033 (mean), and an approx_kl of 0.0014 with a clipfrac of 0.01 are noise, not
+movement.
 
 A row: {"prompt": "…" or messages}, or a preference pair, whose answers are not read. Prompts come from part B (40 % by
 sha256); part A trains the reward model. Shapes: B completions of an update, T tokens of its longest, K tokens of a pack.
