@@ -197,6 +197,7 @@ def setup_device(device: str = "auto") -> torch.device:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.startswith("cuda"):  # streams, graphs and memory figures are those of the current device
         torch.cuda.set_device(device)
     return torch.device(device)
 
@@ -558,10 +559,10 @@ def take_rows(rows, n: int, seed: int, build: Callable[[list[tuple[int, dict]]],
     for at in range(0, len(order), 1024):
         chunk = order[at:at + 1024]
         try:
-            looked_at = [(i, rows[i]) for i in chunk]
+            found = rows.__getitems__(chunk) if hasattr(rows, "__getitems__") else [rows[i] for i in chunk]  # faster together
         except UnicodeDecodeError as e:  # text is decoded when a row is read
             fail(f"can't read the data set {source}: {e}")
-        for i, item in zip(chunk, build(looked_at)):
+        for i, item in zip(chunk, build(list(zip(chunk, found)))):
             if isinstance(item, str):
                 dropped[item] += 1
             elif item is not None:
@@ -637,13 +638,59 @@ def render_prompt(tokenizer, messages: list[dict]) -> list[int]:
     return render_many(tokenizer, [messages + [{"role": "assistant", "content": ""}]], train="none", prompt=True)[0][0]
 
 
+CACHE_FROM = 128  # conversations in one call; fewer are faster tokenised than looked up
+
+
 def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
                 prompt: bool = False) -> list[tuple[list[int], list[bool]]]:
-    """Render conversations with the chat template and tokenise each once.
+    """Render conversations with the chat template and tokenise each once: see tokenise.
+
+    What it gives for many is kept on disk, in $RUNGS_CACHE or ~/.cache/rungs, under a fingerprint of all that it depends on:
+    the texts, the tokenizer with its template, and tokenise's own source. Without a place to write, it just isn't kept.
+    """
+    if len(conversations) < CACHE_FROM or not tokenizer.is_fast:
+        return tokenise(tokenizer, conversations, train, prompt)
+    if not hasattr(tokenizer, "fingerprint"):
+        tokenizer.fingerprint = sha256_json([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
+                                             tokenizer.eos_token, inspect.getsource(tokenise)])
+    key = hashlib.sha256(json.dumps([tokenizer.fingerprint, conversations, train, prompt]).encode()).hexdigest()
+    file = Path(os.environ.get("RUNGS_CACHE") or Path.home() / ".cache" / "rungs") / "tokens" / f"{key}.safetensors"
+    try:
+        kept = load_file(file)
+        ids, mask = (kept[k].split(kept["lengths"].tolist()) for k in ("ids", "mask"))
+        return [(i.tolist(), m.tolist()) for i, m in zip(ids, mask)]
+    except Exception:  # not there, or not whole: whatever is wrong with it, it is made again
+        found = tokenise(tokenizer, conversations, train, prompt)
+    flat = {"ids": torch.from_numpy(np.concatenate([longs(ids) for ids, _ in found])).int(),
+            "mask": torch.from_numpy(np.concatenate([longs(mask) for _, mask in found])).bool(),
+            "lengths": torch.tensor([len(ids) for ids, _ in found])}
+    with contextlib.suppress(OSError):
+        write_atomic(file, lambda p: save_file(flat, p))
+    return found
+
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts, nothing added, special tokens in them plain text."""
+    if not texts or not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+    backend = tokenizer.backend_tokenizer  # asked directly: no offsets, and no copies of all that isn't ids
+    backend.no_truncation()
+    backend.no_padding()
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    try:
+        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = before
+
+
+def tokenise(tokenizer, conversations: list[list[dict]], train: str = "all",
+             prompt: bool = False) -> list[tuple[list[int], list[bool]]]:
+    """[(token ids, completion_mask)] of conversations (mask: True = counts in the loss).
 
     train: "all" assistant turns count in the loss, or only the "last". A turn's trained part runs from the end of the
     generation prompt through its EOS. Text after the last EOS is cut. Prompt and completion are encoded apart, so that
-    the prompt's ids are those a sampler starts from. Special tokens inside content stay plain text.
+    the prompt's ids are those a sampler starts from. Special tokens inside content stay plain text. An empty conversation
+    gives no ids.
     """
     eos = tokenizer.eos_token
     named = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {*tokenizer.all_special_tokens}
@@ -658,7 +705,7 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
     plans = []  # a conversation -> [(text, trained)]
     for messages in conversations:
         messages = [{**m, "content": split.sub(lambda x: hide[x[0]], m["content"])} for m in messages]
-        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
         plan, at = [], 0
         for i, m in enumerate(messages):
             if m["role"] != "assistant":
@@ -675,8 +722,7 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
     reveal = str.maketrans({c: s for s, c in hide.items()})
     pieces = {p: None for plan in plans for text, _ in plan for p in split.split(text) if p and p not in special_id}
     plain = [p.translate(reveal) for p in pieces]
-    encoded = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"] if plain else []
-    ids_of = dict(zip(pieces, encoded))
+    ids_of = dict(zip(pieces, encode(tokenizer, plain)))
     out = []
     for plan in plans:
         ids, mask = [], []
@@ -891,7 +937,7 @@ def use_scorer(scorers: PeftModel, name: str, train: bool = False) -> PeftModel:
 def compile_layers(policy: nn.Module) -> None:
     """From now on, what layers do between matrix products and attention, and what follows the LM head, is compiled (CUDA).
 
-    A few small graphs, for packs of any size and for all layers. Passes whose parameters are flat are recorded as a whole.
+    A few small graphs, for packs of any size and for all layers; and passes are recorded as a whole: see Recordings.
     """
     base_of(policy).__dict__["recordings"] = Recordings(base_of(policy))
 
@@ -1234,10 +1280,13 @@ def shared_length(a: np.ndarray, b: np.ndarray) -> int:
     return int(unequal.argmax()) if unequal.any() else n
 
 
+def longs(values: Sequence[int]) -> np.ndarray:
+    """A list as an array; several times as fast as np.array or torch.tensor."""
+    return np.fromiter(values, np.int64, len(values))
+
+
 def lay_out(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Pack:
     """A pack of (example, how many of its first tokens are those of the example before it)."""
-    def longs(values: Sequence[int]) -> np.ndarray:
-        return np.fromiter(values, np.int64, len(values))
     ids, position, cu, predict, targets, places, attended = [], [], [0], [], [], [np.arange(0)], 0
     for i, shared in members:
         e, n, start = examples[i], len(examples[i].ids), cu[-1]
@@ -1508,15 +1557,17 @@ class DecoderModule(nn.Module):
 
 
 class RecordedPass:
-    """decoder() over packs of one size: recorded forward and, if it `learns`, backward to the flat parameters.
+    """decoder() over packs of one size: recorded forward and, if there is a place for its gradient, backward.
 
     The factors are cast all at once, into leaves of the pass's own: autograd ties a leaf to the stream it was first used on.
     """
 
-    def __init__(self, base: nn.Module, room: Pack, flat: Tensor | None, learns: bool, first: bool):
-        """flat: the trained parameters if they take part; first: nothing like it has run before, and compiles outside."""
-        self.room = room
+    def __init__(self, base: nn.Module, room: Pack, flat: Tensor | None, gradient: Tensor | None, first: bool):
+        """flat: the trained parameters, if they take part; gradient: where theirs goes, if it is wanted; first: nothing of
+        the kind has run before, so that there is something to compile and to lay together, which can't be recorded."""
+        self.room, self.gradient = room, gradient
         names = {p.data_ptr(): f"base.{name}" for name, p in base.named_parameters() if p.requires_grad}
+        stream, learns = Recordings.stream, gradient is not None
 
         def forward() -> tuple[Tensor, list[Tensor]]:
             half = [] if flat is None else flat.detach().to(base.dtype).split([p.numel() for p in trainable(base)])
@@ -1524,33 +1575,28 @@ class RecordedPass:
             swap = {names[p.data_ptr()]: leaf for p, leaf in zip(trainable(base), leaves)}
             return torch.func.functional_call(DecoderModule(base), swap, (room,)), leaves
 
-        def backward(hidden: Tensor, leaves: list[Tensor], slope: Tensor) -> Tensor:
+        def backward(hidden: Tensor, leaves: list[Tensor], slope: Tensor) -> None:
             grads = torch.autograd.grad(hidden, leaves, slope, allow_unused=True, materialize_grads=True)
-            return torch.cat([g.flatten() for g in grads]).to(flat.dtype)
-        self.stream = Recordings.stream
+            gradient.copy_(torch.cat([g.flatten() for g in grads]))
         if first:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
                 hidden, leaves = forward()
                 if learns:
                     backward(hidden, leaves, torch.zeros_like(hidden))
                 del hidden, leaves
-            torch.cuda.current_stream().wait_stream(self.stream)
-            torch.cuda.empty_cache()  # of what only that stream could use
-        self.forward, (hidden, leaves) = self.record(forward)
+            torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, pool=Recordings.pool, stream=stream):
+            hidden, leaves = forward()
         if learns:
             self.slope = torch.zeros_like(hidden)
-            self.backward, self.gradient = self.record(lambda: backward(hidden, leaves, self.slope))
+            with torch.cuda.graph(self.backward, pool=Recordings.pool, stream=stream):
+                backward(hidden, leaves, self.slope)
         self.hidden = hidden.detach()
-
-    def record(self, function: Callable) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """As torch.cuda.graph does, without emptying the allocator's cache, which takes longer than a recording."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=Recordings.pool)
-            found = function()
-            graph.capture_end()
-        return graph, found
+        Recordings.held += max(0, torch.cuda.memory_reserved() - before)
 
 
 class Awaited:
@@ -1558,7 +1604,7 @@ class Awaited:
 
 
 class Replay(torch.autograd.Function):
-    """Hidden states [T, H] of a pack by a recorded pass, as a function of the flat parameters."""
+    """Hidden states [T, H] of a pack by a recorded pass, as a function of the flat parameters. Its backward runs once."""
 
     @staticmethod
     def forward(ctx, recorded: RecordedPass, pack: Pack, flat: Tensor | None) -> Tensor:
@@ -1572,12 +1618,15 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope: Tensor):
+        if ctx.awaited is None:
+            raise RuntimeError("a recorded pass has one backward: what it needed is overwritten")
         recorded = ctx.recorded
         recorded.slope[:ctx.tokens].copy_(slope)
         recorded.slope[ctx.tokens:].zero_()
         recorded.backward.replay()
+        ctx.recorded = ctx.awaited = None
         Recordings.pending = lambda: None
-        return None, None, recorded.gradient
+        return None, None, recorded.gradient  # autograd adds it up, before the next pass overwrites it
 
 
 def grow_segments() -> None:
@@ -1589,20 +1638,21 @@ def grow_segments() -> None:
 
 class Recordings:
     """The recorded passes of a model, by size and by what takes part in them."""
-    pool = stream = None      # memory of all graphs: one pass at a time, forward and backward, holds what it needs
+    pool = stream = None       # memory of all graphs: one pass at a time, forward and backward, holds what it needs
+    held = 0                   # its bytes
     alive = weakref.WeakSet()  # a pool ends with its last graph
-    pending = lambda: None    # the pass whose backward is still to come, while anything can call it
+    pending = lambda: None     # the pass whose backward is still to come, while anything can call it
 
     def __init__(self, base: nn.Module):
-        self.base, self.passes, self.kinds = base, {}, set()
+        self.passes, self.kinds, self.gradient = {}, set(), None
         self.lora = next((m for m in base.modules() if hasattr(m, "lora_A")), None)  # all layers have the same adapters on
 
-    def run(self, pack: Pack) -> Tensor | None:
+    def run(self, base: nn.Module, pack: Pack) -> Tensor | None:
         """Hidden states of a pack by the pass recorded for its size; None where only decoder() itself can."""
         on = () if self.lora is None or self.lora.disable_adapters else tuple(self.lora.active_adapters)
         trained = bool(on) and self.lora.lora_A[on[0]].weight.requires_grad
-        flat, learns = self.base.__dict__.get("flat") if trained else None, trained and torch.is_grad_enabled()
-        if not pack.input_ids.is_cuda or self.base.dtype == torch.float32 or pack.keys is not None or \
+        flat, learns = base.__dict__.get("flat") if trained else None, trained and torch.is_grad_enabled()
+        if not pack.input_ids.is_cuda or base.dtype == torch.float32 or pack.keys is not None or \
                 trained and flat is None or Recordings.pending() is not None:
             return None
         tokens = pack.input_ids.shape[1]
@@ -1612,10 +1662,12 @@ class Recordings:
         if (recorded := self.passes.get((size, on, learns))) is None:
             if not Recordings.alive:
                 grow_segments()
-                Recordings.pool, Recordings.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+                Recordings.pool, Recordings.stream, Recordings.held = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), 0
+            if learns and self.gradient is None:
+                self.gradient = torch.zeros_like(flat, requires_grad=False)
             room = empty_pack(*size, pack.input_ids.device)
             fill(room, pack)
-            recorded = RecordedPass(self.base, room, flat, learns, first=(on, learns) not in self.kinds)
+            recorded = RecordedPass(base, room, flat, self.gradient if learns else None, (on, learns) not in self.kinds)
             self.passes[size, on, learns] = recorded
             self.kinds.add((on, learns))
             Recordings.alive.add(recorded)
@@ -1625,7 +1677,7 @@ class Recordings:
 def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
     """Last hidden states of a pack, [T, H]; after compile_layers, on CUDA, by the recorded pass of its size."""
     base = base_of(model)
-    hidden = base.recordings.run(pack) if is_compiled(model) else None
+    hidden = base.recordings.run(base, pack) if is_compiled(model) else None
     if hidden is None:
         hidden = decoder(model, pack)
     count_flops(base.config, pack.input_ids.shape[1], pack.attended, backward=hidden.requires_grad)
@@ -2020,7 +2072,8 @@ class Sampler:
         """Bytes that a batch may take: 40 % of free GPU memory (training wants its share), 2 GiB on CPU."""
         if self.device.type != "cuda":
             return 2 << 30
-        free = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)  # torch's own reserve
+        # torch's own reserve, without that of recorded passes
+        free = max(0, torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device) - Recordings.held)
         return 0.4 * (torch.cuda.mem_get_info(self.device)[0] + free + sum(c.nbytes for c in self.cache))
 
     def _batch_size(self, rows: int, length: int) -> int:
@@ -2353,6 +2406,8 @@ class Run:
             from safetensors import safe_open
             with safe_open(self.checkpoint_file, "pt") as f:
                 meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+            if "parameter/0" not in tensors:
+                fail(f"{self.checkpoint_file} is of an older version; remove {self.checkpoint_file.parent} to begin anew")
             step, self.seconds, self.state = int(meta["step"]), float(meta["seconds"]), json.loads(meta["state"])
             for i, p in enumerate(learned(optimizer)):
                 p.data.copy_(tensors[f"parameter/{i}"])

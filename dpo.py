@@ -95,7 +95,7 @@ class Args:
     micro_tokens: int = 8192
     """Tokens of one forward: memory and speed, not the update."""
     compile: bool = True
-    """Compile the decoder layers (on CUDA)."""
+    """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
     device: str = "auto"
     """auto, cpu or cuda."""
     checkpoint_every: int = 50
@@ -158,7 +158,8 @@ def build_pairs(tokenizer, args: Args, source: str, wanted):
     """A function from data rows to Pairs, or the reason why a row can't be used, or None where `wanted(prompt)` is false."""
     def build(rows: list[tuple[int, dict]]):
         pairs = [common.as_pair(row, f"{source}, row {i}") for i, row in rows]
-        sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
+        sides = [prompt + [{"role": "assistant", "content": text}] if wanted(prompt) else []
+                 for prompt, *texts in pairs for text in texts]
         rendered = [Example.masked(*r) for r in common.render_many(tokenizer, sides, train="last")]
         out = []
         for (prompt, chosen, rejected), w, l in zip(pairs, rendered[::2], rendered[1::2]):

@@ -109,7 +109,7 @@ class Args:
     micro_tokens: int = 8192
     """Tokens of one forward: memory and speed, not the update."""
     compile: bool = True
-    """Compile the decoder layers (on CUDA)."""
+    """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
     device: str = "auto"
     """auto, cpu or cuda."""
     checkpoint_every: int = 50
@@ -189,8 +189,9 @@ def build_rows(tokenizer, args: Args, source: str, wanted):
     or None where `wanted(prompt)` is false."""
     def build(rows: list[tuple[int, dict]]):
         found = [answers_of(row, f"{source}, row {i}") for i, row in rows]
-        rendered = iter(common.render_many(tokenizer, [prompt + [{"role": "assistant", "content": text}]
-                                                       for prompt, answers in found for text, _ in answers], train="last"))
+        sides = [prompt + [{"role": "assistant", "content": text}] if wanted(prompt) else []
+                 for prompt, answers in found for text, _ in answers]
+        rendered = iter(common.render_many(tokenizer, sides, train="last"))
         out = []
         for prompt, answers in found:
             examples, texts = [Example.masked(*next(rendered)) for _ in answers], [text for text, _ in answers]

@@ -127,7 +127,7 @@ class Args:
     micro_tokens: int = 4096
     """Tokens of one forward: memory and speed, not the update; small, beside three copies of the base in 24 GB."""
     compile: bool = True
-    """Compile the decoder layers (on CUDA)."""
+    """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
     device: str = "auto"
     """auto, cpu or cuda."""
     checkpoint_every: int = 10

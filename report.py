@@ -912,6 +912,14 @@ def guardrails_table(record: dict, rows: list[dict]) -> Table:
     return Table(["row", "tokens", *GUARDRAILS, f"KL to {reference}", "‖ΔW‖ / ‖W‖,\n%"], lines, 1, notes)
 
 
+def settings_of(case: dict) -> str:
+    """A benchmark case's settings in a few words: what isn't the default."""
+    found = case.get("settings")
+    if isinstance(found, dict):
+        found = ", ".join(f"{k}={v}" for k, v in found.items() if k != "script" and v not in (None, ""))
+    return str(found or "default")
+
+
 def bench_tables(results: Path) -> list[str | Table]:
     """bench/*.json: a table a file, its workloads one after the other, ours first."""
     blocks = []
@@ -925,7 +933,7 @@ def bench_tables(results: Path) -> list[str | Table]:
             for case in sorted(of, key=lambda case: case.get("system") != "rungs"):
                 speed = finite(case.get("tokens_per_s"))
                 ratio = f"{ours / speed:.2f}×" if ours and speed and case["system"] != "rungs" else ""
-                about = [str(case.get(key) or "–") for key in ("workload", "system", "settings")]
+                about = [str(case.get("workload") or "–"), str(case.get("system") or "–"), settings_of(case)]
                 figures = [number(speed, 0), ratio, number(case.get("peak_gib"), 1), number(case.get("mfu"), 1, 100)]
                 lines.append(about + figures)
         header = ["workload", "system", "settings", "tokens/s", "rungs is", "peak GiB", "MFU, %"]

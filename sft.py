@@ -91,7 +91,7 @@ class Args:
     micro_tokens: int = 8192
     """Tokens of one forward: memory and speed, not the update."""
     compile: bool = True
-    """Compile the decoder layers (on CUDA)."""
+    """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
     device: str = "auto"
     """auto, cpu or cuda."""
     checkpoint_every: int = 50
@@ -134,13 +134,15 @@ def build_examples(tokenizer, args: Args, source: str, wanted=lambda prompt: Tru
     def build(rows: list[tuple[int, dict]]):
         pairs = rows[0][1].get("chosen") is not None
         conversations = [conversation(row, f"{source}, row {i}") for i, row in rows]
+        if pairs:
+            conversations = [messages if wanted(messages[:-1]) else [] for messages in conversations]
         rendered = common.render_many(tokenizer, conversations, train="last" if pairs else "all")
         out = []
         for messages, (ids, mask) in zip(conversations, rendered):
             # A trained part ends where the mask does: the place of a turn's EOS.
             ends = [i + 1 for i in range(len(ids)) if mask[i] and not (i + 1 < len(ids) and mask[i + 1])]
             fitting = [end for end in ends if end <= args.max_length]
-            if pairs and not wanted(messages[:-1]):
+            if not messages:
                 out.append(None)
             elif not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
                 out.append("empty answer")

@@ -8,6 +8,7 @@ does: packs, forward, backward, clipping, Adam. One number is varied at a time: 
 sequences of 512 in steps of 32 rows. Steps are run until their sizes are recorded, then three are timed, and the median counts.
 """
 import dataclasses
+import gc
 import statistics
 import sys
 import time
@@ -45,9 +46,18 @@ def examples(rows: int, length: int) -> list[common.Example]:
             for ids in torch.randint(3, 500, (rows, length), generator=g).tolist()]
 
 
-def speed(policy, params, optimizer, rows: int, length: int, micro_tokens: int, device) -> dict:
-    """Tokens a second of a step, and the memory that the process holds after it."""
-    data, taken = examples(rows, length), []
+def speed(work: Path, rows: int, length: int, micro_tokens: int, device) -> dict:
+    """Tokens a second of a step of a model of its own, and the most memory that the process had reserved for it."""
+    cuda, data, taken = device.type == "cuda", examples(rows, length), []
+    gc.collect()  # the model before
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    policy = common.add_lora(common.load_model(work, None, "none", torch.bfloat16 if cuda else torch.float32, device))
+    if cuda:
+        common.compile_layers(policy)
+    params = common.flat_parameters(policy)
+    optimizer = torch.optim.Adam([params], lr=1e-5, fused=cuda)
     for step in range(5):
         began = time.perf_counter()
         for pack in common.pack(data, micro_tokens, device=device):
@@ -55,10 +65,10 @@ def speed(policy, params, optimizer, rows: int, length: int, micro_tokens: int, 
         torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - began)
-    gib = round(torch.cuda.max_memory_reserved() / 2**30, 2) if device.type == "cuda" else None
+    gib = round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None
     return {"tokens_per_s": round(rows * length / statistics.median(taken[2:])), "gib": gib}
 
 
@@ -87,13 +97,6 @@ def main(args: Args) -> None:
     workload.make_model(work, args.shape, torch.bfloat16 if device.type == "cuda" else torch.float32)
     found = {}
     for name, values in VARIED.items():
-        # A model for each, so that the memory of one doesn't count for the next.
-        policy = common.add_lora(common.load_model(work, None, "none", torch.bfloat16 if device.type == "cuda" else
-                                                   torch.float32, device))
-        if device.type == "cuda":
-            common.compile_layers(policy)
-        params = common.flat_parameters(policy)
-        optimizer = torch.optim.Adam([params], lr=1e-5, fused=device.type == "cuda")
         found[name] = []
         for value in values:
             size = {"micro_tokens": args.micro_tokens, "length": args.length, "rows": args.rows} | {name: value}
@@ -102,10 +105,8 @@ def main(args: Args) -> None:
             size["micro_tokens"] = max(size["micro_tokens"], size["length"])
             if device.type == "cpu":
                 size["rows"] = min(size["rows"], 8)
-            found[name].append(size | speed(policy, params, optimizer, size["rows"], size["length"], size["micro_tokens"],
-                                            device))
+            found[name].append(size | speed(work, size["rows"], size["length"], size["micro_tokens"], device))
             print(found[name][-1], flush=True)
-        del policy, params, optimizer
     hardware, out = common.hardware()["device"], Path(args.out)
     file = hardware.lower().replace(" ", "-")
     common.write_json(out / f"{file}.json", {"device": hardware, "shape": args.shape, **found})

@@ -64,7 +64,7 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
             if n > 0:
                 taken = (time.time() - self.began) / n
                 found = {"tokens_per_s": round(a_step / taken), "ms_per_step": round(taken * 1e3, 1), "steps": n,
-                         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None}
+                         "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None}
                 if on_policy:
                     found |= {"rollout_s": round(self.rollout / n, 3), "update_s": round(taken - self.rollout / n, 3)}
                 print("RESULT " + json.dumps(found), flush=True)

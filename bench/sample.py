@@ -144,7 +144,7 @@ def main(args: Args) -> None:
             found = {"workload": "sample", "system": system, "tokens_per_s": round(rows * args.tokens / taken),
                      "ms_per_step": round(taken / args.tokens * 1e3, 3), "setup_s": round(first - taken, 1)}
             if device.type == "cuda":
-                found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                found["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
             if args.profile and system == "rungs":
                 found.update(profile(sampler, rows, max(map(len, prompts)) + args.tokens, device))
             settings = dataclasses.asdict(args) | {"rows": rows, "device": common.hardware()["device"],

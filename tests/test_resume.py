@@ -452,6 +452,26 @@ def test_ctrl_c_after_the_last_step_ends_the_process_and_loses_nothing(sft_args,
     assert adapter(tmp_path / "run") == adapter(sft_run)
 
 
+def test_a_checkpoint_of_an_older_version_is_named(sft_args, tmp_path, monkeypatch, capsys):
+    """Its parameters were stored one by one. The file is left as it is."""
+    out, log = tmp_path / "run", common.Run.log
+
+    def log_and_stop(self, step, metrics):
+        log(self, step, metrics)
+        self.stop_signal = signal.SIGTERM
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "log", log_and_stop)
+        assert outcome(sft, **sft_args, out=str(out)) == 128 + signal.SIGTERM
+    file = out / "checkpoint" / "state.safetensors"
+    with safe_open(file, "pt") as f:
+        meta, tensors = f.metadata(), {k.replace("/0", "/some.lora_A.weight"): f.get_tensor(k) for k in f.keys()}
+    save_file(tensors, file, meta)
+    before = file.read_bytes()
+    assert outcome(sft, **sft_args, out=str(out)) == 2
+    assert f"{file} is of an older version; remove {file.parent} to begin anew" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
 def test_a_second_ctrl_c_does_not_wait_for_the_step(sft_args, sft_run, tmp_path, monkeypatch):
     """The step in hand is lost, the checkpoint before it is not."""
     steps, clip = [], torch.nn.utils.clip_grad_norm_
