@@ -53,9 +53,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 try:  # CUDA's packed attention; its CPU path below has the same semantics
     from torch.nn.attention.varlen import varlen_attn
@@ -844,7 +842,7 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
     quantization: "none" (dtype) or "nf4" (4-bit NF4, double quantisation, bfloat16 compute; no adapter then).
     The merge W + (alpha/r)·B·A is computed in fp32 from the original weights and rounded once.
     """
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": "packed", "use_safetensors": True}
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
     if quantization == "nf4":
         if adapter is not None:
             raise ValueError("an adapter can't be merged into NF4 weights")
@@ -1082,62 +1080,45 @@ def save_policy(policy: PeftModel, parent: str | Path | None, directory: Path, t
 # 6. Packing and log-probabilities
 # ------------------------------------------------------------------------------------------------
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None,
-                     max_length_q=None, cu_seq_lens_k=None, keys=None, **kwargs):
-    """Causal attention inside each sequence of a pack, never across (query [1, heads, T, d]).
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float | None = None,
+                     keys: Tensor | None = None, cu_seqlens_k: Tensor | None = None) -> Tensor:
+    """Causal attention inside each sequence of a pack, never across: q [T, heads, d], k and v [T, kv, d] -> [T, heads, d].
 
-    On CUDA in half precision one varlen kernel, elsewhere sdpa sequence by sequence: the same semantics. Without
-    cu_seq_lens (a call through transformers' own forward) it is transformers' own sdpa. `keys` (a pack whose sequences
-    share tokens) says where the keys of each sequence are; its queries are the last of them.
+    On CUDA in half precision one varlen kernel, elsewhere sdpa sequence by sequence: the same semantics. `keys` (a pack
+    whose sequences share tokens) says where the keys of each sequence are; its queries are the last of them.
     """
-    if (kwargs.get("sliding_window") or math.inf) < (max_length_q or 0) or kwargs.get("softcap") or \
-            kwargs.get("s_aux") is not None:
-        raise NotImplementedError("packed attention has no sliding window, soft cap or attention sinks")
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
-                                      **kwargs)
     if keys is None:
-        cu_seq_lens_k = cu_seq_lens_q
+        cu_seqlens_k = cu_seqlens
     else:
-        key, value = key[:, :, keys], value[:, :, keys]  # [1, kv, L, d]
-    if query.is_cuda and query.dtype != torch.float32:
-        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, d]; x[0] has a costly backward
+        k, v = k[keys], v[keys]  # [L, kv, d]
+    grouped = q.shape[1] != k.shape[1]
+    if q.is_cuda and q.dtype != torch.float32:
         kind = {"window_size": (-1, 0)} if "window_size" in VARLEN else {"is_causal": True}
         if "enable_gqa" in VARLEN:  # torch 2.11 takes fewer heads of keys and values without a word
-            kind["enable_gqa"] = q.shape[1] != k.shape[1]
+            kind["enable_gqa"] = grouped
         # FlashAttention's causal mask puts the last query at the last key.
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_q, scale=scaling, **kind)
-        return out.unsqueeze(0), None
-    parts, (at, at_k) = [], (cu.tolist() for cu in (cu_seq_lens_q, cu_seq_lens_k))
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, max_length, max_length, scale=scale, **kind)
+    parts, (at, at_k) = [], (cu.tolist() for cu in (cu_seqlens, cu_seqlens_k))
     for a, b, c, d in zip(at, at[1:], at_k, at_k[1:]):
         # sdpa's own causal mask puts the first query at the first key
         mask = {"is_causal": True} if b - a == d - c else {
-            "attn_mask": torch.ones(b - a, d - c, dtype=torch.bool, device=query.device).tril(d - c - b + a)}
-        parts.append(F.scaled_dot_product_attention(query[:, :, a:b], key[:, :, c:d], value[:, :, c:d], scale=scaling,
-                                                    enable_gqa=query.shape[1] != key.shape[1], **mask))
-    return torch.cat(parts, 2).transpose(1, 2), None  # [1, T, heads, d]
+            "attn_mask": torch.ones(b - a, d - c, dtype=torch.bool, device=q.device).tril(d - c - b + a)}
+        one = (x.transpose(0, 1).unsqueeze(0) for x in (q[a:b], k[c:d], v[c:d]))  # [1, heads, tokens, d]
+        parts.append(F.scaled_dot_product_attention(*one, scale=scale, enable_gqa=grouped, **mask))
+    return torch.cat(parts, 2).squeeze(0).transpose(0, 1)
 
 
 @functools.cache
 def check_shared_attention(device: torch.device) -> None:
     """Once a process: the GPU's kernel must put the last query at the last key, as the CPU's path does; if not, stop."""
-    q, k, v = torch.randn(3, 1, 2, 8, 64, generator=torch.Generator().manual_seed(0)).to(device)  # [1, heads, T, d]
+    q, k, v = torch.randn(3, 8, 2, 64, generator=torch.Generator().manual_seed(0)).to(device)  # [T, heads, d]
     cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in ([0, 6, 8], [0, 6, 12]))
     keys = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7], device=device)  # the second sequence shares four tokens
-    half, exact = (packed_attention(None, *(x.to(dtype) for x in (q, k, v)), None, cu_seq_lens_q=cu_q, max_length_q=8,
-                                    cu_seq_lens_k=cu_k, keys=keys)[0] for dtype in (torch.bfloat16, torch.float32))
+    half, exact = (packed_attention(*(x.to(dtype) for x in (q, k, v)), cu_q, 8, None, keys, cu_k)
+                   for dtype in (torch.bfloat16, torch.float32))
     if (gap := (half - exact).abs().max().item()) > 0.05:
         raise RuntimeError(f"varlen_attn of torch {torch.__version__} masks queries that are fewer than their keys another "
                            f"way (largest difference to fp32 {gap:.2f}): packs can't share tokens with it")
-
-
-def _mask(*args, attention_mask=None, **kwargs):
-    """No mask for a pack (the attention knows its sequences); transformers' own where a caller gives one."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
-
-
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", _mask)
 
 
 @dataclass
@@ -1508,10 +1489,10 @@ def decoder(model: nn.Module, pack: Pack) -> Tensor:
         x, h = add(x, update, norm(layer.input_layernorm))
         qkv = split(adapted(h, attention.q_proj, attention.k_proj, attention.v_proj), config.num_attention_heads,
                     config.num_key_value_heads, norms, cos, sin)
-        attended, _ = packed_attention(attention, *(y.transpose(0, 1).unsqueeze(0) for y in qkv), None, attention.scaling,
-                                       cu_seq_lens_q=pack.cu_seqlens, cu_seq_lens_k=pack.cu_seqlens_k, keys=pack.keys,
-                                       max_length_q=pack.max_length, sliding_window=getattr(attention, "sliding_window", None))
-        x, h = add(x, adapted(attended.squeeze(0).flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
+        if (getattr(attention, "sliding_window", None) or math.inf) < pack.max_length:
+            raise NotImplementedError(f"packed attention has no sliding window: {config.model_type} has one")
+        attended = packed_attention(*qkv, pack.cu_seqlens, pack.max_length, attention.scaling, pack.keys, pack.cu_seqlens_k)
+        x, h = add(x, adapted(attended.flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
         update = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
     return add(x, update, norm(body.norm))[1]
 
@@ -2196,10 +2177,8 @@ class Sampler:
             for w, cache in zip(self.layers, self.cache):
                 x, q, kv = attention_in(x, update, w, cos, sin)
                 cache[slots] = kv[source]
-                q, k, v = (y.transpose(0, 1)[None] for y in (q, kv[:, 0], kv[:, 1]))            # [1, heads, T, d]
-                attended, _ = packed_attention(None, q, k, v, None, cu_seq_lens_q=pk.cu_seqlens, keys=pk.keys,
-                                               cu_seq_lens_k=pk.cu_seqlens_k, max_length_q=pk.max_length)
-                x, update = attention_out(x, attended[0].flatten(1), w)
+                attended = packed_attention(q, *kv.unbind(1), pk.cu_seqlens, pk.max_length, None, pk.keys, pk.cu_seqlens_k)
+                x, update = attention_out(x, attended.flatten(1), w)
 
     def _compact(self, live: dict[int, int], size: int, stride: int, length: int) -> dict[int, int]:
         """Move the live rows beyond `size` into rows below it that have ended; the new {row: prompt}."""

@@ -82,13 +82,12 @@ def test_queries_stand_at_the_last_keys(dtype, tolerance):
     own, all_of = (torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in zip(*lengths))
     first = [torch.arange(int(own[i]), int(own[i + 1])) for i in range(len(lengths))]  # places of own tokens
     keys = torch.cat([torch.cat([torch.arange(n - k), mine]) for (k, n), mine in zip(lengths, first)])
-    given = [torch.randn(1, heads, int(own[-1]), 64, generator=g) for heads in (4, 2, 2, 4)]  # q, k, v and d loss / d out
+    given = [torch.randn(int(own[-1]), heads, 64, generator=g) for heads in (4, 2, 2, 4)]  # q, k, v and d loss / d out
     results = []
     for device, t in (("cpu", torch.float32), (DEVICE, dtype)):
         q, k, v, out_grad = (x.to(device, t, copy=True).requires_grad_() for x in given)
-        out, _ = common.packed_attention(None, q, k, v, None, keys=keys.to(device), cu_seq_lens_q=own.to(device),
-                                         cu_seq_lens_k=all_of.to(device), max_length_q=512)
-        out.backward(out_grad.detach().transpose(1, 2))
+        out = common.packed_attention(q, k, v, own.to(device), 512, None, keys.to(device), all_of.to(device))
+        out.backward(out_grad.detach())
         results.append([x.float().cpu() for x in (out.detach(), q.grad, k.grad, v.grad)])
     for name, a, b in zip(("out", "q", "k", "v"), *results):
         error = ((a - b).norm() / a.norm()).item()

@@ -443,7 +443,6 @@ def test_packed_equals_unpacked(tmp_path, kind):
     """Packed through the attention in use, against plain eager attention one sequence at a time, with a LoRA."""
     directory = make_model(tmp_path, seed=1, kind=kind)
     policy = randomise(common.add_lora(common.load_model(directory, dtype=torch.float32)))
-    assert common.base_of(policy).config._attn_implementation == "packed"
     plain = plain_lora(plain_model(directory))
     plain.load_state_dict(policy.state_dict())
     sequences = random_examples(20, seed=3)
@@ -1178,11 +1177,13 @@ def test_a_kernel_that_masks_shared_packs_another_way_is_noticed(monkeypatch):
             common.check_shared_attention.__wrapped__(device)
 
 
-def test_packed_attention_refuses_what_it_does_not_do():
-    """A window shorter than the pack's sequences, a soft cap or sinks would be left out without a word."""
-    q = torch.randn(1, 2, 8, 16)
-    cu = torch.tensor([0, 8], dtype=torch.int32)
-    common.packed_attention(None, q, q, q, None, cu_seq_lens_q=cu, max_length_q=8, sliding_window=8)
-    for kwargs in ({"sliding_window": 4}, {"softcap": 50.0}, {"s_aux": torch.zeros(2)}):
-        with pytest.raises(NotImplementedError):
-            common.packed_attention(None, q, q, q, None, cu_seq_lens_q=cu, max_length_q=8, **kwargs)
+def test_packed_attention_refuses_what_it_does_not_do(tiny_model):
+    """A window shorter than the pack's sequences would be left out without a word."""
+    model = common.load_model(tiny_model, dtype=torch.float32)
+    (pk,) = common.pack([common.Example.completion([3], [4] * 7)], 100)
+    last = model.model.layers[-1].self_attn
+    last.sliding_window = 8
+    common.decoder(model, pk)
+    last.sliding_window = 4
+    with pytest.raises(NotImplementedError, match="sliding window"):
+        common.decoder(model, pk)
