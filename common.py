@@ -644,13 +644,13 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
     """Render conversations with the chat template and tokenise each once: see tokenise.
 
     What it gives for many is kept on disk, in $RUNGS_CACHE or ~/.cache/rungs, under a fingerprint of all that it depends on:
-    the texts, the tokenizer with its template, and tokenise's own source. Without a place to write, it just isn't kept.
+    the texts, the tokenizer with its template, and the functions' own source. Without a place to write, it just isn't kept.
     """
     if len(conversations) < CACHE_FROM or not tokenizer.is_fast:
         return tokenise(tokenizer, conversations, train, prompt)
     if not hasattr(tokenizer, "fingerprint"):
-        tokenizer.fingerprint = sha256_json([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
-                                             tokenizer.eos_token, inspect.getsource(tokenise)])
+        tokenizer.fingerprint = sha256_json([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token,
+                                             transformers.__version__, *map(inspect.getsource, (tokenise, encode))])
     key = hashlib.sha256(json.dumps([tokenizer.fingerprint, conversations, train, prompt]).encode()).hexdigest()
     file = Path(os.environ.get("RUNGS_CACHE") or Path.home() / ".cache" / "rungs") / "tokens" / f"{key}.safetensors"
     try:
