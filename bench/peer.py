@@ -16,7 +16,7 @@ import torch
 
 warnings.filterwarnings("ignore")
 
-ROWS = 16
+ROWS, PAIRS = 16, ("dpo", "reward")
 FAST = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "gradient_checkpointing": False}
 # The first entry is TRL's default (8 rows a device, checkpointing); the others are tried for its best.
 SETTINGS = {
@@ -47,7 +47,8 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
     kind = case.split("-")[0]
     on_policy = kind == "grpo"
     batch = 64 if on_policy else ROWS
-    a_step = completion_tokens * batch if on_policy else sum(sizes[kind]["lengths"]) / steps
+    lengths = [] if on_policy else sizes[kind]["lengths"]  # both of a pair's
+    a_step = completion_tokens * batch if on_policy else sum(lengths) / len(lengths) * ROWS * (2 if kind in PAIRS else 1)
 
     class Timer(transformers.TrainerCallback):
         """Prints what was measured, after each step that counts."""

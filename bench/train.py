@@ -2,6 +2,7 @@
 
     python bench/train.py                                  # all workloads and systems, on a GPU
     python bench/train.py --only sft-bf16 dpo --system rungs --profile
+    python bench/train.py --at-once 2                      # two cases at a time on two GPUs of one host
     python bench/train.py --system rungs --gpus 2 --only sft-bf16 dpo grpo-step      # beside the same with one
     python bench/train.py --shape tiny --seconds 60        # a trial without a GPU
 
@@ -22,13 +23,18 @@ Results go to --out, results/bench/<device>.json: a case that is run again repla
 with its error.
 """
 import dataclasses
+import functools
 import json
+import os
+import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -55,8 +61,14 @@ class Args:
     """Optimizer steps of a training case; of grpo and ppo a fifth as many updates."""
     warm: int = 25
     """First steps that don't count; of grpo and ppo a fifth, at least one."""
+    peer_steps: int = 25
+    """The same of TRL's cases, which record nothing."""
+    peer_warm: int = 5
+    """First steps of TRL's cases that don't count."""
     seconds: int = 300
     """Time budget of a case, start-up and compiling included; what was measured by then counts."""
+    at_once: int = 1
+    """Cases at a time, each on a GPU of its own of one host."""
     gpus: int = 1
     """GPUs of ours, by torchrun, for the same update; with more than one the system is called rungs-x2, -x3, …"""
     shape: Literal["qwen2.5-0.5b", "tiny"] = "qwen2.5-0.5b"
@@ -95,13 +107,37 @@ def script(case: str, work: Path, steps: int, completion_tokens: int) -> tuple[s
     }[case]
 
 
+class Gpus:
+    """Those that this process sees, one for each case that is running."""
+    free: queue.Queue = queue.Queue()  # values of CUDA_VISIBLE_DEVICES
+    mine = threading.local()
+
+    @classmethod
+    def share(cls, at_once: int, each: int) -> None:
+        """For `at_once` cases at a time, with so many GPUs each: a library that sees more would use them."""
+        seen = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        for i in range(at_once):
+            cls.free.put(",".join(seen[i * each:(i + 1) * each]))
+
+    @classmethod
+    def take(cls, function: Callable) -> Any:
+        """function(), whose processes see a free GPU."""
+        gpu = cls.free.get()
+        cls.mine.environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+        try:
+            return function()
+        finally:
+            cls.free.put(gpu)
+
+
 def run(command: list[str], seconds: int, seen: Callable[[float], None] = lambda elapsed: None) -> tuple[str, str | None]:
     """(standard output, why it failed or None) of a process; SIGTERM after `seconds`, which our scripts obey after a step.
 
     `seen` is called with the time since the start, in seconds, every tenth of a second.
     """
     began = time.time()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE.parent)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE.parent,
+                               env=getattr(Gpus.mine, "environment", None))
     while (elapsed := time.time() - began) < seconds:
         seen(elapsed)
         try:
@@ -180,17 +216,16 @@ def result(command: list[str], seconds: int) -> dict:
     return json.loads(found[-1].removeprefix("RESULT ")) if found else {"error": failed or "no result"}
 
 
-def trl(case: str, settings: list[dict], args: Args, work: Path, steps: int, warm: int, completion_tokens: int) -> dict:
-    """The fastest of some settings; all of them are listed."""
-    tried = []
-    for s in settings:
-        found = result([str(HERE / "peer.py"), case, str(work), json.dumps(s), str(steps), str(warm), str(completion_tokens)],
-                       args.seconds)
-        tried.append({**found, "settings": s})
-        if len(settings) > 1:
-            print(f"    tried {s}: {found.get('tokens_per_s') or found['error'][:120]}", flush=True)
-    best = max(tried, key=lambda found: found.get("tokens_per_s", 0))
-    return {**best, "tried": tried} if len(tried) > 1 else best
+def trl(case: str, settings: dict, args: Args, work: Path, completion_tokens: int) -> dict:
+    """TRL with these settings of its trainer."""
+    steps = min(args.peer_steps, args.steps)  # there is no more data
+    warm = min(args.peer_warm, steps - 1)
+    if case == "grpo-step":
+        warm = max(1, warm // 5)
+        steps = max(warm + 1, steps // 5)
+    found = result([str(HERE / "peer.py"), case, str(work), json.dumps(settings), str(steps), str(warm),
+                    str(completion_tokens)], args.seconds)
+    return {**found, "settings": settings}
 
 
 def sample(system: str, args: Args, completion_tokens: int) -> dict:
@@ -234,6 +269,15 @@ def table(cases: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def best_of(cases: list[dict]) -> list[dict]:
+    """Of TRL's cases of one workload with several settings the fastest, with all that were tried."""
+    found = {}
+    for c in cases:
+        found.setdefault((c["workload"], c["system"]), []).append(c)
+    best = {key: max(group, key=lambda c: c.get("tokens_per_s", 0)) for key, group in found.items()}
+    return [best[key] | ({"tried": group} if len(group) > 1 else {}) for key, group in found.items()]
+
+
 def merge(path: Path, new: list[dict], device: str) -> list[dict]:
     """Write the cases among those that the file has; a case that was run again takes the place of its former self."""
     def order(case: dict) -> tuple:
@@ -249,6 +293,10 @@ def merge(path: Path, new: list[dict], device: str) -> list[dict]:
 def main(args: Args) -> None:
     if not 0 < args.warm < args.steps:
         common.fail(f"--warm {args.warm} must be at least 1, and less than --steps {args.steps}")
+    if not 0 < args.peer_warm < args.peer_steps:
+        common.fail(f"--peer-warm {args.peer_warm} must be at least 1, and less than --peer-steps {args.peer_steps}")
+    if args.at_once > 1 and (args.gpus > 1 or args.at_once > max(1, torch.cuda.device_count())):
+        common.fail(f"--at-once {args.at_once} wants as many GPUs, one a case; there are {torch.cuda.device_count()}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and args.shape != "tiny":
         common.fail("no GPU; give --shape tiny")
@@ -261,31 +309,37 @@ def main(args: Args) -> None:
     config, sizes = AutoConfig.from_pretrained(work / "model"), common.read_json(work / "sizes.json")
     if "rungs" in args.system:
         make_parents(args.only, work, device, args.seconds)
-    path, cases = Path(args.out) / f"{name.lower().replace(' ', '-')}.json", []
-    for case in args.only:
-        steps, warm = (updates, warm_updates) if case in ("grpo-step", "ppo-step") else (args.steps, args.warm)
-        for system in args.system:
-            began = time.time()
-            if (system == "transformers-generate") != (case == "sample") and system != "rungs":
-                continue
-            if case == "sample":
-                found = sample(system, args, completion_tokens)
-            elif system == "rungs":
-                found = ours(case, args, work, device, steps, warm, completion_tokens)
-            elif case not in SETTINGS:
-                found = {"error": "TRL 1.16 has no such trainer"}
-            else:
-                settings = SETTINGS[case][:1] if system == "trl-default" else SETTINGS[case][1:]
-                found = trl(case, settings, args, work, steps, warm, completion_tokens)
-            if "tokens_per_s" in found and (peak := common.peak_flops(name)):
-                found["mfu"] = round(found["tokens_per_s"] * flops_a_token(case, config, sizes, completion_tokens)
-                                     / (peak * (args.gpus if system == "rungs" else 1)), 4)
-            if system == "rungs" and args.gpus > 1:
-                system = f"rungs-x{args.gpus}"
-            cases.append({**found, "workload": case, "system": system, "torch": torch.__version__.split("+")[0]})
-            print(f"{case} {system}: {found.get('tokens_per_s') or found.get('error')} ({time.time() - began:.0f} s)", flush=True)
+    path, peak = Path(args.out) / f"{name.lower().replace(' ', '-')}.json", common.peak_flops(name)
+
+    def measure(case: str, system: str, settings: dict | None) -> dict:
+        began = time.time()
+        if case == "sample":
+            found = sample(system, args, completion_tokens)
+        elif system == "rungs":
+            found = ours(case, args, work, device, *((updates, warm_updates) if case in ("grpo-step", "ppo-step") else
+                                                     (args.steps, args.warm)), completion_tokens)
+        elif settings is None:
+            found = {"error": "TRL 1.16 has no such trainer"}
+        else:
+            found = trl(case, settings, args, work, completion_tokens)
+        gpus = args.gpus if system == "rungs" and case != "sample" else 1
+        if "tokens_per_s" in found and peak:
+            found["mfu"] = round(found["tokens_per_s"] * flops_a_token(case, config, sizes, completion_tokens) / (peak * gpus), 4)
+        print(f"{case} {system} {settings or ''}: {found.get('tokens_per_s') or found.get('error')} ({time.time() - began:.0f} s)",
+              flush=True)
+        return {**found, "workload": case, "system": f"rungs-x{gpus}" if gpus > 1 else system,
+                "torch": torch.__version__.split("+")[0]}
+    jobs = [(case, system, settings) for case in args.only for system in args.system
+            if system == "rungs" or (system == "transformers-generate") == (case == "sample")
+            for settings in ([None] if system in ("rungs", "transformers-generate") or case not in SETTINGS else
+                             SETTINGS[case][:1] if system == "trl-default" else SETTINGS[case][1:])]
+    Gpus.share(args.at_once, args.gpus)
+    cases = []
+    with ThreadPoolExecutor(args.at_once) as pool:
+        for done in as_completed([pool.submit(Gpus.take, functools.partial(measure, *job)) for job in jobs]):
+            cases.append(done.result())
             if not args.profile:
-                shown = merge(path, cases, name)
+                shown = merge(path, best_of(cases), name)
     if not args.profile:
         print(f"\n{name}, {args.shape}, {ROWS} rows a step; {path}\n\n{table(shown)}")
 

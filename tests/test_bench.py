@@ -210,3 +210,20 @@ def test_the_benchmark_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     cases = json.loads(path.read_text())["cases"]
     assert [c["workload"] for c in cases] == ["reward", "ppo-step"] and cases[0] == case and "error" in cases[1]
+    done = bench("--only", "reward", "--system", "rungs", "--gpus", "2")  # two processes, beside the case of one
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(path.read_text())["cases"]
+    assert [c["system"] for c in cases] == ["rungs", "rungs-x2", "trl-best"] and cases[1]["tokens_per_s"] > 0, cases
+
+
+def test_the_chart_of_costs_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "bench"))
+    monkeypatch.chdir(tmp_path)
+    import linear
+    monkeypatch.setattr(linear, "VARIED", {"micro_tokens": (64, 128), "length": (16, 32), "rows": (1, 2)})
+    linear.main(linear.Args(shape="tiny", micro_tokens=128, length=32, rows=4, out=str(tmp_path)))
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    assert [[p[name] for p in found[name]] for name in linear.VARIED] == [[64, 128], [16, 32], [1, 2]]
+    assert [p["rows"] for p in found["length"]] == [8, 4] and all(p["tokens_per_s"] > 0 for p in found["rows"])
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
