@@ -669,8 +669,8 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of texts, nothing added, special tokens in them plain text."""
-    if not texts or not tokenizer.is_fast:
-        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+    if not tokenizer.is_fast:
+        return [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
     backend = tokenizer.backend_tokenizer  # asked directly: no offsets, and no copies of all that isn't ids
     backend.no_truncation()
     backend.no_padding()
@@ -1421,7 +1421,7 @@ def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ of frozen linear layers side by side, x [T, in] -> y [T, out]; A, B trained, mostly in fp32.
+    """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ of frozen linear layers side by side, x [T, in] -> y [T, out]; A, B trained.
 
     Written out, because of what autograd would do: keep W for the backward (an NF4 one is dequantised there again), cast x
     to the factors' fp32 and back, and hold each low-rank term before it is added.
@@ -1547,17 +1547,16 @@ class RecordedPass:
         """flat: the trained parameters, if they take part; gradient: where theirs goes, if it is wanted; first: nothing of
         the kind has run before, so that there is something to compile and to lay together, which can't be recorded."""
         self.room, self.gradient = room, gradient
-        names = {p.data_ptr(): f"base.{name}" for name, p in base.named_parameters() if p.requires_grad}
         stream, learns = Recordings.stream, gradient is not None
+        parts = {} if flat is None else {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
 
-        def forward() -> tuple[Tensor, list[Tensor]]:
-            half = [] if flat is None else flat.detach().to(base.dtype).split([p.numel() for p in trainable(base)])
-            leaves = [h.view_as(p).requires_grad_(learns) for h, p in zip(half, trainable(base))]
-            swap = {names[p.data_ptr()]: leaf for p, leaf in zip(trainable(base), leaves)}
-            return torch.func.functional_call(DecoderModule(base), swap, (room,)), leaves
+        def forward() -> tuple[Tensor, dict[str, Tensor]]:
+            halves = flat.detach().to(base.dtype).split([p.numel() for p in parts.values()]) if parts else ()
+            leaves = {name: h.view_as(p).requires_grad_(learns) for (name, p), h in zip(parts.items(), halves)}
+            return torch.func.functional_call(DecoderModule(base), leaves, (room,)), leaves
 
-        def backward(hidden: Tensor, leaves: list[Tensor], slope: Tensor) -> None:
-            grads = torch.autograd.grad(hidden, leaves, slope, allow_unused=True, materialize_grads=True)
+        def backward(hidden: Tensor, leaves: dict[str, Tensor], slope: Tensor) -> None:
+            grads = torch.autograd.grad(hidden, [*leaves.values()], slope, allow_unused=True, materialize_grads=True)
             gradient.copy_(torch.cat([g.flatten() for g in grads]))
         if first:
             stream.wait_stream(torch.cuda.current_stream())

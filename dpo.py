@@ -163,7 +163,7 @@ def build_pairs(tokenizer, args: Args, source: str, wanted):
         rendered = [Example.masked(*r) for r in common.render_many(tokenizer, sides, train="last")]
         out = []
         for (prompt, chosen, rejected), w, l in zip(pairs, rendered[::2], rendered[1::2]):
-            if not wanted(prompt):
+            if not w.ids:  # not wanted
                 out.append(None)
             elif not chosen.strip() or not rejected.strip():
                 out.append("empty answer")

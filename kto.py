@@ -195,7 +195,7 @@ def build_rows(tokenizer, args: Args, source: str, wanted):
         out = []
         for prompt, answers in found:
             examples, texts = [Example.masked(*next(rendered)) for _ in answers], [text for text, _ in answers]
-            if not wanted(prompt):
+            if not examples[0].ids:  # not wanted
                 out.append(None)
             elif not all(text.strip() for text in texts):
                 out.append("empty answer")

@@ -248,7 +248,7 @@ def build_pairs(tokenizer, args: Args, source: str, wanted):
         rendered = common.render_many(tokenizer, sides, train="last")
         out = []
         for (prompt, chosen, rejected), (w, w_mask), (l, l_mask) in zip(pairs, rendered[::2], rendered[1::2]):
-            if not wanted(prompt):
+            if not w:  # not wanted
                 out.append(None)
             elif not chosen.strip() or not rejected.strip():
                 out.append("empty answer")

@@ -1,6 +1,6 @@
 """Is a token's cost the same at any size? Tokens per second of training against micro-tokens, sequence length and rows a step.
 
-    python bench/linear.py                       # one GPU, about a minute, into results/bench/linear/
+    python bench/linear.py                       # one GPU, into results/bench/linear/
     python bench/linear.py --shape tiny          # a trial without a GPU
 
 A random model in Qwen2.5-0.5B's shape with a LoRA, and random text of which 70 % is predicted; a step is what every script
@@ -79,8 +79,8 @@ def plot(found: dict[str, list[dict]], title: str, path: Path) -> None:
     figure, axes = plt.subplots(1, len(found), figsize=(12, 3.4), sharey=True)
     for axis, (name, points) in zip(axes, found.items()):
         axis.plot([p[name] for p in points], [p["tokens_per_s"] / 1e3 for p in points], marker="o")
-        axis.set(xscale="log", ylim=(0, None), xlabel={"micro_tokens": "--micro-tokens", "length": "tokens a sequence",
-                                                     "rows": "rows a step"}[name])
+        axis.set(ylim=(0, None), xlabel={"micro_tokens": "--micro-tokens", "length": "tokens a sequence",
+                                         "rows": "rows a step"}[name])
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("thousand tokens/s")

@@ -10,7 +10,7 @@ compiling and capturing (its surplus is setup_s), the second is timed, prompts i
 
 Seen on one H100 (torch 2.11): 64 rows 37,693 tokens/s, 1.70 ms a step (356 kernels), 10.3 times transformers' generate and
 2.8 times its static cache in the same call; 256 rows 108,379 tokens/s, 2.36 ms, 7.9 and 4.5 times; 9 s of compiling and
-capturing, 1.8 and 2.6 GiB. Floor of a step: 1 GB of weights at 3 TB/s, 0.33 ms.
+capturing, 1.8 and 2.6 GiB of tensors. Floor of a step: 1 GB of weights at 3 TB/s, 0.33 ms.
 """
 import dataclasses
 import json

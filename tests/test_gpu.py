@@ -180,15 +180,14 @@ def test_recorded_passes_equal_plain_ones(pair):
     passes = base.recordings.passes
     assert {(on, learns) for _, on, learns in passes} == {((), False), (("default",), False), (("default",), True)}
     assert len({size for size, _, learns in passes if learns}) >= 3
-    kept, critics = base.recordings, []
-    for recordings in ({"recordings": kept}, {}):  # a critic's gradient, with that of its head, recorded and not
-        del base.__dict__["recordings"]
-        base.__dict__.update(recordings)
+
+    def critic():  # its head's gradient, and that of all
         (common.token_values(policy, all_packs[2]) * weight[:len(all_packs[2].targets), 0]).sum().backward()
-        critics.append((base.score.weight.grad.clone(), gradient()))
-    base.__dict__["recordings"] = kept
-    for recorded, plain_one in zip(*critics):
-        assert torch.nn.functional.cosine_similarity(recorded.flatten(), plain_one.flatten(), 0) > 0.999
+        return base.score.weight.grad.flatten().clone(), gradient()
+    recorded, recordings = critic(), base.__dict__.pop("recordings")
+    for found, wanted in zip(recorded, critic()):
+        assert torch.nn.functional.cosine_similarity(found, wanted, 0) > 0.999
+    base.__dict__["recordings"] = recordings
     another = common.load_model(directory, None, "none", torch.bfloat16, "cuda")  # its weights are not laid together yet
     common.compile_layers(another)
     with torch.no_grad():
