@@ -1090,7 +1090,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_le
     if keys is None:
         cu_seqlens_k = cu_seqlens
     else:
-        k, v = k[keys], v[keys]  # [L, kv, d]
+        k, v = k.index_select(0, keys), v.index_select(0, keys)  # [L, kv, d]
     grouped = q.shape[1] != k.shape[1]
     if q.is_cuda and q.dtype != torch.float32:
         kind = {"window_size": (-1, 0)} if "window_size" in VARLEN else {"is_causal": True}
@@ -1194,24 +1194,28 @@ class Pack:
 def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="cpu", share: bool = False) -> list[Pack]:
     """Packs of at most `micro_tokens` tokens; each example is in one of them.
 
-    `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. share (unit 1): what examples
-    begin with alike is computed once a pack, where that saves enough; log-probabilities, scores and gradients stay.
+    `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. share: what examples (of a unit, if
+    it has several) begin with alike is computed once a pack, where that saves enough; log-probabilities, scores and
+    gradients stay.
     """
-    if share and unit > 1:
-        raise ValueError("packs that share tokens don't keep units together")
-    bins = sorted_fit(examples, micro_tokens) if share else []
+    bins = []
+    if share:
+        bins = even_fit(examples, micro_tokens, unit, share) if unit > 1 else sorted_fit(examples, micro_tokens)
     if sum(shared for members in bins for _, shared in members) <= WORTH_SHARING * sum(len(e.ids) for e in examples):
         bins = even_fit(examples, micro_tokens, unit)
     return [lay_out(examples, members).to(device) for members in bins]
 
 
-def even_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> list[list[tuple[int, int]]]:
-    """As few packs of units of examples as first-fit decreasing needs, as equal as can be: (example, 0 tokens shared) of each.
+def even_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1, share: bool = False) -> list[list[tuple[int, int]]]:
+    """As few packs of units of examples as first-fit decreasing needs, as equal as can be: (example, tokens shared with the
+    one before it, in its unit) of each.
 
     A small pack costs as long as a larger one, since a GPU then waits for the program; and the largest takes the memory.
     """
+    ids = [longs(e.ids) for e in examples] if share else []
+    shared = [shared_length(ids[i - 1], ids[i]) if share and i % unit else 0 for i in range(len(examples))]
     units = [range(i, i + unit) for i in range(0, len(examples), unit)]
-    size = {u: sum(len(examples[i].ids) for i in u) for u in units}
+    size = {u: sum(len(examples[i].ids) - shared[i] for i in u) for u in units}
     order = sorted(units, key=lambda u: (-size[u], u[0]))
     bins: list[list] = []  # [tokens, members]
     for u in order:
@@ -1221,12 +1225,12 @@ def even_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> l
         if b is None:
             bins.append(b := [0, []])
         b[0] += size[u]
-        b[1] += [(i, 0) for i in u]
+        b[1] += [(i, shared[i]) for i in u]
     level: list[list] = [[0, []] for _ in bins]
     for u in order:
         b = min(level, key=lambda b: b[0])
         b[0] += size[u]
-        b[1] += [(i, 0) for i in u]
+        b[1] += [(i, shared[i]) for i in u]
     return [members for _, members in (level if max((b[0] for b in level), default=0) <= micro_tokens else bins)]
 
 
@@ -1235,23 +1239,31 @@ KEYS_A_TOKEN = 16       # of a pack whose sequences share tokens, on average at 
 
 
 def sorted_fit(examples: Sequence[Example], micro_tokens: int) -> list[list[tuple[int, int]]]:
-    """Packs of examples in the order of their ids, filled one after the other: (example, tokens shared) of each.
+    """As few packs as examples in the order of their ids fill one after the other, about equal: (example, tokens shared) of each.
 
     In that order an example shares more with its neighbours than with any other, so that a pack holds every beginning
     once: a few-shot prompt of many questions, and inside it a question of many answers.
     """
     ids = [np.array(e.ids, dtype=">u4") for e in examples]  # big-endian: bytes are in the order of the numbers
-    bins, before, tokens, keys = [], None, 0, 0
-    for i in sorted(range(len(ids)), key=lambda i: ids[i].tobytes()):
-        n, shared = len(ids[i]), 0 if before is None else shared_length(ids[before], ids[i])
-        if n > micro_tokens:
-            raise ValueError(f"{n} tokens that belong together don't fit into --micro-tokens {micro_tokens}")
-        if before is None or tokens + n - shared > micro_tokens or keys + n > KEYS_A_TOKEN * micro_tokens:
-            bins.append([])
-            shared = tokens = keys = 0
-        bins[-1].append((i, shared))
-        before, tokens, keys = i, tokens + n - shared, keys + n
-    return bins
+    order = sorted(range(len(ids)), key=lambda i: ids[i].tobytes())
+    shared = {b: shared_length(ids[a], ids[b]) for a, b in zip(order, order[1:])}  # with the one before
+
+    def filled(limit: int) -> list[list[tuple[int, int]]]:
+        bins, tokens, keys = [], 0, 0
+        for i in order:
+            n, same = len(ids[i]), shared.get(i, 0)
+            if not bins or tokens + n - same > limit or keys + n > KEYS_A_TOKEN * micro_tokens:
+                bins.append([])
+                same = tokens = keys = 0
+            bins[-1].append((i, same))
+            tokens, keys = tokens + n - same, keys + n
+        return bins
+    if (longest := max(map(len, ids), default=0)) > micro_tokens:
+        raise ValueError(f"{longest} tokens that belong together don't fit into --micro-tokens {micro_tokens}")
+    bins = filled(micro_tokens)
+    equal = sum(len(ids[i]) - same for members in bins for i, same in members) // max(len(bins), 1)
+    limits = range(max(equal, longest), micro_tokens, micro_tokens // 32 + 1)
+    return next((even for even in map(filled, limits) if len(even) == len(bins)), bins)
 
 
 def shared_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -1503,6 +1515,9 @@ def decoder(model: nn.Module, pack: Pack) -> Tensor:
 GRAPH_TOKENS = 256  # packs are filled up to a multiple of it; of twice, four times it from 8,192, 16,384 tokens on
 GRAPH_SEQUENCES = 64
 GRAPH_LENGTH = 1024  # room for more and longer sequences than there are costs next to nothing, and saves other graphs
+GRAPH_KEYS = 4096    # of packs whose sequences share tokens; so does this
+GRAPH_SPARE = 8      # sequences at least that are left over, and none of them longer than GRAPH_LENGTH
+RECORDING = 32768    # tokens of a 0.5B model that take about as long as recording a size
 
 
 def filled_size(tokens: int) -> int:
@@ -1510,20 +1525,51 @@ def filled_size(tokens: int) -> int:
     return round_up(tokens, max(GRAPH_TOKENS, (1 << tokens.bit_length() - 1) // 16))
 
 
-def empty_pack(tokens: int, sequences: int, max_length: int, device) -> Pack:
-    """Room for `fill`: that many tokens, in fewer sequences than that."""
-    ids = torch.zeros(2, 1, tokens, dtype=torch.long, device=device)
-    nothing = torch.zeros(0, dtype=torch.long, device=device)
-    return Pack(*ids, torch.zeros(sequences + 1, dtype=torch.int32, device=device), max_length, *3 * [nothing], [], 0)
+class Room(NamedTuple):
+    """Size of a pack that other packs are copied into, to be computed by one recorded pass."""
+    tokens: int
+    sequences: int
+    longest: int
+    keys: int  # 0: for packs whose sequences share no tokens
+
+    @classmethod
+    def of(cls, pack: Pack) -> Room:
+        """The smallest for a pack."""
+        tokens, keys = pack.input_ids.shape[1], 0 if pack.keys is None else len(pack.keys)
+        filled = filled_size(tokens)
+        return cls(filled, round_up(len(pack.examples) + GRAPH_SPARE, GRAPH_SEQUENCES), round_up(pack.max_length, GRAPH_LENGTH),
+                   keys and round_up(keys + filled - tokens, GRAPH_KEYS))
+
+    def holds(self, pack: Pack) -> bool:
+        left, most = self.tokens - pack.input_ids.shape[1], GRAPH_SPARE * GRAPH_LENGTH // 2
+        keys_fit = self.keys == 0 if pack.keys is None else 0 <= self.keys - len(pack.keys) - left < most
+        return keys_fit and 0 <= left <= most and pack.max_length <= self.longest and \
+            len(pack.examples) + GRAPH_SPARE <= self.sequences
+
+    def empty(self, device) -> Pack:
+        """A pack of this size, for `fill`."""
+        ids = torch.zeros(2, 1, self.tokens, dtype=torch.long, device=device)
+        cu, cu_k = torch.zeros(2, self.sequences + 1, dtype=torch.int32, device=device)
+        shared = (torch.arange(self.keys, device=device) % self.tokens, cu_k) if self.keys else ()
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        return Pack(*ids, cu, self.longest, *3 * [nothing], [], 0, *shared)
 
 
 def fill(room: Pack, pack: Pack) -> None:
-    """Copy a pack into one of at least its size. What is left over is one sequence that nothing reads, the rest empty ones."""
-    tokens = pack.input_ids.shape[1]
+    """Copy a pack into one that holds it. Tokens and keys left over are dealt to the sequences left over, which nothing reads;
+    each of these has as many keys as tokens at least, so that attention is defined, and all their gradients are 0."""
+    tokens, begun = pack.input_ids.shape[1], len(pack.cu_seqlens)
     room.input_ids[:, :tokens].copy_(pack.input_ids)
     room.position_ids[:, :tokens].copy_(pack.position_ids)
-    room.cu_seqlens.fill_(room.input_ids.shape[1])
-    room.cu_seqlens[:len(pack.cu_seqlens)].copy_(pack.cu_seqlens)
+    part, left = torch.arange(1, 1 + len(room.cu_seqlens) - begun, device=room.cu_seqlens.device), room.input_ids.shape[1] - tokens
+    more = left * part // len(part)
+    room.cu_seqlens[:begun].copy_(pack.cu_seqlens)
+    room.cu_seqlens[begun:].copy_(tokens + more)
+    if room.keys is not None:
+        keys, left_k = len(pack.keys), len(room.keys) - len(pack.keys) - left
+        room.keys[:keys].copy_(pack.keys)
+        room.cu_seqlens_k[:begun].copy_(pack.cu_seqlens_k)
+        room.cu_seqlens_k[begun:].copy_(keys + more + left_k * part // len(part))
 
 
 class DecoderModule(nn.Module):
@@ -1625,30 +1671,38 @@ class Recordings:
 
     def __init__(self, base: nn.Module):
         self.passes, self.kinds, self.gradient = {}, set(), None
+        self.rooms, self.filled = set(), Counter()
         self.lora = next((m for m in base.modules() if hasattr(m, "lora_A")), None)  # all layers have the same adapters on
+
+    def room(self, pack: Pack) -> Room:
+        """The smallest room there is for a pack; one of its own when more was filled up than recording it would have cost."""
+        own = Room.of(pack)
+        room = min((r for r in self.rooms if r.holds(pack)), default=own)
+        self.filled[own] += room.tokens - own.tokens
+        if self.filled[own] > RECORDING:
+            room = own
+        self.rooms.add(room)
+        return room
 
     def run(self, base: nn.Module, pack: Pack) -> Tensor | None:
         """Hidden states of a pack by the pass recorded for its size; None where only decoder() itself can."""
         on = () if self.lora is None or self.lora.disable_adapters else tuple(self.lora.active_adapters)
         trained = bool(on) and self.lora.lora_A[on[0]].weight.requires_grad
         flat, learns = base.__dict__.get("flat") if trained else None, trained and torch.is_grad_enabled()
-        if not pack.input_ids.is_cuda or base.dtype == torch.float32 or pack.keys is not None or \
-                trained and flat is None or Recordings.pending() is not None:
+        if not pack.input_ids.is_cuda or base.dtype == torch.float32 or trained and flat is None or \
+                Recordings.pending() is not None:
             return None
-        tokens = pack.input_ids.shape[1]
-        filled = filled_size(tokens)
-        size = (filled, round_up(len(pack.cu_seqlens) + 1, GRAPH_SEQUENCES),
-                round_up(max(pack.max_length, filled - tokens), GRAPH_LENGTH))
-        if (recorded := self.passes.get((size, on, learns))) is None:
+        room = self.room(pack)
+        if (recorded := self.passes.get((room, on, learns))) is None:
             if not Recordings.alive:
                 grow_segments()
                 Recordings.pool, Recordings.stream, Recordings.held = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), 0
             if learns and self.gradient is None:
                 self.gradient = torch.zeros_like(flat, requires_grad=False)
-            room = empty_pack(*size, pack.input_ids.device)
-            fill(room, pack)
-            recorded = RecordedPass(base, room, flat, self.gradient if learns else None, (on, learns) not in self.kinds)
-            self.passes[size, on, learns] = recorded
+            static = room.empty(pack.input_ids.device)
+            fill(static, pack)
+            recorded = RecordedPass(base, static, flat, self.gradient if learns else None, (on, learns) not in self.kinds)
+            self.passes[room, on, learns] = recorded
             self.kinds.add((on, learns))
             Recordings.alive.add(recorded)
         return Replay.apply(recorded, pack, flat if learns else None)
@@ -1737,17 +1791,18 @@ def score_examples(model: nn.Module, examples: Sequence[Example], micro_tokens: 
     size = [sum(len(e.ids) for e in examples[i:i + unit]) for i in range(0, len(examples), unit)]
     mine = [unit * i + k for i in my_share(size) for k in range(unit)]
     scores = torch.zeros(len(examples), device=device)
-    for pk in pack([examples[i] for i in mine], micro_tokens, unit, device):
+    for pk in pack([examples[i] for i in mine], micro_tokens, unit, device, share=True):
         scores[torch.tensor([mine[i] for i in pk.examples], device=device)] = reward_scores(model, pk)
     return all_reduce_(scores).cpu()
 
 
-def placed_packs(examples: Sequence[Example], rows: Sequence[int], micro_tokens: int, device="cpu") -> list[tuple]:
+def placed_packs(examples: Sequence[Example], rows: Sequence[int], micro_tokens: int, device="cpu",
+                 share: bool = False) -> list[tuple]:
     """Packs of this rank's share of some of the examples, each with the places of its predicted tokens in a matrix of
     [B examples, T tokens]: [(pack, (rows, columns) as one tensor [2, K])]."""
     mine = [rows[i] for i in my_share([len(examples[i].ids) for i in rows])]
     out = []
-    for pk in pack([examples[i] for i in mine], micro_tokens, device=device):
+    for pk in pack([examples[i] for i in mine], micro_tokens, device=device, share=share):
         places = [(mine[i], t) for i, n in zip(pk.examples, pk.counts.tolist()) for t in range(n)]
         out.append((pk, torch.tensor(places, device=device).T))
     return out

@@ -182,7 +182,7 @@ def evaluate_pairs(policy, pairs: list[Pair], args: Args, device) -> dict[str, f
     """Means of METRICS over held-out pairs and all ranks."""
     mine = [e for i in common.my_share([p.tokens for p in pairs]) for e in (pairs[i].chosen, pairs[i].rejected)]
     totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-    for pack in common.pack(mine, args.micro_tokens, unit=2, device=device):
+    for pack in common.pack(mine, args.micro_tokens, unit=2, device=device, share=True):
         totals += pair_metrics(policy, pack, args)[1]
     return dict(zip(METRICS, (common.all_reduce_(totals) / len(pairs)).tolist()))
 
@@ -233,7 +233,7 @@ def main(args: Args) -> None:
 
         # 3a. Forward (reference, policy) and backward, a pack at a time; the denominator is the step's pairs.
         totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        for pack in common.pack(mine, args.micro_tokens, unit=2, device=device):
+        for pack in common.pack(mine, args.micro_tokens, unit=2, device=device, share=True):
             losses, sums = pair_metrics(policy, pack, args)
             (losses.sum() / len(batch)).backward()
             totals += sums

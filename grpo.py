@@ -542,8 +542,8 @@ def main(args: Args) -> None:
                 rows = [g * G + i for g in order[at:at + size] for i in range(G)]
                 weights = torch.zeros(P * G, device=device)
                 weights[rows] = token_weights(lengths[rows], args.aggregate, args.completion_tokens)
-                parts.append((common.placed_packs(examples, [i for i in rows if learns[i]], args.micro_tokens, device),
-                              int(mask[rows].sum()), weights))
+                packs = common.placed_packs(examples, [i for i in rows if learns[i]], args.micro_tokens, device, share=True)
+                parts.append((packs, int(mask[rows].sum()), weights))
             return parts
 
         # 3c. Log-probs of old policy and reference, from the very packs of the first epoch.

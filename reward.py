@@ -361,7 +361,7 @@ def main(args: Args) -> None:
 
         # 3a. Forward and backward, a pack at a time; the denominator is the step's pairs, over all ranks.
         totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        for pack in common.pack(mine, args.micro_tokens, unit=2, device=device):
+        for pack in common.pack(mine, args.micro_tokens, unit=2, device=device, share=True):
             chosen, rejected = common.reward_scores(model, pack).view(-1, 2).T            # each [pairs]
             losses, sums = pair_metrics(chosen, rejected, args.centring)
             (losses.sum() / len(batch)).backward()

@@ -93,17 +93,21 @@ def test_weights_side_by_side_are_the_modules_own(tiny_model):
     assert torch.equal(common.weight_of(modules, torch.float32), torch.cat([m.weight for m in modules]))
 
 
-def test_a_filled_pack_gives_what_the_pack_gives(tiny_model):
+@pytest.mark.parametrize("share", [False, True])
+def test_a_filled_pack_gives_what_the_pack_gives(tiny_model, share):
     """What a recorded pass computes: packs of several sizes put into the room of a larger one, one after the other, under
     leaves of its own for the same factors. What is left over from an earlier pack changes nothing."""
     policy = ours(tiny_model)
     base, factors = common.base_of(policy), common.trainable(policy)
     names = {id(p): f"base.{n}" for n, p in base.named_parameters()}
     leaves = {names[id(f)]: f.detach().requires_grad_() for f in factors}
-    room = common.empty_pack(512, 64, 1024, "cpu")
+    room = common.Room(512, 64, 1024, 1024 if share else 0).empty("cpu")
     g = torch.Generator().manual_seed(1)
     for n in (9, 3, 6):
-        (pk,) = common.pack(random_examples(n, seed=n), 512)
+        examples = random_examples(n, seed=n)
+        if share:
+            examples = [Example(e.ids + [5 + i] * 4, e.predict, e.targets) for e in examples for i in range(2)]
+        (pk,) = common.pack(examples, 512, share=share)
         tokens = pk.input_ids.shape[1]
         common.fill(room, pk)
         weight = torch.randn(tokens, base.config.hidden_size, generator=g)
@@ -140,6 +144,48 @@ def test_packs_are_filled_up_by_little():
         filled = common.filled_size(tokens)
         assert tokens <= filled < tokens + max(256, tokens / 16) and common.filled_size(filled) == filled
     assert len({common.filled_size(n) for n in range(4096, 32768)}) <= 50  # so many graphs at most
+
+
+def test_a_room_holds_what_it_says():
+    """Packs of many sizes, some sharing tokens, in rooms of their own and in larger ones: copied as they are, and the
+    sequences left over take all tokens and keys left over, each with a key at least for each token and none too long."""
+    packs = []
+    for n, copies in ((1, 1), (9, 3), (40, 2), (30, 8), (60, 1), (35, 2)):
+        examples = [Example(e.ids + [5 + i] * 3, [], []) for e in random_examples(n, high=300) for i in range(copies)]
+        packs += common.pack(examples, 4096, share=True)
+    rooms, held = {common.Room.of(pk) for pk in packs}, 0
+    for pk in packs:
+        assert common.Room.of(pk).holds(pk)
+        for size in rooms:
+            if not size.holds(pk):
+                continue
+            room, kept, held = size.empty("cpu"), len(pk.cu_seqlens), held + 1
+            common.fill(room, pk)
+            own = room.cu_seqlens.diff()
+            assert torch.equal(room.cu_seqlens[:kept], pk.cu_seqlens) and room.cu_seqlens[-1] == size.tokens
+            assert torch.equal(room.input_ids[:, :pk.input_ids.shape[1]], pk.input_ids)
+            assert (room.keys is None) == (pk.keys is None)
+            if pk.keys is not None:
+                assert torch.equal(room.cu_seqlens_k[:kept], pk.cu_seqlens_k) and room.cu_seqlens_k[-1] == size.keys
+                assert torch.equal(room.keys[:len(pk.keys)], pk.keys) and room.keys.max() < size.tokens
+                own, fewer = room.cu_seqlens_k.diff(), own
+                assert (fewer <= own).all()
+            assert 0 <= own.min() and own.max() <= size.longest == room.max_length
+    assert held > 1.5 * len(packs)
+    small, large = min(packs, key=lambda p: p.input_ids.numel()), max(packs, key=lambda p: p.input_ids.numel())
+    assert not common.Room.of(small).holds(large)
+
+
+def test_a_size_is_recorded_when_filling_up_has_cost_more():
+    """A larger room serves a pack until the tokens filled up come to a recording's; then it has one of its own."""
+    recordings = common.Recordings(torch.nn.Module())
+    large, small = (common.pack([Example(list(range(n)), [], [])], 8192)[0] for n in (3000, 1000))
+    assert recordings.room(large) == common.Room.of(large)
+    asked = 0
+    while recordings.room(small) == common.Room.of(large):
+        asked += 1
+    assert asked == common.RECORDING // (3072 - 1024) and recordings.room(small) == common.Room.of(small)
+    assert recordings.room(large) == common.Room.of(large)
 
 
 @pytest.mark.parametrize("unit", [1, 2])

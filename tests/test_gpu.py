@@ -149,6 +149,11 @@ def test_recorded_passes_equal_plain_ones(pair):
     sizes = [[100, 30, 7], [500], [200] * 6, [90, 40, 3], [40] * 20]
     examples = [[common.Example.completion([5, 6], torch.randint(3, 300, (n,), generator=g).tolist()) for n in ns] for ns in sizes]
     all_packs = [common.pack(e, 4096, device="cuda")[0] for e in examples]
+    for n, each in ((20, 2), (3, 8), (9, 8)):  # answers to one prompt, which is there once
+        prompts = torch.randint(3, 300, (n, 70), generator=g).tolist()
+        answers = [common.Example.completion(p, [5 + i] * (20 + 7 * i)) for p in prompts for i in range(each)]
+        all_packs += common.pack(answers, 4096, each, device="cuda", share=True)
+    assert sum(pk.keys is not None for pk in all_packs) == 3
 
     def plain(pk):
         hidden = common.decoder(policy, pk)

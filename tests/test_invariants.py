@@ -552,25 +552,63 @@ def test_shared_packs_are_bounded():
     assert all(p.keys is None for p in common.pack(hardly, 200, share=True))
     with pytest.raises(ValueError, match="91 tokens"):
         common.pack(examples, 90, share=True)
-    with pytest.raises(ValueError, match="units"):
-        common.pack(examples, 1000, unit=2, share=True)
     assert common.pack([], 50, share=True) == []
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_shared_equals_unshared(tmp_path, kind):
+def pairs_of(prompts, seed=0):
+    """(chosen, rejected) sequences end to end: prompts of so many tokens, answers of 1 to 12, some of which begin alike."""
+    g, examples = random.Random(seed), []
+    for n in prompts:
+        prompt, alike = ([g.randrange(3, 300) for _ in range(k)] for k in (n, g.randrange(0, 4)))
+        for end in (7, 8):
+            answer = alike + [g.randrange(3, 300) for _ in range(g.randrange(0, 8))] + [end]
+            examples.append(common.Example.completion(prompt, answer))
+    return examples
+
+
+@pytest.mark.parametrize("micro_tokens", [70, 150, 2000])
+def test_pairs_share_their_prompt(micro_tokens):
+    """A pair's two answers stay together and in order; what they begin with alike is there once, and no more than that."""
+    examples = pairs_of([30, 3, 20, 25, 12, 1, 40, 18])
+    packs = common.pack(examples, micro_tokens, unit=2, share=True)
+    assert sorted(i for p in packs for i in p.examples) == list(range(len(examples)))
+    for p in packs:
+        assert p.examples[1::2] == [i + 1 for i in p.examples[::2]]
+        tokens = sum(beginnings(examples[i:i + 2]) for i in p.examples[::2])
+        assert p.input_ids.shape[1] == tokens <= micro_tokens
+        for i, places in zip(p.examples, p.places, strict=True):
+            assert p.input_ids[0, places].tolist() == examples[i].ids
+        predict = by_example(p, p.predict)
+        assert all(predict[i].tolist() == places[examples[i].predict].tolist() for i, places in zip(p.examples, p.places))
+    sizes = [p.input_ids.shape[1] for p in packs]
+    assert len(packs) == 1 or max(sizes) <= sum(sizes) / len(sizes) + 60
+    hardly = [common.Example([5, 6 + i, *range(i, 40)], [], []) for i in range(8)]  # one token in forty
+    assert all(p.keys is None for p in common.pack(hardly, 200, unit=2, share=True))
+    with pytest.raises(ValueError, match="tokens"):
+        common.pack(examples, 30, unit=2, share=True)
+
+
+def test_the_order_of_packs_that_share_is_filled_evenly():
+    """As few as one after the other would be, and the last is not a small one."""
+    examples = [common.Example.completion(list(range(10 * g, 10 * g + 30)), [300 + i] * 20) for g in range(8) for i in range(8)]
+    sizes = [p.input_ids.shape[1] for p in common.pack(examples, 700, share=True)]
+    assert sum(sizes) <= 8 * (30 + 160) + 2 * 30 and len(sizes) == 3 and min(sizes) > 0.85 * max(sizes)
+
+
+@pytest.mark.parametrize("kind, unit", [("llama", 1), ("qwen2", 1), ("qwen2", 2)])
+def test_shared_equals_unshared(tmp_path, kind, unit):
     """Log-probabilities against plain eager attention one sequence at a time; gradients against packs that share nothing."""
     directory = make_model(tmp_path, seed=1, kind=kind)
     policy = randomise(common.add_lora(common.load_model(directory, dtype=torch.float32)))
     plain = plain_lora(plain_model(directory))
     plain.load_state_dict(policy.state_dict())
-    examples = sharing_examples(seed=3)
+    examples = sharing_examples(seed=3) if unit == 1 else pairs_of([40, 3, 20, 25, 12, 50, 18], seed=3)
     weights = torch.randn(len(examples), generator=torch.Generator().manual_seed(0))
 
     def run(share, micro_tokens):
         found, tokens = {}, 0
         policy.zero_grad()
-        for p in common.pack(examples, micro_tokens, share=share):
+        for p in common.pack(examples, micro_tokens, unit, share=share):
             logprobs = common.token_logprobs(policy, p)
             (p.sum_by_sequence(logprobs) * weights[p.examples]).sum().backward()
             found |= by_example(p, logprobs.detach())
@@ -582,9 +620,9 @@ def test_shared_equals_unshared(tmp_path, kind):
             logits = plain(torch.tensor([e.ids]), use_cache=False).logits[0]
             expected.append(logits.log_softmax(-1)[e.predict, e.targets])
     _, gradient, all_tokens = run(False, 1000)
-    for micro_tokens in (max(len(e.ids) for e in examples), 120, 1000):
+    for micro_tokens in (max(len(e.ids) for e in examples) + 20 * (unit - 1), 120, 1000):
         found, shared_gradient, tokens = run(True, micro_tokens)
-        assert tokens < all_tokens * (0.8 if micro_tokens < 100 else 0.5)
+        assert tokens < all_tokens * (0.8 if micro_tokens < 100 or unit == 2 else 0.5)
         for i, logprobs in enumerate(expected):
             torch.testing.assert_close(found[i], logprobs, **CLOSE)
         for a, b in zip(shared_gradient, gradient, strict=True):
