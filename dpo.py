@@ -12,7 +12,8 @@ Deviations from the usual script, on purpose:
      the margin is exactly 0 and the loss exactly ln 2, which is asserted.
   2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; the rounding's KL is logged) and a fresh
      LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
-  3. No padding: a pair's two answers are packed together, and attention never crosses sequences.
+  3. No padding, and no token twice: a pair's two answers are packed together, and what they begin with alike, prompt
+     included, is computed once. Attention never crosses sequences.
   4. Pairs with an over-long side are dropped and counted, never cut.
 
     python dpo.py --beta 0.1 --sft-adapter runs/sft_v2

@@ -21,7 +21,8 @@ Deviations, on purpose:
   4. With one optimizer step an update (the default, and the paper's μ = 1), π_old is π_θ: ρ ≡ 1, and its log-probs are those
      of the forward that is trained. With more, they are computed before the first, from its very packs (ρ ≡ 1 is asserted).
      Either way they must agree with the sampler's own (`sampler_gap`).
-  5. Logits are divided by the sampling temperature in old, new and reference log-probs alike. No padding: packs.
+  5. Logits are divided by the sampling temperature in old, new and reference log-probs alike. No padding: packs, in which a
+     group's prompt is computed once.
 
     python grpo.py --sft-adapter runs/sft_v2
     python grpo.py --task arithmetic --sft-adapter runs/sft_v2 --out runs/grpo_arithmetic

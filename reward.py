@@ -14,7 +14,8 @@ Deviations from the usual script, on purpose:
   3. The head is fp32 and never quantised, w ~ N(0, 1/(H+1)) [2403.17031: its reward head], seeded.
   4. One comparison a prompt row, all pairs of a step in one mean; 2203.02155 batches all K(K−1)/2 pairs of a prompt.
   5. The centring term makes the scores' level comparable between prompts; nothing else normalises them.
-  6. No padding: a pair's two answers are packed together, and attention never crosses sequences.
+  6. No padding, and no token twice: a pair's two answers are packed together, and what they begin with alike, prompt
+     included, is computed once. Attention never crosses sequences.
   7. Pairs with an over-long side are dropped and counted, never cut: a cut answer has no EOS to read.
 
     python reward.py

@@ -3,7 +3,8 @@
     python bench/profiled.py FIRST sft.py FLAGS…        (train.py --profile calls it)
 
 Steps FIRST+1 to FIRST+STEPS are watched by torch.profiler. Printed after "-- profile": the wall time of a step without and
-with the profiler, the share of it in which the GPU works, that share by kind of kernel, and the kernels by time.
+with the profiler, the share of it in which the GPU works, that share by kind of kernel, the kernels by time, and between
+which kernels the GPU waits.
 """
 import runpy
 import sys
@@ -39,6 +40,24 @@ def report(trace, wall: float, plain: float) -> None:
     print(f"{'ms a step':>10} {'calls':>8} {'us each':>9}  kernel")
     for name, ms in spent.most_common(45):
         print(f"{ms:10.2f} {count[name] / STEPS:8.1f} {ms * 1e3 * STEPS / count[name]:9.1f}  {name[:150]}")
+    if gpu:
+        waits(trace)
+
+
+def waits(trace) -> None:
+    """Where no kernel runs: how long in all by how long at a time, and after and before which kernels it is longest."""
+    ran = sorted((e.time_range.start, e.time_range.end, e.name) for e in trace.events()
+                 if e.device_type == torch.autograd.DeviceType.CUDA)
+    longest, spent, at = Counter(), Counter(), ran[0]
+    for start, end, name in ran[1:]:
+        if (gap := start - at[1]) > 0:
+            spent["below 5 us" if gap < 5 else "5 to 50 us" if gap < 50 else "above 50 us"] += gap / STEPS / 1e3
+            if gap >= 20:
+                longest[at[2][:60], name[:60]] += gap / STEPS / 1e3
+        at = max(at, (start, end, name), key=lambda k: k[1])
+    print("waits, ms a step: " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in spent.most_common()))
+    for (before, after), ms in longest.most_common(25):
+        print(f"{ms:10.2f}  {before}  ->  {after}")
 
 
 def main(first: int, script: str, flags: list[str]) -> None:

@@ -14,8 +14,8 @@ are those of the text (both answers of a pair; of sampling and its updates the c
 pairs. peak_gib: the most memory that the process had reserved. command_to_first_step_s: from the call of the script to the
 end of its first step, imports and compiling included.
 
-mfu: FLOPs that the mathematics needs (common.model_flops; frozen base, nothing recomputed) a second, over the GPU's dense
-bfloat16 peak. By workload, in passes over its sequences: sft, reward (no LM head) one with backward; dpo one more forward
+mfu: FLOPs that the mathematics needs (common.model_flops; frozen base, nothing recomputed, the prompt of a pair or a group
+once) a second, over the GPU's dense bfloat16 peak. By workload, in passes over its sequences: sft, reward (no LM head) one with backward; dpo one more forward
 (reference); kto three more (reference, and two over mismatched pairs); grpo-step sampling, reference, one with backward;
 ppo-step sampling, old, reference and four epochs, and of scorer and critic (no LM head) scores, old values and four epochs.
 
@@ -238,20 +238,22 @@ def sample(system: str, args: Args, completion_tokens: int) -> dict:
 
 def flops_a_token(case: str, config, sizes: dict, completion_tokens: int) -> float:
     """FLOPs that the mathematics of a workload needs for each token that is counted."""
-    def flops(lengths: list[int], predicted: int, **passes: int) -> float:
-        attended = sum(n * (n + 1) // 2 for n in lengths)
-        return sum(n * common.model_flops(config, sum(lengths), attended, predicted, backward=kind == "backward")
+    def flops(lengths: list[int], shared: list[int], predicted: int, **passes: int) -> float:
+        attended = sum((n - s) * (n + s + 1) // 2 for n, s in zip(lengths, shared))
+        return sum(n * common.model_flops(config, sum(lengths) - sum(shared), attended, predicted, backward=kind == "backward")
                    for kind, n in passes.items())
     if case in ("grpo-step", "ppo-step", "sample"):
-        lengths = [n + completion_tokens for n in sizes["prompts"]]
+        answers = 1 if case == "ppo-step" else GROUP
+        lengths = [n + completion_tokens for n in sizes["prompts"] for _ in range(answers)]
+        shared = [n * (i > 0) for n in sizes["prompts"] for i in range(answers)]
         counted = completion_tokens * len(lengths)
-        total = flops(lengths, counted, **{"grpo-step": dict(forward=2, backward=1), "ppo-step": dict(forward=3, backward=4),
-                                           "sample": dict(forward=1)}[case])
-        return (total + (flops(lengths, 0, forward=2, backward=4) if case == "ppo-step" else 0)) / counted
+        total = flops(lengths, shared, counted, **{"grpo-step": dict(forward=2, backward=1), "sample": dict(forward=1),
+                                                   "ppo-step": dict(forward=3, backward=4)}[case])
+        return (total + (flops(lengths, shared, 0, forward=2, backward=4) if case == "ppo-step" else 0)) / counted
     kind = case.split("-")[0]
     passes = {"sft": {}, "reward": {}, "dpo": dict(forward=1), "kto": dict(forward=3)}[kind]
     found = sizes[kind]
-    return flops(found["lengths"], found["predicted"], backward=1, **passes) / sum(found["lengths"])
+    return flops(found["lengths"], found["shared"], found["predicted"], backward=1, **passes) / sum(found["lengths"])
 
 
 def table(cases: list[dict]) -> str:

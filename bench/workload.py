@@ -108,10 +108,13 @@ def write(path: Path, rows: list[dict]) -> None:
     common.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def sequences(tokenizer, conversations: list[list[dict]]) -> dict[str, int | list[int]]:
-    """{"lengths": tokens of each conversation, "predicted": those of all answers}."""
+def sequences(tokenizer, conversations: list[list[dict]], unit: int = 1) -> dict[str, int | list[int]]:
+    """{"lengths": tokens of each conversation, "shared": how many it begins with that the one before it, in its unit, begins
+    with too, "predicted": tokens of all answers}."""
     rendered = common.render_many(tokenizer, conversations, train="last")
-    return {"lengths": [len(ids) for ids, _ in rendered], "predicted": sum(sum(mask) for _, mask in rendered)}
+    ids = [common.longs(ids) for ids, _ in rendered]
+    shared = [common.shared_length(ids[i - 1], ids[i]) if i % unit else 0 for i in range(len(ids))]
+    return {"lengths": [*map(len, ids)], "shared": shared, "predicted": sum(sum(mask) for _, mask in rendered)}
 
 
 def make(work: Path, shape: str, rows: int, prompts: int, dtype: torch.dtype) -> None:
@@ -133,7 +136,7 @@ def make(work: Path, shape: str, rows: int, prompts: int, dtype: torch.dtype) ->
     write(work / "prompts.jsonl", asked)
     (work / "task.py").write_text(TASK.format(prompts=str((work / "prompts.jsonl").resolve())))
     tokenizer = common.load_tokenizer(work / "model")
-    both = sequences(tokenizer, [row["prompt"] + row[side] for row in pairs for side in ("chosen", "rejected")])
+    both = sequences(tokenizer, [row["prompt"] + row[side] for row in pairs for side in ("chosen", "rejected")], 2)
     common.write_json(work / "sizes.json", {
         "sft": sequences(tokenizer, [row["messages"] for row in chats]), "dpo": both,
         "reward": both | {"predicted": 0}, "kto": sequences(tokenizer, [row["prompt"] + row["completion"] for row in labels]),
