@@ -964,9 +964,22 @@ def flat_parameters(policy: nn.Module) -> nn.Parameter:
     return flat
 
 
+@contextlib.contextmanager
 def reference(policy: PeftModel):
-    """Context in which the new adapter is off: the reference policy (base, or base + SFT merged)."""
-    return policy.disable_adapter()
+    """Context in which the new adapter is off: the reference policy (base, or base + SFT merged).
+
+    What PEFT's disable_adapter does to a LoRA's layers, without its check of the whole model, which takes 40 ms.
+    """
+    base = base_of(policy)
+    if "adapted" not in base.__dict__:
+        base.__dict__["adapted"] = [m for m in base.modules() if hasattr(m, "lora_A")]
+    for layer in base.__dict__["adapted"]:
+        vars(layer)["_disable_adapters"] = True  # past Module.__setattr__, which is slow
+    try:
+        yield
+    finally:
+        for layer in base.__dict__["adapted"]:
+            vars(layer)["_disable_adapters"] = False
 
 
 def attach_adapter(model: nn.Module, adapter: str | Path) -> PeftModel:
@@ -1513,11 +1526,11 @@ def decoder(model: nn.Module, pack: Pack) -> Tensor:
 # of one size is recorded, as a CUDA graph forward and one backward, and from then on replayed.
 
 GRAPH_TOKENS = 256  # packs are filled up to a multiple of it; of twice, four times it from 8,192, 16,384 tokens on
-GRAPH_SEQUENCES = 64
-GRAPH_LENGTH = 1024  # room for more and longer sequences than there are costs next to nothing, and saves other graphs
-GRAPH_KEYS = 4096    # of packs whose sequences share tokens; so does this
-GRAPH_SPARE = 8      # sequences at least that are left over, and none of them longer than GRAPH_LENGTH
-RECORDING = 32768    # tokens of a 0.5B model that take about as long as recording a size
+GRAPH_SEQUENCES = 16  # attention starts a block of threads for every 128 tokens that a sequence could have
+GRAPH_LENGTH = 1024
+GRAPH_KEYS = 2048  # of packs whose sequences share tokens
+GRAPH_SPARE = 4    # sequences at least for what is left over
+RECORDING = 16384  # tokens of a 0.5B model that take about as long as recording a size
 
 
 def filled_size(tokens: int) -> int:
@@ -1537,14 +1550,17 @@ class Room(NamedTuple):
         """The smallest for a pack."""
         tokens, keys = pack.input_ids.shape[1], 0 if pack.keys is None else len(pack.keys)
         filled = filled_size(tokens)
-        return cls(filled, round_up(len(pack.examples) + GRAPH_SPARE, GRAPH_SEQUENCES), round_up(pack.max_length, GRAPH_LENGTH),
-                   keys and round_up(keys + filled - tokens, GRAPH_KEYS))
+        filled_keys = keys and round_up(keys + filled - tokens, GRAPH_KEYS)
+        left = max(filled - tokens, filled_keys - keys) // GRAPH_SPARE + 2
+        return cls(filled, round_up(len(pack.examples) + GRAPH_SPARE, GRAPH_SEQUENCES),
+                   round_up(max(pack.max_length, left), GRAPH_LENGTH), filled_keys)
 
     def holds(self, pack: Pack) -> bool:
-        left, most = self.tokens - pack.input_ids.shape[1], GRAPH_SPARE * GRAPH_LENGTH // 2
-        keys_fit = self.keys == 0 if pack.keys is None else 0 <= self.keys - len(pack.keys) - left < most
-        return keys_fit and 0 <= left <= most and pack.max_length <= self.longest and \
-            len(pack.examples) + GRAPH_SPARE <= self.sequences
+        if (pack.keys is None) != (self.keys == 0):
+            return False
+        spare, left = self.sequences - len(pack.examples), self.tokens - pack.input_ids.shape[1]
+        keys_left = self.keys - len(pack.keys) if self.keys else left
+        return 0 <= left <= keys_left and spare >= GRAPH_SPARE and max(pack.max_length, keys_left // spare + 2) <= self.longest
 
     def empty(self, device) -> Pack:
         """A pack of this size, for `fill`."""

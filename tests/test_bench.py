@@ -101,7 +101,7 @@ def test_a_filled_pack_gives_what_the_pack_gives(tiny_model, share):
     base, factors = common.base_of(policy), common.trainable(policy)
     names = {id(p): f"base.{n}" for n, p in base.named_parameters()}
     leaves = {names[id(f)]: f.detach().requires_grad_() for f in factors}
-    room = common.Room(512, 64, 1024, 1024 if share else 0).empty("cpu")
+    room = common.Room(512, 32, 1024, 1024 if share else 0).empty("cpu")
     g = torch.Generator().manual_seed(1)
     for n in (9, 3, 6):
         examples = random_examples(n, seed=n)

@@ -501,6 +501,26 @@ def test_a_fresh_adapter_is_exactly_the_disabled_one(tiny_model, kind):
         assert torch.equal(common.token_logprobs(policy.train(), p), moved)  # dropout is 0
 
 
+def test_the_reference_is_peft_s_own(tiny_model):
+    """The context does what PEFT's disable_adapter does to the forward of ours and of transformers' modules, and ends whatever
+    happens inside; gradients are asked for as before."""
+    policy = randomise(common.add_lora(common.load_model(tiny_model, dtype=torch.float32)))
+    (p,), wanted = common.pack([common.Example.masked([5, 6, 7, 8], [True] * 4)], 10), [q.requires_grad for q in policy.parameters()]
+
+    def values():
+        with torch.no_grad():
+            return torch.cat([common.token_logprobs(policy, p), policy(p.input_ids, use_cache=False).logits.flatten()])
+    on = values()
+    with policy.disable_adapter():
+        theirs = values()
+    for _ in range(2):
+        with pytest.raises(KeyError), common.reference(policy):
+            assert torch.equal(values(), theirs)
+            raise KeyError
+        assert torch.equal(values(), on) and not torch.equal(on, theirs)
+    assert [q.requires_grad for q in policy.parameters()] == wanted
+
+
 # -- packs whose sequences share what they begin with ------------------------------------------------------
 
 def beginnings(examples):
