@@ -261,7 +261,7 @@ def mismatched(rows: list[Row], max_length: int) -> list[Example]:
 # -- z0, losses and what is logged ----------------------------------------------------------------
 
 @torch.no_grad()
-def mismatched_kl(policy, rows: list[Row], args: Args, device) -> float:
+def mismatched_kl(policy, rows: list[Row], args: Args, device) -> Tensor:
     """Mean log π(y'|x) − log π_ref(y'|x) of the rows' mismatched pairs, over all ranks, in nats: z0 before its clamp."""
     examples = mismatched(rows, args.max_length)
     mine = [examples[i] for i in common.my_share([len(e.ids) for e in examples])]
@@ -270,7 +270,7 @@ def mismatched_kl(policy, rows: list[Row], args: Args, device) -> float:
         with common.reference(policy):
             ref_logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))      # [N]
         total += (pack.sum_by_sequence(common.token_logprobs(policy, pack)) - ref_logprobs).sum()
-    return common.all_reduce_(total).item() / len(examples)
+    return common.all_reduce_(total) / len(examples)
 
 
 def row_metrics(policy, pack: common.Pack, rows: list[Row], z0: float, args: Args) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,7 +303,7 @@ def means(totals: Tensor, rows: int) -> dict[str, float | None]:
 def evaluate_rows(policy, rows: list[Row], args: Args, device) -> dict[str, float | None]:
     """The same figures of held-out rows, which share one z0; and auc: how often the reward of a desirable row is above that
     of an undesirable one, over all such pairs, ties half. It is accuracy without a threshold."""
-    z0 = max(0.0, mismatched_kl(policy, rows, args, device))
+    z0 = max(0.0, mismatched_kl(policy, rows, args, device).item())
     share = common.my_share([len(r.example.ids) for r in rows])
     mine = [rows[i] for i in share]
     totals, above = torch.zeros(10, dtype=torch.float64, device=device), torch.zeros(len(rows), device=device)
@@ -368,11 +368,13 @@ def main(args: Args) -> None:
 
         # 3a. The reference point, from the whole step's mismatched pairs, before any backward.
         kl = mismatched_kl(policy, batch, args, device)
+        packs = common.pack([r.example for r in mine], args.micro_tokens, device=device)  # before it waits for the GPU
+        kl = kl.item()
         z0 = max(0.0, kl)
 
         # 3b. Forward (reference, policy) and backward, a pack at a time; the denominator is the step's rows.
         totals = torch.zeros(10, dtype=torch.float64, device=device)
-        for pack in common.pack([r.example for r in mine], args.micro_tokens, device=device):
+        for pack in packs:
             losses, above, sums = row_metrics(policy, pack, mine, z0, args)
             if step == 0:  # policy = reference: ρ = z0 = 0, each loss λ σ(0) = λ/2; a compiled graph may differ a little
                 bound = 1e-6 if not (args.compile and device.type == "cuda") else 0.25

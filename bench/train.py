@@ -57,10 +57,10 @@ class Args:
     """Workloads."""
     system: tuple[Literal[SYSTEMS], ...] = SYSTEMS
     """Who runs them; transformers-generate only samples."""
-    steps: int = 100
-    """Optimizer steps of a training case; of grpo and ppo a fifth as many updates."""
-    warm: int = 25
-    """First steps that don't count; of grpo and ppo a fifth, at least one."""
+    steps: int = 200
+    """Optimizer steps of a training case; of grpo and ppo a tenth as many updates."""
+    warm: int = 50
+    """First steps that don't count; of grpo and ppo a tenth, at least one."""
     peer_steps: int = 25
     """The same of TRL's cases, which record nothing."""
     peer_warm: int = 5
@@ -304,8 +304,8 @@ def main(args: Args) -> None:
         common.fail("no GPU; give --shape tiny")
     work, name = Path(args.work), common.hardware()["device"]
     completion_tokens = 256 if args.shape != "tiny" else 32
-    warm_updates = max(1, args.warm // 5)
-    updates = max(warm_updates + 1, args.steps // 5)
+    warm_updates = max(1, args.warm // 10)
+    updates = max(warm_updates + 1, args.steps // 10)
     workload.make(work, args.shape, ROWS * args.steps, 2 + PROMPTS * GROUP * updates,
                   torch.bfloat16 if device == "cuda" else torch.float32)
     config, sizes = AutoConfig.from_pretrained(work / "model"), common.read_json(work / "sizes.json")

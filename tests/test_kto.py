@@ -170,7 +170,7 @@ def test_loss_is_trls(tmp_path, labels, seed, weights):
 
     build = kto.build_rows(common.load_tokenizer(directory), args, "rows", lambda prompt: True)
     batch = [r for (r,) in build(list(enumerate(rows)))]
-    z0 = max(0.0, kto.mismatched_kl(ours, batch, args, "cpu"))
+    z0 = max(0.0, kto.mismatched_kl(ours, batch, args, "cpu").item())
     totals, packs, distances = torch.zeros(10), common.pack([r.example for r in batch], 100), []
     assert len(packs) > 1
     for pack in packs:
@@ -298,7 +298,7 @@ def test_z0_by_unpacked_forwards(tiny_model, micro_tokens, max_length):
                 ratio = answer_logprob(library, prompt, answer)
                 with library.disable_adapter():
                     expected.append((ratio - answer_logprob(library, prompt, answer)).item())
-        found = kto.mismatched_kl(ours, rows, args, "cpu")
+        found = kto.mismatched_kl(ours, rows, args, "cpu").item()
         assert isinstance(found, float) and found == pytest.approx(sum(expected) / 7, abs=1e-4)
         assert found < -0.1 and all(p.grad is None for p in ours.parameters())
 
