@@ -47,8 +47,8 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
     kind = case.split("-")[0]
     on_policy = kind == "grpo"
     batch = 64 if on_policy else ROWS
-    lengths = [] if on_policy else sizes[kind]["lengths"]  # both of a pair's
-    a_step = completion_tokens * batch if on_policy else sum(lengths) / len(lengths) * ROWS * (2 if kind in PAIRS else 1)
+    lengths = [] if on_policy else sizes[kind]["lengths"][:steps * ROWS * (2 if kind in PAIRS else 1)]  # both of a pair's
+    a_step = completion_tokens * batch if on_policy else sum(lengths) / steps
 
     class Timer(transformers.TrainerCallback):
         """Prints what was measured, after each step that counts."""
@@ -90,7 +90,7 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
         rows = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows_of(work / "sft.jsonl")]
     else:
         rows = rows_of(work / {"kto": "labels.jsonl", "grpo": "prompts.jsonl"}.get(kind, "pairs.jsonl"))
-    more, timer = {}, Timer()
+    rows, more, timer = rows[:steps * ROWS], {}, Timer()  # as many as it trains on: it tokenises all that it is given
     if on_policy:
         rows = [{"prompt": row["prompt"]} for row in rows]
         config |= {"num_generations": 8, "max_completion_length": completion_tokens, "temperature": 1.0, "beta": 0.04}
