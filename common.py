@@ -1556,6 +1556,7 @@ class Room(NamedTuple):
                    round_up(max(pack.max_length, left), GRAPH_LENGTH), filled_keys)
 
     def holds(self, pack: Pack) -> bool:
+        """Can a pack be copied into one of this size?"""
         if (pack.keys is None) != (self.keys == 0):
             return False
         spare, left = self.sequences - len(pack.examples), self.tokens - pack.input_ids.shape[1]
@@ -1577,7 +1578,7 @@ def fill(room: Pack, pack: Pack) -> None:
     tokens, begun = pack.input_ids.shape[1], len(pack.cu_seqlens)
     room.input_ids[:, :tokens].copy_(pack.input_ids)
     room.position_ids[:, :tokens].copy_(pack.position_ids)
-    part, left = torch.arange(1, 1 + len(room.cu_seqlens) - begun, device=room.cu_seqlens.device), room.input_ids.shape[1] - tokens
+    left, part = room.input_ids.shape[1] - tokens, torch.arange(1, 1 + len(room.cu_seqlens) - begun, device=room.cu_seqlens.device)
     more = left * part // len(part)
     room.cu_seqlens[:begun].copy_(pack.cu_seqlens)
     room.cu_seqlens[begun:].copy_(tokens + more)
@@ -1819,8 +1820,10 @@ def placed_packs(examples: Sequence[Example], rows: Sequence[int], micro_tokens:
     mine = [rows[i] for i in my_share([len(examples[i].ids) for i in rows])]
     out = []
     for pk in pack([examples[i] for i in mine], micro_tokens, device=device, share=share):
-        places = [(mine[i], t) for i, n in zip(pk.examples, pk.counts.tolist()) for t in range(n)]
-        out.append((pk, torch.tensor(places, device=device).T))
+        which = [mine[i] for i in pk.examples]
+        counts = [len(examples[i].targets) for i in which]
+        columns = np.concatenate([np.arange(n) for n in counts])
+        out.append((pk, torch.from_numpy(np.stack([np.repeat(which, counts), columns])).to(device)))
     return out
 
 
