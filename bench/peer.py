@@ -96,7 +96,7 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
         config |= {"num_generations": 8, "max_completion_length": completion_tokens, "temperature": 1.0, "beta": 0.04}
         more["reward_funcs"] = [lambda completions, **kwargs: [float(i % 3) for i in range(len(completions))]]
     else:
-        config["max_length"] = 1024
+        config["max_length"] = None if kind == "sft" and settings.get("padding_free") else 1024  # no text is longer
     trainer_of, config_of = {"sft": (trl.SFTTrainer, trl.SFTConfig), "dpo": (trl.DPOTrainer, trl.DPOConfig),
                              "reward": (trl.RewardTrainer, trl.RewardConfig), "kto": (trl.KTOTrainer, trl.KTOConfig),
                              "grpo": (trl.GRPOTrainer, trl.GRPOConfig)}[kind]

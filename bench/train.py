@@ -74,7 +74,7 @@ class Args:
     shape: Literal["qwen2.5-0.5b", "tiny"] = "qwen2.5-0.5b"
     """Shape of the random model."""
     flags: str = ""
-    """More flags for our scripts, such as "--micro-tokens 16384"."""
+    """More flags for our scripts, as one word: --flags="--micro-tokens 16384"."""
     profile: bool = False
     """Print where the time of some steps goes, by kernel (rungs); its speeds are not written."""
     work: str = "runs/bench"
@@ -154,7 +154,7 @@ def run(command: list[str], seconds: int, seen: Callable[[float], None] = lambda
             out, err = process.communicate()
         return out, f"no result within {seconds} s"
     lines = [line.strip() for line in err.replace("\r", "\n").splitlines() if line.strip()]
-    return out, None if process.returncode == 0 else f"exit {process.returncode}: " + " | ".join(lines[-3:])[-400:]
+    return out, None if process.returncode == 0 else f"exit {process.returncode}: " + (lines or ["no output"])[-1][-300:]
 
 
 def small(device: str) -> list[str]:
