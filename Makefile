@@ -72,7 +72,7 @@ STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 .SECONDARY:
 .DEFAULT_GOAL := help
 
-all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU (SmolLM2: its phases sum to 27 min on H100s shared by two)
+all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU (SmolLM2 on one H100: about 19 min by its parts)
 	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(STAMPS) | tr ' ' '\n' | sort -u)
 
 controls: ## make all with two rows more: SFT for a second epoch, and SFT on the chosen answers that DPO and KTO learn from
@@ -185,7 +185,7 @@ gpu-check: $(if $(ENV),$(VENV)/.ready-test) ## the GPU paths against the CPU's: 
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) -m pytest -rA tests/test_gpu.py
 
 BENCH_FLAGS ?=
-bench: $(if $(ENV),$(VENV)/.ready-test) ## training and sampling speed beside TRL and transformers, into results/bench; one GPU; its time not measured yet
+bench: $(if $(ENV),$(VENV)/.ready-test) ## training and sampling speed beside TRL and transformers, into results/bench; one GPU; about 20 min on an H100
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) bench/train.py $(BENCH_FLAGS)
 
 bench-cpu: $(if $(ENV),$(VENV)/.ready-test) ## the same with a tiny model, without a GPU: does it run? Its speeds mean nothing; 6 min on two cores

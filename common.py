@@ -1528,8 +1528,7 @@ def decoder(model: nn.Module, pack: Pack) -> Tensor:
 GRAPH_TOKENS = 256  # packs are filled up to a multiple of it; of twice, four times it from 8,192, 16,384 tokens on
 GRAPH_SEQUENCES = 16  # attention starts a block of threads for every 128 tokens that a sequence could have
 GRAPH_LENGTH = 1024
-GRAPH_KEYS = 2048  # of packs whose sequences share tokens
-GRAPH_SPARE = 4    # sequences at least for what is left over
+GRAPH_SPARE = 4  # sequences at least for what is left over
 RECORDING = 16384  # tokens of a 0.5B model that take about as long as recording a size
 
 
@@ -1548,12 +1547,12 @@ class Room(NamedTuple):
     @classmethod
     def of(cls, pack: Pack) -> Room:
         """The smallest for a pack."""
-        tokens, keys = pack.input_ids.shape[1], 0 if pack.keys is None else len(pack.keys)
+        tokens, keys, n = pack.input_ids.shape[1], 0 if pack.keys is None else len(pack.keys), len(pack.examples)
         filled = filled_size(tokens)
-        filled_keys = keys and round_up(keys + filled - tokens, GRAPH_KEYS)
-        left = max(filled - tokens, filled_keys - keys) // GRAPH_SPARE + 2
-        return cls(filled, round_up(len(pack.examples) + GRAPH_SPARE, GRAPH_SEQUENCES),
-                   round_up(max(pack.max_length, left), GRAPH_LENGTH), filled_keys)
+        filled_keys = keys and round_up(keys + filled - tokens, filled // 2)
+        sequences = round_up(n + GRAPH_SPARE, GRAPH_SEQUENCES)
+        left = max(filled - tokens, filled_keys - keys) // (sequences - n) + 2
+        return cls(filled, sequences, round_up(max(pack.max_length, left), GRAPH_LENGTH), filled_keys)
 
     def holds(self, pack: Pack) -> bool:
         """Can a pack be copied into one of this size?"""
@@ -1735,7 +1734,7 @@ def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
     return hidden
 
 
-HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time
+HEAD_CHUNK = 1024  # predicted tokens at most whose logits exist at one time
 
 
 class KnownSlope(torch.autograd.Function):
@@ -1780,8 +1779,9 @@ def token_logprobs(model: nn.Module, pack: Pack, temperature: float = 1.0, extra
     hidden, base = hidden_states(model, pack)[pack.predict], base_of(model)
     head, slopes, parts = base.get_output_embeddings(), hidden.requires_grad, []
     choose_targets = compiled(of_targets) if is_compiled(model) else of_targets
+    chunks = max(1, -(-len(hidden) // HEAD_CHUNK))  # of equal size; no token: one empty chunk
     with precision(model), torch.no_grad():
-        for h, t in zip(hidden.split(HEAD_CHUNK), pack.targets.split(HEAD_CHUNK)):  # no token: one empty chunk
+        for h, t in zip(hidden.tensor_split(chunks), pack.targets.tensor_split(chunks)):
             logprobs, slope, found = choose_targets(head(h), t, temperature, tuple(extras), slopes)
             parts.append((logprobs, slope @ head.weight if slopes else None, found))
     count_flops(base.config, predicted=len(hidden), backward=slopes)
