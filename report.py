@@ -916,7 +916,8 @@ def settings_of(case: dict) -> str:
     """A benchmark case's settings in a few words: what isn't the default."""
     found = case.get("settings")
     if isinstance(found, dict):
-        found = ", ".join(f"{k}={v}" for k, v in found.items() if k != "script" and v not in (None, ""))
+        known = ("script", "shape", "device", "torch")  # from the file and the workload
+        found = ", ".join(f"{k}={v}" for k, v in found.items() if k not in known and v not in (None, ""))
     return str(found or "default")
 
 
@@ -1359,7 +1360,7 @@ def main(args: Args) -> None:
     stamp, speed, plots = f"{STAMP}{command}`; edits are lost -->\n\n", bench_tables(results), list(figures)
     own_rewards = [record for record in records["rm"] if not record["note"] and record["name"] not in runs]
     pages = [*runs, *(record["name"] for record in own_rewards)]
-    full = [*full_report(tables, compared, records, plots, pages), *speed, LEGEND]
+    full = [*full_report(tables, compared, records, plots, pages), LEGEND, *speed]
     texts = {results / "README.md": stamp + markdown(full)}
     for label, own in runs.items():
         texts[results / "runs" / f"{label}.md"] = stamp + markdown(page(label, own, tables, compared, records, plots))
@@ -1369,7 +1370,7 @@ def main(args: Args) -> None:
     if chosen != "none":
         readme = Path(chosen)
         place = Path(os.path.relpath(results, readme.parent)).as_posix()
-        compact = [*compact_report(tables, compared, records, plots, place), *speed, LEGEND]
+        compact = [*compact_report(tables, compared, records, plots, place), LEGEND, *speed]
         texts[readme] = with_section(readme, stamp + markdown(compact) + "\n")
     names = [str(path) for path in texts if path.parent != results / "runs"]
     names += [f"pages of {len(pages)} runs"] * bool(pages) + [f"plots: {len(figures)}"] * bool(figures)
