@@ -35,6 +35,11 @@ EVAL_FLAGS ?=
 JUDGE_MODEL ?= $(OUT)/rm_watch
 JUDGE_FLAGS ?= --best-of 8
 
+# They may come from the environment as well; said, since other programs use such names too.
+GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA LIMIT PROTOCOL SEED OUT RESULTS README NPROC
+$(if $(filter all controls,$(MAKECMDGOALS)),$(foreach v,$(GIVEN),$(if $(filter environment,$(origin $(v))),\
+  $(info note: $(v)=$($(v)), from the environment))))
+
 flag  = $(if $(2),$(1) $(2))
 ENV   := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
 BASE  := $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/config.json)

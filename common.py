@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -42,6 +43,7 @@ from typing import Any, NamedTuple, NoReturn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its note on optional CPU kernels at every import
+gc.disable()  # half a million objects of libraries stay: looking through them for garbage, now and later, takes seconds
 
 import numpy as np
 import torch
@@ -64,6 +66,8 @@ VARLEN = inspect.signature(varlen_attn).parameters if varlen_attn else {}
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks transformers the old way
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+gc.freeze()
+gc.enable()
 
 QWEN = "Qwen/Qwen2.5-0.5B@060db6499f32faf8b98477b0a26969ef7d8b9987"
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a:train_sft"
@@ -1615,7 +1619,7 @@ class RecordedPass:
         def forward() -> tuple[Tensor, dict[str, Tensor]]:
             halves = flat.detach().to(base.dtype).split([p.numel() for p in parts.values()]) if parts else ()
             leaves = {name: h.view_as(p).requires_grad_(learns) for (name, p), h in zip(parts.items(), halves)}
-            return torch.func.functional_call(DecoderModule(base), leaves, (room,)), leaves
+            return torch.func.functional_call(DecoderModule(base), leaves, (room,), tie_weights=False), leaves
 
         def backward(hidden: Tensor, leaves: dict[str, Tensor], slope: Tensor) -> None:
             grads = torch.autograd.grad(hidden, [*leaves.values()], slope, allow_unused=True, materialize_grads=True)

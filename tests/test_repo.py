@@ -272,6 +272,15 @@ def test_make_demo_stays_out_of_the_committed_results(clone, words, exported):
         assert "report.py" not in c or c[c.index("--readme") + 1] == "none"
 
 
+def test_variables_of_the_environment_are_named(clone):
+    """Another program's OUT or MODEL moves the whole climb: make says what it took from there, and nothing else."""
+    def notes(*words, **exported):
+        return [line for line in make(clone, "-n", *words, **exported).stdout.splitlines() if line.startswith("note: ")]
+    taken = {"OUT": "runs/other", "SEED": "7", "TERM": "dumb"}
+    assert sorted(notes("all", **taken)) == ["note: OUT=runs/other, from the environment", "note: SEED=7, from the environment"]
+    assert notes("all", "OUT=runs/mine", OUT="runs/other") == notes("all") == notes("demo", **taken) == []
+
+
 def test_make_help_lists_each_target(clone):
     """Every phony target that is meant for people, one a line with a text; no other names."""
     rules = (clone / "Makefile").read_text()
