@@ -1604,16 +1604,17 @@ class DecoderModule(nn.Module):
 
 
 class RecordedPass:
-    """decoder() over packs of one size: recorded forward and, if there is a place for its gradient, backward.
+    """decoder() over packs of one size: recorded forward and, if parameters take part that are trained, backward.
 
     The factors are cast all at once, into leaves of the pass's own: autograd ties a leaf to the stream it was first used on.
     """
 
+    @torch.enable_grad()
     def __init__(self, base: nn.Module, room: Pack, flat: Tensor | None, gradient: Tensor | None, first: bool):
-        """flat: the trained parameters, if they take part; gradient: where theirs goes, if it is wanted; first: nothing of
-        the kind has run before, so that there is something to compile and to lay together, which can't be recorded."""
+        """flat: the trained parameters, if they take part; gradient: where theirs goes; first: nothing of the kind has run
+        before, so that there is something to compile and to lay together, which can't be recorded."""
         self.room, self.gradient = room, gradient
-        stream, learns = Recordings.stream, gradient is not None
+        stream, learns = Recordings.stream, flat is not None
         parts = {} if flat is None else {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
 
         def forward() -> tuple[Tensor, dict[str, Tensor]]:
@@ -1708,24 +1709,24 @@ class Recordings:
         """Hidden states of a pack by the pass recorded for its size; None where only decoder() itself can."""
         on = () if self.lora is None or self.lora.disable_adapters else tuple(self.lora.active_adapters)
         trained = bool(on) and self.lora.lora_A[on[0]].weight.requires_grad
-        flat, learns = base.__dict__.get("flat") if trained else None, trained and torch.is_grad_enabled()
+        flat = base.__dict__.get("flat") if trained else None
         if not pack.input_ids.is_cuda or base.dtype == torch.float32 or trained and flat is None or \
                 Recordings.pending() is not None:
             return None
         room = self.room(pack)
-        if (recorded := self.passes.get((room, on, learns))) is None:
+        if (recorded := self.passes.get((room, on, trained))) is None:
             if not Recordings.alive:
                 grow_segments()
                 Recordings.pool, Recordings.stream, Recordings.held = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), 0
-            if learns and self.gradient is None:
+            if trained and self.gradient is None:
                 self.gradient = torch.zeros_like(flat, requires_grad=False)
             static = room.empty(pack.input_ids.device)
             fill(static, pack)
-            recorded = RecordedPass(base, static, flat, self.gradient if learns else None, (on, learns) not in self.kinds)
-            self.passes[room, on, learns] = recorded
-            self.kinds.add((on, learns))
+            recorded = RecordedPass(base, static, flat, self.gradient if trained else None, (on, trained) not in self.kinds)
+            self.passes[room, on, trained] = recorded
+            self.kinds.add((on, trained))
             Recordings.alive.add(recorded)
-        return Replay.apply(recorded, pack, flat if learns else None)
+        return Replay.apply(recorded, pack, flat if torch.is_grad_enabled() else None)
 
 
 def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
