@@ -1533,7 +1533,7 @@ GRAPH_TOKENS = 256  # packs are filled up to a multiple of it; of twice, four ti
 GRAPH_SEQUENCES = 16  # attention starts a block of threads for every 128 tokens that a sequence could have
 GRAPH_LENGTH = 1024
 GRAPH_SPARE = 4  # sequences at least for what is left over
-RECORDING = 16384  # tokens of a 0.5B model that take about as long as recording a size
+RECORDING = 8e12  # weights times tokens of a pass that takes about as long as recording a size: 16,000 tokens at 0.5B
 
 
 def filled_size(tokens: int) -> int:
@@ -1693,6 +1693,7 @@ class Recordings:
     def __init__(self, base: nn.Module):
         self.passes, self.kinds, self.gradient = {}, set(), None
         self.rooms, self.filled = set(), Counter()
+        self.worth = RECORDING / max(1, sum(p.numel() for p in base.parameters()))  # tokens
         self.lora = next((m for m in base.modules() if hasattr(m, "lora_A")), None)  # all layers have the same adapters on
 
     def room(self, pack: Pack) -> Room:
@@ -1700,7 +1701,7 @@ class Recordings:
         own = Room.of(pack)
         room = min((r for r in self.rooms if r.holds(pack)), default=own)
         self.filled[own] += room.tokens - own.tokens
-        if self.filled[own] > RECORDING:
+        if self.filled[own] > self.worth:
             room = own
         self.rooms.add(room)
         return room

@@ -178,13 +178,13 @@ def test_a_room_holds_what_it_says():
 
 def test_a_size_is_recorded_when_filling_up_has_cost_more():
     """A larger room serves a pack until the tokens filled up come to a recording's; then it has one of its own."""
-    recordings = common.Recordings(torch.nn.Module())
+    recordings = common.Recordings(torch.nn.Linear(10**4, 10**4, bias=False))  # 80,000 tokens' worth
     large, small = (common.pack([Example(list(range(n)), [], [])], 8192)[0] for n in (3000, 1000))
     assert recordings.room(large) == common.Room.of(large)
     asked = 0
     while recordings.room(small) == common.Room.of(large):
         asked += 1
-    assert asked == common.RECORDING // (3072 - 1024) and recordings.room(small) == common.Room.of(small)
+    assert asked == 80_000 // (3072 - 1024) and recordings.room(small) == common.Room.of(small)
     assert recordings.room(large) == common.Room.of(large)
 
 
