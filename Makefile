@@ -36,7 +36,8 @@ JUDGE_MODEL ?= $(OUT)/rm_watch
 JUDGE_FLAGS ?= --best-of 8
 
 # They may come from the environment as well; said, since other programs use such names too.
-GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA LIMIT PROTOCOL SEED OUT RESULTS README NPROC
+GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA LIMIT PROTOCOL SEED OUT RESULTS README NPROC PY VENV JUDGE_MODEL \
+  $(foreach s,SFT RM DPO PPO GRPO KTO EVAL JUDGE,$(s)_FLAGS)
 $(if $(filter all controls,$(MAKECMDGOALS)),$(foreach v,$(GIVEN),$(if $(filter environment,$(origin $(v))),\
   $(info note: $(v)=$($(v)), from the environment))))
 
@@ -190,7 +191,7 @@ gpu-check: $(if $(ENV),$(VENV)/.ready-test) ## the GPU paths against the CPU's: 
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) -m pytest -rA tests/test_gpu.py
 
 BENCH_FLAGS ?=
-bench: $(if $(ENV),$(VENV)/.ready-test) ## training and sampling speed beside TRL and transformers, into results/bench; one GPU; about 20 min on an H100
+bench: $(if $(ENV),$(VENV)/.ready-test) ## training and sampling speed beside TRL and transformers, into results/bench; one GPU; about 30 min on an H100, as its cases add up
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) bench/train.py $(BENCH_FLAGS)
 
 bench-cpu: $(if $(ENV),$(VENV)/.ready-test) ## the same with a tiny model, without a GPU: does it run? Its speeds mean nothing; 6 min on two cores

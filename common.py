@@ -876,6 +876,7 @@ def add_lora(model: nn.Module, r: int = 16, alpha: int = 32) -> PeftModel:
     policy = get_peft_model(model, LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=list(TARGET_MODULES),
         task_type="CAUSAL_LM"))
+    base_of(policy).__dict__.pop("adapted", None)  # layers of an adapter that was here before
     for p in policy.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -977,13 +978,15 @@ def reference(policy: PeftModel):
     base = base_of(policy)
     if "adapted" not in base.__dict__:
         base.__dict__["adapted"] = [m for m in base.modules() if hasattr(m, "lora_A")]
-    for layer in base.__dict__["adapted"]:
+    layers = base.__dict__["adapted"]
+    before = [layer.disable_adapters for layer in layers]
+    for layer in layers:
         vars(layer)["_disable_adapters"] = True  # past Module.__setattr__, which is slow
     try:
         yield
     finally:
-        for layer in base.__dict__["adapted"]:
-            vars(layer)["_disable_adapters"] = False
+        for layer, off in zip(layers, before):
+            vars(layer)["_disable_adapters"] = off
 
 
 def attach_adapter(model: nn.Module, adapter: str | Path) -> PeftModel:
@@ -1176,6 +1179,7 @@ class Pack:
     attended: int          # pairs of a query and a key it attends to
     keys: Tensor | None = None          # [L] positions in T of all tokens of each sequence, end to end
     cu_seqlens_k: Tensor | None = None  # [N + 1] int32, where sequences begin and end in `keys`
+    room: Room | None = None            # what recorded passes copy it into
 
     @property
     def rows(self) -> list[int]:
@@ -1697,14 +1701,16 @@ class Recordings:
         self.lora = next((m for m in base.modules() if hasattr(m, "lora_A")), None)  # all layers have the same adapters on
 
     def room(self, pack: Pack) -> Room:
-        """The smallest room there is for a pack; one of its own when more was filled up than recording it would have cost."""
-        own = Room.of(pack)
-        room = min((r for r in self.rooms if r.holds(pack)), default=own)
-        self.filled[own] += room.tokens - own.tokens
-        if self.filled[own] > self.worth:
-            room = own
-        self.rooms.add(room)
-        return room
+        """The smallest room there is for a pack; one of its own when more was filled up than recording it would have cost.
+        All passes over a pack have the same, so that they are rounded alike."""
+        if pack.room is None:
+            own = Room.of(pack)
+            pack.room = min((r for r in self.rooms if r.holds(pack)), default=own)
+            self.filled[own] += pack.room.tokens - own.tokens
+            if self.filled[own] > self.worth:
+                pack.room = own
+        self.rooms.add(pack.room)
+        return pack.room
 
     def run(self, base: nn.Module, pack: Pack) -> Tensor | None:
         """Hidden states of a pack by the pass recorded for its size; None where only decoder() itself can."""
@@ -1820,12 +1826,20 @@ def score_examples(model: nn.Module, examples: Sequence[Example], micro_tokens: 
 
 
 def placed_packs(examples: Sequence[Example], rows: Sequence[int], micro_tokens: int, device="cpu",
-                 share: bool = False) -> list[tuple]:
+                 group: int = 1) -> list[tuple]:
     """Packs of this rank's share of some of the examples, each with the places of its predicted tokens in a matrix of
-    [B examples, T tokens]: [(pack, (rows, columns) as one tensor [2, K])]."""
-    mine = [rows[i] for i in my_share([len(examples[i].ids) for i in rows])]
-    out = []
-    for pk in pack([examples[i] for i in mine], micro_tokens, device=device, share=share):
+    [B examples, T tokens]: [(pack, (rows, columns) as one tensor [2, K])].
+
+    `group` consecutive examples are completions of one prompt, which is computed once: a group goes to one rank, unless
+    there are fewer groups than ranks.
+    """
+    units: dict[int, list[int]] = {}
+    for i in rows:
+        units.setdefault(i // group, []).append(i)
+    dealt = [*units.values()] if len(units) >= world() else [[i] for i in rows]
+    size = [len(examples[unit[0]].ids) + sum(len(examples[i].targets) for i in unit[1:]) for unit in dealt]
+    mine, out = [i for k in my_share(size) for i in dealt[k]], []
+    for pk in pack([examples[i] for i in mine], micro_tokens, device=device, share=group > 1):
         which = [mine[i] for i in pk.examples]
         counts = [len(examples[i].targets) for i in which]
         columns = np.concatenate([np.arange(n) for n in counts])

@@ -155,6 +155,11 @@ class Pair:
     def tokens(self) -> int:
         return len(self.chosen.ids) + len(self.rejected.ids)
 
+    @property
+    def computed(self) -> int:
+        """The same with the prompt once."""
+        return len(self.chosen.ids) + len(self.rejected.targets)
+
 
 def build_pairs(tokenizer, args: Args, source: str, wanted):
     """A function from data rows to Pairs, or the reason why a row can't be used, or None where `wanted(prompt)` is false."""
@@ -182,7 +187,7 @@ def build_pairs(tokenizer, args: Args, source: str, wanted):
 @torch.no_grad()
 def evaluate_pairs(policy, pairs: list[Pair], args: Args, device) -> dict[str, float]:
     """Means of METRICS over held-out pairs and all ranks."""
-    mine = [e for i in common.my_share([p.tokens for p in pairs]) for e in (pairs[i].chosen, pairs[i].rejected)]
+    mine = [e for i in common.my_share([p.computed for p in pairs]) for e in (pairs[i].chosen, pairs[i].rejected)]
     totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
     for pack in common.pack(mine, args.micro_tokens, unit=2, device=device, share=True):
         totals += pair_metrics(policy, pack, args)[1]
@@ -231,7 +236,7 @@ def main(args: Args) -> None:
     # 3. Train.
     for step in range(run.resume(optimizer, len(steps)), len(steps)):
         batch = [pairs[i] for i in steps[step]]
-        mine = [e for i in common.my_share([p.tokens for p in batch]) for e in (batch[i].chosen, batch[i].rejected)]
+        mine = [e for i in common.my_share([p.computed for p in batch]) for e in (batch[i].chosen, batch[i].rejected)]
 
         # 3a. Forward (reference, policy) and backward, a pack at a time; the denominator is the step's pairs.
         totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)

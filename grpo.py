@@ -542,7 +542,7 @@ def main(args: Args) -> None:
                 rows = [g * G + i for g in order[at:at + size] for i in range(G)]
                 weights = torch.zeros(P * G, device=device)
                 weights[rows] = token_weights(lengths[rows], args.aggregate, args.completion_tokens)
-                packs = common.placed_packs(examples, [i for i in rows if learns[i]], args.micro_tokens, device, share=True)
+                packs = common.placed_packs(examples, [i for i in rows if learns[i]], args.micro_tokens, device, G)
                 parts.append((packs, int(mask[rows].sum()), weights))
             return parts
 

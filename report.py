@@ -938,7 +938,7 @@ def bench_tables(results: Path) -> list[str | Table]:
                 figures = [number(speed, 0), ratio, number(case.get("peak_gib"), 1), number(case.get("mfu"), 1, 100)]
                 lines.append(about + figures)
         header = ["workload", "system", "settings", "tokens/s", "rungs is", "peak GiB", "MFU, %"]
-        notes = ["rungs is: the tokens/s of our fastest case of the workload over those of the line."]
+        notes = ["rungs is: the tokens/s of rungs on one GPU over those of the line. MFU is of one GPU."]
         blocks += [f"## Speed: {record.get('device') or path.stem}", Table(header, lines, 3, notes)]
     return blocks
 

@@ -62,9 +62,9 @@ class Args:
     warm: int = 50
     """First steps that don't count; of grpo and ppo a tenth, at least one."""
     peer_steps: int = 25
-    """The same of TRL's cases, which record nothing."""
+    """The same of TRL's cases, which record nothing; of its GRPO a fifth, at least three more than don't count."""
     peer_warm: int = 5
-    """First steps of TRL's cases that don't count."""
+    """First steps of TRL's cases that don't count; of its GRPO a fifth, at least one."""
     seconds: int = 300
     """Time budget of a case, start-up and compiling included; what was measured by then counts."""
     at_once: int = 1
@@ -222,7 +222,7 @@ def trl(case: str, settings: dict, args: Args, work: Path, completion_tokens: in
     warm = min(args.peer_warm, steps - 1)
     if case == "grpo-step":
         warm = max(1, warm // 5)
-        steps = max(warm + 1, steps // 5)
+        steps = max(warm + 3, steps // 5)
     found = result([str(HERE / "peer.py"), case, str(work), json.dumps(settings), str(steps), str(warm),
                     str(completion_tokens)], args.seconds)
     return {**found, "settings": settings}

@@ -865,6 +865,29 @@ def test_shares_deal_every_unit_once(monkeypatch, ranks):
         assert heaviest <= sum(lengths) / ranks + max(lengths, default=0)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_a_groups_completions_go_to_one_rank(monkeypatch, ranks):
+    """So that no other computes its prompt; with fewer groups than ranks they are dealt singly. Every row is on one rank."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    g, examples = random.Random(0), []
+    for p in range(6):
+        prompt = [3 + p] * g.randrange(20, 60)
+        examples += [common.Example.completion(prompt, [50 + i] * g.randrange(1, 30)) for i in range(4)]
+    rows, total, most, seen = [i for i in range(24) if i not in (5, 18, 19)], 0, 0, []
+    for r in range(ranks):
+        monkeypatch.setenv("RANK", str(r))
+        packs = common.placed_packs(examples, rows, 10_000, group=4)
+        tokens = sum(pk.input_ids.shape[1] for pk, _ in packs)
+        total, most = total + tokens, max(most, tokens)
+        for pk, (row, column) in packs:
+            assert [len(examples[i].targets) for i in row.unique_consecutive().tolist()] == pk.counts.tolist()
+            assert column.tolist() == [t for n in pk.counts.tolist() for t in range(n)]
+            assert torch.equal(pk.targets, torch.tensor([examples[i].targets[t] for i, t in zip(row.tolist(), column.tolist())]))
+            seen += row.unique_consecutive().tolist()
+    once = beginnings([examples[i] for i in rows])
+    assert sorted(seen) == rows and (total == once) == (ranks <= 6) and (ranks == 7 or most <= once / ranks + 180)
+
+
 DRIVER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
