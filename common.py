@@ -1233,12 +1233,11 @@ def even_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1, shar
 
     A small pack costs as long as a larger one, since a GPU then waits for the program; and the largest takes the memory.
     """
-    ids = [longs(e.ids) for e in examples] if share else []
-    shared = [shared_length(ids[i - 1], ids[i]) if share and i % unit else 0 for i in range(len(examples))]
+    shared = shared_in_units([e.ids for e in examples], unit) if share else [0] * len(examples)
     units = [range(i, i + unit) for i in range(0, len(examples), unit)]
     size = {u: sum(len(examples[i].ids) - shared[i] for i in u) for u in units}
     order = sorted(units, key=lambda u: (-size[u], u[0]))
-    bins: list[list] = []  # [tokens, members]
+    bins: list[list] = []  # [tokens, units]
     for u in order:
         if size[u] > micro_tokens:
             raise ValueError(f"{size[u]} tokens that belong together don't fit into --micro-tokens {micro_tokens}")
@@ -1246,13 +1245,14 @@ def even_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1, shar
         if b is None:
             bins.append(b := [0, []])
         b[0] += size[u]
-        b[1] += [(i, shared[i]) for i in u]
+        b[1].append(u)
     level: list[list] = [[0, []] for _ in bins]
     for u in order:
         b = min(level, key=lambda b: b[0])
         b[0] += size[u]
-        b[1] += [(i, shared[i]) for i in u]
-    return [members for _, members in (level if max((b[0] for b in level), default=0) <= micro_tokens else bins)]
+        b[1].append(u)
+    chosen = level if max((b[0] for b in level), default=0) <= micro_tokens else bins
+    return [[(i, shared[i]) for u in members for i in u] for _, members in chosen]
 
 
 WORTH_SHARING = 1 / 16  # of all tokens; below, copying keys costs more than the shared tokens do
@@ -1292,6 +1292,12 @@ def shared_length(a: np.ndarray, b: np.ndarray) -> int:
     n = min(len(a), len(b))
     unequal = a[:n] != b[:n]
     return int(unequal.argmax()) if unequal.any() else n
+
+
+def shared_in_units(sequences: Sequence[Sequence[int]], unit: int) -> list[int]:
+    """Of each sequence, how many numbers it and the one before it begin with alike; 0 for the first of `unit` consecutive ones."""
+    arrays = [longs(s) for s in sequences]
+    return [shared_length(arrays[i - 1], arrays[i]) if i % unit else 0 for i in range(len(arrays))]
 
 
 def longs(values: Sequence[int]) -> np.ndarray:

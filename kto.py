@@ -368,7 +368,7 @@ def main(args: Args) -> None:
 
         # 3a. The reference point, from the whole step's mismatched pairs, before any backward.
         kl = mismatched_kl(policy, batch, args, device)
-        packs = common.pack([r.example for r in mine], args.micro_tokens, device=device)  # before it waits for the GPU
+        packs = common.pack([r.example for r in mine], args.micro_tokens, device=device)  # while the GPU computes kl
         kl = kl.item()
         z0 = max(0.0, kl)
 

@@ -15,9 +15,10 @@ pairs. peak_gib: the most memory that the process had reserved. command_to_first
 end of its first step, imports and compiling included.
 
 mfu: FLOPs that the mathematics needs (common.model_flops; frozen base, nothing recomputed, the prompt of a pair or a group
-once) a second, over the GPU's dense bfloat16 peak. By workload, in passes over its sequences: sft, reward (no LM head) one with backward; dpo one more forward
-(reference); kto three more (reference, and two over mismatched pairs); grpo-step sampling, reference, one with backward;
-ppo-step sampling, old, reference and four epochs, and of scorer and critic (no LM head) scores, old values and four epochs.
+once) a second, over the GPU's dense bfloat16 peak. By workload, in passes over its sequences: sft, reward (no LM head) one
+with backward; dpo one more forward (reference); kto three more (reference, and two over mismatched pairs); grpo-step
+sampling, reference, one with backward; ppo-step sampling, old, reference and four epochs, and of scorer and critic (no LM
+head) scores, old values and four epochs.
 
 Results go to --out, results/bench/<device>.json: a case that is run again replaces its former self, one that fails is kept
 with its error.

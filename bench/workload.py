@@ -112,9 +112,8 @@ def sequences(tokenizer, conversations: list[list[dict]], unit: int = 1) -> dict
     """{"lengths": tokens of each conversation, "shared": how many it begins with that the one before it, in its unit, begins
     with too, "predicted": tokens of all answers}."""
     rendered = common.render_many(tokenizer, conversations, train="last")
-    ids = [common.longs(ids) for ids, _ in rendered]
-    shared = [common.shared_length(ids[i - 1], ids[i]) if i % unit else 0 for i in range(len(ids))]
-    return {"lengths": [*map(len, ids)], "shared": shared, "predicted": sum(sum(mask) for _, mask in rendered)}
+    return {"lengths": [len(ids) for ids, _ in rendered], "predicted": sum(sum(mask) for _, mask in rendered),
+            "shared": common.shared_in_units([ids for ids, _ in rendered], unit)}
 
 
 def make(work: Path, shape: str, rows: int, prompts: int, dtype: torch.dtype) -> None:

@@ -391,8 +391,8 @@ def test_updates_are_the_loop_over_single_answers(tiny_model, sft_run, grpo_args
 def test_without_kl_only_answers_with_an_advantage_are_computed(grpo_args, tmp_path, rollouts, monkeypatch):
     """Nothing else is packed, the reference is never asked, and one optimizer step takes one forward."""
     packed, real = [], common.placed_packs
-    monkeypatch.setattr(common, "placed_packs", lambda examples, rows, *a, **k: packed.append(
-        [examples[i].ids for i in rows]) or real(examples, rows, *a, **k))
+    monkeypatch.setattr(common, "placed_packs", lambda examples, rows, *a: packed.append(
+        [examples[i].ids for i in rows]) or real(examples, rows, *a))
     forwards, logprobs = [], common.token_logprobs
     monkeypatch.setattr(common, "token_logprobs", lambda model, pack, *a, **k: forwards.append(
         pack.cu_seqlens.numel() - 1) or logprobs(model, pack, *a, **k))
