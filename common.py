@@ -2380,6 +2380,24 @@ def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_
 # 8. The run directory
 # ------------------------------------------------------------------------------------------------
 
+class Fetched:
+    """Numbers [] on their way from a device: asked for now, waited for when they are read."""
+
+    def __init__(self, numbers: Sequence[Tensor]):
+        self.values, self.event, self.time = torch.stack([n.detach().double() for n in numbers]), None, time.time()
+        if self.values.is_cuda:  # only a copy to pinned memory goes on by itself
+            self.values = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True).copy_(self.values, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> list[float]:
+        """The numbers; `time` is then when they came, or were first known to be there."""
+        if self.event:
+            self.event.synchronize()
+            self.time = time.time()
+        return self.values.tolist()
+
+
 class Run:
     """runs/<name>/: one training run, from the first check to the finished adapter.
 
@@ -2394,6 +2412,7 @@ class Run:
         self.directory = Path(args.out)
         self.stop_signal, self.seconds, self.started = 0, 0.0, time.time()
         self.bar, self.tracker, self.old_handlers = None, None, {}
+        self.unread = self.flags = None
         self.state: dict[str, Any] = {}  # what a script must find again after a resume, besides weights and optimizer
         self.checkpoint_file = self.directory / "checkpoint" / "state.safetensors"
         self.running = self.directory / "checkpoint" / "run.json"  # becomes the directory's run.json at the end
@@ -2508,6 +2527,7 @@ class Run:
                 self.tracker = wandb.init(project="rungs", name=self.record["name"], config=self.record,
                                           id=f"{self.record['config_hash']}", resume="allow")
         self.total_steps, self.started, self.last_tick, self.last_flops = total_steps, time.time(), time.time(), flops_done
+        self.first_line = True
         if step < total_steps:
             self.old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return step
@@ -2519,18 +2539,35 @@ class Run:
             raise KeyboardInterrupt
         self.stop_signal = number
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
+    def log(self, step: int, metrics: dict[str, Any], rows: Sequence[int] = ()) -> None:
         """One line of log.jsonl: `metrics` (means or sums over the whole step and all ranks), rate, memory, time.
 
+        Where some are tensors, the line is written a step later (but the first at once): a GPU has the next step to do by
+        then, and never waits for this program. `rows` are the step's rows of the data set, for check_finite.
         A "tokens" entry gives tokens_per_s; on a GPU of PEAK_FLOPS, mfu is the share of its peak that this rank's passes needed.
         """
-        metrics = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
-        now = time.time()
+        tensors = {k: v for k, v in metrics.items() if isinstance(v, Tensor)}
+        fetched = Fetched([*tensors.values()]) if tensors else None
+        self.flush()
+        self.unread = step, metrics, tensors.keys(), fetched, flops_done, rows
+        if self.first_line or not tensors:
+            self.flush()
+        self.first_line = False
+
+    def flush(self) -> None:
+        """Write the line that waits for its numbers, if there is one. One that is not finite ends the run."""
+        if self.unread is None:
+            return
+        (step, metrics, names, fetched, flops, rows), self.unread = self.unread, None
+        metrics = metrics | (dict(zip(names, fetched.read())) if fetched else {})
+        if rows:
+            self.check_finite(step, rows, **{k: metrics[k] for k in ("loss", "kl", "grad_norm") if k in metrics})
+        now = fetched.time if fetched else time.time()
         if "tokens" in metrics:
             metrics["tokens_per_s"] = round(metrics["tokens"] / (now - self.last_tick), 1)
         if torch.cuda.is_available() and (peak := peak_flops(torch.cuda.get_device_name())):
-            metrics["mfu"] = round((flops_done - self.last_flops) / (now - self.last_tick) / peak, 4)
-        self.last_tick, self.last_flops = now, flops_done
+            metrics["mfu"] = round((flops - self.last_flops) / (now - self.last_tick) / peak, 4)
+        self.last_tick, self.last_flops = now, flops
         if torch.cuda.is_available():
             metrics["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)  # graphs hold theirs unallocated
         line = {"step": step, **metrics, "seconds": round(self.seconds + now - self.started, 3)}
@@ -2550,7 +2587,8 @@ class Run:
         fail(message)
 
     def check_finite(self, step: int, rows: Sequence[int], **values: float) -> None:
-        """Before the update: stop the run at a value that is not finite, naming the step and the rows of the data."""
+        """Stop the run at a value that is not finite, naming the step and the rows of the data. Nothing of such a step is
+        kept: a line is read before a checkpoint is written."""
         if bad := {k: v for k, v in values.items() if not math.isfinite(v)}:
             self._release()
             raise FloatingPointError(f"{bad} at step {step}; rows of the data set in it: {sorted(rows)}; "
@@ -2558,9 +2596,9 @@ class Run:
 
     def checkpoint(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """After `step` steps: save atomically when it is time or a signal asked; then leave if one did."""
-        stop = int(all_reduce_(torch.tensor(float(self.stop_signal), device=learned(optimizer)[0].device))
-                   if world() > 1 else self.stop_signal)
+        stop = self._signalled(learned(optimizer)[0].device)
         if stop or step == self.total_steps or step % self.args.checkpoint_every == 0:
+            self.flush()
             if rank() == 0:
                 tensors = {"rng/cpu": torch.get_rng_state()}
                 if torch.cuda.is_available():
@@ -2578,6 +2616,13 @@ class Run:
                 self._release()
                 say(f"\nstopped by a signal after step {step}; run the same command again to continue")
                 raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
+
+    def _signalled(self, device) -> bool:
+        """Whether a signal came to any rank, the same answer on all; while a line waits, of a step ago."""
+        if world() == 1:
+            return self.stop_signal > 0
+        before, self.flags = self.flags, Fetched([all_reduce_(torch.full((), float(self.stop_signal), device=device))])
+        return any(f.read()[0] > 0 for f in (before, None if self.unread else self.flags) if f)
 
     def save(self, policy: PeftModel, tokenizer) -> None:
         """Write the adapter, relative to the pretrained base."""

@@ -559,7 +559,8 @@ def main(args: Args) -> None:
                                          mask.shape, device)
 
         # 3d. Epochs of mini-batches, an optimizer step each.
-        totals, learned_from, ratio_max = torch.zeros(len(METRICS), dtype=torch.float64, device=device), 0, 0.0
+        totals, ratio_max = torch.zeros(len(METRICS), dtype=torch.float64, device=device), torch.zeros((), device=device)
+        learned_from = 0
         for epoch in range(args.epochs):
             for part, (packs, tokens, weights) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
                 sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
@@ -577,7 +578,7 @@ def main(args: Args) -> None:
                     clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
                     sums += torch.stack([(weights[i] * losses.detach()).sum(), ratio.sum(), 0.5 * (log_ratio ** 2).sum(),
                                          clipped.sum()])
-                    ratio_max = max(ratio_max, ratio.max().item())
+                    ratio_max = torch.maximum(ratio_max, ratio.max())
                 totals += common.all_reduce_(sums)
                 if epoch == part == 0 and mask.any():  # before the first step: π_θ is π_old, and is it the sampler's?
                     if single:
@@ -605,7 +606,7 @@ def main(args: Args) -> None:
         # 3e. Log and checkpoint: rewards and lengths of all answers drawn, the rest of those that were learned from, if any.
         learned, solved, tokens = time.time(), [g.solved for g in drawn], sum(len(c.ids) for g in drawn for c in g.completions)
         learning = {} if not mask.any() else {
-            **dict(zip(METRICS, totals.tolist())), "ratio_max": max(common.gather_lists([ratio_max])),
+            **dict(zip(METRICS, totals.tolist())), "ratio_max": max(common.gather_lists([ratio_max.item()])),
             "entropy": old[1][mask].mean().item(), "sampler_gap": gap, "sampler_log_ratio": drift.exp().mean().log().item(),
             "learn_tokens_per_s": args.epochs * sum(len(e.ids) for e, l in zip(examples, learns) if l) / (learned - rolled)}
         if args.beta:  # a completion's sum, at the rollout

@@ -273,28 +273,30 @@ def mismatched_kl(policy, rows: list[Row], args: Args, device) -> Tensor:
     return common.all_reduce_(total) / len(examples)
 
 
-def row_metrics(policy, pack: common.Pack, rows: list[Row], z0: float, args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [N], β(ρ − z0) [N], sums over the pack for `means` [10]) of a pack of `rows`."""
+def row_metrics(policy, pack: common.Pack, rows: list[Row], z0: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [N], β(ρ − z0) [N], sums over the pack for `means` [8]) of a pack of `rows`."""
     with torch.no_grad(), common.reference(policy):
         ref_logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))          # [N]
     logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))                  # [N]
-    desirable = torch.tensor([rows[i].desirable for i in pack.examples], device=logprobs.device)
+    desirable = torch.tensor([rows[i].desirable for i in pack.examples]).to(logprobs.device, non_blocking=True)
     losses, rewards = kto_loss(logprobs, ref_logprobs, desirable, z0, args.beta, args.desirable_weight,
                                args.undesirable_weight)
     above = rewards - args.beta * z0
     right = 0.5 + 0.5 * torch.where(desirable, above.sign(), -above.sign())  # a tie is half right
-    by_class = torch.stack([torch.ones_like(rewards), rewards, logprobs.detach(), pack.counts.float()])   # [4, N]
+    by_class = torch.stack([rewards, logprobs.detach(), pack.counts.float()])             # [3, N]
     sums = torch.cat([torch.stack([losses.detach(), right]), by_class * desirable, by_class * ~desirable]).sum(1)
     return losses, above, sums
 
 
-def means(totals: Tensor, rows: int) -> dict[str, float | None]:
-    """What is logged, from row_metrics' sums over all packs of all ranks. A class that is absent has no means."""
-    loss, right, *by_class = common.all_reduce_(totals).tolist()
-    found = {"loss": loss / rows, "accuracy": right / rows, "margin": None, "share_desirable": by_class[0] / rows}
-    for side, (n, *values) in (("desirable", by_class[:4]), ("undesirable", by_class[4:])):
-        found |= {f"{key}_{side}": v / n if n else None for key, v in zip(("rewards", "logprobs", "tokens"), values)}
-    if 0 < by_class[0] < rows:
+def means(totals, rows: list[Row]) -> dict:
+    """What is logged of rows, from row_metrics' sums over all their packs and ranks, [8] numbers. A class that is absent
+    has no means."""
+    loss, right, *by_class = totals
+    n, desirable = len(rows), sum(r.desirable for r in rows)
+    found = {"loss": loss / n, "accuracy": right / n, "margin": None, "share_desirable": desirable / n}
+    for side, m, sums in (("desirable", desirable, by_class[:3]), ("undesirable", n - desirable, by_class[3:])):
+        found |= {f"{key}_{side}": s / m if m else None for key, s in zip(("rewards", "logprobs", "tokens"), sums)}
+    if 0 < desirable < n:
         found["margin"] = found["rewards_desirable"] - found["rewards_undesirable"]
     return found
 
@@ -303,16 +305,17 @@ def means(totals: Tensor, rows: int) -> dict[str, float | None]:
 def evaluate_rows(policy, rows: list[Row], args: Args, device) -> dict[str, float | None]:
     """The same figures of held-out rows, which share one z0; and auc: how often the reward of a desirable row is above that
     of an undesirable one, over all such pairs, ties half. It is accuracy without a threshold."""
-    z0 = max(0.0, mismatched_kl(policy, rows, args, device).item())
+    z0 = mismatched_kl(policy, rows, args, device).clamp(min=0)
     share = common.my_share([len(r.example.ids) for r in rows])
     mine = [rows[i] for i in share]
-    totals, above = torch.zeros(10, dtype=torch.float64, device=device), torch.zeros(len(rows), device=device)
+    totals, above = torch.zeros(8, dtype=torch.float64, device=device), torch.zeros(len(rows), device=device)
     for pack in common.pack([r.example for r in mine], args.micro_tokens, device=device):
         _, above[[share[i] for i in pack.examples]], sums = row_metrics(policy, pack, mine, z0, args)
         totals += sums
     above, desirable = common.all_reduce_(above).cpu(), torch.tensor([r.desirable for r in rows])
     wins = (above[desirable][:, None] - above[~desirable]).sign()                         # [desirable, undesirable]
-    return {**means(totals, len(rows)), "z0": z0, "auc": (0.5 + 0.5 * wins).mean().item() if wins.numel() else None}
+    auc = (0.5 + 0.5 * wins).mean().item() if wins.numel() else None
+    return {**means(common.all_reduce_(totals).tolist(), rows), "z0": z0.item(), "auc": auc}
 
 
 def main(args: Args) -> None:
@@ -368,32 +371,30 @@ def main(args: Args) -> None:
 
         # 3a. The reference point, from the whole step's mismatched pairs, before any backward.
         kl = mismatched_kl(policy, batch, args, device)
-        packs = common.pack([r.example for r in mine], args.micro_tokens, device=device)  # while the GPU computes kl
-        kl = kl.item()
-        z0 = max(0.0, kl)
+        z0 = kl.clamp(min=0)
 
         # 3b. Forward (reference, policy) and backward, a pack at a time; the denominator is the step's rows.
-        totals = torch.zeros(10, dtype=torch.float64, device=device)
-        for pack in packs:
+        totals = torch.zeros(8, dtype=torch.float64, device=device)
+        for pack in common.pack([r.example for r in mine], args.micro_tokens, device=device):
             losses, above, sums = row_metrics(policy, pack, mine, z0, args)
             if step == 0:  # policy = reference: ρ = z0 = 0, each loss λ σ(0) = λ/2; a compiled graph may differ a little
                 bound = 1e-6 if not (args.compile and device.type == "cuda") else 0.25
                 assert above.abs().max() <= bound and args.beta * z0 <= bound, \
-                    f"step 0: β(ρ − z0) {above.tolist()}, z0 {z0}: the reference is not the policy"
+                    f"step 0: β(ρ − z0) {above.tolist()}, z0 {z0.item()}: the reference is not the policy"
             (losses.sum() / len(batch)).backward()
             totals += sums
-        metrics = {**means(totals, len(batch)), "z0": z0, "kl": kl}
+        metrics = {**means(common.all_reduce_(totals), batch), "z0": z0, "kl": kl}
 
         # 3c. Sum over ranks, clip, step.
         common.all_reduce_(params.grad)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
-        run.check_finite(step, [kept[i] for i in steps[step]], loss=metrics["loss"], kl=kl, grad_norm=grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-        # 3d. Log and checkpoint.
-        run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(len(r.example.ids) for r in batch)})
+        # 3d. Log and checkpoint. Nothing above waits for the GPU: a line is written when its numbers are there.
+        run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(len(r.example.ids) for r in batch)},
+                [kept[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
 
     # 4. Save (relative to the pretrained base) and measure on held-out rows and prompts.

@@ -415,7 +415,7 @@ def main(args: Args) -> None:
                          advantages=advantages.sum().item())
 
         # 3d. Epochs of mini-batches, an optimizer step each; its denominator is the mini-batch's response tokens.
-        totals, ratio_max = torch.zeros(len(METRICS), dtype=torch.float64, device=device), 0.0
+        totals, ratio_max = torch.zeros(len(METRICS), dtype=torch.float64, device=device), torch.zeros((), device=device)
         for epoch in range(args.epochs):
             for part, (packs, tokens) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
                 sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
@@ -431,7 +431,7 @@ def main(args: Args) -> None:
                     sums += torch.stack([losses.detach().sum(), value_losses.detach().sum(), ratio.sum(),
                                          0.5 * (log_ratio ** 2).sum(), ((ratio - 1).abs() > args.clip).sum(),
                                          (moved > args.value_clip).sum()])
-                    ratio_max = max(ratio_max, ratio.max().item())
+                    ratio_max = torch.maximum(ratio_max, ratio.max())
                 means = dict(zip(METRICS, (common.all_reduce_(sums) / tokens).tolist()))
                 if epoch == part == 0:  # π_θ = π_old: ρ = 1; a compiled graph may differ between the two passes
                     bound = 0.01 if args.compile and device.type == "cuda" else 0
@@ -459,7 +459,7 @@ def main(args: Args) -> None:
             "normalised_scores": scores.mean().item(), "rewards": rewards.sum(1).mean().item(), "kl": kl_mean,
             "k3": (k3(old_logprobs, ref_logprobs) * mask).sum(1).mean().item(), "beta": beta,
             "entropy": entropy[mask].mean().item(), **dict(zip(METRICS, totals.tolist())),
-            "ratio_max": max(common.gather_lists([ratio_max])),
+            "ratio_max": max(common.gather_lists([ratio_max.item()])),
             "explained_variance": explained_variance(old_values[mask], returns[mask]),
             "values": old_values[mask].mean().item(), "returns": returns[mask].mean().item(),
             "completion_tokens": tokens / args.batch_size, "missing_eos": 1 - batch.ended.float().mean().item(),

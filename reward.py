@@ -367,20 +367,19 @@ def main(args: Args) -> None:
             losses, sums = pair_metrics(chosen, rejected, args.centring)
             (losses.sum() / len(batch)).backward()
             totals += sums
-        metrics = dict(zip(METRICS, (common.all_reduce_(totals) / len(batch)).tolist()))
+        metrics = dict(zip(METRICS, common.all_reduce_(totals) / len(batch)))
 
         # 3b. Sum over ranks, clip, step.
         common.all_reduce_(params.grad)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
-        run.check_finite(step, [kept[i] for i in steps[step]], loss=metrics["loss"], grad_norm=grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-        # 3c. Log and checkpoint.
+        # 3c. Log and checkpoint. Nothing above waits for the GPU: a line is written when its numbers are there.
         run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(p.tokens for p in batch),
                        "chosen_tokens": sum(p.lengths[0] for p in batch) / len(batch),
-                       "rejected_tokens": sum(p.lengths[1] for p in batch) / len(batch)})
+                       "rejected_tokens": sum(p.lengths[1] for p in batch) / len(batch)}, [kept[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
 
     # 4. Save (adapter and head, relative to the pretrained base), and measure on held-out pairs.

@@ -243,19 +243,18 @@ def main(args: Args) -> None:
             loss = sft_loss(logprobs, step_tokens)
             loss.backward()
             totals += torch.stack([loss.detach(), extra["correct"].sum() / step_tokens])
-        loss, accuracy = common.all_reduce_(totals).tolist()
+        loss, accuracy = common.all_reduce_(totals)
 
         # 3b. Sum over ranks, clip, step.
         common.all_reduce_(params.grad)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
-        run.check_finite(step, [kept[i] for i in steps[step]], loss=loss, grad_norm=grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-        # 3c. Log and checkpoint.
+        # 3c. Log and checkpoint. Nothing above waits for the GPU: a line is written when its numbers are there.
         run.log(step, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": lr,
-                       "tokens": sum(len(e.ids) for e in batch), "trained_tokens": step_tokens})
+                       "tokens": sum(len(e.ids) for e in batch), "trained_tokens": step_tokens}, [kept[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
 
     # 4. Save, then measure the policy as later phases will use it: merged into the full-precision base.

@@ -351,6 +351,41 @@ def test_sft_and_dpo_on_gpu(quantization, compiled, tmp_path, data_dir):
     print(quantization, record, first)
 
 
+def test_no_step_waits_for_the_gpu(tmp_path, data_dir, monkeypatch):
+    """SFT, DPO, reward model and KTO, after two steps: torch raises where the host would wait for the GPU. One length of
+    row, so that no size is new."""
+    import dpo
+    import kto
+    import reward
+    import sft
+    model = make_model(tmp_path / "model", hidden_size=256)
+    text = "how many books does the model read slowly and when"
+    rows = [{"prompt": f"{text} {i}", "chosen": f"{text} yes", "rejected": f"{text} no"} for i in range(100, 300)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-40]))
+    (tmp_path / "rows_heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[-40:]))
+    write_log, watched = common.Run.log, []
+
+    def log_and_watch(self, step, *line):
+        torch.cuda.set_sync_debug_mode("default")
+        write_log(self, step, *line)
+        if 2 <= step < self.total_steps - 1:
+            torch.cuda.set_sync_debug_mode("error")
+            watched.append(self.record["method"])
+    monkeypatch.setattr(common.Run, "log", log_and_watch)
+    kwargs = dict(data=str(tmp_path / "rows.jsonl"), rows=40, heldout_rows=8, max_length=128, batch_size=8, micro_tokens=512,
+                  max_dropped=1.0, device="cuda")
+    answers = dict(eos_prompts=2, eos_tokens=4)
+    sft.main(sft.Args(model=model, quantization="none", out=str(tmp_path / "sft_v2"), **kwargs, **answers))
+    for script in (dpo, kto):
+        script.main(script.Args(sft_adapter=str(tmp_path / "sft_v2"), out=str(tmp_path / script.__name__), **kwargs, **answers))
+    reward.main(reward.Args(model=model, quantization="none", out=str(tmp_path / "rm_v1"), results=str(tmp_path), **kwargs))
+    assert set(watched) == {"sft", "dpo", "kto", "reward"}
+    with pytest.raises(RuntimeError):  # torch does see a wait
+        torch.cuda.set_sync_debug_mode("error")
+        torch.zeros((), device="cuda").item()
+    torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_ppo_on_gpu(compiled, tmp_path, data_dir):
     """Reward model and PPO as a user runs them in bf16: finite, first ratio 1, sampler and trainer within the noise."""

@@ -628,8 +628,8 @@ def test_stopped_after_every_update(grpo_args, tmp_path, monkeypatch):
     whole = train(tmp_path / "a" / "grpo_v1", **{**args, "results": str(tmp_path / "a")})
     write_log, stop_at = common.Run.log, []
 
-    def log_and_stop(self, step, metrics):
-        write_log(self, step, metrics)
+    def log_and_stop(self, step, *line):
+        write_log(self, step, *line)
         if step in stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
     monkeypatch.setattr(common.Run, "log", log_and_stop)

@@ -471,8 +471,8 @@ def test_stopped_after_every_update(ppo_args, ppo_run, tmp_path, monkeypatch):
     """One update a process life: the adapter, the log and the answers are those of a run that was never stopped."""
     write_log, stop_at = common.Run.log, []
 
-    def log_and_stop(self, step, metrics):
-        write_log(self, step, metrics)
+    def log_and_stop(self, step, *line):
+        write_log(self, step, *line)
         if step in stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
     monkeypatch.setattr(common.Run, "log", log_and_stop)

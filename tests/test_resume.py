@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -192,8 +193,8 @@ def signal_after(monkeypatch):
     write_log = common.Run.log
 
     def arm(step, number=signal.SIGTERM):
-        def log_and_signal(self, at, metrics):
-            write_log(self, at, metrics)
+        def log_and_signal(self, at, *line):
+            write_log(self, at, *line)
             if at == step:
                 os.kill(os.getpid(), number)
         monkeypatch.setattr(common.Run, "log", log_and_signal)
@@ -226,8 +227,8 @@ def test_random_numbers_go_on(sft_args, tmp_path, monkeypatch):
     """A method that draws noise while it trains draws, after a stop, what it would have drawn without one."""
     write_log, drawn = common.Run.log, {"whole": [], "stopped": []}
 
-    def log_and_draw(self, step, metrics):
-        write_log(self, step, metrics)
+    def log_and_draw(self, step, *line):
+        write_log(self, step, *line)
         drawn[self.directory.name].append(torch.rand(()).item())
         if self.directory.name == "stopped" and len(drawn["stopped"]) in (2, 3):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -292,6 +293,38 @@ def test_a_log_line_cut_short(sft_args, sft_run, signal_after, tmp_path):
     signal_after(None)
     assert outcome(sft, **sft_args, out=str(out)) is None
     assert adapter(out) == adapter(sft_run) and log(out) == log(sft_run)
+
+
+# -- a line waits for its numbers ------------------------------------------------------------------
+
+def test_a_line_is_written_a_step_later(sft_args, sft_run, tmp_path, monkeypatch):
+    """So that nothing waits for a GPU: but the first at once, and none waits when a checkpoint is written or the run ends."""
+    write_log, write_checkpoint, lines = common.Run.log, common.Run.checkpoint, []
+
+    def watched(write):
+        def call(self, *args):
+            write(self, *args)
+            lines.append(len(log(self.directory)))
+        return call
+    monkeypatch.setattr(common.Run, "log", watched(write_log))
+    monkeypatch.setattr(common.Run, "checkpoint", watched(write_checkpoint))
+    assert outcome(sft, **{**sft_args, "checkpoint_every": 3}, out=str(tmp_path / "run")) is None
+    assert lines == [1, 1, 1, 1, 2, 3, 3, 3, 4, 5]  # after log and checkpoint of each step
+    assert log(tmp_path / "run") == log(sft_run)
+    spans = [line["tokens"] / line["tokens_per_s"] for line in
+             map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())]
+    assert max(spans) < 30 * min(spans)  # each line is timed when its step ended, not when it was written
+
+
+def test_numbers_of_the_host_are_not_waited_for(sft_args, tmp_path):
+    """A line without tensors (PPO's, GRPO's) is written at once, in order, after one that waits."""
+    run = common.Run.__new__(common.Run)
+    run.__dict__.update(unread=None, first_line=False, log_file=tmp_path / "log.jsonl", seconds=0.0, started=0.0, last_tick=0.0,
+                        last_flops=0, bar=tqdm(disable=True), tracker=None)
+    run.log(0, {"loss": torch.tensor(0.5), "lr": 1.0})
+    assert not run.log_file.exists()
+    run.log(1, {"loss": 0.25})
+    assert [(line["step"], line["loss"]) for line in log(tmp_path)] == [(0, 0.5), (1, 0.25)]
 
 
 # -- a loss that is not finite --------------------------------------------------------------------
@@ -456,8 +489,8 @@ def test_a_checkpoint_of_an_older_version_is_named(sft_args, tmp_path, monkeypat
     """Its parameters were stored one by one. The file is left as it is."""
     out, log = tmp_path / "run", common.Run.log
 
-    def log_and_stop(self, step, metrics):
-        log(self, step, metrics)
+    def log_and_stop(self, step, *line):
+        log(self, step, *line)
         self.stop_signal = signal.SIGTERM
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "log", log_and_stop)

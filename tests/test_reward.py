@@ -301,8 +301,8 @@ def test_stopped_after_every_step(reward_args, reward_run, tmp_path, monkeypatch
     """One step a process life: the adapter with its head and the log are those of a run that was never stopped."""
     write_log, stop_at = common.Run.log, []
 
-    def log_and_stop(self, step, metrics):
-        write_log(self, step, metrics)
+    def log_and_stop(self, step, *line):
+        write_log(self, step, *line)
         if stop_at and step == stop_at[0]:
             os.kill(os.getpid(), signal.SIGTERM)
     monkeypatch.setattr(common.Run, "log", log_and_stop)
