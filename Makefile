@@ -78,7 +78,7 @@ STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 .SECONDARY:
 .DEFAULT_GOAL := help
 
-all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU (SmolLM2 on one H100: about 19 min by its parts)
+all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU (SmolLM2 on one H100: 19 min)
 	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(STAMPS) | tr ' ' '\n' | sort -u)
 
 controls: ## make all with two rows more: SFT for a second epoch, and SFT on the chosen answers that DPO and KTO learn from
@@ -187,7 +187,7 @@ $(VENV)/.ready-test: requirements-test.lock $(VENV)/.ready
 test: $(if $(ENV),$(VENV)/.ready-test) ## the tests, on a CPU without network; 9 min on two cores, 3 GiB
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(PY) -m pytest -n 2 --dist loadfile tests
 
-gpu-check: $(if $(ENV),$(VENV)/.ready-test) ## the GPU paths against the CPU's: varlen attention, compile, NF4, sampler, PPO; 4 min on one GPU, 4 GiB
+gpu-check: $(if $(ENV),$(VENV)/.ready-test) ## the GPU paths against the CPU's: varlen attention, compile, NF4, sampler, PPO; 2 to 4 min on one GPU, 4 GiB
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) -m pytest -rA tests/test_gpu.py
 
 BENCH_FLAGS ?=

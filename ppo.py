@@ -32,8 +32,8 @@ Deviations from them, on purpose:
 
     python ppo.py --sft-adapter runs/sft_v2 --reward-adapter runs/rm_v1
 
-Measured: SmolLM2-135M on one H100, 100 updates of 64 completions: 2.8 minutes, 9.8 GiB; results/ppo/ppo_v1.json is of a
-run before. At Qwen2.5-0.5B's shape, 64 completions of 256 tokens: 2.7 s an update, 0.74 of it sampling and scoring, 13.1 GiB
+Measured: SmolLM2-135M on one H100, 100 updates of 64 completions: 2.8 minutes, 9.9 GiB; results/ppo/ppo_v1.json.
+At Qwen2.5-0.5B's shape, 64 completions of 256 tokens: 2.6 s an update, 0.75 of it sampling and scoring, 12.8 GiB
 (`python bench/train.py --only ppo-step --system rungs`). In bfloat16 any change of weights re-rolls the
 rounding of every log-prob: sampler_gap 0.033 (mean), and an approx_kl of 0.0014 with a clipfrac of 0.01 are noise, not
 movement.

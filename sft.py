@@ -19,8 +19,8 @@ Deviations from the usual script, on purpose:
     python sft.py --sft-adapter runs/sft_v2 --data PAIRS --out runs/sft_chosen      # or just DPO's chosen answers?
 
 Measured (row sft_v2 of results/metrics.json): SmolLM2-135M-Instruct, --quantization none, 5,000 short conversations of
-0.67 M tokens: 41 s from command to end on one H100, of which the 313 steps took 16 (9 of them the first, which compiles),
-3.0 GiB; held-out loss 1.771 -> 1.564, eos_rate 0.84. Qwen2.5-0.5B's shape: bench/NOTES.md.
+0.67 M tokens: 42 s from command to end on one H100, of which the 313 steps took 16 (10 of them the first, which compiles),
+3.7 GiB; held-out loss 1.771 -> 1.565, eos_rate 0.83. Qwen2.5-0.5B's shape: bench/NOTES.md.
 
 A row: {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}, or a preference pair.
 """
