@@ -295,6 +295,36 @@ def test_a_log_line_cut_short(sft_args, sft_run, signal_after, tmp_path):
     assert adapter(out) == adapter(sft_run) and log(out) == log(sft_run)
 
 
+SIGNALLED = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import common, sft
+write_log = common.Run.log
+
+def log_and_signal(self, step, *line):
+    write_log(self, step, *line)
+    if step == 1 and common.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+common.Run.log = log_and_signal
+sft.main(sft.Args(**json.loads(sys.argv[2])))
+"""
+
+
+def test_ranks_stop_together(sft_args, sft_run, tmp_path):
+    """Two ranks, of which one gets a signal: both stop a step later, and one process goes on from their checkpoint."""
+    out, driver = tmp_path / "run", tmp_path / "driver.py"
+    driver.write_text(SIGNALLED)
+    args = {**sft_args, "checkpoint_every": 100}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(driver),
+                           str(REPO), json.dumps({**args, "out": str(out)})], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "stopped by a signal after step 3" in done.stdout + done.stderr
+    assert checkpoint_step(out) == 3 and [line["step"] for line in log(out)] == [0, 1, 2]
+    assert outcome(sft, **args, out=str(out)) is None
+    for line, whole in zip(log(out), log(sft_run), strict=True):
+        assert line["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+
+
 # -- a line waits for its numbers ------------------------------------------------------------------
 
 def test_a_line_is_written_a_step_later(sft_args, sft_run, tmp_path, monkeypatch):
