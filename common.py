@@ -2387,14 +2387,14 @@ class Fetched:
         self.values, self.event, self.time = torch.stack([n.detach().double() for n in numbers]), None, time.time()
         if self.values.is_cuda:  # only a copy to pinned memory goes on by itself
             self.values = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True).copy_(self.values, non_blocking=True)
-            self.event = torch.cuda.Event()
+            self.event = torch.cuda.Event(enable_timing=True)
             self.event.record()
 
-    def read(self) -> list[float]:
-        """The numbers; `time` is then when they came, or were first known to be there."""
+    def read(self, before: Fetched | None = None) -> list[float]:
+        """The numbers; `time` is then when they were there, by the device's clock since those `before`."""
         if self.event:
             self.event.synchronize()
-            self.time = time.time()
+            self.time = before.time + before.event.elapsed_time(self.event) / 1e3 if before else time.time()
         return self.values.tolist()
 
 
@@ -2412,7 +2412,7 @@ class Run:
         self.directory = Path(args.out)
         self.stop_signal, self.seconds, self.started = 0, 0.0, time.time()
         self.bar, self.tracker, self.old_handlers = None, None, {}
-        self.unread = self.flags = None
+        self.unread = self.last_read = self.flags = None
         self.state: dict[str, Any] = {}  # what a script must find again after a resume, besides weights and optimizer
         self.checkpoint_file = self.directory / "checkpoint" / "state.safetensors"
         self.running = self.directory / "checkpoint" / "run.json"  # becomes the directory's run.json at the end
@@ -2542,14 +2542,15 @@ class Run:
     def log(self, step: int, metrics: dict[str, Any], rows: Sequence[int] = ()) -> None:
         """One line of log.jsonl: `metrics` (means or sums over the whole step and all ranks), rate, memory, time.
 
-        Where some are tensors, the line is written a step later (but the first at once): a GPU has the next step to do by
-        then, and never waits for this program. `rows` are the step's rows of the data set, for check_finite.
+        Where some are tensors, the line is written when the next step has been asked of the GPU, which so never waits for a
+        line; the first at once, to show that the run works. `rows` are the step's rows of the data set, for check_finite.
         A "tokens" entry gives tokens_per_s; on a GPU of PEAK_FLOPS, mfu is the share of its peak that this rank's passes needed.
         """
         tensors = {k: v for k, v in metrics.items() if isinstance(v, Tensor)}
         fetched = Fetched([*tensors.values()]) if tensors else None
+        peak = {"peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2)} if torch.cuda.is_available() else {}
         self.flush()
-        self.unread = step, metrics, tensors.keys(), fetched, flops_done, rows
+        self.unread = step, metrics | peak, tensors.keys(), fetched, flops_done, rows  # graphs hold memory unallocated
         if self.first_line or not tensors:
             self.flush()
         self.first_line = False
@@ -2559,7 +2560,8 @@ class Run:
         if self.unread is None:
             return
         (step, metrics, names, fetched, flops, rows), self.unread = self.unread, None
-        metrics = metrics | (dict(zip(names, fetched.read())) if fetched else {})
+        metrics = metrics | (dict(zip(names, fetched.read(self.last_read))) if fetched else {})
+        self.last_read = fetched
         if rows:
             self.check_finite(step, rows, **{k: metrics[k] for k in ("loss", "kl", "grad_norm") if k in metrics})
         now = fetched.time if fetched else time.time()
@@ -2568,8 +2570,6 @@ class Run:
         if torch.cuda.is_available() and (peak := peak_flops(torch.cuda.get_device_name())):
             metrics["mfu"] = round((flops - self.last_flops) / (now - self.last_tick) / peak, 4)
         self.last_tick, self.last_flops = now, flops
-        if torch.cuda.is_available():
-            metrics["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)  # graphs hold theirs unallocated
         line = {"step": step, **metrics, "seconds": round(self.seconds + now - self.started, 3)}
         if rank() == 0:
             with open(self.log_file, "a") as f:
@@ -2596,8 +2596,11 @@ class Run:
 
     def checkpoint(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """After `step` steps: save atomically when it is time or a signal asked; then leave if one did."""
+        due = step == self.total_steps or step % self.args.checkpoint_every == 0
+        if due:
+            self.flush()  # so that the answer below is of this step
         stop = self._signalled(learned(optimizer)[0].device)
-        if stop or step == self.total_steps or step % self.args.checkpoint_every == 0:
+        if stop or due:
             self.flush()
             if rank() == 0:
                 tensors = {"rng/cpu": torch.get_rng_state()}
@@ -2618,7 +2621,8 @@ class Run:
                 raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
 
     def _signalled(self, device) -> bool:
-        """Whether a signal came to any rank, the same answer on all; while a line waits, of a step ago."""
+        """Whether a signal came to any rank; all agree. While a line waits the answer is that of the step before, so that
+        this doesn't wait either."""
         if world() == 1:
             return self.stop_signal > 0
         before, self.flags = self.flags, Fetched([all_reduce_(torch.full((), float(self.stop_signal), device=device))])

@@ -20,7 +20,7 @@ Deviations from the usual script, on purpose:
 
 Measured: on two CPU cores `make demo` trains SmolLM2-135M-Instruct at about 300 tokens/s (both answers of 32 pairs, four
 steps); at lr 5e-6 so few steps leave the loss at 0.69, as they should. On one H100 5,000 pairs of 3.6 M tokens: 25 s of
-training, 190,000 tokens/s, 5.2 GiB. The table's run: held-out loss 0.671, accuracy 0.62 of 256 pairs, 0.15 nats an answer away
+training, 142,000 tokens/s, 5.2 GiB. The table's run: held-out loss 0.671, accuracy 0.62 of 256 pairs, 0.15 nats an answer away
 from SFT, so that it hardly moved: of five runs with these flags the loss ended between 0.670 and 0.686, the accuracy between
 0.54 and 0.62, since in bfloat16 rounding weighs as much as so small a margin (bench/NOTES.md).
 

@@ -35,7 +35,7 @@ Deviations from them, on purpose:
 Measured: SmolLM2-135M on one H100, 100 updates of 64 completions: 2.8 minutes, 9.9 GiB; results/ppo/ppo_v1.json.
 At Qwen2.5-0.5B's shape, 64 completions of 256 tokens: 2.6 s an update, 0.75 of it sampling and scoring, 12.8 GiB
 (`python bench/train.py --only ppo-step --system rungs`). In bfloat16 any change of weights re-rolls the
-rounding of every log-prob: sampler_gap 0.033 (mean), and an approx_kl of 0.0014 with a clipfrac of 0.01 are noise, not
+rounding of every log-prob: sampler_gap 0.031 (mean), and an approx_kl of 0.0012 with a clipfrac of 0.008 are noise, not
 movement.
 
 A row: {"prompt": "…" or messages}, or a preference pair, whose answers are not read. Prompts come from part B (40 % by

@@ -939,6 +939,7 @@ def bench_tables(results: Path) -> list[str | Table]:
                 lines.append(about + figures)
         header = ["workload", "system", "settings", "tokens/s", "rungs is", "peak GiB", "MFU, %"]
         notes = ["rungs is: the tokens/s of rungs on one GPU over those of the line. MFU is of one GPU."]
+        notes += [f"{case['workload']}, {case['system']}: {case['note']}" for case in cases if case.get("note")]
         blocks += [f"## Speed: {record.get('device') or path.stem}", Table(header, lines, 3, notes)]
     return blocks
 

@@ -21,7 +21,7 @@ Deviations from the usual script, on purpose:
     python reward.py
     python reward.py --score answers.jsonl --adapter runs/rm_v1
 
-Measured: SmolLM2-135M on one H100 (--quantization none, 5,000 pairs of 3.6 M tokens): 17 s, 253,000 tokens/s, 5.6 GiB; on
+Measured: SmolLM2-135M on one H100 (--quantization none, 5,000 pairs of 3.6 M tokens): 17 s, 211,000 tokens/s, 5.6 GiB; on
 399 held-out pairs 64.2 % [59.3, 68.7] right where "the longer answer wins" is right on 61.8 %: at this size the score is
 mostly length (correlation 0.75). results/rm/rm_v1.json
 

@@ -352,8 +352,8 @@ def test_sft_and_dpo_on_gpu(quantization, compiled, tmp_path, data_dir):
 
 
 def test_no_step_waits_for_the_gpu(tmp_path, data_dir, monkeypatch):
-    """SFT, DPO, reward model and KTO, after two steps: torch raises where the host would wait for the GPU. One length of
-    row, so that no size is new."""
+    """SFT, DPO, reward model and KTO, after three steps: torch raises where the host would wait for the GPU (but for a line's
+    own event, in flush). One length of row, so that no size is new."""
     import dpo
     import kto
     import reward
@@ -363,27 +363,39 @@ def test_no_step_waits_for_the_gpu(tmp_path, data_dir, monkeypatch):
     rows = [{"prompt": f"{text} {i}", "chosen": f"{text} yes", "rejected": f"{text} no"} for i in range(100, 300)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-40]))
     (tmp_path / "rows_heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[-40:]))
-    write_log, watched = common.Run.log, []
+    write_log, flush, watched, losses = common.Run.log, common.Run.flush, [], {}
 
-    def log_and_watch(self, step, *line):
+    def log_and_watch(self, step, metrics, rows):
+        losses[self.record["method"], step] = metrics["loss"].clone()
+        write_log(self, step, metrics, rows)
+        watch = 2 <= step < self.total_steps - 2
+        torch.cuda.set_sync_debug_mode("error" if watch else "default")
+        watched.extend([self.record["method"]] * watch)
+
+    def flush_unwatched(self):
+        mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("default")
-        write_log(self, step, *line)
-        if 2 <= step < self.total_steps - 1:
-            torch.cuda.set_sync_debug_mode("error")
-            watched.append(self.record["method"])
+        flush(self)
+        torch.cuda.set_sync_debug_mode(mode)
     monkeypatch.setattr(common.Run, "log", log_and_watch)
-    kwargs = dict(data=str(tmp_path / "rows.jsonl"), rows=40, heldout_rows=8, max_length=128, batch_size=8, micro_tokens=512,
+    monkeypatch.setattr(common.Run, "flush", flush_unwatched)
+    kwargs = dict(data=str(tmp_path / "rows.jsonl"), rows=64, heldout_rows=8, max_length=128, batch_size=8, micro_tokens=512,
                   max_dropped=1.0, device="cuda")
     answers = dict(eos_prompts=2, eos_tokens=4)
-    sft.main(sft.Args(model=model, quantization="none", out=str(tmp_path / "sft_v2"), **kwargs, **answers))
-    for script in (dpo, kto):
-        script.main(script.Args(sft_adapter=str(tmp_path / "sft_v2"), out=str(tmp_path / script.__name__), **kwargs, **answers))
-    reward.main(reward.Args(model=model, quantization="none", out=str(tmp_path / "rm_v1"), results=str(tmp_path), **kwargs))
-    assert set(watched) == {"sft", "dpo", "kto", "reward"}
-    with pytest.raises(RuntimeError):  # torch does see a wait
+    try:
+        sft.main(sft.Args(model=model, quantization="none", out=str(tmp_path / "sft"), **kwargs, **answers))
+        for script in (dpo, kto):
+            script.main(script.Args(sft_adapter=str(tmp_path / "sft"), out=str(tmp_path / script.__name__), **kwargs, **answers))
+        reward.main(reward.Args(model=model, quantization="none", out=str(tmp_path / "reward"), results=str(tmp_path), **kwargs))
         torch.cuda.set_sync_debug_mode("error")
-        torch.zeros((), device="cuda").item()
-    torch.cuda.set_sync_debug_mode("default")
+        with pytest.raises(RuntimeError):  # torch does see a wait
+            torch.zeros((), device="cuda").item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert {method: watched.count(method) for method in watched} == {"sft": 4, "dpo": 4, "kto": 4, "reward": 4}
+    for (method, step), loss in losses.items():  # what was read later is what was there
+        lines = (tmp_path / method / "log.jsonl").read_text().splitlines()
+        assert json.loads(lines[step])["loss"] == loss.item(), (method, step)
 
 
 @pytest.mark.parametrize("compiled", [True, False])

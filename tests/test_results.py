@@ -1002,7 +1002,7 @@ def test_speed_beside_others(here):
     assert "## Speed" not in Path("README.md").read_text()
     sft = {"workload": "SFT", "mfu": 0.41}
     cases = [sft | {"system": "trl-default", "tokens_per_s": 20_000, "peak_gib": 30.14, "mfu": 0.081,
-                    "settings": {"batch": 8, "use_liger": False}},
+                    "settings": {"batch": 8, "use_liger": False}, "note": "of another day"},
              sft | {"system": "rungs", "tokens_per_s": 100_000.4, "peak_gib": 12, "settings": "a"},
              {"workload": "DPO", "system": "rungs", "tokens_per_s": None, "settings": {"script": "dpo", "flags": ""}}]  # fmt: skip
     write_json("results/bench/h100.json", {"device": "an H100", "cases": cases})
@@ -1013,6 +1013,7 @@ def test_speed_beside_others(here):
         assert [line for line in lines if line.startswith("| ")][2:] == [
             "| SFT | rungs | a | 100,000 |  | 12 | 41.0 |", "| SFT | trl-default | batch=8, use_liger=False | 20,000 | 5.00× | 30.1 | 8.1 |",
             "| DPO | rungs | default | – |  | – | – |"]  # fmt: skip
+        assert "SFT, trl-default: of another day" in lines
 
 
 # ------------------------------------------------------------------ plots and pages

@@ -303,7 +303,7 @@ write_log = common.Run.log
 
 def log_and_signal(self, step, *line):
     write_log(self, step, *line)
-    if step == 1 and common.rank() == 1:
+    if step == int(sys.argv[3]) and common.rank() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
 
 common.Run.log = log_and_signal
@@ -311,15 +311,16 @@ sft.main(sft.Args(**json.loads(sys.argv[2])))
 """
 
 
-def test_ranks_stop_together(sft_args, sft_run, tmp_path):
-    """Two ranks, of which one gets a signal: both stop a step later, and one process goes on from their checkpoint."""
+@pytest.mark.parametrize("signalled, steps", [(1, 3), (4, 5)])
+def test_ranks_stop_together(signalled, steps, sft_args, sft_run, tmp_path):
+    """Two ranks, of which one gets a signal: both stop a step later, or after the last, and one process goes on from there."""
     out, driver = tmp_path / "run", tmp_path / "driver.py"
     driver.write_text(SIGNALLED)
     args = {**sft_args, "checkpoint_every": 100}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(driver),
-                           str(REPO), json.dumps({**args, "out": str(out)})], capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and "stopped by a signal after step 3" in done.stdout + done.stderr
-    assert checkpoint_step(out) == 3 and [line["step"] for line in log(out)] == [0, 1, 2]
+                           str(REPO), json.dumps({**args, "out": str(out)}), str(signalled)], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and f"stopped by a signal after step {steps}" in done.stdout + done.stderr
+    assert checkpoint_step(out) == steps and [line["step"] for line in log(out)] == [*range(steps)]
     assert outcome(sft, **args, out=str(out)) is None
     for line, whole in zip(log(out), log(sft_run), strict=True):
         assert line["loss"] == pytest.approx(whole["loss"], abs=1e-5)
@@ -341,15 +342,12 @@ def test_a_line_is_written_a_step_later(sft_args, sft_run, tmp_path, monkeypatch
     assert outcome(sft, **{**sft_args, "checkpoint_every": 3}, out=str(tmp_path / "run")) is None
     assert lines == [1, 1, 1, 1, 2, 3, 3, 3, 4, 5]  # after log and checkpoint of each step
     assert log(tmp_path / "run") == log(sft_run)
-    spans = [line["tokens"] / line["tokens_per_s"] for line in
-             map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())]
-    assert max(spans) < 30 * min(spans)  # each line is timed when its step ended, not when it was written
 
 
-def test_numbers_of_the_host_are_not_waited_for(sft_args, tmp_path):
+def test_numbers_of_the_host_are_not_waited_for(tmp_path):
     """A line without tensors (PPO's, GRPO's) is written at once, in order, after one that waits."""
     run = common.Run.__new__(common.Run)
-    run.__dict__.update(unread=None, first_line=False, log_file=tmp_path / "log.jsonl", seconds=0.0, started=0.0, last_tick=0.0,
+    run.__dict__.update(unread=None, last_read=None, first_line=False, log_file=tmp_path / "log.jsonl", seconds=0.0, started=0.0, last_tick=0.0,
                         last_flops=0, bar=tqdm(disable=True), tracker=None)
     run.log(0, {"loss": torch.tensor(0.5), "lr": 1.0})
     assert not run.log_file.exists()
@@ -359,12 +357,14 @@ def test_numbers_of_the_host_are_not_waited_for(sft_args, tmp_path):
 
 # -- a loss that is not finite --------------------------------------------------------------------
 
-def test_a_loss_that_is_not_finite_names_step_and_rows(sft_args, tmp_path):
-    """A rate of 1e30 breaks the weights in step 0; step 1 sees it and stops before it writes anything."""
+@pytest.mark.parametrize("checkpoint_every", [2, 100])
+def test_a_loss_that_is_not_finite_names_step_and_rows(checkpoint_every, sft_args, tmp_path):
+    """A rate of 1e30 breaks the weights in step 0; step 1's loss shows it, which is read before a checkpoint is written, or a
+    step later, and stops the run before it writes anything."""
     out = tmp_path / "run"
     expected = [common.permutation(40, 42, "rows")[i] for i in common.batches(40, 8, 1, 42)[1]]
     for _ in range(2):  # and again: the lock is free, and nothing that is broken was kept
-        message = outcome(sft, FloatingPointError, **{**sft_args, "lr": 1e30}, out=str(out))
+        message = outcome(sft, FloatingPointError, **{**sft_args, "lr": 1e30, "checkpoint_every": checkpoint_every}, out=str(out))
         assert re.search(r"\bloss\b.*\b(nan|inf)\b.* step 1\b", message) and str(sorted(expected)) in message
     assert [line["step"] for line in log(out)] == [0]
     assert not (out / "run.json").exists() and not (out / "adapter_model.safetensors").exists()

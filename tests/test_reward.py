@@ -585,7 +585,7 @@ def test_a_pair_that_no_pack_holds(refused, reward_args, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(reward_args, tmp_path):
     with pytest.raises(FloatingPointError, match=r"at step 1; rows of the data set"):
-        training(reward_args, tmp_path, lr=1e30)()
+        training(reward_args, tmp_path, lr=1e30, checkpoint_every=100)()
     assert not (tmp_path / "new" / "run" / "run.json").exists() and not (tmp_path / "results").exists()
 
 
