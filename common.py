@@ -2381,21 +2381,22 @@ def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_
 # ------------------------------------------------------------------------------------------------
 
 class Fetched:
-    """Numbers [] on their way from a device: asked for now, waited for when they are read."""
+    """Named numbers [] on their way from a device: asked for now, waited for when they are read."""
 
-    def __init__(self, numbers: Sequence[Tensor]):
-        self.values, self.event, self.time = torch.stack([n.detach().double() for n in numbers]), None, time.time()
+    def __init__(self, numbers: dict[str, Tensor]):
+        self.names, self.event, self.time = [*numbers], None, time.time()
+        self.values = torch.stack([n.detach().double() for n in numbers.values()])
         if self.values.is_cuda:  # only a copy to pinned memory goes on by itself
             self.values = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True).copy_(self.values, non_blocking=True)
             self.event = torch.cuda.Event(enable_timing=True)
             self.event.record()
 
-    def read(self, before: Fetched | None = None) -> list[float]:
+    def read(self, before: Fetched | None = None) -> dict[str, float]:
         """The numbers; `time` is then when they were there, by the device's clock since those `before`."""
         if self.event:
             self.event.synchronize()
             self.time = before.time + before.event.elapsed_time(self.event) / 1e3 if before else time.time()
-        return self.values.tolist()
+        return dict(zip(self.names, self.values.tolist()))
 
 
 class Run:
@@ -2527,7 +2528,6 @@ class Run:
                 self.tracker = wandb.init(project="rungs", name=self.record["name"], config=self.record,
                                           id=f"{self.record['config_hash']}", resume="allow")
         self.total_steps, self.started, self.last_tick, self.last_flops = total_steps, time.time(), time.time(), flops_done
-        self.first_line = True
         if step < total_steps:
             self.old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return step
@@ -2547,20 +2547,21 @@ class Run:
         A "tokens" entry gives tokens_per_s; on a GPU of PEAK_FLOPS, mfu is the share of its peak that this rank's passes needed.
         """
         tensors = {k: v for k, v in metrics.items() if isinstance(v, Tensor)}
-        fetched = Fetched([*tensors.values()]) if tensors else None
-        peak = {"peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2)} if torch.cuda.is_available() else {}
+        fetched = Fetched(tensors) if tensors else None
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_reserved()  # graphs hold theirs unallocated
+            metrics = metrics | {"peak_gib": round(peak / 2**30, 2)}
         self.flush()
-        self.unread = step, metrics | peak, tensors.keys(), fetched, flops_done, rows  # graphs hold memory unallocated
-        if self.first_line or not tensors:
+        self.unread = step, metrics, fetched, flops_done, rows
+        if not (fetched and self.last_read):
             self.flush()
-        self.first_line = False
 
     def flush(self) -> None:
         """Write the line that waits for its numbers, if there is one. One that is not finite ends the run."""
         if self.unread is None:
             return
-        (step, metrics, names, fetched, flops, rows), self.unread = self.unread, None
-        metrics = metrics | (dict(zip(names, fetched.read(self.last_read))) if fetched else {})
+        (step, metrics, fetched, flops, rows), self.unread = self.unread, None
+        metrics = metrics | (fetched.read(self.last_read) if fetched else {})
         self.last_read = fetched
         if rows:
             self.check_finite(step, rows, **{k: metrics[k] for k in ("loss", "kl", "grad_norm") if k in metrics})
@@ -2625,8 +2626,8 @@ class Run:
         this doesn't wait either."""
         if world() == 1:
             return self.stop_signal > 0
-        before, self.flags = self.flags, Fetched([all_reduce_(torch.full((), float(self.stop_signal), device=device))])
-        return any(f.read()[0] > 0 for f in (before, None if self.unread else self.flags) if f)
+        before, self.flags = self.flags, Fetched({"signal": all_reduce_(torch.full((), float(self.stop_signal), device=device))})
+        return any(f.read()["signal"] > 0 for f in (before, None if self.unread else self.flags) if f)
 
     def save(self, policy: PeftModel, tokenizer) -> None:
         """Write the adapter, relative to the pretrained base."""

@@ -65,8 +65,8 @@ def main(first: int, script: str, flags: list[str]) -> None:
     profiler = torch.profiler.profile(activities=[kind.CUDA if torch.cuda.is_available() else kind.CPU])
     log, ended = common.Run.log, []  # when each step ended
 
-    def watched(self, step: int, metrics: dict, rows=()) -> None:
-        log(self, step, metrics, rows)
+    def watched(self, step: int, *line) -> None:
+        log(self, step, *line)
         if step in (first - min(first, STEPS), first, first + STEPS) and torch.cuda.is_available():
             torch.cuda.synchronize()
         ended.append(time.time())

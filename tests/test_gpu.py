@@ -351,7 +351,7 @@ def test_sft_and_dpo_on_gpu(quantization, compiled, tmp_path, data_dir):
     print(quantization, record, first)
 
 
-def test_no_step_waits_for_the_gpu(tmp_path, data_dir, monkeypatch):
+def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
     """SFT, DPO, reward model and KTO, after three steps: torch raises where the host would wait for the GPU (but for a line's
     own event, in flush). One length of row, so that no size is new."""
     import dpo

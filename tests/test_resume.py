@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tqdm import tqdm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import common
 import dpo
@@ -318,7 +318,8 @@ def test_ranks_stop_together(signalled, steps, sft_args, sft_run, tmp_path):
     driver.write_text(SIGNALLED)
     args = {**sft_args, "checkpoint_every": 100}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(driver),
-                           str(REPO), json.dumps({**args, "out": str(out)}), str(signalled)], capture_output=True, text=True, timeout=300)
+                           str(REPO), json.dumps({**args, "out": str(out)}), str(signalled)],
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and f"stopped by a signal after step {steps}" in done.stdout + done.stderr
     assert checkpoint_step(out) == steps and [line["step"] for line in log(out)] == [*range(steps)]
     assert outcome(sft, **args, out=str(out)) is None
@@ -347,8 +348,8 @@ def test_a_line_is_written_a_step_later(sft_args, sft_run, tmp_path, monkeypatch
 def test_numbers_of_the_host_are_not_waited_for(tmp_path):
     """A line without tensors (PPO's, GRPO's) is written at once, in order, after one that waits."""
     run = common.Run.__new__(common.Run)
-    run.__dict__.update(unread=None, last_read=None, first_line=False, log_file=tmp_path / "log.jsonl", seconds=0.0, started=0.0, last_tick=0.0,
-                        last_flops=0, bar=tqdm(disable=True), tracker=None)
+    run.__dict__.update(unread=None, last_read=common.Fetched({"loss": torch.tensor(1.0)}), log_file=tmp_path / "log.jsonl",
+                        seconds=0.0, started=0.0, last_tick=0.0, last_flops=0, bar=tqdm(disable=True), tracker=None)
     run.log(0, {"loss": torch.tensor(0.5), "lr": 1.0})
     assert not run.log_file.exists()
     run.log(1, {"loss": 0.25})
