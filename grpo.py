@@ -196,33 +196,7 @@ def learning_rate(step: int, total: int, args: Args) -> float:
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
 
-# -- the verifier ---------------------------------------------------------------------------------
-
-# A number: sign and $ in either order, digits with or without thousands commas, decimals. What follows must not go on with
-# it (1,0000 · 1.2.3 · 1/2 · 3rd). ASCII digits only, as lm-eval's GSM8K reads them; nothing is ever evaluated.
-NUMBER = re.compile(r"(?P<sign>-?\$?-?)(?P<digits>[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?P<decimals>\.[0-9]{1,30})?"
-                    r"(?!\w|/|[.,][0-9])")
-
-
-def final_number(text: str) -> Fraction | None:
-    """The number right after the first ####, exactly; None without one. First, as in lm-eval's strict GSM8K: an answer that
-    gives two numbers is judged by the first, and saying more can't help it."""
-    _, marked, rest = text.partition("####")
-    found = NUMBER.match(rest.lstrip()) if marked else None
-    if not found or found["sign"].count("-") > 1:
-        return None
-    value = Fraction(found["digits"].replace(",", "") + (found["decimals"] or ""))
-    return -value if "-" in found["sign"] else value
-
-
-def number_reward(row: dict, completion: str) -> dict[str, float]:
-    """correct: 1 when the final number is the row's; format: 0.1 when the answer ends in its only ####, with a number."""
-    number = final_number(completion)
-    tidy = number is not None and NUMBER.fullmatch(completion.split("####", 1)[1].strip())
-    return {"correct": float(number is not None and number == final_number(row["answer"])), "format": 0.1 * bool(tidy)}
-
-
-# -- tasks ----------------------------------------------------------------------------------------
+# -- a task, and rows to problems -----------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Task:
@@ -233,129 +207,12 @@ class Task:
     rows: Callable[[], Sequence[dict]] | None = None  # the task's own; None: --data
 
 
-ASK = '\n\nEnd with the answer on a line of its own: "#### number".'
-WORKED = {  # turns before the question: without them SmolLM2-135M-Instruct doesn't take up the format
-    "gsm8k": [("Tom has 3 boxes of 4 pens and gives 5 pens away. How many pens are left?",
-               "Tom has 3 * 4 = 12 pens.\nAfter giving 5 away, 12 - 5 = 7 are left.\n#### 7")],
-    "arithmetic": [("What is 2 + 5?", "2 + 5 = 7\n#### 7"), ("What is 14 - 6?", "14 - 6 = 8\n#### 8")]}
-GRADES = {1: ("+", 0, 9, 0, 9), 2: ("-", 0, 9, 0, 9), 3: ("*", 2, 9, 2, 9), 4: ("+-", 10, 99, 1, 9), 5: ("+-", 10, 99, 10, 99)}
-
-
-def arithmetic_rows(first: int, last: int, n: int = 4096) -> list[dict]:
-    """n problems a ∘ b, the grades in turn; row i depends on nothing but i, and no difference is below 0."""
-    rows = []
-    for i in range(n):
-        grade, g = first + i % (last - first + 1), random.Random(f"arithmetic {i}")
-        signs, *bounds = GRADES[grade]
-        sign, a, b = g.choice(signs), g.randint(*bounds[:2]), g.randint(*bounds[2:])
-        a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
-        answer = {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](a, b)
-        rows.append({"question": f"What is {a} {sign} {b}?", "answer": str(answer), "grade": grade})
-    return rows
-
-
-def read_question(row: dict, where: str, task: str) -> tuple[list[dict], dict]:
-    """A row of question or prompt, and answer (a number, alone or after ####): worked turns, the question, what is asked."""
-    answer = str(row.get("answer"))
-    answer = answer if "####" in answer else f"#### {answer}"
-    if final_number(answer) is None:
-        common.fail(f"{where}: no answer: want a number, alone or after ####, got {str(row.get('answer'))[-80:]!r}")
-    *before, last = common.as_prompt(row if row.get("question") is None else {"prompt": row["question"]}, where)
-    worked = [{"role": role, "content": text} for question, solved in WORKED[task]
-              for role, text in (("user", question + ASK), ("assistant", solved))]
-    system = int(bool(before) and before[0]["role"] == "system")
-    last = {**last, "content": last["content"] + ASK}
-    return [*before[:system], *worked, *before[system:], last], {**row, "answer": answer}
-
-
-def load_task(args: Args) -> Task:
-    """The task that --task names.
-
-    A file is your own code: it is imported as it stands and never fetched from anywhere; its content enters config_hash.
-      reward(row, completion) -> a finite number, or its parts, {"correct": 1.0, "style": 0.1}, whose sum it is. It is
-        called for answers that ended; the row is as rows() or --data gave it. What it raises ends the run with the row.
-      rows() -> a list of dicts with a prompt (text or messages), the same at every call; without it, --data gives them.
-    An answer counts as solved (pass@k) when the part "correct", or else the reward, is 1 or more.
-    """
-    if args.task == "gsm8k":
-        return Task("gsm8k", "gsm8k", functools.partial(read_question, task="gsm8k"), number_reward)
-    if found := re.fullmatch(r"arithmetic(?::([1-5])(?:-([1-5]))?)?", args.task):
-        first, last = int(found[1] or 1), int(found[2] or found[1] or 5)
-        if first > last:
-            common.fail(f"--task {args.task}: the first grade is above the last")
-        return Task("arithmetic", f"arithmetic:{first}-{last}", functools.partial(read_question, task="arithmetic"),
-                    number_reward, lambda: arithmetic_rows(first, last))
-    path = Path(args.task)
-    if path.suffix != ".py" or not path.is_file():
-        common.fail(f"--task {args.task}: want gsm8k, arithmetic (or arithmetic:1-3: grades 1 to 5) or an existing .py file")
-    spec = importlib.util.spec_from_file_location(f"task_{path.stem}", path)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:  # whatever the file raises, the reader wants its name and the line
-        common.fail(f"--task {args.task} can't be imported: {raised(e)}")
-    if not callable(getattr(module, "reward", None)):
-        common.fail(f"--task {args.task} has no function reward(row, completion)")
-    return Task(path.stem, "sha256:" + common.file_sha256(path), lambda row, where: (common.as_prompt(row, where), row),
-                module.reward, getattr(module, "rows", None))
-
-
-def raised(e: Exception) -> str:
-    """An exception and the line it came from."""
-    at = traceback.extract_tb(e.__traceback__)[-1]
-    return f"{type(e).__name__}: {e} ({Path(at.filename).name}, line {at.lineno})".replace("\n", " ")
-
-
-# -- rows to problems -----------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Problem:
     index: int       # of its row
     ids: list[int]   # the prompt, which ends where the assistant's answer begins
     text: str        # the prompt's last turn
     row: dict        # what reward() sees
-
-
-def read_data(task: Task, args: Args) -> tuple[str, list, list, dict[str, str]]:
-    """(source, training items, held-out items, fingerprints); an item is (messages, row), or None: not in this part."""
-    if task.rows and args.data:
-        common.fail(f"--task {args.task} makes its own rows; leave out --data {args.data}")
-    if not (task.rows or args.data or task.name == "gsm8k"):
-        common.fail(f"--task {args.task} has no rows(); give its rows with --data")
-    source = args.task if task.rows else args.data or GSM8K
-    held_source = args.heldout_data or (None if task.rows else common.heldout_beside(source))
-    if tests := [s for s in (source, held_source) if s and re.search(r":(.*/)?test", s)]:
-        common.fail(f"{tests[0]} is a test split, which is evaluate.py's; train on, and hold out, rows of another")
-
-    def read(rows, fingerprint: str, source: str) -> tuple[list[tuple], str]:
-        try:
-            return [task.read(row, f"{source}, row {i}") for i, row in enumerate(rows)], fingerprint
-        except UnicodeDecodeError as e:  # text is decoded when a row is read
-            common.fail(f"can't read the data set {source}: {e}")
-
-    data = {"task": task.identity}
-    rows, data["train"] = read(*(own_rows(task) if task.rows else common.load_rows(source, [])), source)
-    keys = [common.prompt_key(prompt) for prompt, _ in rows]
-    if held_source:
-        held, data["heldout"] = read(*common.load_rows(held_source, []), held_source)
-    else:  # the prompts with the smallest sha256, each once: a split that no seed and no order moves
-        place = {key: i for i, key in enumerate(keys)}
-        chosen = sorted(place, key=lambda key: (common.bucket(key), key))[:min(args.heldout_rows, max(1, len(place) // 10))]
-        held: list = [None] * len(rows)
-        for key in chosen:
-            held[place[key]] = rows[place[key]]
-    apart = {common.prompt_key(item[0]) for item in held if item}
-    return source, [None if key in apart else item for key, item in zip(keys, rows)], held, data
-
-
-def own_rows(task: Task) -> tuple[list[dict], str]:
-    """A task's own rows, rank 0's on every rank, and their fingerprint."""
-    try:
-        rows = common.from_rank0([dict(row) for row in task.rows()])
-        fingerprint = "sha256:" + common.sha256_json(rows)
-    except Exception as e:  # the user's code, or rows that are not plain data
-        common.fail(f"--task {task.name}: rows() gives no list of plain dicts: {raised(e)}")
-    return (rows, fingerprint) if rows else common.fail(f"--task {task.name}: rows() gives none")
 
 
 def build(tokenizer, args: Args):
@@ -631,6 +488,8 @@ def main(args: Args) -> None:
                f"updates of {P} prompts x {G} answers.")
 
 
+# -- what is reported -----------------------------------------------------------------------------
+
 CURVES = ["rewards", "reward_correct", "reward_format", "heldout_pass_1", "heldout_pass_k", "completion_tokens", "overlong",
           "zero_variance", "kl", "entropy", "clipfrac", "sampler_gap"]
 
@@ -668,6 +527,151 @@ def write_results(run, args: Args, heldout: list[Problem], after_answers: list[d
         "curves": {k: [line.get(k) for line in log] for k in (*CURVES, "k3", "all_right", "all_wrong")
                    if not k.startswith("heldout_")}})
     common.write_atomic(f"{place}.png", lambda p: common.plot_curves(measured, CURVES, record["name"], p))
+
+
+# -- the verifier ---------------------------------------------------------------------------------
+
+# A number: sign and $ in either order, digits with or without thousands commas, decimals. What follows must not go on with
+# it (1,0000 · 1.2.3 · 1/2 · 3rd). ASCII digits only, as lm-eval's GSM8K reads them; nothing is ever evaluated.
+NUMBER = re.compile(r"(?P<sign>-?\$?-?)(?P<digits>[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?P<decimals>\.[0-9]{1,30})?"
+                    r"(?!\w|/|[.,][0-9])")
+
+
+def final_number(text: str) -> Fraction | None:
+    """The number right after the first ####, exactly; None without one. First, as in lm-eval's strict GSM8K: an answer that
+    gives two numbers is judged by the first, and saying more can't help it."""
+    _, marked, rest = text.partition("####")
+    found = NUMBER.match(rest.lstrip()) if marked else None
+    if not found or found["sign"].count("-") > 1:
+        return None
+    value = Fraction(found["digits"].replace(",", "") + (found["decimals"] or ""))
+    return -value if "-" in found["sign"] else value
+
+
+def number_reward(row: dict, completion: str) -> dict[str, float]:
+    """correct: 1 when the final number is the row's; format: 0.1 when the answer ends in its only ####, with a number."""
+    number = final_number(completion)
+    tidy = number is not None and NUMBER.fullmatch(completion.split("####", 1)[1].strip())
+    return {"correct": float(number is not None and number == final_number(row["answer"])), "format": 0.1 * bool(tidy)}
+
+
+# -- tasks ----------------------------------------------------------------------------------------
+
+ASK = '\n\nEnd with the answer on a line of its own: "#### number".'
+WORKED = {  # turns before the question: without them SmolLM2-135M-Instruct doesn't take up the format
+    "gsm8k": [("Tom has 3 boxes of 4 pens and gives 5 pens away. How many pens are left?",
+               "Tom has 3 * 4 = 12 pens.\nAfter giving 5 away, 12 - 5 = 7 are left.\n#### 7")],
+    "arithmetic": [("What is 2 + 5?", "2 + 5 = 7\n#### 7"), ("What is 14 - 6?", "14 - 6 = 8\n#### 8")]}
+GRADES = {1: ("+", 0, 9, 0, 9), 2: ("-", 0, 9, 0, 9), 3: ("*", 2, 9, 2, 9), 4: ("+-", 10, 99, 1, 9), 5: ("+-", 10, 99, 10, 99)}
+
+
+def arithmetic_rows(first: int, last: int, n: int = 4096) -> list[dict]:
+    """n problems a ∘ b, the grades in turn; row i depends on nothing but i, and no difference is below 0."""
+    rows = []
+    for i in range(n):
+        grade, g = first + i % (last - first + 1), random.Random(f"arithmetic {i}")
+        signs, *bounds = GRADES[grade]
+        sign, a, b = g.choice(signs), g.randint(*bounds[:2]), g.randint(*bounds[2:])
+        a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
+        answer = {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](a, b)
+        rows.append({"question": f"What is {a} {sign} {b}?", "answer": str(answer), "grade": grade})
+    return rows
+
+
+def read_question(row: dict, where: str, task: str) -> tuple[list[dict], dict]:
+    """A row of question or prompt, and answer (a number, alone or after ####): worked turns, the question, what is asked."""
+    answer = str(row.get("answer"))
+    answer = answer if "####" in answer else f"#### {answer}"
+    if final_number(answer) is None:
+        common.fail(f"{where}: no answer: want a number, alone or after ####, got {str(row.get('answer'))[-80:]!r}")
+    *before, last = common.as_prompt(row if row.get("question") is None else {"prompt": row["question"]}, where)
+    worked = [{"role": role, "content": text} for question, solved in WORKED[task]
+              for role, text in (("user", question + ASK), ("assistant", solved))]
+    system = int(bool(before) and before[0]["role"] == "system")
+    last = {**last, "content": last["content"] + ASK}
+    return [*before[:system], *worked, *before[system:], last], {**row, "answer": answer}
+
+
+def load_task(args: Args) -> Task:
+    """The task that --task names.
+
+    A file is your own code: it is imported as it stands and never fetched from anywhere; its content enters config_hash.
+      reward(row, completion) -> a finite number, or its parts, {"correct": 1.0, "style": 0.1}, whose sum it is. It is
+        called for answers that ended; the row is as rows() or --data gave it. What it raises ends the run with the row.
+      rows() -> a list of dicts with a prompt (text or messages), the same at every call; without it, --data gives them.
+    An answer counts as solved (pass@k) when the part "correct", or else the reward, is 1 or more.
+    """
+    if args.task == "gsm8k":
+        return Task("gsm8k", "gsm8k", functools.partial(read_question, task="gsm8k"), number_reward)
+    if found := re.fullmatch(r"arithmetic(?::([1-5])(?:-([1-5]))?)?", args.task):
+        first, last = int(found[1] or 1), int(found[2] or found[1] or 5)
+        if first > last:
+            common.fail(f"--task {args.task}: the first grade is above the last")
+        return Task("arithmetic", f"arithmetic:{first}-{last}", functools.partial(read_question, task="arithmetic"),
+                    number_reward, lambda: arithmetic_rows(first, last))
+    path = Path(args.task)
+    if path.suffix != ".py" or not path.is_file():
+        common.fail(f"--task {args.task}: want gsm8k, arithmetic (or arithmetic:1-3: grades 1 to 5) or an existing .py file")
+    spec = importlib.util.spec_from_file_location(f"task_{path.stem}", path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # whatever the file raises, the reader wants its name and the line
+        common.fail(f"--task {args.task} can't be imported: {raised(e)}")
+    if not callable(getattr(module, "reward", None)):
+        common.fail(f"--task {args.task} has no function reward(row, completion)")
+    return Task(path.stem, "sha256:" + common.file_sha256(path), lambda row, where: (common.as_prompt(row, where), row),
+                module.reward, getattr(module, "rows", None))
+
+
+def raised(e: Exception) -> str:
+    """An exception and the line it came from."""
+    at = traceback.extract_tb(e.__traceback__)[-1]
+    return f"{type(e).__name__}: {e} ({Path(at.filename).name}, line {at.lineno})".replace("\n", " ")
+
+
+# -- rows of a task -------------------------------------------------------------------------------
+
+def read_data(task: Task, args: Args) -> tuple[str, list, list, dict[str, str]]:
+    """(source, training items, held-out items, fingerprints); an item is (messages, row), or None: not in this part."""
+    if task.rows and args.data:
+        common.fail(f"--task {args.task} makes its own rows; leave out --data {args.data}")
+    if not (task.rows or args.data or task.name == "gsm8k"):
+        common.fail(f"--task {args.task} has no rows(); give its rows with --data")
+    source = args.task if task.rows else args.data or GSM8K
+    held_source = args.heldout_data or (None if task.rows else common.heldout_beside(source))
+    if tests := [s for s in (source, held_source) if s and re.search(r":(.*/)?test", s)]:
+        common.fail(f"{tests[0]} is a test split, which is evaluate.py's; train on, and hold out, rows of another")
+
+    def read(rows, fingerprint: str, source: str) -> tuple[list[tuple], str]:
+        try:
+            return [task.read(row, f"{source}, row {i}") for i, row in enumerate(rows)], fingerprint
+        except UnicodeDecodeError as e:  # text is decoded when a row is read
+            common.fail(f"can't read the data set {source}: {e}")
+
+    data = {"task": task.identity}
+    rows, data["train"] = read(*(own_rows(task) if task.rows else common.load_rows(source, [])), source)
+    keys = [common.prompt_key(prompt) for prompt, _ in rows]
+    if held_source:
+        held, data["heldout"] = read(*common.load_rows(held_source, []), held_source)
+    else:  # the prompts with the smallest sha256, each once: a split that no seed and no order moves
+        place = {key: i for i, key in enumerate(keys)}
+        chosen = sorted(place, key=lambda key: (common.bucket(key), key))[:min(args.heldout_rows, max(1, len(place) // 10))]
+        held: list = [None] * len(rows)
+        for key in chosen:
+            held[place[key]] = rows[place[key]]
+    apart = {common.prompt_key(item[0]) for item in held if item}
+    return source, [None if key in apart else item for key, item in zip(keys, rows)], held, data
+
+
+def own_rows(task: Task) -> tuple[list[dict], str]:
+    """A task's own rows, rank 0's on every rank, and their fingerprint."""
+    try:
+        rows = common.from_rank0([dict(row) for row in task.rows()])
+        fingerprint = "sha256:" + common.sha256_json(rows)
+    except Exception as e:  # the user's code, or rows that are not plain data
+        common.fail(f"--task {task.name}: rows() gives no list of plain dicts: {raised(e)}")
+    return (rows, fingerprint) if rows else common.fail(f"--task {task.name}: rows() gives none")
 
 
 if __name__ == "__main__":

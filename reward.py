@@ -142,84 +142,6 @@ def pair_metrics(chosen: Tensor, rejected: Tensor, centring: float) -> tuple[Ten
                                 (chosen + rejected).detach() ** 2]).sum(1)
 
 
-# -- what is reported of held-out scores ----------------------------------------------------------
-
-def wilson(right: float, n: int, z: float = 1.959964) -> list[float] | None:
-    """Wilson's 95 % interval of a share, [low, high]; a tie may count as half a success. None without any trial."""
-    if not n:
-        return None
-    p, centre = right / n, (right + z * z / 2) / (n + z * z)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
-
-
-def share(difference: Tensor) -> dict:
-    """How often a difference is above zero, ties half: {"n", "accuracy", "interval"}."""
-    right, n = above_zero(difference).sum().item(), len(difference)
-    return {"n": n, "accuracy": right / n if n else None, "interval": wilson(right, n)}
-
-
-def correlation(x: Tensor, y: Tensor) -> dict[str, float | None]:
-    """Pearson's and Spearman's; None where one side is constant or there are fewer than two points."""
-    if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
-        return {"pearson": None, "spearman": None}
-    x, y = x.double().numpy(), y.double().numpy()
-    return {"pearson": float(stats.pearsonr(x, y)[0]), "spearman": float(stats.spearmanr(x, y)[0])}
-
-
-def calibration(margin: Tensor, bins: int = 10) -> list[dict]:
-    """Tenths of the pairs by |margin|, smallest first: is a pair that the model is p = σ(|margin|) sure of right in p?
-
-    By |margin|, the model's own certainty: which side is right would be known from the margin's sign alone.
-    """
-    order = margin.abs().argsort(stable=True)
-    return [{"n": len(part), "confidence": torch.sigmoid(margin[part].abs().double()).mean().item(),
-             "accuracy": above_zero(margin[part]).mean().item(), "largest_margin": margin[part].abs().max().item()}
-            for part in order.tensor_split(bins) if len(part)]
-
-
-def length_matched(lengths: Tensor, tolerance: float = 0.1) -> Tensor:
-    """[pairs, 2] tokens -> [pairs] bool: the two differ by at most a tenth of the longer."""
-    return (lengths[:, 0] - lengths[:, 1]).abs() <= tolerance * lengths.max(1).values
-
-
-def evaluation(scores: Tensor, lengths: Tensor, centring: float) -> dict:
-    """results/rm/<name>.json's figures, from scores and answer lengths in tokens of (chosen, rejected), [pairs, 2]."""
-    margin, longer = scores[:, 0] - scores[:, 1], (lengths[:, 0] - lengths[:, 1]).double()
-    bins = calibration(margin)
-    return {
-        **share(margin), "loss": reward_loss(*scores.T, centring).mean().item(), "longer_wins": share(longer),
-        "length_matched": share(margin[length_matched(lengths)]),
-        "score_length": correlation(scores.flatten(), lengths.flatten()), "margin_length": correlation(margin, longer),
-        "scores": {side: {"mean": s.mean().item(), "sd": s.std(correction=0).item()}
-                   for side, s in (("chosen", scores[:, 0]), ("rejected", scores[:, 1]), ("margin", margin))},
-        "calibration": bins,
-        "calibration_error": sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(margin)}
-
-
-def plot(scores: Tensor, lengths: Tensor, found: dict, title: str, path: Path) -> None:
-    """Scores by class, calibration, margin against the difference of lengths."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4))
-    edges = torch.linspace(scores.min().item() - 1e-3, scores.max().item() + 1e-3, 31).tolist()
-    for side, values in zip(("chosen", "rejected"), scores.T.tolist()):
-        left.hist(values, edges, alpha=0.5, label=side)
-    left.set(xlabel="score", ylabel="answers")
-    left.legend()
-    middle.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8)
-    middle.plot([b["confidence"] for b in found["calibration"]], [b["accuracy"] for b in found["calibration"]], "o-")
-    middle.set(xlabel="σ(|margin|), mean of a tenth of the pairs", ylabel="accuracy", ylim=(-0.03, 1.03))
-    right.axhline(0, color="grey", linewidth=0.8)
-    right.plot((lengths[:, 0] - lengths[:, 1]).tolist(), (scores[:, 0] - scores[:, 1]).tolist(), ".", markersize=3)
-    right.set(xlabel="tokens chosen − tokens rejected", ylabel="margin")
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, format="png", dpi=110)
-    plt.close(figure)
-
-
 # -- rows to tensors ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -277,39 +199,6 @@ def check_disjoint(rows, heldout_rows, args: Args, heldout_source: str) -> set[s
                     f"(rows {', '.join(map(str, shared[:5]))}{', …' if len(shared) > 5 else ''}); take them out, or "
                     f"have them left out with --max-overlap")
     return known
-
-
-# -- scoring a file -------------------------------------------------------------------------------
-
-def score_file(args: Args) -> None:
-    """Write the rows of --score with a "score" column: the reward of each prompt's completion, at full precision."""
-    out = Path(args.out if args.out != Args.out else f"{args.score}.scored.jsonl")
-    if out.is_dir() or out.resolve() == Path(args.score).resolve():
-        common.fail(f"--out {out} is {'a directory' if out.is_dir() else 'the file to score'}; name another file")
-    device = common.setup_device(args.device)
-    run, _, model_dir, tokenizer, _ = common.read_parent(
-        args.adapter, args.model if args.model != Args.model else None, reward=True)
-    rows, _ = common.load_rows(args.score, ["prompt", "completion"])
-    rows = list(rows)
-    conversations = [common.as_conversation(row, f"{args.score}, row {i}") for i, row in enumerate(rows)]
-    examples = [at_eos(ids) for ids, _ in common.render_many(tokenizer, conversations, train="last")]
-    limit = min(args.micro_tokens, common.max_positions(model_dir))
-    if long := [i for i, e in enumerate(examples) if len(e.ids) > limit]:
-        common.fail(f"{args.score}, row {long[0]}: {len(examples[long[0]].ids)} tokens, and {len(long)} rows in all, "
-                    f"are beyond the {limit} that the model or --micro-tokens can hold")
-    nf4 = run["invariants"]["quantization"] == "qlora"
-    if nf4:
-        common.check_nf4(device)
-    model = common.load_reward(model_dir, args.adapter, "nf4" if nf4 else "none", getattr(torch, run["args"]["dtype"]),
-                               device)
-    scores = common.score_examples(model, examples, args.micro_tokens, device=device)
-    if not scores.isfinite().all():
-        raise FloatingPointError(f"{args.adapter} gives scores that are not finite")
-    if common.rank() == 0:
-        common.write_text(out, "".join(json.dumps({**row, "score": score}, ensure_ascii=False, default=str) + "\n"
-                                       for row, score in zip(rows, scores.tolist())))
-    common.say(f"{out}: {len(rows):,} scores of {run['name']} ({run['config_hash']}), mean {scores.mean():.4g}, "
-               f"sd {scores.std(correction=0):.4g}")
 
 
 def main(args: Args) -> None:
@@ -405,6 +294,117 @@ def main(args: Args) -> None:
                          "tokens_per_s"],
                f"Reward model (Bradley–Terry, centring λ = {args.centring}) of {args.model} with LoRA and a scalar head "
                f"on {len(pairs):,} pairs of {args.data}.")
+
+
+# -- what is reported of held-out scores ----------------------------------------------------------
+
+def wilson(right: float, n: int, z: float = 1.959964) -> list[float] | None:
+    """Wilson's 95 % interval of a share, [low, high]; a tie may count as half a success. None without any trial."""
+    if not n:
+        return None
+    p, centre = right / n, (right + z * z / 2) / (n + z * z)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def share(difference: Tensor) -> dict:
+    """How often a difference is above zero, ties half: {"n", "accuracy", "interval"}."""
+    right, n = above_zero(difference).sum().item(), len(difference)
+    return {"n": n, "accuracy": right / n if n else None, "interval": wilson(right, n)}
+
+
+def correlation(x: Tensor, y: Tensor) -> dict[str, float | None]:
+    """Pearson's and Spearman's; None where one side is constant or there are fewer than two points."""
+    if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
+        return {"pearson": None, "spearman": None}
+    x, y = x.double().numpy(), y.double().numpy()
+    return {"pearson": float(stats.pearsonr(x, y)[0]), "spearman": float(stats.spearmanr(x, y)[0])}
+
+
+def calibration(margin: Tensor, bins: int = 10) -> list[dict]:
+    """Tenths of the pairs by |margin|, smallest first: is a pair that the model is p = σ(|margin|) sure of right in p?
+
+    By |margin|, the model's own certainty: which side is right would be known from the margin's sign alone.
+    """
+    order = margin.abs().argsort(stable=True)
+    return [{"n": len(part), "confidence": torch.sigmoid(margin[part].abs().double()).mean().item(),
+             "accuracy": above_zero(margin[part]).mean().item(), "largest_margin": margin[part].abs().max().item()}
+            for part in order.tensor_split(bins) if len(part)]
+
+
+def length_matched(lengths: Tensor, tolerance: float = 0.1) -> Tensor:
+    """[pairs, 2] tokens -> [pairs] bool: the two differ by at most a tenth of the longer."""
+    return (lengths[:, 0] - lengths[:, 1]).abs() <= tolerance * lengths.max(1).values
+
+
+def evaluation(scores: Tensor, lengths: Tensor, centring: float) -> dict:
+    """results/rm/<name>.json's figures, from scores and answer lengths in tokens of (chosen, rejected), [pairs, 2]."""
+    margin, longer = scores[:, 0] - scores[:, 1], (lengths[:, 0] - lengths[:, 1]).double()
+    bins = calibration(margin)
+    return {
+        **share(margin), "loss": reward_loss(*scores.T, centring).mean().item(), "longer_wins": share(longer),
+        "length_matched": share(margin[length_matched(lengths)]),
+        "score_length": correlation(scores.flatten(), lengths.flatten()), "margin_length": correlation(margin, longer),
+        "scores": {side: {"mean": s.mean().item(), "sd": s.std(correction=0).item()}
+                   for side, s in (("chosen", scores[:, 0]), ("rejected", scores[:, 1]), ("margin", margin))},
+        "calibration": bins,
+        "calibration_error": sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(margin)}
+
+
+def plot(scores: Tensor, lengths: Tensor, found: dict, title: str, path: Path) -> None:
+    """Scores by class, calibration, margin against the difference of lengths."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4))
+    edges = torch.linspace(scores.min().item() - 1e-3, scores.max().item() + 1e-3, 31).tolist()
+    for side, values in zip(("chosen", "rejected"), scores.T.tolist()):
+        left.hist(values, edges, alpha=0.5, label=side)
+    left.set(xlabel="score", ylabel="answers")
+    left.legend()
+    middle.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8)
+    middle.plot([b["confidence"] for b in found["calibration"]], [b["accuracy"] for b in found["calibration"]], "o-")
+    middle.set(xlabel="σ(|margin|), mean of a tenth of the pairs", ylabel="accuracy", ylim=(-0.03, 1.03))
+    right.axhline(0, color="grey", linewidth=0.8)
+    right.plot((lengths[:, 0] - lengths[:, 1]).tolist(), (scores[:, 0] - scores[:, 1]).tolist(), ".", markersize=3)
+    right.set(xlabel="tokens chosen − tokens rejected", ylabel="margin")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, format="png", dpi=110)
+    plt.close(figure)
+
+
+# -- scoring a file -------------------------------------------------------------------------------
+
+def score_file(args: Args) -> None:
+    """Write the rows of --score with a "score" column: the reward of each prompt's completion, at full precision."""
+    out = Path(args.out if args.out != Args.out else f"{args.score}.scored.jsonl")
+    if out.is_dir() or out.resolve() == Path(args.score).resolve():
+        common.fail(f"--out {out} is {'a directory' if out.is_dir() else 'the file to score'}; name another file")
+    device = common.setup_device(args.device)
+    run, _, model_dir, tokenizer, _ = common.read_parent(
+        args.adapter, args.model if args.model != Args.model else None, reward=True)
+    rows, _ = common.load_rows(args.score, ["prompt", "completion"])
+    rows = list(rows)
+    conversations = [common.as_conversation(row, f"{args.score}, row {i}") for i, row in enumerate(rows)]
+    examples = [at_eos(ids) for ids, _ in common.render_many(tokenizer, conversations, train="last")]
+    limit = min(args.micro_tokens, common.max_positions(model_dir))
+    if long := [i for i, e in enumerate(examples) if len(e.ids) > limit]:
+        common.fail(f"{args.score}, row {long[0]}: {len(examples[long[0]].ids)} tokens, and {len(long)} rows in all, "
+                    f"are beyond the {limit} that the model or --micro-tokens can hold")
+    nf4 = run["invariants"]["quantization"] == "qlora"
+    if nf4:
+        common.check_nf4(device)
+    model = common.load_reward(model_dir, args.adapter, "nf4" if nf4 else "none", getattr(torch, run["args"]["dtype"]),
+                               device)
+    scores = common.score_examples(model, examples, args.micro_tokens, device=device)
+    if not scores.isfinite().all():
+        raise FloatingPointError(f"{args.adapter} gives scores that are not finite")
+    if common.rank() == 0:
+        common.write_text(out, "".join(json.dumps({**row, "score": score}, ensure_ascii=False, default=str) + "\n"
+                                       for row, score in zip(rows, scores.tolist())))
+    common.say(f"{out}: {len(rows):,} scores of {run['name']} ({run['config_hash']}), mean {scores.mean():.4g}, "
+               f"sd {scores.std(correction=0):.4g}")
 
 
 if __name__ == "__main__":
