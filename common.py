@@ -1913,11 +1913,10 @@ class Completion:
 # decoding attends to the cache.
 
 class Projection(NamedTuple):
-    """Linear layers of one input as one product; an unmerged adapter adds its low-rank term."""
-    weight: Tensor             # [out, in]
-    bias: Tensor | None        # [out]
-    a: Tensor | None = None    # [r, in]
-    b: Tensor | None = None    # [out, r], times alpha/r
+    """Linear layers of one input as one product; the rows of an adapter's A stand below those of W."""
+    weight: Tensor             # [out + r, in]
+    bias: Tensor | None        # [out + r]
+    b: Tensor | None = None    # [out, r], times alpha/r; None: no adapter, r = 0
 
 
 class Layer(NamedTuple):
@@ -1936,8 +1935,12 @@ class Layer(NamedTuple):
 
 
 def project(x: Tensor, p: Projection) -> Tensor:
+    """x Wᵀ + bias + alpha/r (x Aᵀ) Bᵀ, rounded where AdaptedLinear rounds: [T, in] -> [T, out]."""
     y = F.linear(x, p.weight, p.bias)
-    return y if p.a is None else y + F.linear(F.linear(x, p.a), p.b)
+    if p.b is None:
+        return y
+    out = len(p.b)
+    return torch.addmm(y[:, :out], y[:, out:], p.b.T)
 
 
 def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -2047,19 +2050,19 @@ def round_up(n: int, multiple: int) -> int:
 
 
 class Sampler:
-    """Decoding of many rows with plain weights, a cache that stays, and, on CUDA, one captured graph a step.
+    """Decoding of many rows with plain weights, a cache that stays, and, on CUDA, one captured graph per step.
 
-    `refresh` fuses each layer's q/k/v and gate/up weights and merges the active adapter into them in fp32, always from
-    the original weights. With merge=False an adapter stays beside them, cast as autocast casts it. Nothing comes from
-    generation_config. compile: fuse the elementwise parts (CUDA), which takes seconds that a short job doesn't win back.
+    What samples is the policy that is trained: `refresh` fuses each layer's q/k/v and gate/up weights and puts the factors of
+    the active adapter beside them, cast as the trainer's forward casts them. They are never merged: a merge into bfloat16
+    rounds most of a small update away. Nothing comes from generation_config. compile: fuse the elementwise parts (CUDA),
+    which takes seconds that a short job doesn't win back.
     """
     READBACK = 16            # steps between two looks at what was sampled
     LENGTH_BUCKET = 128      # lengths of the cache and of attention are multiples
     PREFILL_TOKENS = 8192    # of prompts in one forward
 
-    def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None, merge: bool = True,
-                 compile: bool = True):
-        self.tokenizer, self.max_batch, self.merge, self.eos = tokenizer, max_batch, merge, tokenizer.eos_token_id
+    def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None, compile: bool = True):
+        self.tokenizer, self.max_batch, self.eos = tokenizer, max_batch, tokenizer.eos_token_id
         self.fused: dict[str, Tensor] = {}  # the sampler's own weights
         self.sources: list = []             # what graphs read
         self.told = False
@@ -2116,23 +2119,21 @@ class Sampler:
         """Linear layers (plain, NF4, with or without LoRA) as one projection in the compute dtype."""
         bases = [getattr(m, "base_layer", m) for m in modules]
         adapters = [[(scale, a.float(), b.float()) for scale, a, b in low_rank(m)] for m in modules]
-        merged, bias, a, b = self.merge and any(adapters), None, None, None
-        if len(modules) == 1 and not merged and bases[0].weight.dtype == self.dtype:
+        factors_a = [a for factors in adapters for _, a, _ in factors]
+        rank, bias, b = sum(map(len, factors_a)), None, None
+        if len(modules) == 1 and not rank and bases[0].weight.dtype == self.dtype:
             weight = bases[0].weight
-        else:
-            weights = [dequantized(m.weight) for m in bases]
-            if merged:
-                weights = [sum((scale * (b @ a) for scale, a, b in factors), w.float())
-                           for w, factors in zip(weights, adapters)]
-            weight = self._own(name, [w.to(self.dtype) for w in weights])
+        else:  # [W1; W2; …; A1; A2; …]
+            rows = [*(dequantized(m.weight) for m in bases), *factors_a]
+            weight = self._own(f"{name} {rank}", [w.to(self.dtype) for w in rows])
         if bases[0].bias is not None:
-            bias = self._own(f"{name}.bias", [m.bias for m in bases])
-        if any(adapters) and not merged:  # [A1; A2; …] and the blocks B1, B2, … on a diagonal
-            a = self._own(f"{name}.a", [a.to(self.dtype) for factors in adapters for _, a, _ in factors])
-            sides = [torch.cat([scale * b for scale, _, b in factors], 1) if factors else
-                     torch.zeros(m.out_features, 0, device=self.device) for factors, m in zip(adapters, bases)]
-            b = self._own(f"{name}.b", [torch.block_diag(*sides).to(self.dtype)])
-        return Projection(weight, bias, a, b)
+            biases = [m.bias for m in bases]
+            bias = self._own(f"{name}.bias {rank}", [*biases, biases[0].new_zeros(rank)])
+        if rank:  # the blocks B1, B2, … on a diagonal
+            blocks = [torch.cat([scale * b for scale, _, b in factors], 1) if factors else
+                      torch.zeros(m.out_features, 0, device=self.device) for factors, m in zip(adapters, bases)]
+            b = self._own(f"{name}.b", [torch.block_diag(*blocks).to(self.dtype)])
+        return Projection(weight, bias, b)
 
     def _own(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         """The parts end to end, in the place that this name has had from the first time."""

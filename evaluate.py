@@ -319,7 +319,7 @@ class RungsLM(TemplateLM):
                 raise NotImplementedError(f"evaluation is greedy; the task asks for {request.args[1]}")
             prompts[i] = prompts[i][-(self.max_length - lengths[i]) :]  # over-long prompts are cut from the left
         with tqdm(total=len(requests), desc="responses", disable=disable_tqdm) as bar:
-            sampler = Sampler(self.model, self.tokenizer, self.max_batch, merge=False, compile=False)
+            sampler = Sampler(self.model, self.tokenizer, self.max_batch, compile=False)
             completions = sampler.sample(
                 prompts, lengths, temperature=0.0, top_p=1.0, seed=0, stop_strings=stops, progress=bar.update
             )

@@ -124,6 +124,9 @@ class Args:
     """Peak learning rate [ours; 2402.03300: 1e-6 for full fine-tuning, LoRA takes ten times that or more]."""
     max_grad_norm: float = 1.0
     """Gradient clip."""
+    importance_cap: float = 0.0
+    """Weight a token's policy loss by min(π_old / π_sampler, this), for a sampler that is another program [Ionides 2008:
+    truncated importance sampling; 2 is usual]; 0: no weight, since here the sampler is the policy."""
     max_gap: float = 0.1
     """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise: 0.03 on SmolLM2]."""
     # -- run --
@@ -172,6 +175,15 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """π_ref/π_θ − log(π_ref/π_θ) − 1 of each token, [K]: from samples of π_θ, KL(π_θ ‖ π_ref) on average. 2402.03300, eq. 4."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.expm1() - log_ratio
+
+
+def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(π_old / q, cap) of each token, q the sampler's distribution; all 1 where cap is 0. Same shape as its inputs.
+
+    Truncated importance sampling: Ionides 2008 (J. Comput. Graph. Stat. 17:295), eq. 3; between a sampler and a trainer that
+    are two programs: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+    """
+    return (old_logprobs - sampler_logprobs).exp().clamp(max=cap) if cap else torch.ones_like(old_logprobs)
 
 
 def token_weights(lengths: Tensor, aggregate: str, limit: int) -> Tensor:
@@ -314,7 +326,7 @@ def main(args: Args) -> None:
                           "clip_low", "clip_high", "epochs", "minibatches", "pass_k", "lr", "max_grad_norm", "max_gap",
                           "checkpoint_every")
     common.check_share(args, "clip_low", "max_dropped")
-    for name in ("beta", "eval_every"):
+    for name in ("beta", "eval_every", "importance_cap"):
         if not 0 <= getattr(args, name) < math.inf:
             common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
     if args.group_size < 2:
@@ -391,6 +403,9 @@ def main(args: Args) -> None:
         examples = [Example.completion(g.problem.ids, c.ids) for g in groups for c in g.completions]
         lengths = torch.tensor([len(c.ids) for c in done], device=device)                                   # [B]
         mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]) & learns[:, None]       # [B, T]
+        sampler_logprobs = torch.zeros(mask.shape, device=device)                                           # log q, [B, T]
+        sampler_logprobs[mask] = torch.tensor([lp for c, learn in zip(done, learns.tolist()) if learn for lp in c.logprobs],
+                                              device=device)
 
         def minibatches(epoch: int) -> list[tuple]:
             """[(packs, tokens in them over all ranks, weight of a token of each answer [B])], groups in a new order each."""
@@ -428,6 +443,7 @@ def main(args: Args) -> None:
                     else:
                         logprobs = common.token_logprobs(policy, pack, args.temperature)                     # [K]
                     losses = policy_loss(logprobs, old[0, i, t], advantages[i], args.clip_low, args.clip_high)
+                    losses = losses * importance_weights(old[0, i, t], sampler_logprobs[i, t], args.importance_cap)
                     kl_losses = args.beta * k3(logprobs, ref_logprobs[i, t]) if args.beta else 0.0
                     (weights[i] * (losses + kl_losses)).sum().backward()
                     log_ratio = (logprobs - old[0, i, t]).detach()
@@ -440,8 +456,7 @@ def main(args: Args) -> None:
                 if epoch == part == 0 and mask.any():  # before the first step: π_θ is π_old, and is it the sampler's?
                     if single:
                         common.all_reduce_(old)
-                    sampled = torch.tensor([lp for c, learn in zip(done, learns.tolist()) if learn for lp in c.logprobs])
-                    drift = old[0][mask] - sampled.to(device)  # the same words by two programs: rounding alone may part them
+                    drift = (old[0] - sampler_logprobs)[mask]  # d = log π − log q: one policy in two programs, rounding alone
                     gap = drift.abs().mean().item()
                     if not gap <= args.max_gap:
                         run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, beyond "
@@ -464,7 +479,9 @@ def main(args: Args) -> None:
         learned, solved, tokens = time.time(), [g.solved for g in drawn], sum(len(c.ids) for g in drawn for c in g.completions)
         learning = {} if not mask.any() else {
             **dict(zip(METRICS, totals.tolist())), "ratio_max": max(common.gather_lists([ratio_max.item()])),
-            "entropy": old[1][mask].mean().item(), "sampler_gap": gap, "sampler_log_ratio": drift.exp().mean().log().item(),
+            "entropy": old[1][mask].mean().item(), "sampler_gap": gap, "sampler_gap_max": drift.abs().max().item(),
+            "sampler_k3": (drift.expm1() - drift).mean().item(),                       # KL(q ‖ π) from samples of q
+            **({"importance_capped": (drift.exp() > args.importance_cap).float().mean().item()} if args.importance_cap else {}),
             "learn_tokens_per_s": args.epochs * sum(len(e.ids) for e, l in zip(examples, learns) if l) / (learned - rolled)}
         if args.beta:  # a completion's sum, at the rollout
             learning |= {"kl": (old[0] - ref_logprobs).sum(1).mean().item(),

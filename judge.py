@@ -446,7 +446,7 @@ def sample(policy: Callable[[], Any], tokenizer, prompts: Sequence[Prompt], n: i
     wanted = [(p, f"{p.id}/{k}") for p in prompts for k in (range(1, n + 1) if n > 1 else [0])]
     todo = [(p, key) for p, key in wanted if key not in lines.found]
     if todo:
-        sampler = common.Sampler(policy(), tokenizer, merge=False, compile=False)
+        sampler = common.Sampler(policy(), tokenizer, compile=False)
         with tqdm(total=len(todo), desc=f"{title}: completions") as bar:
             for part in (todo[i:i + CHUNK] for i in range(0, len(todo), CHUNK)):
                 noise = [int(common.sha256_json(key)[:15], 16) for _, key in part]

@@ -113,6 +113,9 @@ class Args:
     """Peak learning rate of policy and critic [ours; 2403.17031: 3e-6 for full fine-tuning, LoRA ten times that]."""
     max_grad_norm: float = 1.0
     """Gradient clip, of the policy and of the critic apart."""
+    importance_cap: float = 0.0
+    """Weight a token's policy loss by min(π_old / π_sampler, this), for a sampler that is another program [Ionides 2008:
+    truncated importance sampling; 2 is usual]; 0: no weight, since here the sampler is the policy."""
     max_gap: float = 0.1
     """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise: 0.03 on SmolLM2]."""
     # -- run --
@@ -180,6 +183,15 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Schulman's unbiased, never negative estimator of KL(π ‖ ref) from samples of π: (ρ − 1) − log ρ, ρ = ref/π."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.expm1() - log_ratio
+
+
+def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(π_old / q, cap) of each token, q the sampler's distribution; all 1 where cap is 0. Same shape as its inputs.
+
+    Truncated importance sampling: Ionides 2008 (J. Comput. Graph. Stat. 17:295), eq. 3; between a sampler and a trainer that
+    are two programs: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+    """
+    return (old_logprobs - sampler_logprobs).exp().clamp(max=cap) if cap else torch.ones_like(old_logprobs)
 
 
 def adapted_beta(beta: float, kl: float, target: float) -> float:
@@ -297,7 +309,7 @@ def main(args: Args) -> None:
                           "temperature", "clip", "value_clip", "epochs", "minibatches", "lr", "max_grad_norm", "max_gap",
                           "checkpoint_every")
     common.check_share(args, "gamma", "lam", "max_dropped")
-    for name in ("beta", "kl_target", "normalise"):
+    for name in ("beta", "kl_target", "normalise", "importance_cap"):
         if not 0 <= getattr(args, name) < math.inf:
             common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
     if args.batch_size % args.minibatches:
@@ -398,8 +410,9 @@ def main(args: Args) -> None:
                                             mask.shape, device)                                    # each [B, T]
         common.use_scorer(scorers, "critic", train=True)
         old_values = common.per_token(lambda pack: common.token_values(scorers, pack), packs, mask.shape, device)
-        sampled = torch.tensor([lp for row in batch.logprobs for lp in row], device=device)
-        drift = old_logprobs[mask] - sampled  # the same words by two programs: only rounding may part them
+        sampler_logprobs = torch.zeros(mask.shape, device=device)                                  # log q, [B, T]
+        sampler_logprobs[mask] = torch.tensor([lp for row in batch.logprobs for lp in row], device=device)
+        drift = (old_logprobs - sampler_logprobs)[mask]  # d = log π − log q: one policy in two programs, so rounding alone
         gap = drift.abs().mean().item()
         if not gap <= args.max_gap:
             run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, beyond --max-gap "
@@ -411,6 +424,7 @@ def main(args: Args) -> None:
         rewards = token_rewards(scores, kl, mask, beta)
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
         advantages = whiten(advantages, mask)
+        weights = importance_weights(old_logprobs, sampler_logprobs, args.importance_cap)          # [B, T], 1 by default
         run.check_finite(update, row_ids, scores=scores.sum().item(), kl=kl.sum().item(), values=old_values.sum().item(),
                          advantages=advantages.sum().item())
 
@@ -422,7 +436,7 @@ def main(args: Args) -> None:
                 for pack, (i, t) in packs:  # one after the other, so that only one graph is in memory
                     logprobs = common.token_logprobs(policy, pack, args.temperature)               # [K]
                     losses = policy_loss(logprobs, old_logprobs[i, t], advantages[i, t], args.clip)
-                    (losses.sum() / tokens).backward()
+                    ((weights[i, t] * losses).sum() / tokens).backward()
                     values = common.token_values(scorers, pack)                                    # [K]
                     value_losses = value_loss(values, old_values[i, t], returns[i, t], args.value_clip)
                     (VALUE_COEF * value_losses.sum() / tokens).backward()
@@ -463,8 +477,12 @@ def main(args: Args) -> None:
             "explained_variance": explained_variance(old_values[mask], returns[mask]),
             "values": old_values[mask].mean().item(), "returns": returns[mask].mean().item(),
             "completion_tokens": tokens / args.batch_size, "missing_eos": 1 - batch.ended.float().mean().item(),
-            "sampler_gap": gap, "sampler_log_ratio": drift.exp().mean().log().item(), "grad_norm": grad_norm,
-            "critic_grad_norm": critic_grad_norm, "lr": lr, "tokens": tokens, "rollout_tokens_per_s": tokens / (rolled - began),
+            "sampler_gap": gap, "sampler_gap_max": drift.abs().max().item(),
+            "sampler_k3": (drift.expm1() - drift).mean().item(),                       # KL(q ‖ π) from samples of q
+            **({"importance_capped": (weights[mask] == args.importance_cap).float().mean().item()}
+               if args.importance_cap else {}), "grad_norm": grad_norm,
+            "critic_grad_norm": critic_grad_norm, "lr": lr, "tokens": tokens,
+            "rollout_tokens_per_s": tokens / (rolled - began),
             "learn_tokens_per_s": args.epochs * sum(len(e.ids) for e in examples) / (learned - rolled)})
         run.state["beta"] = adapted_beta(beta, kl_mean, args.kl_target)
         run.checkpoint(update + 1, optimizer)

@@ -278,12 +278,11 @@ def test_sampler_noise_is_the_rows_alone(pair, compiled, top_p):
     assert [c.ids for c in sampler.sample(prompts, 24, **how | {"seed": 6})] != [c.ids for c in whole]
 
 
-@pytest.mark.parametrize("merge", [True, False])
-def test_sampler_graphs_follow_the_policy(pair, merge):
+def test_sampler_graphs_follow_the_policy(pair):
     """A graph captured with one policy decodes the next one after refresh, as a fresh sampler does."""
     directory, tokenizer, _, _ = pair
     policy = common.add_lora(common.load_model(directory, None, "none", torch.float32, DEVICE))
-    sampler = common.Sampler(policy, tokenizer, merge=merge, compile=False)
+    sampler = common.Sampler(policy, tokenizer, compile=False)
     prompts, before = random_prompts(tokenizer, 12), []
     g = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -291,7 +290,7 @@ def test_sampler_graphs_follow_the_policy(pair, merge):
             p.data += 0.05 * torch.randn(p.shape, generator=g).to(DEVICE)
         sampler.refresh(policy)
         done, graphs = sampler.sample(prompts, 20, 1.0, seed=1), set(map(id, sampler.graphs.values()))
-        fresh = common.Sampler(policy, tokenizer, merge=merge, compile=False).sample(prompts, 20, 1.0, seed=1)
+        fresh = common.Sampler(policy, tokenizer, compile=False).sample(prompts, 20, 1.0, seed=1)
         assert [c.ids for c in done] == [c.ids for c in fresh] and mean_gap(policy, prompts, done)[1] < 1e-3
         assert done not in before
         before.append(done)
@@ -323,11 +322,10 @@ def test_sampler_on_nf4(pair):
     for p in common.trainable(policy):
         p.data += 0.02 * torch.randn_like(p)
     prompts = random_prompts(tokenizer, 12)
-    for merge in (True, False):
-        done = common.Sampler(policy, tokenizer, merge=merge, compile=False).sample(prompts, 24, 1.0, seed=3)
-        gap = mean_gap(policy, prompts, done)
-        print(f"NF4, merge={merge}: |log-prob gap| mean, max", gap)
-        assert gap[0] < 0.05
+    done = common.Sampler(policy, tokenizer, compile=False).sample(prompts, 24, 1.0, seed=3)
+    gap = mean_gap(policy, prompts, done)
+    print("NF4: |log-prob gap| mean, max", gap)
+    assert gap[0] < 0.05
 
 
 @pytest.mark.parametrize("quantization, compiled", [("qlora", True), ("none", False)])

@@ -256,9 +256,24 @@ def test_the_readmes_own_task_runs(grpo_args, tmp_path):
     assert "rewards" in log(out)[0]
 
 
+def test_importance_weights_by_hand():
+    log_ratios = torch.tensor([-1.0, 0.0, 0.5, 3.0])
+    old = torch.tensor([-2.0, -0.1, -7.0, -1.0])
+    assert grpo.importance_weights(old, old - log_ratios, 2.0).tolist() == pytest.approx([math.exp(-1), 1, math.exp(0.5), 2])
+    assert grpo.importance_weights(old, old - log_ratios, 0.0).tolist() == [1, 1, 1, 1]
+
+
+def test_the_cap_weights_the_policys_gradient(grpo_args, tmp_path):
+    """Here π_old = q, so that below a cap of ½ every token weighs ½: half the gradient, and the log says that all are capped."""
+    plain, capped = (log(train(tmp_path / str(cap), **{**grpo_args, "updates": 1, "eval_every": 0, "beta": 0.0,
+                                                       "importance_cap": cap}))[0] for cap in (0.0, 0.5))
+    assert "importance_capped" not in plain and capped["importance_capped"] == 1
+    assert capped["grad_norm"] == pytest.approx(plain["grad_norm"] / 2, rel=1e-4) and plain["grad_norm"] > 0
+
+
 SCIENCE = {"heldout_rows", "prompt_tokens", "updates", "batch_size", "group_size", "completion_tokens", "temperature",
            "resample_groups", "scale_advantages", "aggregate", "beta", "clip_low", "clip_high", "epochs", "minibatches",
-           "eval_every", "pass_k", "lr", "max_grad_norm", "seed"}
+           "eval_every", "pass_k", "lr", "max_grad_norm", "importance_cap", "seed"}
 
 
 def test_config_hash_knows_a_task_by_its_content(grpo_args, tmp_path):

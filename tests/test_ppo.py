@@ -341,8 +341,20 @@ def test_one_epoch_of_one_minibatch_is_exactly_on_policy(ppo_args, tmp_path):
     for line in log(out):
         assert (line["ratio_mean"], line["ratio_max"], line["approx_kl"], line["clipfrac"]) == (1, 1, 0, 0)
         assert abs(line["policy_loss"]) < 1e-6  # the mean of whitened advantages
-        assert line["sampler_gap"] < 1e-5 and abs(line["sampler_log_ratio"]) < 1e-5
+        assert line["sampler_gap"] < 1e-5 and 0 <= line["sampler_k3"] < 1e-9 and line["sampler_gap_max"] < 1e-4
     assert log(out)[-1]["kl"] != 0
+
+
+def test_importance_weights_by_hand_and_in_the_loss(ppo_args, tmp_path):
+    """min(π_old/q, cap); π_old = q in a run, so that below a cap of ½ every token weighs ½: half the policy's gradient."""
+    old, log_ratios = torch.tensor([-2.0, -0.1, -1.0]), torch.tensor([-1.0, 0.5, 3.0])
+    assert ppo.importance_weights(old, old - log_ratios, 2.0).tolist() == pytest.approx([math.exp(-1), math.exp(0.5), 2])
+    assert ppo.importance_weights(old, old - log_ratios, 0.0).tolist() == [1, 1, 1]
+    one = {**ppo_args, "updates": 1, "epochs": 1, "minibatches": 1}
+    plain, capped = (log(train(tmp_path / str(cap), **one, importance_cap=cap))[0] for cap in (0.0, 0.5))
+    assert "importance_capped" not in plain and capped["importance_capped"] == 1
+    assert capped["grad_norm"] == pytest.approx(plain["grad_norm"] / 2, rel=1e-4) and plain["grad_norm"] > 0
+    assert capped["critic_grad_norm"] == pytest.approx(plain["critic_grad_norm"], rel=1e-6)
 
 
 def test_a_policy_that_did_not_sample_is_noticed(ppo_args, tmp_path, monkeypatch):

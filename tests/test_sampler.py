@@ -3,6 +3,7 @@
 fp32 on a CPU, where its step is the one that CUDA graphs capture; tests/test_gpu.py has the graphs.
 """
 import copy
+import importlib
 import json
 import shutil
 from collections import Counter
@@ -134,11 +135,10 @@ def test_an_unknown_decoder_is_refused(tmp_path, capsys):
     assert "llama, qwen2, qwen3" in (error := capsys.readouterr().err) and "gemma2" in error
 
 
-@pytest.mark.parametrize("merge", [True, False])
-def test_greedy_with_an_adapter(sft_run, sft_args, talker, prompts, merge):
+def test_greedy_with_an_adapter(sft_run, sft_args, talker, prompts):
     _, plain, tokenizer = talker
     policy = common.attach_adapter(common.load_model(sft_args["model"], dtype=torch.float32), sft_run)
-    done = Sampler(policy, tokenizer, merge=merge).sample(prompts[:4], 12)
+    done = Sampler(policy, tokenizer).sample(prompts[:4], 12)
     assert [c.ids for c in done] == [greedy(plain, p, 12, tokenizer.eos_token_id) for p in prompts[:4]]
 
 
@@ -348,22 +348,21 @@ def perturb(policy, generator):
         p.data += 0.02 * torch.randn(p.shape, generator=generator)
 
 
-@pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_refreshes_leave_no_trace(tiny_model, tmp_path, dtype, merge):
+def test_many_refreshes_leave_no_trace(tiny_model, tmp_path, dtype):
     """After 100 changed policies the weights are a fresh sampler's to the bit, in the places they had at first."""
     tokenizer, g = common.load_tokenizer(tiny_model), torch.Generator().manual_seed(0)
     policy = common.add_lora(common.load_model(tiny_model, dtype=dtype))
-    sampler = Sampler(policy, tokenizer, merge=merge)
+    sampler = Sampler(policy, tokenizer)
     first, places = copy.deepcopy(weights(sampler)), [t.data_ptr() for t in weights(sampler)]
     original = copy.deepcopy(policy.get_base_model().state_dict())
     for _ in range(100):
         perturb(policy, g)
         sampler.refresh(policy)
-    fresh = weights(Sampler(policy, tokenizer, merge=merge))
-    assert len(fresh) == len(first) == 2 * (6 if merge else 14)
+    fresh = weights(Sampler(policy, tokenizer))
+    assert len(fresh) == len(first) == 2 * 10  # two norms, and of four projections [W; A] and B
     assert all(torch.equal(a, b) for a, b in zip(weights(sampler), fresh))
-    assert sum(not torch.equal(a, b) for a, b in zip(first, fresh)) == 2 * (4 if merge else 8)
+    assert sum(not torch.equal(a, b) for a, b in zip(first, fresh)) == 2 * 8
     assert [t.data_ptr() for t in weights(sampler)] == places
     state = policy.get_base_model().state_dict()
     assert all(torch.equal(w, original[n]) for n, w in state.items() if "lora" not in n)  # the policy's are its own
@@ -375,20 +374,14 @@ def test_many_refreshes_leave_no_trace(tiny_model, tmp_path, dtype, merge):
     assert all(torch.equal(a, b) for a, b in zip(weights(sampler), fresh))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_weights_are_load_models(sft_run, sft_args, dtype):
-    """To the bit: a policy's adapter merged by the sampler, and the saved adapter merged by load_model."""
-    tokenizer = common.load_tokenizer(sft_args["model"])
-    policy = common.attach_adapter(common.load_model(sft_args["model"], dtype=dtype), sft_run)
-    merged = Sampler(common.load_model(sft_args["model"], sft_run, dtype=dtype), tokenizer)
-    ours = Sampler(policy, tokenizer)
-    assert all(torch.equal(a, b) for a, b in zip(weights(ours), weights(merged), strict=True))
-    assert ours.embedding is common.base_of(policy).get_input_embeddings().weight  # shared, as are norms and head
-    assert ours.head is common.base_of(policy).get_output_embeddings()
+def test_what_no_adapter_touches_is_shared(tiny_model):
+    policy = common.add_lora(common.load_model(tiny_model))
+    sampler = Sampler(policy, common.load_tokenizer(tiny_model))
+    assert sampler.embedding is common.base_of(policy).get_input_embeddings().weight  # as are norms and head
+    assert sampler.head is common.base_of(policy).get_output_embeddings()
 
 
-@pytest.mark.parametrize("merge", [True, False])
-def test_nf4_base_is_dequantized(tiny_model, merge):
+def test_nf4_base_is_dequantized(tiny_model):
     """On an NF4 base, a random adapter: the weights are those of the dequantised base in bfloat16."""
     tokenizer, g = common.load_tokenizer(tiny_model), torch.Generator().manual_seed(3)
     nf4 = common.load_model(tiny_model, quantization="nf4")
@@ -402,30 +395,77 @@ def test_nf4_base_is_dequantized(tiny_model, merge):
     policies = [common.add_lora(m) for m in (nf4, plain)]
     for p, q in zip(*map(common.trainable, policies)):
         p.data = q.data = 0.05 * torch.randn(p.shape, generator=g)
-    a, b = (Sampler(m, tokenizer, merge=merge) for m in policies)
+    a, b = (Sampler(m, tokenizer) for m in policies)
     assert all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
     prompts = [[5, 6, 7], [9] * 20]
     assert a.sample(prompts, 8) == b.sample(prompts, 8)
 
 
-def test_unmerged_adapter_is_pefts(tiny_model):
-    """In bfloat16 with merge=False, log-probabilities are nearer to PEFT's under autocast than a merge's are."""
+def sampled_distribution(sampler, contexts):
+    """log q of every token of the vocabulary after each context, [contexts, V], caught where the sampler applies the LM head."""
+    logits = []
+    with sampler.head.register_forward_hook(lambda module, given, result: logits.append(result.detach().clone())):
+        for context in contexts:
+            sampler.sample([context], 1, temperature=1.0)
+    return torch.cat(logits).double().log_softmax(1)
+
+
+def kl(p, q):
+    """KL(p ‖ q) of log-probabilities [contexts, V], mean over the contexts."""
+    return (p.exp() * (p - q)).sum(1).mean().item()
+
+
+@pytest.mark.parametrize("script", ["dpo", "kto", "ppo", "grpo"])
+def test_what_samples_is_the_policy_that_is_trained(tiny_model, script):
+    """After Adam steps at the script's own rate, from a base on the bfloat16 grid: KL(q ‖ π_θ) ≤ 0.05 KL(π_θ ‖ π_ref), over the
+    whole vocabulary after the same contexts. A sampler of weights merged into bfloat16 must fail the same bound."""
+    tokenizer, g = common.load_tokenizer(tiny_model), torch.Generator().manual_seed(5)
+    torch.manual_seed(1)
+    model = common.load_model(tiny_model, dtype=torch.bfloat16).float()  # fp32 arithmetic on weights of the grid
+    policy = common.add_lora(model)
+    optimizer = torch.optim.Adam(common.trainable(policy), lr=importlib.import_module(script).Args.lr)
+    contexts = [torch.randint(3, 300, (n,), generator=g).tolist() for n in (3, 9, 20, 31)]
+    examples = [Example.completion(c, torch.randint(3, 300, (8,), generator=g).tolist()) for c in contexts]
+    (pack,) = common.pack(examples, 1000)
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0])  # answers 1 and 3 become likelier, 2 and 4 less likely
+    for _ in range(8):
+        logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))
+        (-(sign * logprobs).sum() / 8).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def distribution(model):
+        with torch.no_grad():
+            return torch.cat([model(torch.tensor([c])).logits[:, -1] for c in contexts]).double().log_softmax(1)
+    trained = distribution(policy)
+    with common.reference(policy):
+        moved = kl(trained, distribution(policy))
+    merged = copy.deepcopy(policy).merge_and_unload()
+    for name, p in merged.named_parameters():
+        p.data = p.data.bfloat16().float()
+    gap, merged_gap = (kl(sampled_distribution(Sampler(m, tokenizer), contexts), trained) for m in (policy, merged))
+    print(f"{script}: KL(π_θ‖π_ref) {moved:.2e}, KL(q‖π_θ) {gap:.2e}, with the adapter merged into bfloat16 {merged_gap:.2e}")
+    assert moved > 1e-9 and gap <= 0.05 * moved < merged_gap
+
+
+def test_bfloat16_sampler_is_nearer_to_the_trainer_than_a_merge(tiny_model):
+    """In bfloat16 arithmetic, log-probabilities are nearer to the trainer's than those of weights that the adapter is merged into."""
     tokenizer, g = common.load_tokenizer(tiny_model), torch.Generator().manual_seed(4)
     policy = common.add_lora(common.load_model(tiny_model))
     for p in common.trainable(policy):
         p.data = 0.05 * torch.randn(p.shape, generator=g)
+    merged = copy.deepcopy(policy).merge_and_unload()
     prompts = [torch.randint(3, 300, (20,), generator=g).tolist() for _ in range(40)]
-    gaps = {}
-    for merge in (True, False):
-        done = Sampler(policy, tokenizer, merge=merge).sample(prompts, 12, 1.0, seed=2)
-        examples = [Example.completion(p, c.ids) for p, c in zip(prompts, done)]
-        (pk,) = common.pack(examples, 10_000)
+    gaps = []
+    for model in (policy, merged):
+        done = Sampler(model, tokenizer).sample(prompts, 12, 1.0, seed=2)
+        (pack,) = common.pack([Example.completion(p, c.ids) for p, c in zip(prompts, done)], 10_000)
         with torch.no_grad():
-            found = common.token_logprobs(policy, pk)
-        given = torch.tensor([x for i in pk.examples for x in done[i].logprobs])
-        gaps[merge] = (given - found).abs().mean().item()
-    print("mean |log-prob gap| to PEFT under autocast, merged and not:", gaps)
-    assert gaps[False] < 0.8 * gaps[True] and gaps[True] < 0.1
+            trained = common.token_logprobs(policy, pack)
+        sampled = torch.tensor([x for i in pack.examples for x in done[i].logprobs])
+        gaps.append((sampled - trained).abs().mean().item())
+    print("mean |log-prob gap| to the trainer, adapter beside the weights and merged:", gaps)
+    assert gaps[0] < 0.8 * gaps[1] and gaps[1] < 0.1
 
 
 # -- batches, buckets, buffers -----------------------------------------------------------------------
