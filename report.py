@@ -1,29 +1,46 @@
 """report.py: what results/ holds -> the tables, verdicts and plots that compare the rows.
 
+It answers three questions, in this order, for every method:
+    1. Did it learn what it optimises?  Its own objective on held-out data, before -> after.
+    2. What did it change?              Paired differences on the benchmarks: to the policy that it started from (its own
+                                        parent) and to the base.
+    3. Is it a win?                     The verdict, against base.
+
 A score carries its standard error se (lm-eval's own, over the items). The difference of two rows a and b, in points, is
     delta = 100 (a - b)    with    se(delta) = 100 sqrt(se_a^2 + se_b^2);    marked ~ when |delta| < 2 se(delta).
 Both rows answered the same items, so the test is a paired one, on the differences d_i = a_i - b_i of the items' scores:
     0/1 items    exact McNemar;      interval of Bonett and Price    (MMLU, GSM8K, IFEval by prompt)
-    otherwise    paired bootstrap, 10,000 resamples: of items (TruthfulQA MC2), of prompts with all their instructions
-                 (IFEval by instruction, whose delta is sum d_i / sum m_i, m_i instructions in prompt i)
-    p-values     adjusted by Holm over a table: five columns x the rows compared with base, in one protocol
-    detectable   (z_0.975 + z_0.8) sqrt(sum d_i^2) / sum m_i: what a test at 5 % finds with power 0.8
-"Up" and "down" are adjusted p < 0.05. Catastrophic: the interval wholly below 0 and the point below -2. The verdict is
-that of the plain protocol against base, the first that holds:
-    open            a test is missing: the row or base has no per-item scores
+    otherwise    sign-flip test;     bootstrap of items, 10,000 resamples: for TruthfulQA MC2 an item is a question, for
+                 IFEval by instruction a prompt with all its instructions (delta is sum d_i / sum m_i, m_i instructions)
+    S seeds      of one family, each against its own parent:  SE^2 = s^2(seed means)/S + s^2(items)/n,  s^2(items) of the
+                 differences averaged over the seeds; t with Satterthwaite's degrees of freedom. The items are the same
+                 for every seed (crossed), so neither part alone would do.
+    detectable   (z_0.975 + z_0.8) sqrt(sum d_i^2) / sum m_i: what a test at 5 % detects with power 0.8
+Intervals condition on what was resampled: with one seed on the items alone, so they say nothing of another seed.
+
+One family of tests for one base, named before any run: four endpoints (ENDPOINTS; for an instruct base IFEval and GSM8K
+in the chat protocol, for a pretrained one in the plain; MMLU and TruthfulQA plain) x {sft, dpo, ppo, grpo, kto} x {base,
+own parent}, adjusted by Holm. Controls, reruns, the other protocol and the other columns are descriptive: they have an
+interval and no p-value. "Up" and "down" are adjusted p < 0.05. A drop is catastrophic when it is clearly down and more
+than 2 points. The verdict is the first that holds:
+    open            a test is missing: the row or the base has no per-item scores
     irreproducible  a rerun of the same config_hash differs from it (Holm over the five columns)
-    forgetting      IFEval up, and a catastrophic drop elsewhere
-    win             IFEval up, by prompt or by instruction, and neither of them down
-    regression      something down or catastrophic, nothing up
-    flat            nothing up, nothing down
-    mixed           the rest: up elsewhere than on IFEval, or up and down on it
-DPO has a criterion of its own besides: the lower bound of its judged win rate against SFT is above 50 %.
+    forgetting      IFEval up, and a catastrophic drop on MMLU or TruthfulQA
+    win             IFEval up, and no such drop
+    mixed           something else up, and something down or not
+    regression      something down, nothing up
+    flat            nothing up or down, and every endpoint equivalent: its 90 % interval lies within 2 points of 0, which
+                    is two one-sided tests at 5 %
+    inconclusive    nothing up or down, and a change of more than 2 points remains possible
+"inherited" behind the word: every drop that it rests on is one that the parent had already, clearly, and to which the
+method itself added nothing clear. DPO has a criterion of its own besides: the lower bound of its judged win rate against
+SFT is above 50 %, by a judge that shares no training prompt with it.
 
 1. A report is about one train_invariants, and a table about one protocol (plain, chat) and one eval_hash. A results
    file that holds more is refused, naming the rows and the fields that differ; --group HASH picks. So are rows whose
    items (doc_id, doc_hash) are not the same.
-2. A method is compared with base and with the SFT row it was trained from: the parent that the row names, else the only
-   candidate. Where two could be meant, the difference is left out and a note says so.
+2. A row's own parent is the one that the row names, by the hash of its adapter; without one it is the base. Where the
+   parent has no row the difference is left out, and a note says so.
 3. The same config_hash with another adapter hash is a run that did not reproduce: both rows stay, the later marked †.
 4. What is missing is shown as missing, never as zero: a row as "planned", a score as "–", a standard error as "?".
 5. A reward model scores answers and has no benchmark row: its own table comes from rm/*.json, beside the baseline "the
@@ -31,13 +48,13 @@ DPO has a criterion of its own besides: the lower bound of its judged win rate a
    held-out answers from judge/*.json, speed from bench/*.json. A record of other train_invariants than the rows' is
    listed with ‡ and both hashes, and left out where --group names theirs.
 
-    python report.py            print the tables; write results/README.md, a page a run in results/runs/, the plots in
-                                results/plots/, and README.md between its two markers
+    python report.py            print what was learned and the verdicts; write results/README.md, a page per run in
+                                results/runs/, the plots in results/plots/, and README.md between its two markers
+    python report.py --full     print every table
     python report.py --check    write nothing; exit 1 with a diff when a file disagrees with the results
 """
 
 import difflib
-import functools
 import gzip
 import io
 import json
@@ -58,6 +75,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from common import SCHEMA_VERSION, fail, read_json, read_results, sha256_json, write_atomic
 
@@ -71,6 +92,8 @@ class Args:
     README.md for the directory results, and none for another."""
     group: tuple[str, ...] = ()
     """Report only rows of these train_invariants and eval_hashes; a kind of hash that isn't named is not restricted."""
+    full: bool = False
+    """Print every table, not only what was learned and the verdicts."""
     check: bool = False
     """Write nothing; exit 1 and print a diff when a generated file disagrees with the results."""
 
@@ -82,13 +105,39 @@ METRICS = {  # column title: (task, metric, filter) of lm-eval
     "IFEval\nprompt": ("ifeval", "prompt_level_strict_acc", "none"),
     "IFEval\ninstruction": ("ifeval", "inst_level_strict_acc", "none"),
 }
+# The family of tests: column -> its protocol for an instruct base; for a pretrained base all four are plain.
+ENDPOINTS = {"MMLU": "plain", "TruthfulQA\nMC2": "plain", "GSM8K\nstrict": "chat", "IFEval\nprompt": "chat"}
+METHODS = ("sft", "dpo", "ppo", "grpo", "kto")
+FORGOTTEN = ("MMLU", "TruthfulQA\nMC2")  # where a drop is what the word forgetting means
+FLOORS = {"MMLU": 25.0, "GSM8K\nstrict": 0.0, "IFEval\nprompt": 0.0, "IFEval\ninstruction": 0.0}  # %, by chance
 # The climb. A rung without a result is shown as planned; rows of other names follow those of their phase.
 LADDER = {"base": 0, "sft_v2": 1, "dpo_v1": 2, "ppo_v1": 3, "grpo_v1": 4, "kto_v1": 5}  # row: phase
 TRAINING = {  # facts of a training run: key in the row's "training" or "cost" -> column title
     "heldout_loss_base": "held-out loss\nbefore", "heldout_loss": "held-out\nloss",
-    "heldout_accuracy": "held-out\naccuracy", "eos_rate": "EOS rate", "tokens": "tokens", "wall_time_s": "minutes",
-    "gpu_minutes": "GPU\nminutes", "peak_gib": "peak\nGiB", "device": "device",
+    "heldout_accuracy": "held-out\naccuracy", "judge_eos_rate": "EOS rate,\njudge's\nprompts", "tokens": "tokens",
+    "wall_time_s": "minutes", "gpu_minutes": "GPU\nminutes", "peak_gib": "peak\nGiB", "device": "device",
 }
+# What each method optimises, held out: (objective, before: a key or what holds by construction, after, key of n, scale,
+# 1: higher is better, -1: lower). With policy = reference every margin is 0, and a tie counts half.
+OBJECTIVES = {
+    "sft": [("held-out loss, nats per token", "heldout_loss_base", "heldout_loss", None, 1, -1)],
+    "dpo": [("held-out pairs on the right side, %", 0.5, "heldout_accuracy", "heldout_pairs", 100, 1)],
+    "ppo": [("score on fixed prompts", "scores_before", "scores_after", "fixed_prompts", 1, 1),
+            ("watch model's score on them", "watch_scores_before", "watch_scores_after", "fixed_prompts", 1, 1)],
+    "grpo": [("held-out pass@1, %", "pass_1_before", "pass_1_after", "heldout_problems", 100, 1),
+             ("held-out pass@k, %", "pass_k_before", "pass_k_after", "heldout_problems", 100, 1)],
+    "kto": [("held-out AUC, %", 0.5, "heldout_auc", "heldout_rows", 100, 1),
+            ("held-out rows on the right side, %", 0.5, "heldout_accuracy", "heldout_rows", 100, 1)],
+}  # fmt: skip
+COUNTED = ("heldout_accuracy", "pass_1_after")  # shares of n independent trials: Wilson's interval
+LEARNED = (
+    "Before → after, with a 95 % interval: the run's own where it recorded one (over prompts), else Wilson's for a share of "
+    "independent trials. **yes**: the interval of the change lies wholly on the better side; **worse**: on the other; "
+    "not shown: it includes no change. `–`: no interval was recorded, so nothing is claimed. A share before of 50.0 holds "
+    "by construction (the policy is its reference, a tie counts half). GRPO's two shares are compared as if they came from "
+    "different problems, which is wider than a paired interval. A reward model is compared with the better rule of length, "
+    "on the same pairs, by McNemar's exact test. Of several seeds: mean ± sd, and the change's t interval over the seeds."
+)
 REWARD = {  # figures of a reward model: column title -> (place in its file, scale, decimals)
     "accuracy, %": (("accuracy",), 100, 1),
     "longer-wins, %": (("longer_wins", "accuracy"), 100, 1),
@@ -100,8 +149,8 @@ REWARD = {  # figures of a reward model: column title -> (place in its file, sca
 REWARD_LEGEND = (
     "On held-out pairs, in % with Wilson's 95 % interval: accuracy, the chosen answer scores higher; longer-wins, it is "
     "the longer one; length-matched, accuracy where lengths differ by at most 10 %. Correlation is Pearson's, margin is "
-    "chosen − rejected. Per-pair outcomes are not kept, so there is no paired test: intervals that don't overlap tell "
-    "accuracy and baseline apart, however the two depend on each other; intervals that overlap leave it open. "
+    "chosen − rejected. Accuracy and baseline are compared on the same pairs by McNemar's exact test; in a record without "
+    "per-pair outcomes by their intervals: where these overlap, the question stays open. "
     "mean ± sd is over the seeds of one family, a seed once, sd with n − 1."
 )
 GUARDRAILS = {  # figures of the held-out answers: column title -> (key in guardrails.json, scale, decimals)
@@ -121,20 +170,23 @@ ROW_KEYS = (
     "protocol metrics n"
 ).split()
 LEGEND = (
-    "Scores in % ± standard error; n counts items, for IFEval prompts. Differences in points. With per-item scores: "
-    "the paired 95 % interval of that one difference in brackets, p adjusted by Holm over the table, **bold** where "
-    "p < 0.05. Without: "
+    "Scores in % ± standard error; n counts items, for IFEval prompts. Differences in points, with the paired 95 % "
+    "interval of that one difference in brackets; p adjusted by Holm over the family of tests, **bold** where p < 0.05; "
+    "`≤`: as small as the resamples can show. Descriptive columns and rows have no p. Without per-item scores: "
     "± √(se² + se²), **bold** at twice that or more. `~`: less than 2 √(se² + se²), which the two scores alone would "
-    "not tell apart. `?`: a standard error is missing. `–`: not measured."
+    "not distinguish. `°`: at the floor, the interval includes chance; no benchmark shows forgetting there. `?`: a "
+    "standard error is missing. `–`: not measured."
 )
 UNPAIRED = "±: no per-item scores (evaluate.py keeps them in scores/), so no paired test and no verdict."
 DETECTABLE = "smallest detectable"
 VERDICTS = (
-    "Up and down: p < 0.05 after Holm. Catastrophic: interval wholly below 0, before Holm, and point below −2. **win**: "
-    "IFEval up and not down, no catastrophic drop. **forgetting**: IFEval up, a catastrophic drop elsewhere. "
-    "**regression**: down or catastrophic, nothing up. **flat**: neither. **mixed**: up elsewhere than on IFEval. "
-    "**irreproducible**: a rerun differs. **open**: a test is missing. Smallest detectable: the true difference that one "
-    "paired test at 5 %, before Holm, finds 4 times in 5, from the share of items on which the two rows differ."
+    "Up and down: p < 0.05 after Holm. Catastrophic: clearly down, and by more than 2 points. **win**: IFEval up, no "
+    "catastrophic drop on MMLU or TruthfulQA. **forgetting**: IFEval up, and such a drop. **regression**: something down, "
+    "nothing up. **mixed**: something else than IFEval up. **flat**: nothing up or down, and each endpoint's 90 % "
+    "interval within ±2 points. **inconclusive**: nothing up or down, and a larger change remains possible. "
+    "**irreproducible**: a rerun differs. **open**: a test is missing. *inherited*: the parent had every one of these "
+    "drops, and the method added nothing clear to them. Smallest detectable: the true difference that one paired test at "
+    "5 %, before Holm, detects 4 times in 5. Intervals of one seed are over items; another seed may differ by more."
 )
 PLOTS = {  # file name under plots/ -> what it shows
     "deltas-plain": "Differences to base with paired 95 % intervals, plain protocol",
@@ -144,68 +196,97 @@ PLOTS = {  # file name under plots/ -> what it shows
     "ppo": "PPO: reward, KL and length over training",
     "grpo": "GRPO: reward, KL and length over training",
 }
-ALPHA, CATASTROPHIC = 0.05, -2.0  # of adjusted p-values; points
-RESAMPLES = 10_000
-Z_ALPHA, Z_POWER = (statistics.NormalDist().inv_cdf(p) for p in (1 - ALPHA / 2, 0.8))
+ALPHA, MARGIN = 0.05, 2.0  # of adjusted p-values; points, of a catastrophic drop and of equivalence
+RESAMPLES, FLIPS = 10_000, (9_999, 99_999)  # of the bootstrap; of the sign-flip test, the second where p is small
 
 
 # ------------------------------------------------------------------ statistics
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p that the items which only one of two rows has right are fair coins, of which `gained` and
-    `lost` fell on each side: min(1, 2 P(X <= min)), X ~ Binomial(gained + lost, 1/2). 1 where there is no such item."""
-    n, term, total = gained + lost, 1, 0  # term: n choose k, in whole numbers
-    for k in range(min(gained, lost) + 1):
-        total, term = total + term, term * (n - k) // (k + 1)
-    return min(1.0, 2 * total / 2**n)
+@dataclass(frozen=True)
+class Paired:
+    """What a paired test says of a difference, as a share: 95 % and 90 % intervals, p, whether p is as small as the
+    resamples can show, and the smallest difference that it detects (None where no item differs)."""
+
+    interval: tuple[float, float]
+    interval90: tuple[float, float]
+    p: float
+    at_floor: bool = False
+    detectable: float | None = None
 
 
-def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
-    """95 % interval of (gained - lost) / n over n 0/1 items: Wald's, with one item added to each side, so that few
+def paired_interval(gained: int, lost: int, n: int, alpha: float = ALPHA) -> tuple[float, float]:
+    """1 - alpha interval of (gained - lost) / n over n 0/1 items: Wald's, with one item added to each side, so that few
     discordant items don't give a width of 0 [Bonett & Price 2012, J. Educ. Behav. Stat. 37(4)]."""
     a, b = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = Z_ALPHA * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
+    half = float(stats.norm.ppf(1 - alpha / 2)) * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
     return max(-1.0, a - b - half), min(1.0, a - b + half)
 
 
-@functools.lru_cache(maxsize=4)
-def resamples(counts: tuple[int, ...]) -> np.ndarray:
-    """[RESAMPLES, K]: how often each of K distinct items, of which there are counts[k], is among sum(counts) drawn with
-    replacement. The same draws for every comparison of the same items."""
-    n = sum(counts)
-    return np.random.default_rng(0).multinomial(n, np.array(counts) / n, size=RESAMPLES).astype(float)
+def sign_flip(d: np.ndarray) -> tuple[float, bool]:
+    """(two-sided p that d [n] is as likely as -d, whether p is the smallest that the resamples can show): the share of
+    random signs s with |sum s d| >= |sum d|. scipy.stats.permutation_test's test, at a fifth of its time."""
+    d, p, extreme, rng = d[d != 0].astype(np.float32), 1.0, 0, np.random.default_rng(0)
+    observed = abs(d.sum()) * (1 - 1e-6)  # sums in fp32 that are equal may differ in their last digit
+    for flips in FLIPS if len(d) else ():
+        extreme = 0
+        for rows in (10_000,) * (flips // 10_000) + (flips % 10_000,):
+            sums = 2 * (rng.integers(0, 2, (rows, len(d)), dtype=np.int8).astype(np.float32) @ d) - d.sum()
+            extreme += int((np.abs(sums) >= observed).sum())
+        p = (1 + extreme) / (1 + flips)
+        if p > 0.005:
+            break
+    return p, bool(len(d)) and extreme == 0
 
 
-def paired_bootstrap(d: np.ndarray, m: np.ndarray) -> tuple[float, float, float]:
-    """(lower, upper, p) of sum d / sum m, d [n] the differences and m [n] the sizes of the independent units (an item:
-    1; a prompt: its instructions): the percentile 95 % interval, and p = 2 min(P(. <= 0), P(. >= 0)), never 0."""
-    pairs = np.stack([d, m], axis=1).astype(float)  # [n, 2]
-    values, counts = np.unique(pairs, axis=0, return_counts=True)  # drawing items is drawing how often each value comes
-    if 4 * len(values) > len(pairs):  # mostly distinct: then equal weights, which all comparisons share
-        values, counts = pairs, np.ones(len(pairs), int)
-    top, bottom = (resamples(tuple(counts.tolist())) @ values).T  # [RESAMPLES] each
-    found = top / bottom
-    low, high = np.quantile(found, [ALPHA / 2, 1 - ALPHA / 2])
-    tails = [(1 + int(tail.sum())) / (1 + RESAMPLES) for tail in (found <= 0, found >= 0)]
-    return float(low), float(high), min(1.0, 2 * min(tails))
+def bootstrap(d: np.ndarray, m: np.ndarray) -> list[tuple[float, float]]:
+    """Percentile 95 % and 90 % intervals of sum d / sum m, d [n] the differences and m [n] the sizes of the independent
+    units (an item: 1; a prompt: its instructions)."""
+    drawn = stats.bootstrap((d, m), lambda d, m, axis: d.sum(axis) / m.sum(axis), paired=True, vectorized=True, batch=1000,
+                            n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))  # fmt: skip
+    ends = [np.quantile(drawn.bootstrap_distribution, [share, 1 - share]) for share in (ALPHA / 2, ALPHA)]
+    return [(float(low), float(high)) for low, high in ends]
+
+
+def paired_over_items(d: np.ndarray, m: np.ndarray, right_or_wrong: bool) -> Paired | None:
+    """The paired test of one seed: d [n] differences, m [n] sizes. None for a single item that isn't right or wrong."""
+    z = stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(0.8)
+    # For 0/1 items 2.80 sqrt(psi / n), psi the share of discordant items [Connor 1987, Biometrics 43(1), without the
+    # term delta^2 << psi: a little too large]. Holm's test needs more.
+    detectable = float(z * math.sqrt((d.astype(float) ** 2).sum()) / m.sum()) if d.any() else None
+    if right_or_wrong:
+        gained, lost = int((d > 0).sum()), int((d < 0).sum())
+        ends = [paired_interval(gained, lost, len(d), alpha) for alpha in (ALPHA, 2 * ALPHA)]
+        return Paired(*ends, p=float(mcnemar([[0, gained], [lost, 0]], exact=True).pvalue), detectable=detectable)
+    if len(d) < 2:
+        return None
+    return Paired(*bootstrap(d, m), *sign_flip(d), detectable)
+
+
+def paired_over_seeds(d: np.ndarray, m: np.ndarray) -> Paired:
+    """The paired test of S seeds on the same n items: d [S, n] differences, m [n] sizes; the estimate is the mean over
+    the seeds of sum d / sum m.
+
+    SE^2 = s^2(seed means)/S + s^2(items)/n, s^2(items) of the seed-averaged differences (for a ratio, of its residuals);
+    t with Satterthwaite's degrees of freedom, SE^4 / sum of part^2/(its degrees of freedom)."""
+    seeds, n = d.shape
+    means = d.sum(1) / m.sum()  # [S]
+    residuals = (d.mean(0) - means.mean() * m) / m.mean()  # [n], of mean 0
+    parts = means.var(ddof=1) / seeds, residuals.var(ddof=1) / n
+    variance, estimate = sum(parts), float(means.mean())
+    if not variance:
+        return Paired((estimate, estimate), (estimate, estimate), float(estimate == 0))
+    df = variance**2 / (parts[0] ** 2 / (seeds - 1) + parts[1] ** 2 / (n - 1))
+    stderr = math.sqrt(variance)
+    halves = [float(stats.t.ppf(1 - alpha / 2, df)) * stderr for alpha in (ALPHA, 2 * ALPHA)]
+    p = float(2 * stats.t.sf(abs(estimate) / stderr, df))
+    detectable = float(stats.t.ppf(1 - ALPHA / 2, df) + stats.t.ppf(0.8, df)) * stderr
+    return Paired(*((estimate - half, estimate + half) for half in halves), p=p, detectable=detectable)
 
 
 def holm(p: list[float]) -> list[float]:
     """Adjusted p-values, in the order given: below alpha where Holm's step-down test rejects at family-wise alpha."""
-    adjusted, worst = [0.0] * len(p), 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = worst
-    return adjusted
-
-
-def minimum_detectable_effect(d: np.ndarray, m: np.ndarray) -> float | None:
-    """The true difference that one paired test at alpha = 0.05, two-sided, finds with power 0.8:
-        (z_0.975 + z_0.8) sqrt(sum d^2) / sum m
-    which for 0/1 items is 2.80 sqrt(psi / n), psi the observed share of discordant items [Connor 1987, Biometrics
-    43(1), without the term delta^2 << psi: a little too large]. Holm's test needs more. None where no item differs."""
-    return float((Z_ALPHA + Z_POWER) * math.sqrt((d.astype(float) ** 2).sum()) / m.sum()) if d.any() else None
+    return multipletests(p, method="holm")[1].tolist() if p else []
 
 
 # ------------------------------------------------------------------ rows, and which of them may stand together
@@ -342,14 +423,40 @@ def label_rows(rows: list[dict]) -> list[tuple[str, dict]]:
     return labelled
 
 
-def references(row: dict, rows: list[dict], method: str) -> list[dict]:
-    """The rows of `method` ("base" or "sft") that `row` may be compared with: one, unless there is doubt."""
-    if row["method"] == "base" or row["name"] in LADDER and row["method"] == method:
-        return []
-    found = [r for r in rows if r["method"] == method]
-    if method == "sft" and row.get("parent"):
-        return [r for r in found if r["adapter_sha256"] == row["parent"]["adapter_sha256"]]
-    return [r for r in found if r["name"] in LADDER] or [r for r in found if r["method"] != row["method"]]
+def seed_groups(rows: list[dict]) -> list[list[dict]]:
+    """The rows, grouped by family: the first row of each seed stands in its family's group, a rerun of a seed by itself."""
+    groups, families = [], {}
+    for row in rows:
+        key = (row["method"], row["family"]) if row.get("family") else id(row)
+        seeds = families.get(key)
+        if seeds is None or row["seed"] in [r["seed"] for r in seeds]:
+            groups.append([row])
+            families.setdefault(key, groups[-1])
+        else:
+            seeds.append(row)
+    return groups
+
+
+def compared_in_family(groups: list[list[dict]]) -> list[list[dict]]:
+    """The groups that stand in the family of tests, at most one per method: that of the climb's name, else the first. The
+    rest are controls and reruns."""
+    chosen = {}
+    for method in METHODS:
+        of_method = [group for group in groups if group[0]["method"] == method]
+        named = [group for group in of_method if any(row["name"] in LADDER for row in group)]
+        chosen |= {method: group for group in (named or of_method)[:1]}
+    return list(chosen.values())
+
+
+def reference_of(row: dict, rows: list[dict], against: str) -> dict | None:
+    """The row that `row` is compared with: the base, or its own parent by the hash of its adapter. None where that has no
+    row, or is the base (which is one comparison, not two)."""
+    if row["method"] == "base":
+        return None
+    if against == "base":
+        return next((r for r in rows if r["method"] == "base"), None)
+    parent = row.get("parent")
+    return next((r for r in rows if r["adapter_sha256"] == parent["adapter_sha256"]), None) if parent else None
 
 
 # ------------------------------------------------------------------ scores and differences
@@ -385,23 +492,35 @@ def delta(a: tuple, b: tuple) -> tuple[float | None, float | None, bool | None]:
 
 @dataclass(frozen=True)
 class Change:
-    """Row a minus row b in one column, in points; `apart`: |points| >= 2 stderr. Then what the paired test adds."""
+    """Row a minus row b in one column, in points; `apart`: |points| >= 2 stderr. Then what the paired test adds; `adjusted`
+    is Holm's p, of a test that is part of the family: without it the difference is descriptive."""
 
     points: float | None
     stderr: float | None
     apart: bool | None
-    interval: tuple[float, float] | None = None
-    p: float | None = None  # of the one test
-    adjusted: float | None = None  # by Holm, over the table
-    detectable: float | None = None
+    paired: Paired | None = None  # in points
+    adjusted: float | None = None
 
     @property
     def clear(self) -> bool | None:
-        return self.apart if self.adjusted is None else self.adjusted < ALPHA
+        return self.apart if self.paired is None else self.adjusted is not None and self.adjusted < ALPHA
+
+    @property
+    def down(self) -> bool:
+        return self.adjusted is not None and bool(self.clear) and self.points < 0
+
+    @property
+    def up(self) -> bool:
+        return self.adjusted is not None and bool(self.clear) and self.points > 0
 
     @property
     def catastrophic(self) -> bool:
-        return self.interval is not None and self.interval[1] < 0 and self.points < CATASTROPHIC
+        return self.down and self.points < -MARGIN
+
+    @property
+    def equivalent(self) -> bool:
+        """Two one-sided tests at 5 %: the 90 % interval lies within the margin."""
+        return self.paired is not None and -MARGIN < self.paired.interval90[0] and self.paired.interval90[1] < MARGIN
 
 
 def paired_items(a: dict, b: dict, column: str) -> tuple[np.ndarray, np.ndarray, bool] | None:
@@ -426,89 +545,202 @@ def paired_items(a: dict, b: dict, column: str) -> tuple[np.ndarray, np.ndarray,
     return scores[:, 0] - scores[:, 1], np.ones(len(pairs), int), bool(np.isin(scores, (0, 1)).all())
 
 
-def compare(a: dict, b: dict, column: str) -> Change:
-    change = Change(*delta(score(a, column), score(b, column)))
-    if change.points is None or not (found := paired_items(a, b, column)):
+def mean_score(rows: list[dict], column: str) -> tuple[float | None, float | None]:
+    """(mean score, mean standard error) over seeds, whose items are the same; None where a row misses one."""
+    means = []
+    for values in zip(*(score(row, column) for row in rows)):
+        means.append(None if None in values else statistics.fmean(values))
+    return tuple(means)
+
+
+def compare(pairs: list[tuple[dict, dict]], column: str) -> Change:
+    """The rows of a family, one per seed, minus the row that each is compared with."""
+    change = Change(*delta(*(mean_score(list(side), column) for side in zip(*pairs))))
+    items = [paired_items(a, b, column) for a, b in pairs]
+    if change.points is None or not all(items):
         return change
-    d, m, right_or_wrong = found
-    if right_or_wrong:
-        gained, lost = int((d > 0).sum()), int((d < 0).sum())
-        low, high, p = *paired_interval(gained, lost, len(d)), mcnemar(gained, lost)
+    differences, sizes, right_or_wrong = zip(*items)
+    if len(pairs) == 1:
+        paired = paired_over_items(differences[0], sizes[0], right_or_wrong[0])
     else:
-        low, high, p = paired_bootstrap(d, m)
-    detectable = minimum_detectable_effect(d, m)
-    return replace(change, interval=(100 * low, 100 * high), p=p, detectable=detectable and 100 * detectable)
-
-
-def adjust(family: list[dict[str, Change]]) -> list[dict[str, Change]]:
-    """The same with Holm's adjusted p-values, over all tests in the family."""
-    tests = [(i, column) for i, changes in enumerate(family) for column, c in changes.items() if c.p is not None]
-    adjusted = dict(zip(tests, holm([family[i][column].p for i, column in tests])))
-    return [{k: replace(c, adjusted=adjusted.get((i, k))) for k, c in row.items()} for i, row in enumerate(family)]
+        paired = paired_over_seeds(np.array(differences), sizes[0])
+    if not paired:
+        return change
+    low, high = (tuple(100 * end for end in ends) for ends in (paired.interval, paired.interval90))
+    detectable = paired.detectable and 100 * paired.detectable
+    return replace(change, paired=replace(paired, interval=low, interval90=high, detectable=detectable))
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """A family's rows, one per seed, against base or against the row that each was trained from."""
+
     label: str
-    row: dict
+    rows: tuple[dict, ...]
     reference: str
     changes: dict[str, Change]  # by column
+    in_family: bool  # of tests; else descriptive
+
+    @property
+    def row(self) -> dict:
+        return self.rows[0]
 
 
-def comparisons(rows: list[dict], method: str) -> tuple[list[Comparison], list[str]]:
-    """(every row against its reference of `method`, "base" or "sft": one Holm family; notes on those left out)."""
-    labelled, found, notes = label_rows(rows), [], []
-    for label, row in labelled:
-        candidates = references(row, rows, method)
-        names = [name for name, r in labelled if any(r is c for c in candidates)]
-        if len(candidates) == 1:
-            found.append(Comparison(label, row, names[0], {k: compare(row, candidates[0], k) for k in METRICS}))
-        elif candidates:
-            notes.append(f"{label} is left out: it could be compared with {' or '.join(names)}.")
-        elif method == "sft" and (row.get("parent") or {}).get("method") == "sft":
-            notes.append(f"{label} is left out: {row['parent']['name']}, from which it was trained, has no row here.")
-    adjusted = adjust([c.changes for c in found])
-    return [replace(c, changes=changes) for c, changes in zip(found, adjusted)], notes
+def comparisons(rows: list[dict], against: str) -> tuple[list[Comparison], list[str]]:
+    """(the rows, seeds of a family together, compared with base or with their own parent; notes on those left out)."""
+    labels = {id(row): label for label, row in label_rows(rows)}
+    found, notes, groups = [], [], seed_groups(rows)
+    tested = compared_in_family(groups)
+    for group in groups:
+        pairs = [(row, other) for row in group if (other := reference_of(row, rows, against))]
+        for row in group:
+            if against == "parent" and row.get("parent") and not reference_of(row, rows, against):
+                notes.append(f"{labels[id(row)]} is left out: {row['parent']['name']}, from which it was trained, has no "
+                             "row here.")
+        if pairs:
+            names, references = (list(dict.fromkeys(labels[id(r)] for r in side)) for side in zip(*pairs))
+            seeds = f" ({len(pairs)} seeds)" * (len(pairs) > 1)
+            reference = references[0] if len(references) == 1 else "parent"
+            changes = {column: compare(pairs, column) for column in METRICS}
+            found.append(Comparison(ladder_first(names) + seeds, tuple(row for row, _ in pairs), reference, changes,
+                                    any(group is other for other in tested)))
+    return found, notes
+
+
+def ladder_first(names: list[str]) -> str:
+    return next((name for name in names if name.split("@")[0] in LADDER), names[0])
+
+
+def is_instruct(model: str) -> bool:
+    return bool(re.search(r"instruct|(^|[-_])(it|chat)($|[-_])", Path(model).name.lower()))
+
+
+def endpoint_protocols(tables: dict[str, list[dict]]) -> dict[str, str]:
+    """{endpoint: the protocol it is tested in}: where an instruct base was not evaluated in chat, plain stands in."""
+    model = next((row["model"] for rows in tables.values() for row in rows), "")
+    chat = is_instruct(model) and "chat" in tables
+    return {column: protocol if chat else "plain" for column, protocol in ENDPOINTS.items()}
+
+
+def with_holm(compared: dict, protocols: dict[str, str]) -> dict:
+    """{(protocol, "base" or "parent"): (comparisons, notes)} with Holm's adjusted p-values over the one family of tests:
+    the endpoints, each in its protocol, of the comparisons that are in it."""
+    places = [(key, i, column) for key, (found, _) in compared.items() for i, c in enumerate(found) if c.in_family
+              for column, protocol in protocols.items() if protocol == key[0] and c.changes[column].paired]
+    adjusted = dict(zip(places, holm([compared[key][0][i].changes[column].paired.p for key, i, column in places])))
+
+    def changed(key: tuple, i: int, c: Comparison) -> Comparison:
+        return replace(c, changes={column: replace(change, adjusted=adjusted.get((key, i, column)))
+                                   for column, change in c.changes.items()})
+
+    return {key: ([changed(key, i, c) for i, c in enumerate(found)], notes) for key, (found, notes) in compared.items()}
 
 
 def reran(row: dict, rows: list[dict]) -> bool | None:
     """Whether a rerun of the row's config_hash (another adapter) differs beyond noise, by Holm over the five columns of
-    each rerun; None where that can't be told."""
-    others = [r for r in rows if row["adapter_sha256"] and r["config_hash"] == row["config_hash"]]
-    others = [r for r in others if r["adapter_sha256"] != row["adapter_sha256"]]
-    pairs = [adjust([{k: compare(row, other, k) for k in METRICS}])[0] for other in others]
-    found = [change for changes in pairs for change in changes.values()]
-    if any(change.p is not None and change.clear for change in found):
+    each rerun; None where per-item scores are missing."""
+    reruns = [r for r in rows if row["adapter_sha256"] and r["config_hash"] == row["config_hash"]]
+    reruns = [r for r in reruns if r["adapter_sha256"] != row["adapter_sha256"]]
+    tests = [[compare([(row, other)], column).paired for column in METRICS] for other in reruns]
+    known = [holm([paired.p for paired in paired_tests if paired]) for paired_tests in tests]
+    if any(p < ALPHA for adjusted in known for p in adjusted):
         return True
-    return None if any(change.p is None for change in found) else False
+    return None if any(paired is None for paired_tests in tests for paired in paired_tests) else False
 
 
-def verdict(changes: dict[str, Change], irreproducible: bool | None = False) -> tuple[str, str]:
-    """(word, why) of a row's differences to base, by the rules at the top; without a rerun, irreproducible is False."""
-    tested = {column.replace("\n", " "): change for column, change in changes.items() if change.adjusted is not None}
-    up = [k for k, c in tested.items() if c.clear and c.points > 0]
-    worst = [k for k, c in tested.items() if c.catastrophic]
-    down = [k for k, c in tested.items() if k in worst or c.clear and c.points < 0]
-    followed = [k for k in up if k.startswith("IFEval")]
-    moved = [f"{k} {signed(tested[k].points)}" + " (catastrophic)" * (k in worst) for k in up + down]
+@dataclass(frozen=True)
+class Verdict:
+    word: str
+    why: str
+    label: str = ""
+    rows: tuple[dict, ...] = ()
+
+
+def verdict(against_base: dict[str, Change], irreproducible: bool | None = False, inherited: frozenset = frozenset(),
+            at_floor: tuple[str, ...] = ()) -> Verdict:
+    """The verdict from the endpoints' differences to base, by the rules at the top. `inherited`: endpoints whose drop the
+    parent had already; `at_floor`: endpoints on which the base itself is at chance."""
+    up = [column for column, change in against_base.items() if change.up]
+    down = [column for column, change in against_base.items() if change.down]
+    forgotten = [column for column in FORGOTTEN if against_base[column].catastrophic]
+    moved = []
+    for column in up + down:
+        marks = ["catastrophic"] * against_base[column].catastrophic + ["inherited"] * (column in inherited)
+        moved.append(f"{title_of(column)} {signed(against_base[column].points)}" + f" ({', '.join(marks)})" * bool(marks))
     why = ", ".join(moved) or "nothing clearly up or down"
-    if len(tested) < len(METRICS):
-        return "open", "not all is measured" if tested else "no per-item scores"
+    why += "".join(f"; {title_of(column)} is at chance in the base: it can show no forgetting" for column in at_floor)
+    missing = [title_of(column) for column, change in against_base.items() if change.adjusted is None]
+    if missing:
+        everywhere = len(missing) == len(against_base)
+        return Verdict("open", "no per-item scores" if everywhere else f"no paired test on {', '.join(missing)}")
     if irreproducible is None:
-        return "open", f"a rerun has no per-item scores to compare; {why}"
+        return Verdict("open", f"a rerun has no per-item scores to compare; {why}")
     if irreproducible:
-        return "irreproducible", f"a rerun of the same configuration differs; {why}"
-    if followed and any(not k.startswith("IFEval") for k in worst):
-        return "forgetting", why
-    if followed and not any(k.startswith("IFEval") for k in down):
-        return "win", why
-    if not up:
-        return ("regression" if down else "flat"), why
-    return "mixed", why
+        return Verdict("irreproducible", f"a rerun of the same configuration differs; {why}")
+    if "IFEval\nprompt" in up:
+        return Verdict("forgetting" + ", inherited" * inherited.issuperset(forgotten), why) if forgotten else Verdict("win", why)
+    if up:
+        return Verdict("mixed", why)
+    if down:
+        return Verdict("regression" + ", inherited" * inherited.issuperset(down), why)
+    wide = [title_of(column) for column, change in against_base.items() if not change.equivalent]
+    if wide:
+        return Verdict("inconclusive", f"{why}; more than {MARGIN:g} points remain possible on {', '.join(wide)}")
+    return Verdict("flat", why)
+
+
+def endpoint_changes(compared: dict, against: str, adapter: str | None, protocols: dict[str, str]) -> dict[str, Change]:
+    """{endpoint: the change, in its protocol, of the family of rows that holds this adapter}; an empty Change where none."""
+    changes = {}
+    for column, protocol in protocols.items():
+        holding = [c for c in compared.get((protocol, against), ([], []))[0] if c.in_family
+                   and adapter in [row["adapter_sha256"] for row in c.rows]]
+        changes[column] = holding[0].changes[column] if holding else Change(None, None, None)
+    return changes
+
+
+def verdicts_of(compared: dict, tables: dict[str, list[dict]], protocols: dict[str, str]) -> list[Verdict]:
+    """The verdict of each method in the family of tests."""
+    verdicts, judged = [], []
+    for c in [c for protocol in tables for c in compared[protocol, "base"][0] if c.in_family]:
+        adapter = c.row["adapter_sha256"]
+        if adapter in judged:
+            continue
+        judged += [row["adapter_sha256"] for row in c.rows]
+        against_base = endpoint_changes(compared, "base", adapter, protocols)
+        inherited = frozenset()
+        if parent := c.row.get("parent"):
+            of_parent = endpoint_changes(compared, "base", parent["adapter_sha256"], protocols)
+            against_parent = endpoint_changes(compared, "parent", adapter, protocols)
+            inherited = frozenset(column for column, change in against_parent.items()
+                                  if of_parent[column].down and change.adjusted is not None and not change.down)
+        reruns = [reran(row, rows) for rows in tables.values() for row in rows
+                  if row["adapter_sha256"] in [r["adapter_sha256"] for r in c.rows]]
+        irreproducible = True if True in reruns else None if None in reruns else False
+        floors = tuple(column for column in FORGOTTEN for row in tables.get(protocols[column], [])
+                       if row["method"] == "base" and is_at_floor(row, column))
+        one = verdict(against_base, irreproducible, inherited, floors)
+        verdicts.append(replace(one, label=c.label, rows=c.rows))
+    return verdicts
+
+
+def is_at_floor(row: dict, column: str) -> bool:
+    """Does the 95 % interval of a score reach down to what chance gives?"""
+    points, stderr = score(row, column)
+    return column in FLOORS and stderr is not None and points - 1.96 * stderr <= FLOORS[column]
+
+
+def title_of(column: str) -> str:
+    return column.replace("\n", " ")
 
 
 def score_cell(points: float | None, stderr: float | None) -> str:
     return "–" if points is None else f"{points:.1f} ± " + ("?" if stderr is None else f"{stderr:.1f}")
+
+
+def floor_cell(row: dict, column: str) -> str:
+    """The score of a row, marked ° where its interval includes what chance gives."""
+    return score_cell(*score(row, column)) + "°" * is_at_floor(row, column)
 
 
 def number(value: object, decimals: int = 3, scale: int = 1) -> str:
@@ -533,16 +765,22 @@ def delta_cell(points: float | None, stderr: float | None, clear: bool | None, s
     return {True: f"**{text}**", False: f"{text} ~", None: f"{text} ?" if short else text}[clear]
 
 
+def p_cell(p: float, at_floor: bool = False) -> str:
+    if at_floor:
+        return f"p ≤ {math.ceil(1000 * p) / 1000:.3f}"
+    return "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+
+
 def change_cell(change: Change, short: bool = False) -> str:
-    """`**+5.0 [3.6, 6.4]**` and the adjusted p where there is a paired test, else a delta_cell; short: points only."""
-    if change.adjusted is None:
+    """`**+5.0 [3.6, 6.4]**` and the adjusted p of a test in the family, without p where the difference is descriptive, and
+    a delta_cell where there is no paired test; short: points only."""
+    if change.paired is None:
         return delta_cell(change.points, change.stderr, change.apart, short)
     text = signed(change.points)
     if not short:
-        text += f" [{number(change.interval[0], 1)}, {number(change.interval[1], 1)}]"
+        text += f" [{number(change.paired.interval[0], 1)}, {number(change.paired.interval[1], 1)}]"
     text = (f"**{text}**" if change.clear else text) + " ~" * (change.apart is False)
-    p = "p < 0.001" if change.adjusted < 0.001 else f"p {change.adjusted:.3f}"
-    return text if short else f"{text}\n{p}"
+    return text if short or change.adjusted is None else f"{text}\n{p_cell(change.adjusted, change.paired.at_floor)}"
 
 
 # ------------------------------------------------------------------ tables
@@ -581,77 +819,141 @@ def paint(cell: str) -> Text:
 
 
 def detectable_row(compared: list[Comparison], left: int) -> list[list[str]]:
-    """The last line of a table with a paired test: by column the largest effect that a row's test needs to find it."""
-    found = {k: [c.changes[k].detectable for c in compared if c.changes[k].detectable] for k in METRICS}
-    cells = [number(max(values, default=None), 1) for values in found.values()]
-    return [[""] * (left - 1) + [DETECTABLE, *cells]] if any(found.values()) else []
+    """The last line of a table with a paired test: by column the largest effect that a row's test needs to detect it."""
+    known = {k: [c.changes[k].paired.detectable for c in compared if c.changes[k].paired] for k in METRICS}
+    cells = [number(max(filter(None, values), default=None), 1) for values in known.values()]
+    return [[""] * (left - 1) + [DETECTABLE, *cells]] if any(cell != "–" for cell in cells) else []
 
 
-def scores_table(rows: list[dict], compared: list[Comparison] | None = None, verdicts: bool = False) -> Table:
-    """The current state: every rung, scored or planned. With `compared`, each difference to base in brackets and the
-    smallest detectable ones below; with `verdicts`, a column of them."""
-    changes = {id(c.row): c.changes for c in compared or []}
+def titles(rows: list[dict], endpoints: tuple[str, ...] = ()) -> list[str]:
+    """The columns' titles with shots and items, which are the same in every row of a table; what is no endpoint is marked
+    as descriptive."""
+    header = []
+    for column, (task, _, _) in METRICS.items():
+        shots = {f"{k}-shot" for row in rows for name, k, _ in row["eval"]["tasks"] if name == task}
+        items = {f"n = {row['n'][task]:,}" for row in rows if task in row["n"]}
+        header.append("\n".join([column, *shots, *items, *(["descriptive"] if column not in endpoints else [])]))
+    return header
+
+
+def scores_table(rows: list[dict]) -> Table:
+    """The current state: every rung, scored or planned."""
     rungs = [(*rung(row["phase"], row["name"]), label, row) for label, row in label_rows(rows)]
     names = {row["name"] for row in rows}
     rungs += [(*rung(phase, name), name, None) for name, phase in LADDER.items() if name not in names]
     lines = []
     for phase, _, label, row in sorted(rungs, key=lambda r: r[:2]):
-        cells = ["planned"] + [""] * (len(METRICS) - 1)
-        if row:
-            cells = [score_cell(*score(row, column)) for column in METRICS]
-        if row and id(row) in changes:
-            short = [change_cell(change, short=True) for change in changes[id(row)].values()]
-            cells = [cell if change == "–" else f"{cell} ({change})" for cell, change in zip(cells, short)]
-        if verdicts:
-            cells.append(verdict(changes[id(row)], reran(row, rows))[0] if row and id(row) in changes else "")
+        cells = [floor_cell(row, column) for column in METRICS] if row else ["planned"] + [""] * (len(METRICS) - 1)
         lines.append([str(phase), label, *cells])
-    lines += [line + [""] * verdicts for line in detectable_row(compared or [], 2)]
-    header = ["phase", "row"]
-    for column, (task, _, _) in METRICS.items():  # one table, one protocol: shots and n are the same in every row
-        shots = {f"{k}-shot" for row in rows for name, k, _ in row["eval"]["tasks"] if name == task}
-        items = {f"n = {row['n'][task]:,}" for row in rows if task in row["n"]}
-        header.append("\n".join([column, *shots, *items]))
+    return Table(["phase", "row", *titles(rows, tuple(METRICS))], lines, 2, score_notes(rows, lines))
+
+
+def score_notes(rows: list[dict], lines: list[list[str]]) -> list[str]:
     notes = []
     if any("†" in line[1] for line in lines):
         notes.append("† the config_hash of the row above, another adapter: it, or its parent, did not reproduce.")
     if any(score(row, column)[1] == 0 for row in rows for column in METRICS):
         notes.append("± 0.0: every item scored alike; a difference to this score looks more certain than it is.")
-    return Table(header + ["verdict"] * verdicts, lines, 2, notes)
+    return notes
 
 
-def delta_table(compared: list[Comparison], notes: list[str]) -> Table | None:
-    """Every row minus its reference, in points."""
-    lines = [[f"{c.label} − {c.reference}", *map(change_cell, c.changes.values())] for c in compared]
-    if any(change.p is None and change.points is not None for c in compared for change in c.changes.values()):
+def compact_table(rows: list[dict], compared: list[Comparison], verdicts: list[Verdict], endpoints: tuple[str, ...]) -> Table:
+    """README.md's table: a line per family, its score (of several seeds mean ± sd), the difference to base in brackets, the
+    verdict and the config_hash (of several seeds the family's)."""
+    labels = {id(row): label for label, row in label_rows(rows)}
+    rungs = []
+    for group in seed_groups(rows):
+        name = ladder_first([labels[id(row)] for row in group])
+        row, changes = group[0], next((c.changes for c in compared if c.row is group[0]), {})
+        cells = []
+        for column in METRICS:
+            cell = floor_cell(row, column)
+            if len(group) > 1:
+                cell = spread([score(r, column)[0] for r in group], 1, 1) + " sd"
+                cell += "°" * all(is_at_floor(r, column) for r in group)
+            short = change_cell(changes[column], short=True) if changes else "–"
+            cells.append(cell if short == "–" else f"{cell} ({short})")
+        word = next((v.word for v in verdicts if any(same_policy(row, r) for r in v.rows)), "")
+        if changes and not word:
+            word = "(descriptive)"
+        key = f"family {row['family']}" if len(group) > 1 else row["config_hash"] or ""
+        name += f" ({len(group)} seeds)" * (len(group) > 1)
+        rungs.append((*rung(row["phase"], row["name"]), [name, *cells, word, key and f"`{key}`"]))
+    names = {row["name"] for row in rows}
+    rungs += [(*rung(phase, name), [name, "planned"] + [""] * (len(METRICS) + 1))
+              for name, phase in LADDER.items() if name not in names]
+    lines = [[str(phase), *cells] for phase, _, cells in sorted(rungs, key=lambda r: r[:2])]
+    lines += [line + ["", ""] for line in detectable_row(compared, 2)]
+    return Table(["phase", "row", *titles(rows, endpoints), "verdict", "config_hash"], lines, 2, score_notes(rows, lines))
+
+
+def delta_table(compared: list[Comparison], notes: list[str], endpoints: tuple[str, ...]) -> Table | None:
+    """Every family of rows minus its reference, in points."""
+    lines = []
+    for c in compared:
+        label = f"{c.label} − {c.reference}" + "\n(descriptive)" * (not c.in_family)
+        lines.append([label, *map(change_cell, c.changes.values())])
+    if any(change.paired is None and change.points is not None for c in compared for change in c.changes.values()):
         notes = [*notes, UNPAIRED]
     if not lines and not notes:
         return None
-    return Table(["difference", *METRICS], lines + detectable_row(compared, 1), 1, notes)
+    header = [column + "\ndescriptive" * (column not in endpoints) for column in METRICS]
+    return Table(["difference", *header], lines + detectable_row(compared, 1), 1, notes)
 
 
-def verdict_table(compared: list[Comparison], rows: list[dict], judge: list[dict]) -> Table | None:
-    """A line a method: the verdict against base and what it rests on, and DPO's own criterion."""
+def verdict_table(verdicts: list[Verdict], rows: list[dict], judge: list[dict]) -> Table | None:
+    """A line per method: the verdict against base and what it rests on, and DPO's own criterion."""
     lines = []
-    for c in compared:
-        word, why = verdict(c.changes, reran(c.row, rows))
-        own = own_criterion(c.row, rows, judge) if c.row["method"] == "dpo" else "–"
-        lines.append([c.label, f"**{word}**", why, own])
-    return Table(["row", "verdict", "clearly or catastrophically moved, points", "own criterion"], lines, 4) if lines else None
+    for v in verdicts:
+        own = own_criterion(v.rows, rows, judge) if v.rows[0]["method"] == "dpo" else "–"
+        lines.append([v.label, f"**{v.word}**", v.why, own])
+    header = ["row", "verdict", "clearly moved endpoints, points", "own criterion"]
+    return Table(header, lines, 4) if lines else None
 
 
-def own_criterion(row: dict, rows: list[dict], judge: list[dict]) -> str:
-    """DPO's: the judged win rate against its SFT row, with its whole interval, is above 50 %; by no circular judge, over
-    FEWEST prompts or more."""
-    parents = {r["adapter_sha256"] for r in references(row, rows, "sft")}
+def tests_note(protocols: dict[str, str], tables: dict[str, list[dict]], compared: dict) -> str:
+    """One sentence that names the family of tests, and says where the protocol is not the one that was named for it."""
+    n = sum(change.adjusted is not None for found, _ in compared.values() for c in found for change in c.changes.values())
+    names = ", ".join(f"{title_of(column)} ({protocol})" for column, protocol in protocols.items())
+    text = f"One family of tests, {n} in all, adjusted by Holm: {names}, of each method against base and its own parent."
+    model = next((row["model"] for rows in tables.values() for row in rows), "")
+    if is_instruct(model) and "chat" not in tables:
+        text += (" The base is an instruct model, for which IFEval and GSM8K are to be tested in the chat protocol; that was "
+                 "not evaluated, so the plain one stands in.")
+    return text + " Everything else is descriptive."
+
+
+def independence(record: dict) -> str:
+    """What a comparison's record says of its judge: "circular", "not independent …", "independent" or "" (not known)."""
+    judge = record.get("judge") or {}
+    if judge.get("circular"):
+        return "circular"
+    if judge.get("independent") is None:
+        return ""
+    shared = [f"{number(part.get('share'), 0, 100)} % of {name}'s prompts" for name, part in
+              (judge.get("shared_prompts") or {}).items() if part and part.get("prompts")]
+    return "independent" if judge["independent"] else f"not independent: it was trained on {', '.join(shared)}"
+
+
+def own_criterion(family: tuple[dict, ...], rows: list[dict], judge: list[dict]) -> str:
+    """DPO's: the judged win rate against its SFT row, with its whole interval, is above 50 %, by a judge that shares no
+    training prompt with it, over FEWEST prompts or more; a line per seed and judge."""
+    adapters = {row["adapter_sha256"]: row["parent"]["adapter_sha256"] for row in family if row.get("parent")}
     said = []
     for record in judge:
         a, b = (at(record, "rows", side, "adapter_sha256") for side in "ab")
         low = finite((at(record, "summary", "win_rate_ci95") or [None])[0])
-        if a == row["adapter_sha256"] and b in parents and low is not None and not at(record, "judge", "circular"):
-            scored = (at(record, "summary", "n") or 0) - (at(record, "summary", "unparsable") or 0)
-            word = "open, too few" if scored < FEWEST else "met" if low > 0.5 else "not met"
-            said.append(f"{word}: beats SFT in {win_rate_cell(record)} % of {number(scored)} prompts, says "
-                        f"{at(record, 'judge', 'model')}")  # fmt: skip
+        if a not in adapters or adapters[a] != b or low is None or independence(record) == "circular":
+            continue
+        scored = (at(record, "summary", "n") or 0) - (at(record, "summary", "unparsable") or 0)
+        met = "met" if low > 0.5 else "not met"
+        if scored < FEWEST:
+            met = "open, too few"
+        elif independence(record).startswith("not"):
+            met = "open, no independent judge"
+        said.append(f"{met}: beats SFT in {win_rate_cell(record)} % of {number(scored)} prompts (length-controlled "
+                    f"{controlled_cell(record)}), says {at(record, 'judge', 'model')}"
+                    + f", {independence(record) or 'whose training prompts are not known'}")
     return "\n".join(said) or "open: not judged against SFT"
 
 
@@ -713,7 +1015,13 @@ def protocols_table(tables: dict[str, list[dict]]) -> Table | None:
     return Table([title, *METRICS], lines) if lines else None
 
 
-def training_table(rows: list[dict]) -> Table | None:
+def eos_rates(guardrails: list[dict]) -> dict[str | None, float]:
+    """{adapter: share of its answers to the judge's prompts that end with EOS}: the same prompts for every row."""
+    return {row.get("adapter_sha256"): row.get("eos_rate") for record in guardrails if not record["note"]
+            for row in record.get("rows") or [] if not row.get("best_of")}
+
+
+def training_table(rows: list[dict], guardrails: list[dict]) -> Table | None:
     """What the training runs say of themselves, and what they took: a line an adapter, a column a fact that any has."""
     once = {(row["name"], row["config_hash"], row["adapter_sha256"]): row for row in rows if row.get("training")}
     facts = {}
@@ -721,7 +1029,8 @@ def training_table(rows: list[dict]) -> Table | None:
         cost = {k: v for k, v in (row.get("cost") or {}).items() if v is not None}
         if finite(cost.get("wall_time_s")) and cost.get("gpus"):
             cost["gpu_minutes"] = cost["wall_time_s"] * cost["gpus"] / 60
-        facts[key] = row["training"] | cost
+        ended = eos_rates(guardrails).get(row["adapter_sha256"])
+        facts[key] = row["training"] | cost | ({} if ended is None else {"judge_eos_rate": ended})
     titles = {key: title for key, title in TRAINING.items() if any(key in found for found in facts.values())}
 
     def cell(key: str, value: object) -> str:
@@ -738,9 +1047,81 @@ def training_table(rows: list[dict]) -> Table | None:
         for (label, row), found in zip(label_rows(list(once.values())), facts.values())
     ]
     notes = ["A row's own training, without that of its parent and of the reward models it used."]
+    if "judge_eos_rate" in titles:
+        notes.append("EOS rate: of the answers to the judge's prompts, the same prompts and sampling for every row.")
     if any(row.get("cost") for row in once.values()):
         notes.append("Tokens: all that it trained on or sampled, every epoch counted.")
     return Table(["row", "method", "seed", "config_hash", *titles.values()], lines, 4, notes) if lines else None
+
+
+# ------------------------------------------------------------------ did it learn what it optimises?
+
+
+def change_of_shares(before: float, after: float, n: int) -> tuple[float, float]:
+    """95 % interval of after - before, two shares of n trials each, taken as independent (Newcombe)."""
+    ends = confint_proportions_2indep(round(after * n), n, round(before * n), n, method="newcomb")
+    return float(ends[0]), float(ends[1])
+
+
+def objective_line(rows: list[dict], objective: tuple) -> list[str] | None:
+    """A line of the first table for a family of rows, one per seed; None where the runs recorded nothing of it."""
+    title, before_key, after_key, n_key, scale, better = objective
+    facts = [row.get("training") or {} for row in rows]
+    after = [finite(fact.get(after_key)) for fact in facts]
+    if None in after:
+        return None
+    before = [before_key if isinstance(before_key, float) else finite(fact.get(before_key)) for fact in facts]
+    decimals = 1 if scale == 100 else 3
+    n, ends, change = finite(facts[0].get(n_key)), facts[0].get(f"{after_key}_ci"), None
+    if not ends and n and after_key in COUNTED:
+        ends = list(map(float, proportion_confint(after[0] * n, n, method="wilson")))
+    if len(rows) > 1:
+        ends = None
+        if None not in before:
+            changes = np.array(after) - np.array(before)
+            half = float(stats.t.ppf(1 - ALPHA / 2, len(rows) - 1) * changes.std(ddof=1) / math.sqrt(len(rows)))
+            change = [changes.mean() - half, changes.mean() + half]
+    elif recorded := facts[0].get(after_key.removesuffix("_after") + "_change_ci"):
+        change = recorded
+    elif None not in before and ends and isinstance(before_key, float):
+        change = [end - before[0] for end in ends]
+    elif None not in before and n and after_key in COUNTED:
+        change = change_of_shares(before[0], after[0], n)
+    means = [None if None in side else statistics.fmean(side) for side in (before, after)]
+    learned = "–"
+    if change:
+        low, high = sorted(better * end for end in change)
+        learned = "**yes**" if low > 0 else "**worse**" if high < 0 else "not shown"
+    shown = [number(mean, decimals, scale) for mean in means]
+    if ends:
+        shown[1] += " [" + ", ".join(number(end, decimals, scale) for end in ends) + "]"
+    if len(rows) > 1:
+        shown[1] += f" ± {number(statistics.stdev(after), decimals, scale)} sd"
+    return [title, number(n), shown[0], shown[1], learned]
+
+
+def learned_table(rows: list[dict], records: dict[str, list[dict]]) -> Table | None:
+    """Each method's own objective on held-out data, before and after: before any benchmark is read."""
+    once = {(row["name"], row["config_hash"], row["adapter_sha256"]): row for row in rows}
+    labels = {id(row): label for label, row in label_rows(list(once.values()))}
+    lines = []
+    for group in seed_groups(list(once.values())):
+        label = ladder_first([labels[id(row)] for row in group]) + f" ({len(group)} seeds)" * (len(group) > 1)
+        for objective in OBJECTIVES.get(group[0]["method"], ()):
+            if line := objective_line(group, objective):
+                lines.append([label, *line])
+    for record in records["rm"]:
+        if not record["note"] and finite(record.get("accuracy")) is not None:
+            rule = at(record, "longer_wins", "accuracy")
+            rule = None if finite(rule) is None else max(rule, 1 - rule)
+            learned = "–"
+            if paired_and_name := paired_with_length(record):
+                paired = paired_and_name[0]
+                learned = "not shown" if paired.p >= ALPHA else "**yes**" if sum(paired.interval) > 0 else "**worse**"
+            lines.append([record["label"], "held-out pairs, %; before: the better rule of length", number(record.get("n")),
+                          number(rule, 1, 100), share_cell(record), learned])
+    header = ["row", "own objective", "n", "before", "after", "learned"]
+    return Table(header, lines, 2, [LEARNED]) if lines else None
 
 
 # ------------------------------------------------------------------ reward models and on-policy runs
@@ -758,11 +1139,32 @@ def share_cell(share: object) -> str:
     return "{:.1f} [{:.1f}, {:.1f}]".format(*ends) if (ends := interval(share)) else text + " [?]" * (text != "–")
 
 
+def paired_with_length(record: dict) -> tuple[Paired, str] | None:
+    """(accuracy minus that of the better rule of length, paired on the same pairs; the rule's name), from a reward model's
+    per-pair outcomes: strings of "1" right, "0" wrong, "-" a tie. None where they are not recorded."""
+    model, longer = at(record, "outcomes", "model"), at(record, "outcomes", "longer_wins")
+    if not model or not longer:
+        return None
+    name = "longer-wins"
+    if longer.count("1") < longer.count("0"):
+        longer, name = longer.translate(str.maketrans("10", "01")), "shorter-wins"
+    pairs = Counter(zip(model, longer, strict=True))
+    gained, lost = pairs["1", "0"], pairs["0", "1"]  # a tie of either tells nothing
+    d = np.array([1] * gained + [-1] * lost + [0] * (len(model) - gained - lost))
+    return paired_over_items(d, np.ones(len(d), int), True), name
+
+
 def against_length(record: dict) -> str:
-    """One sentence: is the reward model told from the rule that the longer answer wins, on the same pairs?"""
+    """One sentence: does the reward model beat the rule that the longer answer wins, on the same pairs?"""
     longer, name = record.get("longer_wins"), "longer-wins"
     text = f"{record['label']}: accuracy {share_cell(record)} %, longer-wins {share_cell(longer)} %, on the same "
     text += f"{number(record.get('n'))} held-out pairs: "
+    if paired_and_name := paired_with_length(record):
+        paired, name = paired_and_name
+        low, high = (number(100 * end, 1) for end in paired.interval)
+        middle = (paired.interval[0] + paired.interval[1]) / 2
+        word = "not distinguishable from" if paired.p >= ALPHA else "beats" if middle > 0 else "worse than"
+        return f"{text}{word} {name} (paired difference [{low}, {high}] points, {p_cell(paired.p)})."
     if not (own := interval(record)) or not (rule := interval(longer)):
         return text + "not compared, for want of a figure."
     (_, low, high), (point, rule_low, rule_high) = own, rule
@@ -772,7 +1174,8 @@ def against_length(record: dict) -> str:
     if low > rule_high or high < rule_low:
         return text + f"{'beats' if low > rule_high else 'worse than'} {name}, the intervals do not overlap."
     above = "above" if low > point else "not above"
-    return text + f"not told from {name}, the intervals overlap (accuracy's lower bound is {above} the baseline)."
+    return text + (f"not distinguishable from {name}, the intervals overlap (accuracy's lower bound is {above} the "
+                   "baseline).")
 
 
 def spread(values: list, scale: int, decimals: int) -> str:
@@ -832,7 +1235,7 @@ def records_report(records: dict[str, list[dict]], rows: list[dict]) -> list[str
         if records[method]:
             blocks += [f"## On-policy runs: {method.upper()}", on_policy_table(records[method])]
     if records["judge"]:
-        blocks += ["## Judged win rates", judge_table(records["judge"], rows)]
+        blocks += ["## Judged win rates", judge_table(records["judge"], rows, records["rm"])]
     for record in records["guardrails"]:
         blocks += ["## Held-out answers", guardrails_table(record, rows)]
     plots = [record["plot"] for found in records.values() for record in found if record["plot"]]
@@ -852,6 +1255,11 @@ def win_rate_cell(record: dict) -> str:
     return share_interval(at(record, "summary", "win_rate"), at(record, "summary", "win_rate_ci95"))
 
 
+def controlled_cell(record: dict) -> str:
+    summary = record.get("summary") or {}
+    return share_interval(summary.get("length_controlled_win_rate"), summary.get("length_controlled_ci95"))
+
+
 def judged_label(row: dict, rows: list[dict]) -> str:
     """The row's name, with the adapter's hash where no row of that name and adapter is in the tables."""
     known = [r["adapter_sha256"] for r in rows if r["name"] == row.get("name")]
@@ -859,14 +1267,16 @@ def judged_label(row: dict, rows: list[dict]) -> str:
     return str(row.get("name")) + f"@{(row.get('adapter_sha256') or 'none')[:8]}" * bool(other)
 
 
-def judge_table(records: list[dict], rows: list[dict]) -> Table:
+def judge_table(records: list[dict], rows: list[dict], reward_models: list[dict]) -> Table:
     lines, notes = [], [
         "Held-out prompts, each judged in both orders: a disagreement is a tie, a tie is half a win. Win rate in % "
-        "with the bootstrap's 95 % interval over prompts; length-controlled: by a logistic fit, at equal lengths. "
+        "with the bootstrap's 95 % interval over prompts; length-controlled: by a logistic fit, at equal lengths; "
+        "unfinished lost: an answer that did not end loses to one that did. "
         "Inconsistent: the share of prompts with two different answers on which the two orders disagree; a reward "
-        "model, which scores each answer by itself, knows none. Unparsable: verdicts, two a prompt; a prompt with one "
-        "of them is a tie, one with two is left out. Circular: the judge has trained one of the two, or is one; its "
-        "figure shows over-optimisation, not quality."
+        "model, which scores each answer by itself, has no order. Unparsable: verdicts, two per prompt; a prompt with one "
+        "of them is a tie, one with two is left out. Circular: the judge is one of the two, their base, or a reward model "
+        "that one was trained against; its figure shows over-optimisation, not quality. Not independent: the judge was "
+        "trained on prompts that a row was trained on as well."
     ]  # fmt: skip
     asked = [[record.get("prompts_fingerprint"), record.get("sampling")] for record in records]
     if any(one != asked[0] for one in asked):
@@ -874,18 +1284,25 @@ def judge_table(records: list[dict], rows: list[dict]) -> Table:
     for record in records:
         a, b = (judged_label(at(record, "rows", side) or {"name": record.get(side)}, rows) for side in "ab")
         s, judge = record.get("summary") or {}, record.get("judge") or {}
-        name = f"{judge.get('model') or '–'} ({judge.get('kind') or '–'})" + "\ncircular" * bool(judge.get("circular"))
+        name = f"{judge.get('model') or '–'} ({judge.get('kind') or '–'})" + f"\n{independence(record).split(':')[0]}"
         counts = " / ".join(number(s.get(key)) for key in ("wins", "ties", "losses"))
-        controlled = share_interval(s.get("length_controlled_win_rate"), s.get("length_controlled_ci95"))
+        unfinished = share_interval(s.get("unfinished_lost_win_rate"), s.get("unfinished_lost_ci95"))
         tokens = " / ".join(number(s.get(key), 0) for key in ("mean_tokens_a", "mean_tokens_b"))
         shares = [number(s.get("position_inconsistency"), 1, 100), number(s.get("unparsable_verdicts"))]
-        who, rate = f"{a} against {b}" + "‡" * bool(record["note"]), win_rate_cell(record)
-        lines.append([who, name, number(s.get("n")), counts, rate, controlled, *shares, tokens])
+        label = f"{a} against {b}" + "‡" * bool(record["note"])
+        rates = [win_rate_cell(record), controlled_cell(record), unfinished]
+        lines.append([label, name.strip(), number(s.get("n")), counts, *rates, *shares, tokens])
         if judge.get("circular"):
             notes.append(f"{a} against {b}: circular, {judge.get('circular_why') or 'no reason given'}.")
+        elif independence(record).startswith("not"):
+            notes.append(f"{a} against {b}: the judge is {independence(record)}.")
+        left_out = judge.get("prompts_left_out")
+        notes += [f"{a} against {b}: {left_out} prompts of the judge's own stand in a training set and were left out."] * bool(left_out)
         notes += [record["note"]] * bool(record["note"])
+    evidence = [judge_evidence(record, reward_models) for record in records]
+    notes += [line for line in dict.fromkeys(evidence) if line]
     header = ["rows", "judge", "prompts", "won / tied\n/ lost", "win rate, %", "length-\ncontrolled, %",
-              "inconsistent,\n%", "unparsable\nverdicts", "mean tokens"]  # fmt: skip
+              "unfinished\nlost, %", "inconsistent,\n%", "unparsable\nverdicts", "mean tokens"]  # fmt: skip
     return Table(header, lines, 2, notes)
 
 
@@ -962,19 +1379,19 @@ def colour(row: dict) -> str:
 
 def forest(compared: list[Comparison]) -> Figure | None:
     """A panel a benchmark, a line a row: the difference to base and its interval; filled where Holm calls it clear."""
-    shown = [c for c in compared if any(change.interval for change in c.changes.values())]
+    shown = [c for c in compared if any(change.paired for change in c.changes.values())]
     if not shown:
         return None
     figure = Figure(figsize=(11, 1.1 + 0.36 * len(shown)), layout="constrained")
     axes = figure.subplots(1, len(METRICS), sharey=True)
     for axis, column in zip(axes, METRICS):
         axis.axvline(0, color=INK, linewidth=1)
-        if column.startswith(("MMLU", "TruthfulQA")):
-            axis.axvline(CATASTROPHIC, color=INK, linewidth=1, linestyle=":")
+        if column in FORGOTTEN:
+            axis.axvline(-MARGIN, color=INK, linewidth=1, linestyle=":")
         for y, c in enumerate(shown):
-            if interval := c.changes[column].interval:
+            if c.changes[column].paired:
                 change, tone = c.changes[column], colour(c.row)
-                axis.plot(np.round(interval, 3), [y, y], color=tone, solid_capstyle="butt")
+                axis.plot(np.round(change.paired.interval, 3), [y, y], color=tone, solid_capstyle="butt")
                 axis.plot(round(change.points, 3), y, "o", color=tone, markerfacecolor=tone if change.clear else "none")
         axis.set_title(column.replace("\n", " "))
         axis.grid(axis="x")
@@ -982,7 +1399,7 @@ def forest(compared: list[Comparison]) -> Figure | None:
         axis.spines["left"].set_visible(False)
     axes[0].set_yticks(range(len(shown)), [c.label for c in shown])
     axes[0].set_ylim(len(shown) - 0.5, -0.5)
-    figure.supxlabel("points against base; filled: p < 0.05 after Holm; dotted: catastrophic below", fontsize=10)
+    figure.supxlabel("points against base; filled: p < 0.05 after Holm; dotted: 2 points down", fontsize=10)
     return figure
 
 
@@ -991,8 +1408,8 @@ def tradeoff(compared: list[Comparison]) -> Figure | None:
     points = []
     for c in compared:
         gain = c.changes["IFEval\nprompt"]
-        losses = [c.changes[k] for k in ("MMLU", "TruthfulQA\nMC2") if c.changes[k].interval]
-        if gain.interval and len(losses) == 2:
+        losses = [c.changes[k] for k in FORGOTTEN if c.changes[k].paired]
+        if gain.paired and len(losses) == 2:
             points.append((c, gain, min(losses, key=lambda change: change.points)))
     if not points:
         return None
@@ -1000,12 +1417,12 @@ def tradeoff(compared: list[Comparison]) -> Figure | None:
     axis = figure.subplots()
     axis.axvline(0, color=INK, linewidth=1)
     axis.axhline(0, color=INK, linewidth=1)
-    axis.axhline(CATASTROPHIC, color=INK, linewidth=1, linestyle=":")
+    axis.axhline(-MARGIN, color=INK, linewidth=1, linestyle=":")
     axis.margins(x=0.12)
     for c, gain, loss in points:
         tone, (x, y) = colour(c.row), (round(gain.points, 3), round(loss.points, 3))
-        axis.plot(np.round(gain.interval, 3), [y, y], color=tone, alpha=0.6)
-        axis.plot([x, x], np.round(loss.interval, 3), color=tone, alpha=0.6)
+        axis.plot(np.round(gain.paired.interval, 3), [y, y], color=tone, alpha=0.6)
+        axis.plot([x, x], np.round(loss.paired.interval, 3), color=tone, alpha=0.6)
         axis.plot(x, y, "o", color=tone)
         others = [(math.dist((x, y), (g.points, b.points)), b.points) for o, g, b in points if o is not c]
         above = loss.points >= min(others, default=(0, -math.inf))[1]  # its name, away from the nearest point
@@ -1138,8 +1555,41 @@ def encode(figure: Figure, kind: str) -> bytes:
 # ------------------------------------------------------------------ the report
 
 
-def describe(rows: list[dict]) -> list[str]:
-    """What all rows of a table have in common; before it a warning when they saw too few items."""
+def data_of(record: dict, args: dict | None = None) -> dict[str, str]:
+    """{role: the data in words, and its hash} of a row or a reward model's record: the sources of the rows that were counted
+    while training (data_sources), else the name of the file that the run's arguments give; a hub data set names itself."""
+    args, words = args or record.get("args") or {}, {}
+    for role, fingerprint in (record.get("data") or {}).items():
+        counts = at(record, "data_sources", role)
+        argument = args.get("heldout_data") if role == "heldout" else args.get("data")
+        if not str(fingerprint).startswith("sha256:"):
+            words[role] = f"`{fingerprint}`"
+            continue
+        names = Path(str(argument)).name if argument else "beside the training file" if role == "heldout" else "a local file"
+        if counts:
+            names = ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
+        words[role] = f"{names} (`{fingerprint[:15]}`)"
+    return words
+
+
+def training_data(rows: list[dict], records: dict[str, list[dict]]) -> str:
+    """One line: what the rows of a table were trained on."""
+    by_data = {}
+    for label, row in label_rows(rows):
+        run = next((run for run in records["runs"] if same_policy(run, row)), {})
+        words = data_of(row | {"data_sources": run.get("data_sources")}, run.get("args"))
+        if text := ", ".join(text for role, text in words.items() if role in ("train", "prompts", "task")):
+            by_data.setdefault(text, []).append(label)
+    for record in records["rm"]:
+        if not record["note"] and (text := data_of(record).get("train")):
+            by_data.setdefault(text, []).append(record["label"])
+    lines = "; ".join(f"{', '.join(dict.fromkeys(names))} on {text}" for text, names in by_data.items())
+    return f"Trained on: {lines}." if lines else ""
+
+
+def describe(rows: list[dict], records: dict[str, list[dict]]) -> list[str]:
+    """What all rows of a table have in common, and what they were trained on; before it a warning when they saw too few
+    items."""
     row, ev = rows[0], rows[0]["eval"]
     items = {task: row["n"][task] for row in rows for task, _, _ in METRICS.values() if task in row["n"]}
     fewest = min(items.values(), default=0)
@@ -1153,7 +1603,7 @@ def describe(rows: list[dict]) -> list[str]:
             "nothing."
         )
     model = f"Model `{row['model']}`" + f" at `{row['revision']}`" * bool(row["revision"])
-    if "instruct" in row["model"].lower():
+    if is_instruct(row["model"]):
         model += " (an Instruct model: its base row has been tuned before)"
     limits = [f"{task} {limit:,}" + " a subject" * (task == "mmlu") for task, _, limit in ev["tasks"] if limit]
     tokens = f", at most {ev['max_gen_toks']} generated tokens" if ev["max_gen_toks"] else ""
@@ -1162,59 +1612,116 @@ def describe(rows: list[dict]) -> list[str]:
         f"{ev['quantization']}, adapter {'merged' if ev['adapter_merged'] else 'unmerged'}. "
         f"Evaluation data `{ev['data'][:16]}`, train_invariants `{row['train_invariants']}`, eval_hash `{row['eval_hash']}`."
     )
-    return lines
+    return [*lines, *filter(None, [training_data(rows, records)])]
 
 
-def full_report(tables: dict[str, list[dict]], compared: dict, records: dict[str, list[dict]], plots: list[str],
-                pages: list[str]) -> list[str | Table]:
+@dataclass(frozen=True)
+class Results:
+    """What the pages are written from."""
+
+    tables: dict[str, list[dict]]  # protocol -> its rows
+    records: dict[str, list[dict]]  # kind -> rm, ppo, grpo, judge, guardrails, runs
+    compared: dict[tuple[str, str], tuple[list[Comparison], list[str]]]  # (protocol, "base" or "parent")
+    protocols: dict[str, str]  # endpoint -> the protocol it is tested in
+    verdicts: list[Verdict]
+    plots: list[str]
+
+    @property
+    def rows(self) -> list[dict]:
+        return [row for table in self.tables.values() for row in table]
+
+    def endpoints(self, protocol: str) -> tuple[str, ...]:
+        return tuple(column for column, tested in self.protocols.items() if tested == protocol)
+
+
+def first_answers(results: Results) -> list[str | Table]:
+    """The first and the third question: did it learn, and is it a win?"""
+    blocks = []
+    if learned := learned_table(results.rows, results.records):
+        blocks += ["## 1. Did it learn what it optimises?", learned]
+    if table := verdict_table(results.verdicts, results.rows, results.records["judge"]):
+        note = tests_note(results.protocols, results.tables, results.compared)
+        blocks += ["## 3. Is it a win? Verdicts against base", table, note, VERDICTS, image("plots/tradeoff", results.plots)]
+    return blocks
+
+
+def full_report(results: Results, pages: list[str]) -> list[str | Table]:
     """Blocks of text and tables, for results/README.md and the terminal, without the speed and the legend."""
-    blocks, rows = ["# Results"], [row for table in tables.values() for row in table]
+    tables, records, plots = results.tables, results.records, results.plots
+    answers = first_answers(results)
+    third = next((i for i, block in enumerate(answers) if str(block).startswith("## 3")), len(answers))
+    blocks = ["# Results", *answers[:third]]
+    if tables:
+        blocks += ["## 2. What did it change?"]
     for protocol, table in tables.items():
-        blocks += [f"## {protocol.capitalize()} protocol: {PROTOCOLS.get(protocol, '')}", *describe(table)]
-        blocks += ["### Current state, %", scores_table(table)]
-        for method, title in (("base", "base"), ("sft", "SFT")):
-            if found := delta_table(*compared[protocol, method]):
-                blocks += [f"### Change against {title}, points", found]
+        blocks += [f"### {protocol.capitalize()} protocol: {PROTOCOLS.get(protocol, '')}", *describe(table, records)]
+        blocks += ["#### Current state, %", scores_table(table)]
+        for against, title in (("parent", "its own parent"), ("base", "base")):
+            if changes := delta_table(*results.compared[protocol, against], results.endpoints(protocol)):
+                blocks += [f"#### Change against {title}, points", changes]
         blocks += [image(f"plots/deltas-{protocol}", plots)]
-        if protocol == "plain" and (found := verdict_table(compared[protocol, "base"][0], table, records["judge"])):
-            blocks += ["### Verdicts", found, VERDICTS, image("plots/tradeoff", plots)]
-        if found := answers_table(table):
-            blocks += ["### Answers in the benchmarks", found]
-        if found := seeds_table(table):
-            blocks += ["### Seeds", found]
+        if lines := answers_table(table):
+            blocks += ["#### Answers in the benchmarks", lines]
+        if lines := seeds_table(table):
+            blocks += ["#### Seeds", lines]
     if not tables:
         blocks.append(scores_table([]))
-    if found := protocols_table(tables):
-        blocks += ["## Both protocols, %", found]
-    blocks += records_report(records, rows)
+    blocks += answers[third:]
+    if lines := protocols_table(tables):
+        blocks += ["## Both protocols, %", lines]
+    blocks += records_report(records, results.rows)
     blocks += [image(f"plots/{name}", plots) for name in ("winrate-kl", "ppo", "grpo")]
-    if found := training_table(rows):
-        blocks += ["## Training and what it took", found]
+    if lines := training_table(results.rows, records["guardrails"]):
+        blocks += ["## Training and what it took", lines]
     if pages:
         blocks.append("Runs: " + ", ".join(f"[{label}](runs/{label}.md)" for label in pages))
     return [block for block in blocks if block]
 
 
-def compact_report(tables: dict[str, list[dict]], compared: dict, records: dict[str, list[dict]], plots: list[str],
-                   place: str) -> list[str | Table]:
+def compact_report(results: Results, directory: str) -> list[str | Table]:
     """README.md's section: the current state with each difference to base and the verdict, win rates, reward models."""
-    blocks, everything = [], [row for table in tables.values() for row in table]
-    for protocol, rows in tables.items():
+    blocks, records, plots = [], results.records, results.plots
+    for protocol, rows in results.tables.items():
         blocks.append(f"**{protocol.capitalize()} protocol**, % (difference to base, points)")
-        blocks += [scores_table(rows, compared[protocol, "base"][0], verdicts=protocol == "plain")]
-        texts = (image(f"{place}/plots/deltas-{protocol}", plots), empty_note(rows), *describe(rows))
-        blocks += [text for text in texts if text]
-    blocks = blocks or [scores_table([])]
-    by_judge = {}
-    for record in records["judge"]:
-        if not record["note"] and not at(record, "judge", "circular"):
-            who = f"{at(record, 'judge', 'model')}" + " in both orders" * (at(record, "judge", "kind") != "reward")
-            by_judge.setdefault((who, record.get("b")), []).append(record)
-    for (who, b), found in by_judge.items():
-        rates = [f"{judged_label(record['rows']['a'], everything)} {win_rate_cell(record)}" for record in found]
-        blocks.append(f"**Win rate** against {b}, judged by {who}, %: {', '.join(rates)}.")
+        blocks.append(compact_table(rows, results.compared[protocol, "base"][0], results.verdicts, results.endpoints(protocol)))
+        blocks += [image(f"{directory}/plots/deltas-{protocol}", plots), empty_note(rows), *describe(rows, records)]
+    blocks = [block for block in blocks if block] or [compact_table([], [], [], ())]
+    if results.verdicts:
+        blocks.append(tests_note(results.protocols, results.tables, results.compared))
+    blocks += win_rates(results)
     rewards = [against_length(record) for record in records["rm"] if not record["note"]] or ["rm_v1: planned."]
     return blocks + [f"**Reward model** {text}" for text in rewards]
+
+
+def win_rates(results: Results) -> list[str]:
+    """A sentence per judge: each row's win rate, beside it the length-controlled one, and how far the judge is to be trusted."""
+    by_judge, records = {}, results.records
+    for record in records["judge"]:
+        if not record["note"] and not at(record, "judge", "circular"):
+            name = f"{at(record, 'judge', 'model')}" + " in both orders" * (at(record, "judge", "kind") != "reward")
+            by_judge.setdefault((name, record.get("b")), []).append(record)
+    lines = []
+    for (name, b), of_judge in by_judge.items():
+        rates = [f"{judged_label(record['rows']['a'], results.rows)} {win_rate_cell(record)} (length-controlled "
+                 f"{controlled_cell(record)})" for record in of_judge]
+        text = f"**Win rate** against {b}, judged by {name}, %: {', '.join(rates)}."
+        dependent = {judged_label(r["rows"]["a"], results.rows): independence(r) for r in of_judge
+                     if independence(r).startswith("not")}
+        text += "".join(f" For {label} the judge is {why}." for label, why in dependent.items())
+        text += " Its training prompts are not known." * all(not independence(record) for record in of_judge)
+        lines.append(text + (f" {evidence}" if (evidence := judge_evidence(of_judge[0], records["rm"])) else ""))
+    return lines
+
+
+def judge_evidence(record: dict, reward_models: list[dict]) -> str:
+    """Does the judge beat "the longer answer wins", paired, on held-out pairs? Of a reward model from its own record."""
+    judge = record.get("judge") or {}
+    own = [r for r in reward_models if judge.get("kind") == "reward" and r.get("adapter_sha256") == judge.get("sha256")]
+    if not own:
+        return ""
+    text = against_length(own[0])
+    beats = " pairs: beats " in text
+    return ("As evidence: " if beats else "No evidence by itself: ") + text
 
 
 def image(stem: str, plots: list[str]) -> str:
@@ -1233,52 +1740,59 @@ def policies(tables: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return dict(zip(labels, found.values()))
 
 
-def page(label: str, rows: list[dict], tables: dict, compared: dict, records: dict, plots: list[str]) -> list:
+def page(label: str, rows: list[dict], results: Results) -> list:
     """A run's page, blocks of text and tables: verdict, command, result, training, data, configuration."""
-    row, everything = rows[0], [r for table in tables.values() for r in table]
+    row, records = rows[0], results.records
     run = next((r for r in records["runs"] if same_policy(r, row)), {})
     blocks = [f"# {label}", f"`{row['method']}`, phase {row['phase']}, seed {row['seed']}. [All results](../README.md)"]
-    for c in compared.get(("plain", "base"), ([], []))[0]:
-        if any(c.row is r for r in rows):
-            word, why = verdict(c.changes, reran(c.row, tables["plain"]))
-            blocks.append(f"**Verdict: {word}** ({why}).")
+    for v in results.verdicts:
+        if any(same_policy(row, r) for r in v.rows):
+            blocks.append(f"**Verdict: {v.word}** ({v.why}).")
             if row["method"] == "dpo":
-                own = own_criterion(row, tables["plain"], records["judge"]).replace("\n", "; ")
+                own = own_criterion(v.rows, results.rows, records["judge"]).replace("\n", "; ")
                 blocks.append(f"Own criterion: {own}.")
+    if learned := learned_table([row], {"rm": []}):
+        blocks += ["## Did it learn what it optimises?", learned]
     blocks += ["## Command", command_of(run), "## Result"]
     for r in rows:
-        lines = [[column.replace("\n", " "), score_cell(*score(r, column))] for column in METRICS]
+        lines = [[title_of(column), floor_cell(r, column)] for column in METRICS]
         header = ["benchmark", f"{r['protocol']}, %"]
-        for method in ("base", "sft"):
-            for c in compared[r["protocol"], method][0]:
-                if c.row is r:
-                    header.append(f"− {c.reference}")
-                    lines = [[*line, change_cell(c.changes[k])] for line, k in zip(lines, METRICS)]
+        for against in ("parent", "base"):
+            for c in results.compared[r["protocol"], against][0]:
+                if any(one is r for one in c.rows):
+                    header.append(f"{c.label} − {c.reference}" if len(c.rows) > 1 else f"− {c.reference}")
+                    lines = [[*line, change_cell(c.changes[column])] for line, column in zip(lines, METRICS)]
         blocks.append(Table(header, lines))
     if judged := [record for record in records["judge"] if same_policy(at(record, "rows", "a") or {}, row)]:
-        blocks += ["## Judged", judge_table(judged, everything)]
+        blocks += ["## Judged", judge_table(judged, results.rows, records["rm"])]
     for record in records["guardrails"]:
         if own := [r for r in record.get("rows") or [] if same_policy(r, row)]:
-            blocks += ["## Held-out answers", guardrails_table(record | {"rows": own}, everything)]
-    curves = image(f"../plots/run-{label}", plots)
-    blocks += ["## Training", training_table([row]) or "Not recorded with this run.", curves]
+            blocks += ["## Held-out answers", guardrails_table(record | {"rows": own}, results.rows)]
+    curves = image(f"../plots/run-{label}", results.plots)
+    blocks += ["## Training", training_table([row], records["guardrails"]) or "Not recorded with this run.", curves]
     parents = [row.get("parent"), *(run.get("scorers") or {}).values()]
-    data = [[role, f"`{value}`"] for role, value in (row.get("data") or {}).items()]
-    data += [[f"{p.get('method') or 'parent'} {p.get('name')}", f"`{p.get('config_hash')}`"] for p in parents if p]
-    blocks += ["## Data and lineage", Table(["", "fingerprint"], data + hashes_of(row), 2), *configuration(run)]
+    data = data_lines(row | {"data_sources": run.get("data_sources")}, run.get("args"))
+    data += [[f"{p.get('method') or 'parent'} {p.get('name')}", f"`{p.get('config_hash')}`", ""] for p in parents if p]
+    blocks += ["## Data and lineage", Table(["", "fingerprint", "in words"], data + hashes_of(row), 3), *configuration(run)]
     if run:
         about = {"git commit": run.get("git_commit"), **(run.get("hardware") or {}), **(run.get("versions") or {})}
         blocks.append("; ".join(f"{key} {value}" for key, value in about.items()) + ".")
     return [block for block in [*blocks, LEGEND] if block]
 
 
+def data_lines(record: dict, args: dict | None = None) -> list[list[str]]:
+    words = data_of(record, args)
+    return [[role, f"`{value}`", words[role]] for role, value in (record.get("data") or {}).items()]
+
+
 def reward_page(record: dict) -> list[str | Table]:
     """The page of a reward model."""
-    data = [[role, f"`{value}`"] for role, value in (record.get("data") or {}).items()]
+    data = data_lines(record)
     plot = f"![Held-out figures](../{record['plot']})" if record["plot"] else ""
     blocks = [f"# {record['label']}", f"`reward`, seed {record.get('seed')}. [All results](../README.md)"]
     blocks += ["## Command", command_of(record), "## Result", reward_table([record]), against_length(record), plot]
-    blocks += ["## Data and lineage", Table(["", "fingerprint"], data + hashes_of(record), 2), *configuration(record)]
+    blocks += ["## Data and lineage", Table(["", "fingerprint", "in words"], data + hashes_of(record), 3)]
+    blocks += configuration(record)
     return [block for block in blocks if block]
 
 
@@ -1287,7 +1801,7 @@ def command_of(run: dict) -> str:
 
 
 def hashes_of(run: dict) -> list[list[str]]:
-    return [[key, f"`{run.get(key)}`"] for key in ("train_invariants", "config_hash", "family", "adapter_sha256")]
+    return [[key, f"`{run.get(key)}`", ""] for key in ("train_invariants", "config_hash", "family", "adapter_sha256")]
 
 
 def configuration(run: dict) -> list[str | Table]:
@@ -1344,7 +1858,9 @@ def main(args: Args) -> None:
     records = read_records(results, rows, args.group)
     for row in rows:
         row["items"] = read_items(results, row)
-    compared = {(name, to): comparisons(table, to) for name, table in tables.items() for to in ("base", "sft")}
+    protocols = endpoint_protocols(tables)
+    compared = {(name, to): comparisons(table, to) for name, table in tables.items() for to in ("base", "parent")}
+    compared = with_holm(compared, protocols)
 
     # 2. The plots, and the files as they should read.
     runs = policies(tables)
@@ -1358,20 +1874,21 @@ def main(args: Args) -> None:
     defaults = {"--results": Args.results, "--readme": Args.readme, "--group": ""}
     given = [f"{flag} {value}" for flag, value in flags.items() if value and value != defaults[flag]]
     command = " ".join(["python report.py", *given])
-    stamp, speed, plots = f"{STAMP}{command}`; edits are lost -->\n\n", bench_tables(results), list(figures)
+    report = Results(tables, records, compared, protocols, verdicts_of(compared, tables, protocols), list(figures))
+    stamp, speed = f"{STAMP}{command}`; edits are lost -->\n\n", bench_tables(results)
     own_rewards = [record for record in records["rm"] if not record["note"] and record["name"] not in runs]
     pages = [*runs, *(record["name"] for record in own_rewards)]
-    full = [*full_report(tables, compared, records, plots, pages), LEGEND, *speed]
+    full = [*full_report(report, pages), LEGEND, *speed]
     texts = {results / "README.md": stamp + markdown(full)}
     for label, own in runs.items():
-        texts[results / "runs" / f"{label}.md"] = stamp + markdown(page(label, own, tables, compared, records, plots))
+        texts[results / "runs" / f"{label}.md"] = stamp + markdown(page(label, own, report))
     for record in own_rewards:
         texts[results / "runs" / f"{record['name']}.md"] = stamp + markdown(reward_page(record))
     chosen = args.readme or ("README.md" if results == Path(Args.results) else "none")
     if chosen != "none":
         readme = Path(chosen)
-        place = Path(os.path.relpath(results, readme.parent)).as_posix()
-        compact = [*compact_report(tables, compared, records, plots, place), LEGEND, *speed]
+        directory = Path(os.path.relpath(results, readme.parent)).as_posix()
+        compact = [*compact_report(report, directory), LEGEND, *speed]
         texts[readme] = with_section(readme, stamp + markdown(compact) + "\n")
     names = [str(path) for path in texts if path.parent != results / "runs"]
     names += [f"pages of {len(pages)} runs"] * bool(pages) + [f"plots: {len(figures)}"] * bool(figures)
@@ -1380,12 +1897,12 @@ def main(args: Args) -> None:
 
     # 3. Compare, or show and write.
     if not args.check:
-        show(full)
+        show(full if args.full else first_answers(report) or full)
         for path, content in files.items():
             write_atomic(path, lambda p: p.write_bytes(content))
         for path in leftover:
             path.unlink()
-        print(f"\nwrote {' and '.join(names)}")
+        print(f"\nwrote {' and '.join(names)}" + "; --full prints every table" * (not args.full))
         return
     stale = [str(path) for path in sorted(pictures) if not path.is_file()] + list(map(str, leftover))
     for path, content in files.items():

@@ -313,6 +313,11 @@ def share(difference: Tensor) -> dict:
     return {"n": n, "accuracy": right / n if n else None, "interval": wilson(right, n)}
 
 
+def outcomes(difference: Tensor) -> str:
+    """A character per pair: "1" where the difference is above zero, "0" below, "-" for a tie; what a paired test needs."""
+    return "".join("1" if x > 0 else "0" if x < 0 else "-" for x in difference.tolist())
+
+
 def correlation(x: Tensor, y: Tensor) -> dict[str, float | None]:
     """Pearson's and Spearman's; None where one side is constant or there are fewer than two points."""
     if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
@@ -343,6 +348,7 @@ def evaluation(scores: Tensor, lengths: Tensor, centring: float) -> dict:
     bins = calibration(margin)
     return {
         **share(margin), "loss": reward_loss(*scores.T, centring).mean().item(), "longer_wins": share(longer),
+        "outcomes": {"model": outcomes(margin), "longer_wins": outcomes(longer)},
         "length_matched": share(margin[length_matched(lengths)]),
         "score_length": correlation(scores.flatten(), lengths.flatten()), "margin_length": correlation(margin, longer),
         "scores": {side: {"mean": s.mean().item(), "sd": s.std(correction=0).item()}

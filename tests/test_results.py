@@ -47,7 +47,7 @@ def make_row(name, phase=0, method="base", adapter=None, config=None, protocol="
         "name": name, "phase": phase, "method": method, "model": "org/base", "revision": "0123abcd", "adapter": None,
         "config_hash": config or (f"c{phase:07d}" if adapter else None), "adapter_sha256": adapter and adapter * 64,
         "weights_sha256": "e" * 64, "train_invariants": "aaaa1111", "invariants": {"lora_r": 16, "quantization": "none"},
-        "eval_hash": {"plain": "bbbb2222", "chat": "cccc3333"}[protocol], "parent": None, "family": "f", "seed": 42,
+        "eval_hash": {"plain": "bbbb2222", "chat": "cccc3333"}[protocol], "parent": None, "family": f"f-{method}-{config}", "seed": 42,
         "eval": {"protocol": protocol, "tasks": tasks, "data": "d" * 64, "max_gen_toks": None, "dtype": "bfloat16",
                  "quantization": "none", "adapter_merged": False},
         "data": None, "protocol": protocol, "limit": limit, "quantization": "none", "dtype": "bfloat16",
@@ -59,7 +59,9 @@ def make_row(name, phase=0, method="base", adapter=None, config=None, protocol="
 
 def three_rows(**kwargs):
     rungs = [("base",), ("sft_v2", 1, "sft", "5"), ("dpo_v1", 2, "dpo", "d")]
-    return [make_row(*rung, **kwargs) for rung in rungs]
+    rows = [make_row(*rung, **kwargs) for rung in rungs]
+    rows[2]["parent"] = {"name": "sft_v2", "method": "sft", "config_hash": "c0000001", "adapter_sha256": "5" * 64}
+    return rows
 
 
 @pytest.fixture
@@ -200,20 +202,20 @@ def test_scores_and_differences_against_hand_computed_values(here):
     base = make_row("base", **scores((0.5000, 0.003), (0.30, 0.012), (0.40, 0.015), (0.100, 0.006)))
     sft = make_row("sft_v2", 1, "sft", "5", **scores((0.4900, 0.004), (0.28, 0.005), (0.40, 0.020), (0.226, 0.008)))
     dpo = make_row("dpo_v1", 2, "dpo", "d", **scores((0.4704, 0.003), (0.34, 0.012), (0.43, 0.020), (0.216, 0.006)))
-    run([dpo, base, sft])  # in any order
-    state = table("### Current state")
+    run([dpo | {"parent": three_rows()[2]["parent"]}, base, sft])  # in any order
+    state = table("#### Current state")
     # columns: MMLU, GSM8K, TruthfulQA, IFEval prompt, IFEval instruction
     assert state["base"] == ["0", "50.0 ± 0.3", "30.0 ± 1.2", "40.0 ± 1.5", "10.0 ± 0.6", "25.0 ± 1.6"]
     assert state["sft_v2"][:5] == ["1", "49.0 ± 0.4", "28.0 ± 0.5", "40.0 ± 2.0", "22.6 ± 0.8"]
     # se by Pythagorean triples: (3, 4, 5), (12, 5, 13), (15, 20, 25), (6, 8, 10); instruction: 1.6 sqrt 2 = 2.26
-    against_base = table("### Change against base")
+    against_base = table("#### Change against base")
     changes = ["**−1.0 ± 0.5**", "−2.0 ± 1.3 ~", "0.0 ± 2.5 ~", "**+12.6 ± 1.0**", "0.0 ± 2.3 ~"]
     assert against_base["sft_v2 − base"] == changes
     # mmlu: 0.3 sqrt 2 = 0.42; gsm8k: 1.2 sqrt 2 = 1.70, 4.0 > 3.4; prompt: 0.6 sqrt 2 = 0.85
     changes = ["**−3.0 ± 0.4**", "**+4.0 ± 1.7**", "+3.0 ± 2.5 ~", "**+11.6 ± 0.8**", "0.0 ± 2.3 ~"]
     assert against_base["dpo_v1 − base"] == changes
     # truthfulqa: 2 sqrt 2 = 2.83
-    against_sft = table("### Change against SFT")
+    against_sft = table("#### Change against its own parent")
     changes = ["**−2.0 ± 0.5**", "**+6.0 ± 1.3**", "+3.0 ± 2.8 ~", "−1.0 ± 1.0 ~", "0.0 ± 2.3 ~"]
     assert against_sft["dpo_v1 − sft_v2"] == changes
     assert set(against_base) == {"difference", ":--", "sft_v2 − base", "dpo_v1 − base"}
@@ -226,7 +228,7 @@ def test_scores_and_differences_against_hand_computed_values(here):
 
 def test_header_says_shots_and_items(here):
     run(three_rows())
-    header = table("### Current state")["row"]
+    header = table("#### Current state")["row"]
     assert header == ["phase", "MMLU<br>5-shot<br>n = 13,848", "GSM8K<br>strict<br>8-shot<br>n = 1,319",
                       "TruthfulQA<br>MC2<br>0-shot<br>n = 817", "IFEval<br>prompt<br>0-shot<br>n = 541",
                       "IFEval<br>instruction<br>0-shot<br>n = 541"]  # fmt: skip
@@ -244,7 +246,7 @@ def test_noise_flag_on_both_sides_of_two_standard_errors(points, clear):
 def test_no_difference_is_noise_even_where_no_item_varies(here):
     rows = three_rows(gsm8k=(0.0, 0.0))
     run(rows)
-    assert table("### Change against base")["sft_v2 − base"][1] == "0.0 ± 0.0 ~"
+    assert table("#### Change against base")["sft_v2 − base"][1] == "0.0 ± 0.0 ~"
     assert "± 0.0: every item scored alike" in Path("results/README.md").read_text()
 
 
@@ -253,8 +255,8 @@ def test_a_missing_standard_error_is_shown_and_never_flagged(here, missing):
     rows = three_rows()
     rows[2] = make_row("dpo_v1", 2, "dpo", "d", gsm8k=(0.9, missing))
     run(rows)
-    assert table("### Current state")["dpo_v1"][2] == "90.0 ± ?"
-    assert table("### Change against base")["dpo_v1 − base"][1] == "+70.0 ± ?"  # neither ~ nor bold
+    assert table("#### Current state")["dpo_v1"][2] == "90.0 ± ?"
+    assert table("#### Change against base")["dpo_v1 − base"][1] == "+70.0 ± ?"  # neither ~ nor bold
     assert table(report.BEGIN, "README.md")["dpo_v1"][2] == "90.0 ± ? (+70.0 ?)"
     del rows[2]["metrics"]["gsm8k/exact_match_stderr,strict-match"]  # the same when the key isn't there
     before = Path("results/README.md").read_text()
@@ -262,7 +264,7 @@ def test_a_missing_standard_error_is_shown_and_never_flagged(here, missing):
     assert Path("results/README.md").read_text() == before
     rows[0]["metrics"]["mmlu/acc_stderr,none"] = missing  # on the other side of the difference
     run(rows)
-    assert table("### Change against base")["dpo_v1 − base"][0] == "0.0 ± ?"
+    assert table("#### Change against base")["dpo_v1 − base"][0] == "0.0 ± ?"
 
 
 def test_a_task_that_was_not_measured_is_not_zero(here):
@@ -271,8 +273,8 @@ def test_a_task_that_was_not_measured_is_not_zero(here):
         del rows[2]["metrics"][key]
     del rows[2]["n"]["gsm8k"]
     run(rows)
-    assert table("### Current state")["dpo_v1"][1:3] == ["50.0 ± 0.3", "–"]
-    assert table("### Change against base")["dpo_v1 − base"][1] == "–"
+    assert table("#### Current state")["dpo_v1"][1:3] == ["50.0 ± 0.3", "–"]
+    assert table("#### Change against base")["dpo_v1 − base"][1] == "–"
 
 
 def test_rows_without_a_result_are_planned_never_zero(here):
@@ -281,7 +283,7 @@ def test_rows_without_a_result_are_planned_never_zero(here):
         state = table(mark, path)
         assert list(state) == ["row", ":--", "base", "sft_v2", "dpo_v1", "ppo_v1", "grpo_v1", "kto_v1"]
         for name, phase in (("ppo_v1", "3"), ("grpo_v1", "4"), ("kto_v1", "5")):
-            assert state[name] == [phase, "planned", "", "", "", ""] + [""] * (path == "README.md")  # no verdict either
+            assert state[name] == [phase, "planned", "", "", "", ""] + ["", ""] * (path == "README.md")  # no verdict either
     assert "ppo_v1 −" not in Path("results/README.md").read_text()
 
 
@@ -295,14 +297,14 @@ def test_no_results_at_all(here):
 
 def test_other_names_follow_their_phase(here):
     run([*three_rows(), make_row("sft_2ep", 1, "sft", "6", config="c2e"), make_row("kto_big", 5, "kto", "7")])
-    names = list(table("### Current state"))[2:]
+    names = list(table("#### Current state"))[2:]
     assert names == ["base", "sft_v2", "sft_2ep", "dpo_v1", "ppo_v1", "grpo_v1", "kto_v1", "kto_big"]
     a, b = make_row("kto_a", 5, "kto", "1"), make_row("kto_b", 5, "kto", "2") | {"timestamp": "2026-01-07"}
     again = make_row("kto_a", 5, "kto", "3") | {"timestamp": "2026-01-08"}
     run([*three_rows(), again, b, a])  # a rerun stands below its first
-    assert list(table("### Current state"))[-3:] == ["kto_a@11111111", "kto_a@33333333†", "kto_b"]
+    assert list(table("#### Current state"))[-3:] == ["kto_a@11111111", "kto_a@33333333†", "kto_b"]
     # without a parent in the row, a method is compared with the row of the climb, not with a control
-    assert "dpo_v1 − sft_v2" in table("### Change against SFT")
+    assert "dpo_v1 − sft_v2" in table("#### Change against its own parent")
 
 
 def test_a_rerun_with_another_adapter_stands_beside_the_first_and_is_marked(here):
@@ -312,32 +314,37 @@ def test_a_rerun_with_another_adapter_stands_beside_the_first_and_is_marked(here
     again = make_row("dpo_v1", 2, "dpo", "9", mmlu=(0.40, 0.003)) | {"timestamp": "2026-01-09"}
     upsert_row("results/metrics.json", again)
     run(None)
-    state = table("### Current state")
+    state = table("#### Current state")
     assert state["dpo_v1@dddddddd"][1] == "50.0 ± 0.3" and state["dpo_v1@99999999†"][1] == "40.0 ± 0.3"
     assert "did not reproduce" in Path("results/README.md").read_text()
-    against_base = table("### Change against base")
-    assert against_base["dpo_v1@99999999† − base"][0] == "**−10.0 ± 0.4**"
+    against_base = table("#### Change against base")
+    assert against_base["dpo_v1@99999999† − base<br>(descriptive)"][0] == "**−10.0 ± 0.4**"
     assert against_base["dpo_v1@dddddddd − base"][0] == "0.0 ± 0.4 ~"
 
 
 def test_another_config_of_the_same_name_is_no_rerun(here):
     run([*three_rows(), make_row("dpo_v1", 2, "dpo", "9", config="other")])
-    assert {"dpo_v1@dddddddd", "dpo_v1@99999999"} <= set(table("### Current state"))
+    assert {"dpo_v1@dddddddd", "dpo_v1@99999999"} <= set(table("#### Current state"))
     assert "†" not in Path("results/README.md").read_text()
 
 
-def test_the_parent_decides_which_sft_row_a_method_is_compared_with(here):
+def test_a_method_is_compared_with_its_own_parent(here):
+    """The row whose adapter it names; a method that started from the base has only that, and one whose parent has no row is
+    left out, with a note."""
     base, sft, dpo = three_rows()
     other = make_row("sft_v2", 1, "sft", "9", config="other", mmlu=(0.40, 0.004))
-    run([base, sft, other, dpo])  # two candidates and no parent: left out, and said so
-    assert "### Change against SFT" in (text := Path("results/README.md").read_text())
-    assert "dpo_v1 is left out: it could be compared with sft_v2@55555555 or sft_v2@99999999." in text
+    run([base, sft, other, dpo])
+    own = '#### Change against its own parent'
+    assert table(own)["dpo_v1 − sft_v2@55555555"][0] == "0.0 ± 0.4 ~"
     dpo["parent"] = {"name": "sft_v2", "method": "sft", "adapter_sha256": "9" * 64}
     run([base, sft, other, dpo])
-    assert table("### Change against SFT")["dpo_v1 − sft_v2@99999999"][0] == "**+10.0 ± 0.5**"
+    assert table(own)["dpo_v1 − sft_v2@99999999"][0] == "**+10.0 ± 0.5**"
     run([base, sft, dpo])  # its parent has no row: not compared with another SFT row instead
     assert "dpo_v1 − sft_v2" not in (text := Path("results/README.md").read_text())
     assert "dpo_v1 is left out: sft_v2, from which it was trained, has no row here" in text
+    dpo["parent"] = None
+    run([base, sft, dpo])
+    assert own not in Path("results/README.md").read_text() and "dpo_v1 − base" in table("#### Change against base")
 
 
 def test_training_facts_whichever_exist(here):
@@ -346,10 +353,15 @@ def test_training_facts_whichever_exist(here):
     rows[2]["training"] = {"heldout_accuracy": 0.6815, "tokens": 12, "wall_time_s": 600.0}
     chat = three_rows(protocol="chat")
     chat[1]["training"], chat[2]["training"] = rows[1]["training"], rows[2]["training"]
+    write_json("results/judge/guardrails.json", {"schema_version": 1, "rows": [
+        {"name": "sft_v2", "adapter_sha256": "5" * 64, "train_invariants": "aaaa1111", "eos_rate": 0.875},
+        {"name": "sft_v2_bo8", "adapter_sha256": "5" * 64, "best_of": {"n": 8}, "eos_rate": 1.0}]})
     run([*rows, *chat])
-    found = table("## Training")
-    assert found["row"][3:] == ["held-out<br>loss", "held-out<br>accuracy", "EOS rate", "tokens", "minutes"]
-    assert found["sft_v2"] == ["sft", "42", "c0000001", "1.234", "–", "97.5 %", "3,812,345", "1.5"]
+    found = table("## Training and")
+    # the EOS rate is that of the judge's prompts, which are the same for every row, not the run's own 97.5 %
+    assert found["row"][3:] == ["held-out<br>loss", "held-out<br>accuracy", "EOS rate,<br>judge's<br>prompts", "tokens",
+                                "minutes"]
+    assert found["sft_v2"] == ["sft", "42", "c0000001", "1.234", "–", "87.5 %", "3,812,345", "1.5"]
     assert found["dpo_v1"] == ["dpo", "42", "c0000002", "–", "68.2 %", "–", "12", "10.0"]
     assert "base" not in found
 
@@ -403,7 +415,7 @@ def said(start, path="results/README.md"):
 def test_a_reward_model_is_a_table_of_its_own_and_no_rung(here):
     write_reward(plot=True)
     run(three_rows())
-    assert "rm_v1" not in table("### Current state") and "rm_v1" not in table(report.BEGIN, "README.md")
+    assert "rm_v1" not in table("#### Current state") and "rm_v1" not in table(report.BEGIN, "README.md")
     found = table("## Reward models")
     assert list(found) == ["row", ":--", "rm_v1"]
     assert found["row"] == ["seed", "config_hash", "pairs", "accuracy, %", "longer-wins, %", "length-<br>matched, %",
@@ -434,13 +446,13 @@ def test_no_reward_model_is_planned(here):
 OPEN = "the intervals overlap (accuracy's lower bound is {} the baseline)."
 VERDICTS = {  # (pairs of 100 that are right, that the longer answer wins): what is said
     "beats": (80, 60, "beats longer-wins, the intervals do not overlap."),  # [71.1, 86.7] and [50.2, 69.1]
-    "above": (75, 60, f"not told from longer-wins, {OPEN.format('above')}"),  # [65.7, 82.5]
-    "open": (65, 60, f"not told from longer-wins, {OPEN.format('not above')}"),
-    "same": (60, 60, f"not told from longer-wins, {OPEN.format('not above')}"),
+    "above": (75, 60, f"not distinguishable from longer-wins, {OPEN.format('above')}"),  # [65.7, 82.5]
+    "open": (65, 60, f"not distinguishable from longer-wins, {OPEN.format('not above')}"),
+    "same": (60, 60, f"not distinguishable from longer-wins, {OPEN.format('not above')}"),
     "worse": (40, 60, "worse than longer-wins, the intervals do not overlap."),  # [30.9, 49.8]
     "shorter": (80, 40, "beats shorter-wins (60.0 %, the better rule of length here), the intervals do not overlap."),
     # beats longer-wins (40 %) by far, but not the rule turned round
-    "turned": (65, 40, f"not told from shorter-wins (60.0 %, the better rule of length here), {OPEN.format('not above')}"),
+    "turned": (65, 40, f"not distinguishable from shorter-wins (60.0 %, the better rule of length here), {OPEN.format('not above')}"),
 }  # fmt: skip
 
 
@@ -609,7 +621,7 @@ def test_on_policy_runs_before_and_after(here):
     assert grpo["grpo_v1"] == ["7", "0.500", "0.125 → 0.250", "– → 0.500"]  # a tenth of 5: one
     assert said("Plots:") == "Plots: [grpo/grpo_v1.png](grpo/grpo_v1.png)"
     assert "grpo_v1: rewarded" not in (text := Path("results/README.md").read_text()) and "ppo_v1.png" not in text
-    assert table("### Current state")["ppo_v1"][1] == "planned"  # not evaluated: still no score
+    assert table("#### Current state")["ppo_v1"][1] == "planned"  # not evaluated: still no score
 
 
 UNSAID = {  # key that an on-policy run's file lacks: what its line shows
@@ -726,29 +738,33 @@ def better(i):  # than i % 3 == 0 on 26 items: 21 of the 40 others gained; 5 of 
 
 def test_paired_differences_against_scipy_and_by_hand(here):
     run(scored_rows(gsm8k=better, ifeval=better))
-    against_base = table("### Change against base")
+    against_base = table("#### Change against base")
     gained, lost = 21, 5
     p = stats.binomtest(lost, gained + lost).pvalue  # 0.0025
-    # Of the ten tests GSM8K and IFEval by prompt have the smallest p and Holm multiplies by 10 and 9; by instruction a
-    # bootstrap's p is below both, the other seven differ nowhere.
+    # A family of 12 tests: four endpoints of SFT and DPO against base, of DPO against SFT. In all four of DPO's on GSM8K and
+    # IFEval by prompt the same p: Holm multiplies the first of them by 12, and a later one is never smaller.
     a, b = (gained + 1) / 62, (lost + 1) / 62
     half = 1.96 * ((a + b - (a - b) ** 2) / 62) ** 0.5
     ends = f"[{100 * (a - b - half):.1f}, {100 * (a - b + half):.1f}]"
-    assert against_base["dpo_v1 − base"][1] == f"**+26.7 {ends}**<br>p {9 * p:.3f}"
-    assert against_base["dpo_v1 − base"][3] == f"**+26.7 {ends}**<br>p {9 * p:.3f}"  # a later one is never smaller
-    assert re.fullmatch(r"\*\*\+13\.3 \[\d\.\d, 2\d\.\d\]\*\*<br>p 0\.0\d\d", against_base["dpo_v1 − base"][4])
+    assert against_base["dpo_v1 − base"][1] == f"**+26.7 {ends}**<br>p {12 * p:.3f}"
+    assert against_base["dpo_v1 − base"][3] == f"**+26.7 {ends}**<br>p {12 * p:.3f}"
+    assert re.fullmatch(r"\+13\.3 \[\d\.\d, 2\d\.\d\]", against_base["dpo_v1 − base"][4])  # descriptive: no p, not bold
+    assert against_base["difference"][4] == "IFEval<br>instruction<br>descriptive"
     wide, none = "0.0 [−4.5, 4.5] ~<br>p 1.000", "0.0 [0.0, 0.0] ~<br>p 1.000"  # 1.96 sqrt(2 / 62^2) = 4.5 %
-    assert against_base["sft_v2 − base"] == [wide, wide, none, wide, none]
+    assert against_base["sft_v2 − base"] == [wide, wide, none, wide, none.split("<br>")[0]]
+    assert "One family of tests, 12 in all" in Path("README.md").read_text()
     # 2.80 sqrt(26 / 60 / 60); nothing differs on MMLU and TruthfulQA
     detectable = f"{280.1585 * (26 / 60 / 60) ** 0.5:.1f}"
-    assert table("### Verdicts")["dpo_v1"][:2] == [
-        "**win**", "GSM8K strict +26.7, IFEval prompt +26.7, IFEval instruction +13.3"]
-    assert table("### Verdicts")["sft_v2"][0] == "**flat**"
+    assert table("## 3. Is it a win?")["dpo_v1"][:2] == [
+        "**win**", "GSM8K strict +26.7, IFEval prompt +26.7; MMLU is at chance in the base: it can show no forgetting"]
+    assert table("#### Current state")["base"][1:3] == ["33.3 ± 6.1°", "33.3 ± 6.1"]  # 33.3 − 1.96 · 6.1 is below 25
+    # 60 items: no difference seen, and none of 2 points excluded
+    assert table("## 3. Is it a win?")["sft_v2"][0] == "**inconclusive**"
     compact = table(report.BEGIN, "README.md")
-    assert compact["dpo_v1"][2].endswith("(**+26.7**)") and compact["dpo_v1"][-1] == "win"
-    assert compact["base"][-1] == "" and compact["ppo_v1"][-1] == ""
+    assert compact["dpo_v1"][2].endswith("(**+26.7**)") and compact["dpo_v1"][-2:] == ["win", "`c0000002`"]
+    assert compact["base"][-2:] == ["", ""] and compact["ppo_v1"][-2:] == ["", ""]
     line = against_base["smallest detectable"]
-    assert line[:4] == ["–", detectable, "–", detectable] and compact[""] == ["smallest detectable", *line, ""]
+    assert line[:4] == ["–", detectable, "–", detectable] and compact[""] == ["smallest detectable", *line, "", ""]
     assert report.UNPAIRED not in Path("results/README.md").read_text()
 
 
@@ -768,25 +784,25 @@ def test_the_order_of_the_items_does_not_matter(here):
 
 
 def test_bold_is_the_paired_test_and_the_tilde_the_two_scores_alone(here):
-    """12 items gained and none lost of 600: p = 2 / 2^12, while 2 sqrt(se_a^2 + se_b^2) is 5.5 points."""
+    """12 items gained and none lost of 600: p = 12 · 2 / 2^12, while 2 sqrt(se_a^2 + se_b^2) is 5.5 points."""
     base, sft, dpo = three_rows()
     run([scored(base, 600), scored(sft, 600), scored(dpo, 600, gsm8k=lambda i: int(i % 3 == 0 or i < 18))])
-    cell = table("### Change against base")["dpo_v1 − base"][1]
-    assert re.fullmatch(r"\*\*\+2\.0 \[0\.\d, 3\.\d\]\*\* ~<br>p 0\.005", cell)
+    cell = table("#### Change against base")["dpo_v1 − base"][1]
+    assert re.fullmatch(r"\*\*\+2\.0 \[0\.\d, 3\.\d\]\*\* ~<br>p 0\.006", cell)
     assert table(report.BEGIN, "README.md")["dpo_v1"][2].endswith("(**+2.0** ~)")
 
 
 def test_without_per_item_scores_there_is_no_paired_test_and_no_verdict(here):
     base, sft, dpo = three_rows()
     run([scored(base), sft | {"n": dict.fromkeys(N, 60)}, scored(dpo)])
-    against_base = table("### Change against base")
+    against_base = table("#### Change against base")
     assert "±" in against_base["sft_v2 − base"][0] and "p 1.000" in against_base["dpo_v1 − base"][0]
     assert report.UNPAIRED in (text := Path("results/README.md").read_text())
-    assert table("### Verdicts")["sft_v2"][:2] == ["**open**", "no per-item scores"]
-    assert table("### Verdicts")["dpo_v1"][0] == "**flat**"
+    assert table("## 3. Is it a win?")["sft_v2"][:2] == ["**open**", "no per-item scores"]
+    assert table("## 3. Is it a win?")["dpo_v1"][0] == "**inconclusive**"
     os.remove("results/scores/dpo_v1-bbbb2222-dddddddd.json.gz")  # named in the row, but not here
     run(None)
-    assert "±" in table("### Change against base")["dpo_v1 − base"][0]
+    assert "±" in table("#### Change against base")["dpo_v1 − base"][0]
 
 
 def test_rows_scored_on_other_items_are_refused(here, capsys):
@@ -828,18 +844,196 @@ def test_damaged_scores_are_refused(here, capsys):
 
 
 def test_a_rerun_that_differs_is_irreproducible_and_one_that_does_not_is_no_matter(here):
+    """The verdict is the method's, of its first row; a rerun stands beside it, descriptive."""
     base, sft, dpo = scored_rows(ifeval=better)
-    rerun = make_row("dpo_v1", 2, "dpo", "9") | {"timestamp": "2026-01-09"}
+    rerun = make_row("dpo_v1", 2, "dpo", "9") | {"timestamp": "2026-01-09", "parent": dpo["parent"]}
+    verdicts = "## 3. Is it a win?"
     run([base, sft, dpo, scored(rerun)])
-    verdicts = table("### Verdicts")
-    assert verdicts["dpo_v1@dddddddd"][0] == verdicts["dpo_v1@99999999†"][0] == "**irreproducible**"
-    assert verdicts["sft_v2"][0] == "**flat**"
+    assert table(verdicts)["dpo_v1@dddddddd"][0] == "**irreproducible**" and "dpo_v1@99999999†" not in table(verdicts)
+    assert table(report.BEGIN, "README.md")["dpo_v1@99999999†"][-2] == "(descriptive)"
+    assert table(verdicts)["sft_v2"][0] == "**inconclusive**"
     run([base, sft, dpo, scored(rerun, ifeval=better)])
-    assert table("### Verdicts")["dpo_v1@99999999†"][0] == "**win**"
+    assert table(verdicts)["dpo_v1@dddddddd"][0] == "**win**"
     run([base, sft, dpo, scored(rerun | {"name": "dpo_again"})])  # its name is no part of a configuration
-    assert table("### Verdicts")["dpo_v1"][0] == table("### Verdicts")["dpo_again"][0] == "**irreproducible**"
+    assert table(verdicts)["dpo_v1"][0] == "**irreproducible**"
     run([base, sft, dpo, rerun | {"n": dict.fromkeys(N, 60)}])  # can't be told
-    assert table("### Verdicts")["dpo_v1@dddddddd"][0] == "**open**"
+    assert table(verdicts)["dpo_v1@dddddddd"][0] == "**open**"
+
+
+def seeds_of(name, phase, method, parents=None, **right):
+    """Rows of three seeds of a family, each with per-item scores that differ a little by seed."""
+    rows = []
+    for seed in (42, 43, 44):
+        row = make_row(f"{name}{'' if seed == 42 else f'_s{seed}'}", phase, method, f"{phase}{seed - 42}"[:2].ljust(1),
+                       config=f"{method}{seed}") | {"seed": seed, "family": f"family-{method}"}
+        row["adapter_sha256"] = f"{phase}{seed - 42}" * 32
+        if parents:
+            row["parent"] = {"name": parents[seed - 42]["name"], "method": "sft",
+                             "adapter_sha256": parents[seed - 42]["adapter_sha256"]}
+        by_seed = {task: lambda i, f=f, seed=seed: max(0, f(i) - (i == seed)) for task, f in right.items()}
+        rows.append(scored(row, 300, **by_seed))
+    return rows
+
+
+def test_seeds_of_a_family_are_one_comparison_each_with_its_own_parent(here):
+    """Three seeds of DPO, each from its own SFT row: of 300 IFEval prompts 100 more are right, less the one by which a seed
+    differs. By hand: point, s^2 of the seeds' means and of the seed-averaged items, t."""
+    base = scored(make_row("base"), 300)
+    sft = seeds_of("sft_v2", 1, "sft")
+    dpo = seeds_of("dpo_v1", 2, "dpo", sft, ifeval=lambda i: int(i % 3 < 2))
+    run([base, *sft, *dpo])
+    d = [[int(i % 3 < 2) * (i != seed) - int(i % 3 == 0) for i in range(300)] for seed in (42, 43, 44)]
+    means = [sum(row) / 300 for row in d]
+    parts = statistics.variance(means) / 3, statistics.variance(sum(column) / 3 for column in zip(*d)) / 300
+    df = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 299)
+    half = 100 * stats.t.ppf(0.975, df) * sum(parts) ** 0.5
+    point = 100 * statistics.fmean(means)
+    for mark, line in (("#### Change against its own parent", "dpo_v1 (3 seeds) − parent"),
+                       ("#### Change against base", "dpo_v1 (3 seeds) − base")):
+        assert table(mark)[line][3] == f"**+{point:.1f} [{point - half:.1f}, {point + half:.1f}]**<br>p < 0.001"
+    compact = table(report.BEGIN, "README.md")
+    assert compact["dpo_v1 (3 seeds)"][4].startswith(f"{100 / 3 + point:.1f} ± ") and " sd (**+" in compact["dpo_v1 (3 seeds)"][4]
+    assert compact["dpo_v1 (3 seeds)"][-1] == "`family family-dpo`" and compact["dpo_v1 (3 seeds)"][-2] == "win"
+    assert "dpo_v1_s43" not in compact and "dpo_v1_s43" in table("#### Current state")
+    verdicts = table("## 3. Is it a win?")
+    assert verdicts["dpo_v1 (3 seeds)"][0] == "**win**" and verdicts["sft_v2 (3 seeds)"][0] == "**flat**"
+    assert "One family of tests, 12 in all" in Path("README.md").read_text()  # not three times as many
+
+
+def test_controls_are_descriptive(here):
+    base, sft, dpo = scored_rows()
+    control = scored(make_row("sft_2ep", 1, "sft", "7", config="2ep"), gsm8k=better)
+    run([base, sft, dpo, control])
+    cells = table("#### Change against base")["sft_2ep − base<br>(descriptive)"]
+    assert cells[1].startswith("+26.7 [") and "p " not in cells[1]
+    assert "sft_2ep" not in table("## 3. Is it a win?") and "12 in all" in Path("README.md").read_text()
+
+
+def test_a_drop_that_the_parent_had_is_inherited(here):
+    """SFT loses 30 points of TruthfulQA, DPO on it nothing more; a second one loses 30 points by itself."""
+    def worse(i):
+        return int(i % 3 == 0) - 0.75
+    base, sft, dpo = three_rows()
+    kto = make_row("kto_v1", 5, "kto", "a") | {"parent": dpo["parent"] | {"adapter_sha256": "6" * 64, "name": "sft_b"}}
+    better_sft = make_row("sft_b", 1, "sft", "6", config="b")
+    n = 300
+    run([scored(base, n), scored(sft, n, truthfulqa_mc2=worse), scored(dpo, n, truthfulqa_mc2=worse),
+         scored(better_sft, n), scored(kto, n, truthfulqa_mc2=worse)])
+    verdicts = table("## 3. Is it a win?")
+    assert verdicts["sft_v2"][:2] == ["**regression**", "TruthfulQA MC2 −30.0 (catastrophic)"]
+    assert verdicts["dpo_v1"][:2] == ["**regression, inherited**", "TruthfulQA MC2 −30.0 (catastrophic, inherited)"]
+    assert verdicts["kto_v1"][:2] == ["**regression**", "TruthfulQA MC2 −30.0 (catastrophic)"]
+    assert "p ≤ 0.001" in table("#### Change against base")["dpo_v1 − base"][2]  # the resamples show no smaller one
+
+
+def test_an_instruct_base_is_tested_in_chat_where_it_was_evaluated(here):
+    plain, chat = three_rows(), three_rows(protocol="chat")
+    for row in (*plain, *chat):
+        row["model"] = "org/base-instruct"
+    scored_plain = [scored(row) for row in plain]
+    run(scored_plain)
+    assert "the plain one stands in" in Path("README.md").read_text()
+    scored_chat = [scored(row, **({"ifeval": better} if row["name"] == "dpo_v1" else {})) for row in chat]
+    run([*scored_plain, *scored_chat])
+    text = Path("results/README.md").read_text()
+    assert "MMLU (plain), TruthfulQA MC2 (plain), GSM8K strict (chat), IFEval prompt (chat)" in text and "stands in" not in text
+    chat_table = table("#### Change against base", "results/README.md") | {}
+    assert chat_table["difference"][3] == "IFEval<br>prompt<br>descriptive"  # the first such table is plain's
+    assert table("## 3. Is it a win?")["dpo_v1"][0] == "**win**"  # by the chat protocol; in plain it moved nothing
+
+
+# ------------------------------------------------------------------ did it learn, and from what?
+
+
+def learned(rows):
+    """The lines of the first table, by row and objective."""
+    run(rows)
+    lines = Path("results/README.md").read_text().split("## 1. Did it learn", 1)[1].split("Before →")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {(row, objective): rest for row, objective, *rest in cells[2:]}
+
+
+def test_the_first_table_is_what_each_method_optimises(here):
+    base, sft, dpo = three_rows()
+    sft["training"] = {"heldout_loss_base": 2.2, "heldout_loss": 2.07, "heldout_loss_change_ci": [-0.15, -0.11]}
+    dpo["training"] = {"heldout_accuracy": 0.65, "heldout_pairs": 100}
+    kto = make_row("kto_v1", 5, "kto", "a") | {"training": {"heldout_auc": 0.52, "heldout_auc_ci": [0.47, 0.57],
+                                                            "heldout_rows": 256}}
+    ppo = make_row("ppo_v1", 3, "ppo", "b") | {"training": {"scores_before": 0.5, "scores_after": 0.25, "fixed_prompts": 64,
+                                                            "scores_change_ci": [-0.4, -0.1]}}
+    grpo = make_row("grpo_v1", 4, "grpo", "c") | {"training": {"pass_1_before": 0.1, "pass_1_after": 0.3,
+                                                               "pass_k_before": 0.3, "pass_k_after": 0.5,
+                                                               "heldout_problems": 200}}
+    lines = learned([base, sft, dpo, kto, ppo, grpo])
+    assert lines["sft_v2", "held-out loss, nats per token"] == ["–", "2.200", "2.070", "**yes**"]  # lower is better
+    low, high = stats.binomtest(65, 100).proportion_ci(method="wilson")
+    assert lines["dpo_v1", "held-out pairs on the right side, %"] == [
+        "100", "50.0", f"65.0 [{100 * low:.1f}, {100 * high:.1f}]", "**yes**"]
+    assert lines["kto_v1", "held-out AUC, %"] == ["256", "50.0", "52.0 [47.0, 57.0]", "not shown"]
+    assert lines["ppo_v1", "score on fixed prompts"] == ["64", "0.500", "0.250", "**worse**"]
+    assert lines["grpo_v1", "held-out pass@1, %"][3] == "**yes**"  # 20 and 60 of 200
+    assert lines["grpo_v1", "held-out pass@k, %"] == ["200", "30.0", "50.0", "–"]  # no independent trials: no interval
+    assert ("ppo_v1", "watch model's score on them") not in lines  # not recorded
+    assert Path("results/README.md").read_text().index("## 1.") < Path("results/README.md").read_text().index("## 2.")
+
+
+@pytest.mark.parametrize("right, word", [(59, "not shown"), (60, "**yes**"), (41, "not shown"), (40, "**worse**")])
+def test_learned_turns_where_the_interval_meets_one_half(here, right, word):
+    """Wilson: 60 of 100 begins at 50.2 %, 59 of 100 at 49.2 %."""
+    base, sft, dpo = three_rows()
+    dpo["training"] = {"heldout_accuracy": right / 100, "heldout_pairs": 100}
+    assert learned([base, sft, dpo])["dpo_v1", "held-out pairs on the right side, %"][3] == word
+
+
+def test_what_seeds_learned_is_a_t_interval_of_their_changes(here):
+    rows = [make_row(f"grpo_{seed}", 4, "grpo", str(seed), config=f"c{seed}") | {"seed": seed, "family": "fg",
+            "training": {"pass_1_before": 0.1, "pass_1_after": 0.1 + x, "heldout_problems": 100}}
+            for seed, x in ((1, 0.1), (2, 0.2), (3, 0.3))]
+    lines = learned([make_row("base"), *rows])
+    # mean 0.2, sd 0.1: t_0.975(2) = 4.303, 4.303 · 0.1 / sqrt 3 = 0.248 > 0.2
+    assert lines["grpo_1 (3 seeds)", "held-out pass@1, %"] == ["100", "10.0", "30.0 ± 10.0 sd", "not shown"]
+
+
+def test_a_reward_model_is_compared_with_length_pair_by_pair(here):
+    """30 pairs on which only the model is right, 10 on which only the rule is, 2 ties: McNemar's exact p, by scipy."""
+    model, longer = "1" * 30 + "0" * 10 + "1" * 50 + "0" * 8 + "-1", "0" * 30 + "1" * 10 + "1" * 50 + "0" * 8 + "1-"
+    write_reward(outcomes={"model": model, "longer_wins": longer})
+    run(three_rows())
+    p = stats.binomtest(10, 40).pvalue
+    a, b = 31 / 102, 11 / 102
+    half = 1.959964 * ((a + b - (a - b) ** 2) / 102) ** 0.5
+    ends = f"[{100 * (a - b - half):.1f}, {100 * (a - b + half):.1f}]"
+    assert said("rm_v1: ").split(" pairs: ")[1] == f"beats longer-wins (paired difference {ends} points, p {p:.3f})."
+    line = learned(None)["rm_v1", "held-out pairs, %; before: the better rule of length"]
+    assert line == ["100", "60.0", "80.0 [71.1, 86.7]", "**yes**"]
+    turned = longer.translate(str.maketrans("10", "01"))  # now the shorter answer wins: the same rule to beat
+    write_reward(outcomes={"model": model, "longer_wins": turned})
+    run(None)
+    assert f"beats shorter-wins (paired difference {ends} points" in said("rm_v1: ")
+    write_reward(outcomes={"model": "10" * 50, "longer_wins": "01" * 50})
+    run(None)
+    assert "not distinguishable from" in said("rm_v1: ")
+
+
+def test_outcomes_are_written_pair_by_pair():
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
+    found = reward.evaluation(scores, torch.tensor([[9, 3], [9, 3], [3, 9]]), 0.01)
+    assert found["outcomes"] == {"model": "10-", "longer_wins": "110"}
+
+
+def test_a_table_names_its_training_data_in_words_and_hashes(here):
+    base, sft, dpo = three_rows()
+    sft["data"] = {"train": "sha256:" + "1" * 64, "heldout": "sha256:" + "2" * 64}
+    dpo["data"] = {"train": "org/pairs@" + "3" * 40 + ":default/train_prefs"}
+    kto = make_row("kto_v1", 5, "kto", "a") | {"data": {"train": "sha256:" + "1" * 64}}
+    run_record(sft, args={"data": "local/sft.jsonl.gz", "heldout_data": None})
+    run_record(kto, args={"data": "kto.jsonl"}, data_sources={"train": {"hh": 200, "rmb": 1300}})
+    run([base, sft, dpo, kto])
+    sentence = ("Trained on: sft_v2 on sft.jsonl.gz (`sha256:11111111`); dpo_v1 on `org/pairs@" + "3" * 40
+                + ":default/train_prefs`; kto_v1 on rmb 1,300, hh 200 (`sha256:11111111`).")
+    assert said("Trained on", "README.md") == said("Trained on") == sentence
+    assert "| heldout | `sha256:" + "2" * 64 + "` | beside the training file (`sha256:22222222`) |" in \
+        Path("results/runs/sft_v2.md").read_text()
 
 
 def test_seeds_of_a_family_are_aggregated_each_once(here):
@@ -849,9 +1043,9 @@ def test_seeds_of_a_family_are_aggregated_each_once(here):
     seeds.append(seeds[0] | {"name": "dpo_again", "adapter_sha256": "e" * 64, "timestamp": "2026-01-09"})
     run([row | {"n": dict.fromkeys(N, 60)} for row in (*rows, *seeds)])
     # sd of 10, 20, 30 with n - 1: 10; of seed 1 the first by name counts
-    assert table("### Seeds")["dpo_again, dpo_s2, dpo_s3"][:4] == ["1, 2, 3", "fd", "50.0 ± 0.0", "20.0 ± 10.0"]
+    assert table("#### Seeds")["dpo_again, dpo_s2, dpo_s3"][:4] == ["1, 2, 3", "fd", "50.0 ± 0.0", "20.0 ± 10.0"]
     run(three_rows())
-    assert "### Seeds" not in Path("results/README.md").read_text()
+    assert "#### Seeds" not in Path("results/README.md").read_text()
 
 
 def test_protocols_stand_side_by_side(here):
@@ -871,7 +1065,7 @@ def test_what_a_run_took(here):
     rows[2] |= {"training": {"wall_time_s": 600.0},
                 "cost": {"wall_time_s": 600.0, "device": "x86_64", "gpus": 0, "peak_gib": None, "tokens": None}}
     run(rows)
-    found = table("## Training")
+    found = table("## Training and")
     assert found["row"][3:] == ["tokens", "minutes", "GPU<br>minutes", "peak<br>GiB", "device"]
     assert found["sft_v2"][3:] == ["1,234,567", "1.5", "3.0", "14.2", "H100"]
     assert found["dpo_v1"][3:] == ["–", "10.0", "–", "–", "x86_64"]
@@ -919,10 +1113,11 @@ def test_judged_win_rates(here):
     judged(dpo, sft)
     run(rows)
     (line,) = [cells for name, cells in table("## Judged win rates").items() if name == "dpo_v1 against sft_v2"]
-    assert line == ["judge-70b (api)", "200", "120 / 20 / 59", "65.4 [59.0, 72.0]", "60.1 [53.0, 67.0]", "8.5", "5",
+    assert line == ["judge-70b (api)", "200", "120 / 20 / 59", "65.4 [59.0, 72.0]", "60.1 [53.0, 67.0]", "–", "8.5", "5",
                     "210 / 160"]  # fmt: skip
     assert "circular," not in Path("results/README.md").read_text()
-    sentence = "**Win rate** against sft_v2, judged by judge-70b in both orders, %: dpo_v1 65.4 [59.0, 72.0]."
+    sentence = ("**Win rate** against sft_v2, judged by judge-70b in both orders, %: dpo_v1 65.4 [59.0, 72.0] "
+                "(length-controlled 60.1 [53.0, 67.0]). Its training prompts are not known.")
     assert said("**Win rate**", "README.md") == sentence
     circular = {"kind": "reward", "model": "rm_v1", "circular": True, "circular_why": "why"}
     judged(dpo, sft, "dpo_v1_vs_sft_v2.rm_v1", judge=circular)
@@ -934,7 +1129,7 @@ def test_judged_win_rates(here):
     judged(base, sft, judge=reward, position_inconsistency=None, prompts_fingerprint="sha256:other")
     run(None)
     assert said("**Win rate** against sft_v2, judged by rm_watch, %: base 65.4", "README.md")
-    assert table("## Judged win rates")["base against sft_v2"][5] == "–" and said("Not all were asked alike")
+    assert table("## Judged win rates")["base against sft_v2"][6] == "–" and said("Not all were asked alike")
     judged(dpo | {"adapter_sha256": "7" * 64}, sft)  # of other weights than the row's
     run(None)
     assert "dpo_v1@77777777 against sft_v2" in table("## Judged win rates")
@@ -945,11 +1140,19 @@ def test_judged_win_rates(here):
     assert "ffff0000" not in Path("results/README.md").read_text()
 
 
+CONTROLLED = "(length-controlled 60.1 [53.0, 67.0]), says judge-70b, whose training prompts are not known"
+
+
 @pytest.mark.parametrize("changes, said", [
-    ({}, "met: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts, says judge-70b"),
-    ({"win_rate_ci95": [0.5, 0.72]}, "not met: beats SFT in 65.4 [50.0, 72.0] % of 199 prompts, says judge-70b"),  # above, not at
+    ({}, f"met: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts {CONTROLLED}"),
+    ({"judge": {"independent": True}}, "met: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts "
+     "(length-controlled 60.1 [53.0, 67.0]), says judge-70b, independent"),
+    ({"judge": {"independent": False, "shared_prompts": {"dpo_v1": {"prompts": 85, "share": 0.85}}}},
+     "open, no independent judge: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts (length-controlled 60.1 [53.0, 67.0]), "
+     "says judge-70b, not independent: it was trained on 85 % of dpo_v1's prompts"),
+    ({"win_rate_ci95": [0.5, 0.72]}, f"not met: beats SFT in 65.4 [50.0, 72.0] % of 199 prompts {CONTROLLED}"),  # above, not at
     ({"n": 2, "unparsable": 0, "win_rate": 1.0, "win_rate_ci95": [1.0, 1.0]},
-     "open, too few: beats SFT in 100.0 [100.0, 100.0] % of 2 prompts, says judge-70b"),
+     f"open, too few: beats SFT in 100.0 [100.0, 100.0] % of 2 prompts {CONTROLLED}"),
     ({"judge": {"circular": True}}, "open: not judged against SFT"),
     ({"win_rate_ci95": None}, "open: not judged against SFT"),
     (None, "open: not judged against SFT"),
@@ -959,11 +1162,11 @@ def test_the_criterion_of_dpo_is_a_lower_bound_above_one_half(here, changes, sai
     if changes is not None:
         judged(dpo, sft, **changes)
     run(rows)
-    found = table("### Verdicts")
+    found = table("## 3. Is it a win?")
     assert found["dpo_v1"][2] == said and found["sft_v2"][2] == "–"
     dpo |= {"adapter_sha256": "7" * 64}  # the judge saw other weights
     run(rows)
-    assert table("### Verdicts")["dpo_v1"][2] == "open: not judged against SFT"
+    assert table("## 3. Is it a win?")["dpo_v1"][2] == "open: not judged against SFT"
 
 
 def test_guardrails_and_distance(here):
@@ -1033,15 +1236,15 @@ def run_record(row, **changes):
 def test_a_page_a_run(here):
     base, sft, dpo = rows = scored_rows(ifeval=better)
     dpo |= {"parent": {"name": "sft_v2", "method": "sft", "adapter_sha256": "5" * 64, "config_hash": "c1"},
-            "data": {"train": "sha256:12"}, "training": {"eos_rate": 0.5}}  # fmt: skip
+            "data": {"train": "sha256:12"}, "training": {"heldout_loss": 0.25}}  # fmt: skip
     run_record(dpo)
     write_reward(plot=True, command="reward.py --lr 1", args={"lr": 1})
     run(rows)
     text = Path("results/runs/dpo_v1.md").read_text()
     for part in ("# dpo_v1\n", "**Verdict: win** (IFEval prompt +26.7", "Own criterion: open", "python dpo.py --seed 7",
-                 "| IFEval prompt | 60.0 ± 6.4 | **+26.7", "| train | `sha256:12` |", "| sft sft_v2 | `c1` |",
-                 "| reward rm_v1 | `c31` |", "| lr | `0.0001` |", "| data | `null` |", "git commit abc; gpus 1; torch 2.0.",
-                 "![Curves of the run](../plots/run-dpo_v1.svg)", "| dpo_v1 | dpo | 42 | c0000002 | 50.0 % |"):  # fmt: skip
+                 "| IFEval prompt | 60.0 ± 6.4 | **+26.7", "| train | `sha256:12` | a local file (`sha256:12`) |", "| sft sft_v2 | `c1` |  |",
+                 "| reward rm_v1 | `c31` |  |", "| lr | `0.0001` |", "| data | `null` |", "git commit abc; gpus 1; torch 2.0.",
+                 "![Curves of the run](../plots/run-dpo_v1.svg)", "| dpo_v1 | dpo | 42 | c0000002 | 0.250 |"):  # fmt: skip
         assert part in text, part
     text = Path("results/runs/sft_v2.md").read_text()  # nothing but the row is known of it
     assert "Not recorded with this run." in text and "## Configuration" not in text and "svg" not in text
@@ -1152,10 +1355,10 @@ def test_long_values_are_named_by_their_hash(here, capsys):
 def test_group_picks_one_side(here, capsys):
     rows = changed(["eval", "data"], "another", eval_hash="ffff0000")
     run(rows, "--group", "bbbb2222")
-    state = table("### Current state")
+    state = table("#### Current state")
     assert state["sft_v2"][1] == "50.0 ± 0.3" and state["dpo_v1"][1] == "planned"
     run(rows, "--group", "aaaa1111", "ffff0000")
-    state = table("### Current state")
+    state = table("#### Current state")
     assert state["sft_v2"][1] == "planned" and state["dpo_v1"][1] == "50.0 ± 0.3"
     assert "`python report.py --group aaaa1111 ffff0000`" in Path("README.md").read_text()
     capsys.readouterr()
@@ -1167,8 +1370,8 @@ def test_group_picks_one_side(here, capsys):
 def test_protocols_are_separate_tables_of_one_training_setup(here, capsys):
     plain, chat = three_rows(), three_rows(protocol="chat", mmlu=(0.61, 0.004))
     run([*plain, *chat])
-    assert table("## Plain protocol")["base"][1] == "50.0 ± 0.3"
-    assert table("## Chat protocol")["base"][1] == "61.0 ± 0.4"
+    assert table("### Plain protocol")["base"][1] == "50.0 ± 0.3"
+    assert table("### Chat protocol")["base"][1] == "61.0 ± 0.4"
     for row in chat:
         row["train_invariants"] = "ffff0000"
         row["revision"] = "another"
@@ -1252,16 +1455,16 @@ def test_missing_readme_or_results_directory_is_an_error(here, capsys):
 
 
 def test_terminal_tables_are_whole_when_piped(here, capsys):
-    run(three_rows())
+    run(three_rows(), "--full")
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if " dpo_v1 − base" in line)
     assert line.split("dpo_v1 − base")[1].count("0.0 ±") == 5  # on one line
     assert "planned" in out and "TruthfulQA" in out and "**" not in out
     write_reward(plot=True)
     write_reward("rm_s7", 70, seed=7)
-    run(None)
+    run(None, "--full")
     out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if line.startswith(" rm_v1 "))
+    line = next(line for line in out.splitlines() if line.startswith(" rm_v1 ") and "c0000031" in line)
     assert "80.0 [71.1, 86.7]" in line and "0.57 / 1.25" in line and "…" not in out
     assert "Plots: rm/rm_v1.png\n" in out
 
@@ -1284,14 +1487,16 @@ def test_the_committed_tables_are_what_the_committed_results_say():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_an_sft_row_is_compared_with():
-    """A control that was trained from the base stands beside the ladder's row, one that goes on from it beside its parent."""
-    def row(name, method, adapter, parent=None):
-        return {"name": name, "method": method, "adapter_sha256": adapter, "parent": parent and {"adapter_sha256": parent}}
-    rows = [row("base", "base", None), row("sft_v2", "sft", "s"), row("sft_2ep", "sft", "t"),
-            row("sft_chosen", "sft", "u", "s"), row("dpo_v1", "dpo", "d", "t")]
-    found = [[r["name"] for r in report.references(r, rows, "sft")] for r in rows]
-    assert found == [[], [], ["sft_v2"], ["sft_v2"], ["sft_2ep"]]
+def test_the_terminal_shows_what_was_learned_the_verdicts_and_the_paths(here, capsys):
+    rows = three_rows()
+    rows[2]["training"] = {"heldout_accuracy": 0.65, "heldout_pairs": 100}
+    run(rows)
+    out = capsys.readouterr().out
+    assert "1. Did it learn what it optimises?" in out and "3. Is it a win?" in out and "2. What did it change?" not in out
+    assert out.splitlines()[-1].startswith("wrote results/README.md and README.md") and "--full prints every table" in out
+    before = Path("results/README.md").read_text()
+    run(rows, "--full")
+    assert "2. What did it change?" in capsys.readouterr().out and Path("results/README.md").read_text() == before
 
 
 def test_empty_answers_are_said_where_they_differ():
