@@ -56,6 +56,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 try:  # CUDA's packed attention; its CPU path below has the same semantics
     from torch.nn.attention.varlen import varlen_attn
@@ -86,9 +87,10 @@ def fail(message: str) -> NoReturn:
 
 
 def say(message: str = "") -> None:
-    """Print on rank 0."""
+    """Print on rank 0; what the terminal's encoding doesn't have, as question marks."""
     if rank() == 0:
-        print(message, flush=True)
+        encoding = sys.stdout.encoding or "utf-8"
+        print(message.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def sha256_json(obj: Any) -> str:
@@ -276,13 +278,15 @@ class TrainInvariants:
     model: str
     revision: str | None
     weights_sha256: str
-    chat_template: str
-    quantization: str  # the policy: "qlora" or "none"
+    chat_template: str  # as used: its date fixed, its thinking off
+    quantization: str   # the policy: "qlora" or "none"
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     lora_bias: str = "none"
     target_modules: tuple[str, ...] = TARGET_MODULES
+    stop_ids: tuple[int, ...] = ()  # tokens that end an answer
+    bos: int | None = None          # the token that begins every sequence, where the tokenizer puts one
 
     @classmethod
     def of(cls, model: str, model_dir: Path, tokenizer, quantization: str) -> TrainInvariants:
@@ -290,7 +294,7 @@ class TrainInvariants:
         (name, revision), local = split_model(model), Path(model).is_dir()
         return cls(model="(local)" if local else name, revision=None if local else revision or Path(model_dir).name,
                    weights_sha256=weights_sha256(model_dir), chat_template=tokenizer.chat_template,
-                   quantization=quantization)
+                   quantization=quantization, stop_ids=tokenizer.stop_ids, bos=tokenizer.chat_format.bos)
 
     @property
     def hash(self) -> str:
@@ -591,7 +595,7 @@ def take_rows(rows, n: int, seed: int, build: Callable[[list[tuple[int, dict]]],
     return items, dropped, kept
 
 
-# A base model already reads plain role markers. Its own EOS ends the assistant's turn (Qwen2.5-base: <|endoftext|>).
+# A base model already reads plain role markers. Its EOS ends the assistant's turn (Qwen2.5-base: <|endoftext|>).
 PLAIN_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}{{ 'Assistant: ' + message['content'] + eos_token + '\n\n' }}"
@@ -599,35 +603,158 @@ PLAIN_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}")
 
+OWN_TEMPLATE = "the model's own"
+
+# What a template is tried with: two exchanges, with and without a system message, no text inside another.
+SAMPLE = [{"role": r, "content": c} for r, c in (
+    ("system", "Write in verse."), ("user", "How are you?"), ("assistant", "Fine, thanks."), ("user", "And they?"),
+    ("assistant", "Well enough."))]
+TEMPLATE_DATE = time.strptime("2024-07-26", "%Y-%m-%d")  # what Llama 3's template writes where there is no clock
+
+
+class Unrenderable(ValueError):
+    """Why a conversation can't be rendered so that its mask is certain."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What rendering needs to know of a tokenizer and its template; load_tokenizer works it out once."""
+    control: dict[str, int]  # texts that are control tokens where the template writes them, and plain text in content
+    stops: tuple[str, ...]   # the texts of tokenizer.stop_ids
+    bos: int | None          # the BOS with which the tokenizer begins a text, or None
+    names: dict[str, Any]    # what the template can use besides the messages
+    system: bool = True      # does the template take a system message?
+    anchor: str = ""         # put before text inside a sequence, where the tokenizer would add a space at its beginning
+
+    @functools.cached_property
+    def split(self) -> re.Pattern:
+        """Parts a text at its control tokens, which it keeps."""
+        return re.compile(f"({'|'.join(map(re.escape, sorted(self.control, key=lambda t: (-len(t), t))))})")
+
+    @functools.cached_property
+    def stop(self) -> re.Pattern:
+        """Matches a stop token's text."""
+        return re.compile("|".join(map(re.escape, sorted(self.stops, key=lambda t: (-len(t), t)))))
+
 
 def load_tokenizer(model_dir: str | Path):
-    """The tokenizer with the one chat template: the model's own where that ends assistant turns with EOS, else ours."""
+    """The tokenizer with the one chat template: the model's own where masks are certain with it, else PLAIN_TEMPLATE.
+
+    The model's own is used if its generation prompt is a prefix of what it renders for every answered turn, and the token
+    after each answer is a stop token (see template_problem). Sets on the tokenizer:
+    stop_ids: sorted ids that end an answer: its EOS and eos_token_id of generation_config.json;
+    end_id: the one of them that the template writes;
+    template_note: what was done to the template, or what it adds, in one line; None where there is nothing to say;
+    chat_format: see ChatFormat.
+    Fails on a tokenizer without EOS, one that no template serves, and ids beyond the model's embedding.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
     except (OSError, ValueError) as e:
         fail(f"{model_dir}: can't load its tokenizer ({str(e).splitlines()[0]})")
     if tokenizer.eos_token is None:
         fail(f"{model_dir}: the tokenizer has no EOS token")
-    sample = [{"role": r, "content": c} for r, c in (("user", "How are you?"), ("assistant", "Fine, thanks."),
-                                                     ("user", "And they?"), ("assistant", "Well enough."))]
-    if not (tokenizer.chat_template and only_adds(tokenizer, sample)):
+    config = Path(model_dir) / "generation_config.json"
+    ends = read_json(config).get("eos_token_id") if config.is_file() else None
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    tokenizer.stop_ids = tuple(sorted({tokenizer.eos_token_id, *ends}))
+    notes, problem = [], "the tokenizer has none"
+    if tokenizer.chat_template:
+        try:
+            tokenizer.chat_template, notes = pin_template(tokenizer.get_chat_template())
+            problem = template_problem(tokenizer)
+        except ValueError as e:  # several templates, none of them the default; or a date that can't be fixed
+            problem = str(e).splitlines()[0]
+    if problem:
         tokenizer.chat_template = PLAIN_TEMPLATE
-    ids, _ = render(tokenizer, sample)
-    whole = tokenizer(tokenizer.apply_chat_template(sample, tokenize=False), add_special_tokens=False)["input_ids"]
-    if whole[:len(ids)] != ids:
-        fail(f"{model_dir}: this tokenizer encodes a text differently piece by piece; it needs a byte-level one")
+        notes = [f"plain role markers (User:, Assistant:) instead of the model's own: {problem}"]
+        if problem := template_problem(tokenizer):
+            fail(f"{model_dir}: no chat template serves this tokenizer: {problem}")
+    else:
+        notes = notes and [f"{OWN_TEMPLATE}, with {' and '.join(notes)}"]
+        lead = " ".join(tokenizer.chat_format.split.sub(" ", render_text(tokenizer, SAMPLE[1:])[0][0])
+                        .partition(SAMPLE[1]["content"])[0].split())
+        if len(lead.split()) > 2:  # more than the names of roles
+            notes.append(f"before the first user turn it writes {lead!r}")
+        if not tokenizer.chat_format.system:
+            notes.append("it takes no system message")
+    tokenizer.template_note = "; ".join(notes) or None
+    check_embedding(tokenizer, model_dir)
     return tokenizer
 
 
-def only_adds(tokenizer, messages: list[dict]) -> bool:
-    """Does the chat template end answers with EOS, and only add text as a conversation grows? Masks rely on both."""
-    def text(n: int, **kw) -> str:
-        return tokenizer.apply_chat_template(messages[:n], tokenize=False, **kw)
-    for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
-        answered = text(i, add_generation_prompt=True) + messages[i]["content"] + tokenizer.eos_token
-        if not all(text(n).startswith(answered) for n in range(i + 1, len(messages) + 1)):
-            return False
-    return True
+def pin_template(template: str) -> tuple[str, list[str]]:
+    """(the template with its thinking off and its date fixed, in its text, so that whoever loads it renders the same;
+    what was changed). ValueError on a date that can't be fixed."""
+    notes = []
+    if "enable_thinking" in template:
+        template = "{% set enable_thinking = false %}" + template
+        notes.append("thinking off")
+    if "strftime_now" in template:
+        template = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
+                          lambda call: json.dumps(time.strftime(call[2], TEMPLATE_DATE)), template)
+        if re.search(r"strftime_now\s*\(", template):
+            raise ValueError("it writes today's date")
+        notes.append(f"its date fixed at {time.strftime('%Y-%m-%d', TEMPLATE_DATE)}")
+    return template, notes
+
+
+def template_problem(tokenizer) -> str | None:
+    """Why the tokenizer's chat template can't be used, or None; sets tokenizer.chat_format and end_id.
+
+    In SAMPLE every text must appear once, in order, and every answer directly after its generation prompt and before a
+    stop token; the token ids must be those of the text as a whole. A template that fails only with a system message is
+    used, and conversations with one are refused.
+    """
+    named = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {*tokenizer.all_special_tokens}
+    try:
+        template = _compile_jinja_template(tokenizer.chat_template)
+    except Exception as e:  # a template that is none
+        return f"it doesn't compile ({e})"
+    control = {t: i for t in named if (i := tokenizer.convert_tokens_to_ids(t)) is not None}
+    added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
+    stops = {added[i]: i for i in tokenizer.stop_ids if i in added} | {tokenizer.eos_token: tokenizer.eos_token_id}
+    begins = tokenizer("a")["input_ids"][0]
+    chat = ChatFormat(control | stops, tuple(stops), begins if begins == tokenizer.bos_token_id else None,
+                      dict(template.globals) | tokenizer.special_tokens_map)
+    tokenizer.chat_format = chat
+    try:
+        parts = render_text(tokenizer, SAMPLE[1:])
+        text = "".join(part for part, _ in parts)
+        if any(text.count(m["content"]) != 1 for m in SAMPLE[1:]):
+            raise Unrenderable("it leaves out or repeats a message")
+        tokenizer.end_id = chat.control[chat.split.split(parts[-1][0])[-2]]
+    except Unrenderable as e:
+        return str(e)
+    try:
+        with_system = "".join(part for part, _ in render_text(tokenizer, SAMPLE))
+        system = all(with_system.count(m["content"]) == 1 for m in SAMPLE)
+    except Unrenderable:
+        system = False
+    # Tokens that the tokenizer doesn't call special, but by which the template marks turns, are control tokens too.
+    marks = {t: i for i, t in added.items() if t.strip() and not t.isalnum() and t in text}
+    chat = dataclasses.replace(chat, control=chat.control | marks, system=system)
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for anchor in ("", "\n"):
+        tokenizer.chat_format = dataclasses.replace(chat, anchor=anchor)
+        (ids, _), = tokenise(tokenizer, [SAMPLE[1:]])
+        if ids[-len(whole):] == whole and len(ids) <= len(whole) + 1:  # perhaps a BOS before it
+            return None
+    return "its text has other token ids in pieces than as a whole"
+
+
+def check_embedding(tokenizer, model_dir: str | Path) -> None:
+    """Fail when a token that rendering can produce has no row in the model's embedding."""
+    config = read_json(Path(model_dir) / "config.json") if (Path(model_dir) / "config.json").is_file() else {}
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 1 << 60
+    if max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder]) < rows:
+        return
+    system = SAMPLE if tokenizer.chat_format.system else SAMPLE[1:]
+    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    produced = {*tokenizer.get_vocab().values()} - special | {*tokenise(tokenizer, [system])[0][0]}
+    if beyond := sorted(i for i in produced if i >= rows):
+        fail(f"{model_dir}: the token {tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}, but the model's "
+             f"embedding has {rows} rows ({len(beyond)} such tokens); resize the embedding, or use the model's own tokenizer")
 
 
 def render(tokenizer, messages: list[dict], train: str = "all") -> tuple[list[int], list[bool]]:
@@ -635,40 +762,135 @@ def render(tokenizer, messages: list[dict], train: str = "all") -> tuple[list[in
     return render_many(tokenizer, [messages], train)[0]
 
 
-def render_prompt(tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids of a prompt, ending where the assistant's answer begins: a prefix of what `render` gives."""
-    return render_many(tokenizer, [messages + [{"role": "assistant", "content": ""}]], train="none", prompt=True)[0][0]
-
-
-CACHE_FROM = 128  # conversations in one call; fewer are faster tokenised than looked up
+def render_prompt(tokenizer, messages: list[dict], name: str = "a prompt") -> list[int]:
+    """Token ids of a prompt, ending where the assistant's answer begins: a prefix of what `render` gives for its answer."""
+    return render_many(tokenizer, [messages + [{"role": "assistant", "content": ""}]], "none", [name])[0][0]
 
 
 def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
-                prompt: bool = False) -> list[tuple[list[int], list[bool]]]:
-    """Render conversations with the chat template and tokenise each once: see tokenise.
+                names: Sequence[str] | None = None) -> list[tuple[list[int], list[bool]]]:
+    """Render conversations with the chat template and tokenise each once: [(token ids, completion_mask)].
 
-    What it gives for many is kept on disk, in $RUNGS_CACHE or ~/.cache/rungs, under a fingerprint of all that it depends on:
-    the texts, the tokenizer with its template, and the functions' own source. Without a place to write, it just isn't kept.
+    train: "all" assistant turns count in the loss, only the "last", or "none": then the ids end where the last answer
+    begins. A message with train false or weight 0 never counts. A turn's trained part runs from the end of the generation
+    prompt through its stop token; what follows the last trained part is cut. Special tokens inside content stay plain
+    text. An empty conversation gives no ids. Fails on a conversation that can't be rendered so, by its name.
     """
-    if len(conversations) < CACHE_FROM or not tokenizer.is_fast:
-        return tokenise(tokenizer, conversations, train, prompt)
-    if not hasattr(tokenizer, "fingerprint"):
-        tokenizer.fingerprint = sha256_json([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token,
-                                             transformers.__version__, *map(inspect.getsource, (tokenise, encode))])
-    key = hashlib.sha256(json.dumps([tokenizer.fingerprint, conversations, train, prompt]).encode()).hexdigest()
-    file = Path(os.environ.get("RUNGS_CACHE") or Path.home() / ".cache" / "rungs") / "tokens" / f"{key}.safetensors"
     try:
-        kept = load_file(file)
-        ids, mask = (kept[k].split(kept["lengths"].tolist()) for k in ("ids", "mask"))
-        return [(i.tolist(), m.tolist()) for i, m in zip(ids, mask)]
-    except Exception:  # not there, or not whole: whatever is wrong with it, it is made again
-        found = tokenise(tokenizer, conversations, train, prompt)
-    flat = {"ids": torch.from_numpy(np.concatenate([longs(ids) for ids, _ in found])).int(),
-            "mask": torch.from_numpy(np.concatenate([longs(mask) for _, mask in found])).bool(),
-            "lengths": torch.tensor([len(ids) for ids, _ in found])}
-    with contextlib.suppress(OSError):
-        write_atomic(file, lambda p: save_file(flat, p))
-    return found
+        return tokenise(tokenizer, conversations, train)
+    except Unrenderable:  # one by one, to name it
+        rendered = []
+        for i, messages in enumerate(conversations):
+            try:
+                rendered += tokenise(tokenizer, [messages], train)
+            except Unrenderable as e:
+                fail(f"{names[i] if names else f'conversation {i}'}: {e}; the chat template is "
+                     + (tokenizer.template_note or OWN_TEMPLATE))
+        return rendered
+
+
+def tokenise(tokenizer, conversations: list[list[dict]], train: str = "all") -> list[tuple[list[int], list[bool]]]:
+    """What render_many does; raises Unrenderable. Prompt and completion are encoded apart, so that the prompt's ids are
+    those a sampler starts from."""
+    chat = tokenizer.chat_format
+    used = {c for messages in conversations for m in messages for c in re.findall("[\U000f0000-\U0010ffff]", m["content"])}
+    free = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)
+    hidden = dict(zip(chat.control, free))  # content's control tokens hide in private-use characters that it doesn't have
+    mark = next(free, "")
+    if not mark:
+        raise Unrenderable("it uses up the private-use characters of Unicode")
+    plans = [render_text(tokenizer, [m | {"content": chat.split.sub(lambda x: hidden[x[0]], m["content"])}
+                                     for m in messages], train, mark) if messages else [] for messages in conversations]
+    reveal = str.maketrans({c: s for s, c in hidden.items()})
+    control = {*chat.control.values()}
+    sequences = []  # of each conversation [(text, is it a control token?, does it follow other text?, trained)]
+    for plan in plans:
+        pieces, after_text = [], False
+        for text, trained in plan:
+            for k, piece in enumerate(chat.split.split(text)):  # text, control token, text, …
+                if piece:
+                    pieces.append((piece, k % 2 == 1, after_text and bool(chat.anchor), trained))
+                    after_text = k % 2 == 0
+        sequences.append(pieces)
+    texts = {(piece, joined): [] for pieces in sequences for piece, is_control, joined, _ in pieces if not is_control}
+    anchor = encode(tokenizer, [chat.anchor])[0] if chat.anchor else []
+    encoded = encode(tokenizer, [(chat.anchor if joined else "") + piece.translate(reveal) for piece, joined in texts])
+    for (piece, joined), ids in zip(texts, encoded):
+        texts[piece, joined] = ids[len(anchor):] if joined else ids
+        if not control.isdisjoint(ids):
+            raise Unrenderable(f"the tokenizer has no plain text for {piece.translate(reveal)[:80]!r}")
+    rendered = []
+    for pieces in sequences:
+        ids, mask = [], []
+        for piece, is_control, joined, trained in pieces:
+            ids += [chat.control[piece]] if is_control else texts[piece, joined]
+            mask += [trained] * (len(ids) - len(mask))
+        if ids and chat.bos is not None and ids[0] != chat.bos:
+            ids, mask = [chat.bos, *ids], [False, *mask]
+        rendered.append((ids, mask))
+    return rendered
+
+
+def render_text(tokenizer, messages: list[dict], train: str = "all", mark: str = "\U0010fffd") -> list[tuple[str, bool]]:
+    """[(text, trained)] of a conversation whose content holds no control token and no `mark`; see render_many.
+
+    Every answer stands directly after the template's own generation prompt for the turns before it. Some templates write
+    an answer in another way once the conversation goes on (Qwen3 drops its empty think block): for "all" such an answer
+    stays as it was trained, else it is as the last prompt has it.
+    Raises Unrenderable where the template refuses the conversation, or writes other text than the answer's (but for
+    whitespace around it), or no stop token after it.
+    """
+    chat = tokenizer.chat_format
+    template = _compile_jinja_template(tokenizer.chat_template)
+
+    def write(messages: list[dict], add_generation_prompt: bool = False) -> str:
+        values = {"messages": [{"role": m["role"], "content": m["content"]} for m in messages],
+                  "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+        try:  # template.render would copy the environment's functions for every conversation, which takes as long again
+            return "".join(template.root_render_func(template.new_context(chat.names | values, shared=True)))
+        except Exception as e:  # a template may raise any kind
+            raise Unrenderable(f"the chat template refuses it ({(str(e).splitlines() or [repr(e)])[0]})") from None
+
+    for m in messages:
+        if re.search("[\ud800-\udfff]", m["content"]):
+            raise Unrenderable(f"its content holds half a character (a lone surrogate): {ascii(m['content'][:80])}")
+    if messages[0]["role"] == "system" and not chat.system:
+        raise Unrenderable("the chat template can't take its system message; put that text into the first user turn")
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    whole = write(messages) if train != "none" else write(messages[:answers[-1]], True)
+    parts: list[tuple[str, bool]] = []
+    written = ""  # the template's own text up to here
+    for i in answers:
+        asked, last = write(messages[:i], True), i == answers[-1]
+        answered = whole if whole.startswith(asked) or train != "all" else write(messages[:i + 1])
+        stop = chat.stop.search(answered, len(asked)) if answered.startswith(asked) else None
+        fits = stop and answered[len(asked):stop.start()].strip() == messages[i]["content"].strip()
+        if not fits and not (last and train == "none"):
+            if last or train == "all":
+                raise Unrenderable(
+                    "the chat template writes its prompt in another way once it is answered" if not answered.startswith(asked)
+                    else "the chat template writes no stop token after an answer" if not stop
+                    else f"the chat template writes {answered[len(asked):stop.start()][:80]!r} for an answer")
+            continue
+        if asked.startswith(written):
+            parts.append((asked[len(written):], False))
+        elif train == "all":  # what comes between the answers, as the template writes it after a marked answer
+            before = [*messages[:previous], messages[previous] | {"content": messages[previous]["content"] + mark}]
+            rest = write(before + messages[previous + 1:i], True).partition(mark)[2]
+            ended = chat.stop.search(rest)
+            if not ended or rest[:ended.start()].strip():
+                raise Unrenderable("the chat template changes an earlier answer as the conversation goes on")
+            parts.append((rest[ended.end():], False))
+        else:
+            parts = [(asked, False)]
+        if last and train == "none":
+            break
+        counts = messages[i].get("train", True) and messages[i].get("weight", 1) != 0
+        parts.append((answered[len(asked):stop.end()], bool(counts) and (last or train == "all")))
+        written, previous = answered[:stop.end()], i
+    while train != "none" and parts and not parts[-1][1]:
+        parts.pop()
+    return parts
 
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -683,59 +905,6 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
     finally:
         backend.encode_special_tokens = before
-
-
-def tokenise(tokenizer, conversations: list[list[dict]], train: str = "all",
-             prompt: bool = False) -> list[tuple[list[int], list[bool]]]:
-    """[(token ids, completion_mask)] of conversations (mask: True = counts in the loss).
-
-    train: "all" assistant turns count in the loss, or only the "last". A turn's trained part runs from the end of the
-    generation prompt through its EOS. Text after the last EOS is cut. Prompt and completion are encoded apart, so that
-    the prompt's ids are those a sampler starts from. Special tokens inside content stay plain text. An empty conversation
-    gives no ids.
-    """
-    eos = tokenizer.eos_token
-    named = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {*tokenizer.all_special_tokens}
-    specials = sorted(named, key=lambda t: (-len(t), t))
-    special_id = {s: tokenizer.convert_tokens_to_ids(s) for s in specials}
-    hide = {s: chr(0x100000 + i) for i, s in enumerate(specials)}  # content's copies hide in private-use characters
-    split = re.compile("(" + "|".join(map(re.escape, specials)) + ")")
-
-    def template(messages, **kw):
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kw)
-
-    plans = []  # a conversation -> [(text, trained)]
-    for messages in conversations:
-        messages = [{**m, "content": split.sub(lambda x: hide[x[0]], m["content"])} for m in messages]
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-        plan, at = [], 0
-        for i, m in enumerate(messages):
-            if m["role"] != "assistant":
-                continue
-            start = len(template(messages[:i], add_generation_prompt=True))
-            text = template(messages[:i + 1])
-            end = text.rindex(eos) + len(eos)
-            if prompt and i == last:
-                end = start
-            plan += [(text[at:start], False), (text[start:end], train == "all" or (train == "last" and i == last))]
-            at = end
-        plans.append(plan)
-
-    reveal = str.maketrans({c: s for s, c in hide.items()})
-    pieces = {p: None for plan in plans for text, _ in plan for p in split.split(text) if p and p not in special_id}
-    plain = [p.translate(reveal) for p in pieces]
-    ids_of = dict(zip(pieces, encode(tokenizer, plain)))
-    out = []
-    for plan in plans:
-        ids, mask = [], []
-        for text, trained in plan:
-            for p in split.split(text):
-                if p:
-                    new = [special_id[p]] if p in special_id else ids_of[p]
-                    ids += new
-                    mask += [trained] * len(new)
-        out.append((ids, mask))
-    return out
 
 
 def convert_gguf(source: str, out: str) -> None:
@@ -2062,7 +2231,8 @@ class Sampler:
     PREFILL_TOKENS = 8192    # of prompts in one forward
 
     def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None, compile: bool = True):
-        self.tokenizer, self.max_batch, self.eos = tokenizer, max_batch, tokenizer.eos_token_id
+        self.tokenizer, self.max_batch = tokenizer, max_batch
+        self.eos = {*getattr(tokenizer, "stop_ids", [tokenizer.eos_token_id])}
         self.fused: dict[str, Tensor] = {}  # the sampler's own weights
         self.sources: list = []             # what graphs read
         self.told = False
@@ -2332,8 +2502,8 @@ class Sampler:
         """How many of the `new` tokens after `ids` are the completion's, and how it ended (None: not yet)."""
         left = budget - len(ids)
         count, how = (left, "length") if left <= len(new) else (len(new), None)
-        if self.eos in new[:count]:
-            count, how = new.index(self.eos) + 1, "eos"
+        if (end := next((n for n, token in enumerate(new[:count], 1) if token in self.eos), None)):
+            count, how = end, "eos"
         if stops:  # a stop string may be a special token, which the text then lacks
             reach, texts = max(len(s.encode()) for s in stops) + 8, count - (how == "eos")
 
@@ -2634,6 +2804,7 @@ class Run:
         """Write the adapter, relative to the pretrained base."""
         if rank() == 0:
             self.bar.close()
+            self.record["template"] = tokenizer.template_note
             self.record["adapter_sha256"] = save_policy(policy, self.parent_dir, self.directory, tokenizer,
                                                         self.record["model"])
         from_rank0()
@@ -2711,6 +2882,7 @@ def model_card(record: dict, description: str) -> str:
     """README.md of a run directory."""
     base, revision = split_model(record["model"])
     facts = "\n".join(f"| {k} | {v} |" for k, v in record["metrics"].items())
+    template = (record["template"] or OWN_TEMPLATE).replace("|", "\\|")
     kind, name, labels = ("SequenceClassification", "reward", ", num_labels=1") if record["method"] == "reward" else \
         ("CausalLM", "policy", "")
     loads = "\n".join([
@@ -2723,6 +2895,7 @@ def model_card(record: dict, description: str) -> str:
     return (f"{front}# {record['name']}\n\n{description}\n\nThe adapter is relative to the pretrained base, whatever "
             f"it was trained on top of:\n\n```python\n{loads}\n```\n\n| | |\n|---|---|\n"
             f"| config_hash | {record['config_hash']} |\n| train_invariants | {record['train_invariants']} |\n"
+            f"| chat template | {template} |\n"
             f"| parent | {(record['parent'] or {}).get('name', 'none')} |\n| seed | {record['seed']} |\n"
             f"| adapter_sha256 | {record['adapter_sha256'][:16]}… |\n| minutes | {record['wall_time_s'] / 60:.1f} |\n"
             f"{facts}\n\nCommand: `python {record['command']}`. Curves: curves.png; every step: log.jsonl.\n")
@@ -2756,20 +2929,29 @@ def ngrams(text: str, n: int = 13) -> set[tuple[str, ...]]:
     return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)}
 
 
+def say_template(tokenizer) -> None:
+    """One line on the chat template in use, the tokens that end an answer, and the BOS."""
+    warning = "WARNING: " if tokenizer.chat_template == PLAIN_TEMPLATE else ""
+    end, bos = tokenizer.convert_ids_to_tokens([tokenizer.end_id, tokenizer.chat_format.bos or 0])
+    say(f"{warning}chat template: {tokenizer.template_note or OWN_TEMPLATE}; answers end with {end}; "
+        + ("no BOS is added" if tokenizer.chat_format.bos is None else f"every sequence begins with {bos}"))
+
+
 def preflight(tokenizer, examples: Sequence[Example], texts: Sequence[str], dropped: Counter, truncated: int,
               eval_data: str | None) -> dict[str, int]:
     """Print what will be trained on, and stop at a mask that can't be meant.
 
     Shows one example with its trained tokens between ⟦ ⟧, counts, token totals and the 13-word overlap of the training
-    texts with the evaluation prompts. Fails on an empty mask, a trained part without EOS, or a doubled BOS.
+    texts with the evaluation prompts. Fails on an empty mask, a trained part without a stop token, or a doubled BOS.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    say_template(tokenizer)
+    bos = tokenizer.bos_token_id
     for i, e in enumerate(examples):
         if not e.targets:
             fail(f"example {i} has no trained token: {tokenizer.decode(e.ids)[:200]!r}")
-        if e.targets[-1] != eos or e.predict[-1] != len(e.ids) - 2:
-            fail(f"example {i} does not end with a trained EOS: …{tokenizer.decode(e.ids)[-200:]!r}")
-        if bos is not None and bos != eos and e.ids[:2] == [bos, bos]:
+        if e.targets[-1] not in tokenizer.stop_ids or e.predict[-1] != len(e.ids) - 2:
+            fail(f"example {i} does not end with a trained stop token: …{tokenizer.decode(e.ids)[-200:]!r}")
+        if bos is not None and bos not in tokenizer.stop_ids and e.ids[:2] == [bos, bos]:
             fail(f"example {i} begins with two BOS tokens; the chat template and the tokenizer both add one")
     shown, trained, out = examples[0], {p + 1 for p in examples[0].predict}, []
     for i, t in enumerate(shown.ids):
@@ -2787,9 +2969,10 @@ def preflight(tokenizer, examples: Sequence[Example], texts: Sequence[str], drop
 def preflight_prompts(tokenizer, prompts: Sequence[list[int]], texts: Sequence[str], dropped: Counter,
                       eval_data: str | None) -> dict[str, int]:
     """Print what will be answered, and stop at a prompt that begins with two BOS: the preflight of on-policy methods."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    say_template(tokenizer)
+    bos = tokenizer.bos_token_id
     for ids in prompts:
-        if bos is not None and bos != eos and ids[:2] == [bos, bos]:
+        if bos is not None and bos not in tokenizer.stop_ids and ids[:2] == [bos, bos]:
             fail("a prompt begins with two BOS tokens; the chat template and the tokenizer both add one")
     say("-- one prompt, answered from where it ends " + "-" * 40 + "\n" + tokenizer.decode(prompts[0]) + "\n" + "-" * 83)
     say(f"{len(prompts):,} prompts, {sum(map(len, prompts)):,} tokens; longest {max(map(len, prompts)):,}; dropped "

@@ -165,9 +165,10 @@ def build_pairs(tokenizer, args: Args, source: str, wanted):
     """A function from data rows to Pairs, or the reason why a row can't be used, or None where `wanted(prompt)` is false."""
     def build(rows: list[tuple[int, dict]]):
         pairs = [common.as_pair(row, f"{source}, row {i}") for i, row in rows]
+        names = [f"{source}, row {i}" for i, _ in rows for _ in range(2)]
         sides = [prompt + [{"role": "assistant", "content": text}] if wanted(prompt) else []
                  for prompt, *texts in pairs for text in texts]
-        rendered = [Example.masked(*r) for r in common.render_many(tokenizer, sides, train="last")]
+        rendered = [Example.masked(*r) for r in common.render_many(tokenizer, sides, "last", names)]
         out = []
         for (prompt, chosen, rejected), w, l in zip(pairs, rendered[::2], rendered[1::2]):
             if not w.ids:  # not wanted

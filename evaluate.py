@@ -53,7 +53,6 @@ from typing import Literal
 from unittest.mock import patch
 
 import datasets
-import jinja2
 import langdetect
 import lm_eval.tasks
 import nltk
@@ -227,8 +226,13 @@ class RungsLM(TemplateLM):
         options["continue_final_message"] = not add_generation_prompt
         try:
             return self.tokenizer.apply_chat_template(chat_history, **options)
-        except jinja2.exceptions.TemplateError:  # a template without a system role; MMLU's description is one
-            return self.tokenizer.apply_chat_template([m for m in chat_history if m["role"] != "system"], **options)
+        except Exception:  # a template without a system role; MMLU's description is one
+            chat_history = [m for m in chat_history if m["role"] != "system"]
+        try:
+            return self.tokenizer.apply_chat_template(chat_history, **options)
+        except Exception as e:  # a template may raise any kind
+            fail(f"the chat template refuses an evaluation prompt ({(str(e).splitlines() or [repr(e)])[0]}); "
+                 f"use --protocol plain")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         if add_special_tokens is not None:
@@ -326,10 +330,11 @@ class RungsLM(TemplateLM):
         return [self.cut(completion.ids, stop) for completion, stop in zip(completions, stops, strict=True)]
 
     def cut(self, ids: list[int], stops: list[str]) -> str:
-        """The text before EOS, before a special token that has a stop string, and before the first stop string."""
+        """The text before a stop token, before a special token that has a stop string, and before the first stop string."""
         stops = handle_stop_sequences(list(stops), self.tokenizer.decode([self.eot_token_id]))  # and EOS
-        special = {i for i in self.tokenizer.all_special_ids if any(s in self.tokenizer.decode([i]) for s in stops)}
-        end = next((k for k, i in enumerate(ids) if i in special), len(ids))
+        ends = {i for i in self.tokenizer.all_special_ids if any(s in self.tokenizer.decode([i]) for s in stops)}
+        ends |= {*self.tokenizer.stop_ids}
+        end = next((k for k, i in enumerate(ids) if i in ends), len(ids))
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return postprocess_generated_text(text, stops, None)
 
@@ -626,6 +631,8 @@ def main(args: Args) -> dict:
     if args.quantization and args.quantization != policy:
         fail(f"--quantization {args.quantization}, but {args.adapter} was trained under {policy!r}; leave the flag out")
     tokenizer = common.load_tokenizer(model_dir)
+    if args.protocol == "chat":
+        common.say_template(tokenizer)
     invariants = TrainInvariants.of(model_name, model_dir, tokenizer, policy)
     weights = invariants.weights_sha256
     if run:
@@ -699,6 +706,7 @@ def main(args: Args) -> dict:
         "revision": invariants.revision,
         "adapter": args.adapter,
         "invariants": run["invariants"] if run else asdict(invariants),
+        "template": run.get("template") if run else tokenizer.template_note,
         "eval": asdict(protocol),
         **{key: run[key] if run else None for key in ("family", "seed", "parent", "data")},
         "protocol": args.protocol,
@@ -724,12 +732,12 @@ def main(args: Args) -> dict:
 
 def finish(row: dict, args: Args) -> dict:
     """Print the headline metrics of a row, leave its stamp, return it."""
-    print(f"{row['name']} ({row['protocol']}, eval_hash {row['eval_hash']})")
+    common.say(f"{row['name']} ({row['protocol']}, eval_hash {row['eval_hash']})")
     for title, key in HEADLINE.items():
         metric, filter_name = key.split(",")
         score, stderr = row["metrics"][key], row["metrics"][f"{metric}_stderr,{filter_name}"]
         error = "  ?" if stderr is None else f"{100 * stderr:5.2f}"
-        print(f"  {title:<26} {100 * score:6.2f} ± {error}   n = {row['n'][key.split('/')[0]]:,}")
+        common.say(f"  {title:<26} {100 * score:6.2f} ± {error}   n = {row['n'][key.split('/')[0]]:,}")
     if args.stamp:
         common.write_text(args.stamp, f"{row['train_invariants']} {row['eval_hash']}\n")
     return row

@@ -233,7 +233,7 @@ def build(tokenizer, args: Args):
         if item is None:
             return None
         prompt, row = item
-        ids = common.render_prompt(tokenizer, prompt)
+        ids = common.render_prompt(tokenizer, prompt, f"{args.data or args.task}, row {index}")
         return "empty prompt" if not prompt[-1]["content"].strip() else "too long" if len(ids) > args.prompt_tokens else \
             Problem(index, ids, prompt[-1]["content"], row)
     return lambda rows: [problem(i, item) for i, item in rows]

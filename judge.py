@@ -279,9 +279,9 @@ def language(text: str) -> str | None:
     return best.lang.split("-")[0] if best.prob >= SURE else None
 
 
-def guardrails(prompts: Sequence[Prompt], answers: Sequence[Answer], eos: int) -> dict[str, Any]:
-    """Means over a row's completions. A token is one of the tokenizer's; EOS counts in the length only."""
-    bare = [a.ids[:-1] if a.ids[-1] == eos else a.ids for a in answers]
+def guardrails(prompts: Sequence[Prompt], answers: Sequence[Answer], stop_ids: Sequence[int]) -> dict[str, Any]:
+    """Means over a row's completions. A token is one of the tokenizer's; a stop token counts in the length only."""
+    bare = [a.ids[:-1] if a.ids[-1] in stop_ids else a.ids for a in answers]
     lengths = [len(a.ids) for a in answers]
     spoken = [(language(p.messages[-1]["content"]), language(a.text)) for p, a in zip(prompts, answers)]
     drifted = [asked != said for asked, said in spoken if asked and said]
@@ -424,7 +424,7 @@ def read_prompts(args: Args, tokenizer, limit: int) -> tuple[list[Prompt], dict[
                 out.append(None)
                 continue
             seen.add(name)
-            ids = common.render_prompt(tokenizer, messages)
+            ids = common.render_prompt(tokenizer, messages, f"{source}, row {i}")
             out.append("empty prompt" if not messages[-1]["content"].strip() else "too long" if len(ids) > limit else
                        Prompt(name, messages, ids))
         return out
@@ -458,11 +458,11 @@ def sample(policy: Callable[[], Any], tokenizer, prompts: Sequence[Prompt], n: i
     return [list(itertools.islice(found, n)) for _ in prompts]
 
 
-def reward_scores(adapter: str, run: dict, model_dir: Path, pairs: Sequence[tuple[Prompt, Answer]], eos: int,
+def reward_scores(adapter: str, run: dict, model_dir: Path, pairs: Sequence[tuple[Prompt, Answer]], end_id: int,
                   args: Args, device) -> list[float]:
-    """A reward model's score of each answer, read at its EOS; an answer without one is given it."""
+    """A reward model's score of each answer, read at its stop token; an answer without one is given end_id."""
     lines = Lines(Path(args.results) / "judge" / "cache" / f"scores-{run['adapter_sha256'][:16]}.jsonl")
-    examples = [Example.completion(p.ids, a.ids if a.ended else [*a.ids, eos]) for p, a in pairs]
+    examples = [Example.completion(p.ids, a.ids if a.ended else [*a.ids, end_id]) for p, a in pairs]
     keys = [common.sha256_json(e.ids)[:16] for e in examples]
     if todo := {key: e for key, e in zip(keys, examples) if key not in lines.found}:
         quantization = "nf4" if run["invariants"]["quantization"] == "qlora" else "none"
@@ -582,7 +582,7 @@ def letter_tokens(tokenizer, model: str) -> list[int]:
     tokens = []
     for letter in LETTERS:
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}]
-        said = [i for i, own in zip(*common.render(tokenizer, chat)) if own and i != tokenizer.eos_token_id]
+        said = [i for i, own in zip(*common.render(tokenizer, chat)) if own and i not in tokenizer.stop_ids]
         if len(said) != 1:
             fail(f"--judge-model {model}: its tokenizer has no single token for the verdict {letter}")
         tokens += said
@@ -759,10 +759,10 @@ def ask_all(judge: Judge, compared: dict[str, list[dict]], args: Args, device) -
 
 
 def score_all(judge: Judge, compared: dict[str, list[dict]], reference: str, prompts: Sequence[Prompt],
-              answers: dict[str, list[Answer]], eos: int, args: Args, device) -> dict[str, dict[str, float]]:
+              answers: dict[str, list[Answer]], end_id: int, args: Args, device) -> dict[str, dict[str, float]]:
     """The same with a reward model: one verdict for both orders, by the scores, which are kept beside it."""
     began, pairs = time.time(), [pair for said in answers.values() for pair in zip(prompts, said)]
-    found = iter(reward_scores(judge.adapter, judge.run, judge.model_dir, pairs, eos, args, device))
+    found = iter(reward_scores(judge.adapter, judge.run, judge.model_dir, pairs, end_id, args, device))
     scores = {name: list(itertools.islice(found, len(prompts))) for name in answers}
     for name, entries in compared.items():
         for e, x, y in zip(entries, scores[name], scores[reference]):
@@ -834,7 +834,7 @@ def measure(reference: Row, rows: Sequence[Row], choose: Callable, prompts: Sequ
             nats = kl_of_completions(policy(), reference_policy(), examples, args.temperature or 1.0, args.micro_tokens,
                                      device)
             kl = {"kl_sft": fmean(nats), "kl_sft_se": stdev(nats) / math.sqrt(len(nats)) if len(nats) > 1 else None}
-        measured[row.name] = {**identity, **guardrails(prompts, said, tokenizer.eos_token_id), **kl,
+        measured[row.name] = {**identity, **guardrails(prompts, said, tokenizer.stop_ids), **kl,
                               "delta_w": delta_w(row.adapter, policy()) if row.adapter else 0.0}
         common.write_json(path, {"schema_version": 1, **shared, "n_prompts": len(prompts),
                                  "rows": list(measured.values())})
@@ -905,7 +905,7 @@ def main(args: Args) -> None:
 
     def choose(prompts: Sequence[Prompt], drawn: Sequence[Sequence[Answer]]) -> list[Answer]:
         flat = [(p, a) for p, each in zip(prompts, drawn) for a in each]
-        scores = iter(reward_scores(args.reward_adapter, scorer, model_dir, flat, tokenizer.eos_token_id, args, device))
+        scores = iter(reward_scores(args.reward_adapter, scorer, model_dir, flat, tokenizer.end_id, args, device))
         return [choose_best(each, list(itertools.islice(scores, len(each)))) for each in drawn]
 
     directory = Path(args.results) / "judge"
@@ -918,7 +918,7 @@ def main(args: Args) -> None:
         # 3. Each row against the reference, in both orders.
         compared = {row.name: side_by_side(prompts, answers[row.name], answers[reference.name]) for row in rows}
         if judge and judge.kind == "reward":
-            costs = score_all(judge, compared, reference.name, prompts, answers, tokenizer.eos_token_id, args, device)
+            costs = score_all(judge, compared, reference.name, prompts, answers, tokenizer.end_id, args, device)
         elif judge:
             costs = ask_all(judge, compared, args, device)
         for row in rows if judge else []:

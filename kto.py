@@ -191,7 +191,8 @@ def build_rows(tokenizer, args: Args, source: str, wanted):
         found = [answers_of(row, f"{source}, row {i}") for i, row in rows]
         sides = [prompt + [{"role": "assistant", "content": text}] if wanted(prompt) else []
                  for prompt, answers in found for text, _ in answers]
-        rendered = iter(common.render_many(tokenizer, sides, train="last"))
+        names = [f"{source}, row {i}" for (i, _), (_, answers) in zip(rows, found) for _ in answers]
+        rendered = iter(common.render_many(tokenizer, sides, "last", names))
         out = []
         for prompt, answers in found:
             examples, texts = [Example.masked(*next(rendered)) for _ in answers], [text for text, _ in answers]

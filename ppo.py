@@ -238,7 +238,7 @@ def build(tokenizer, args: Args, taken: dict[str, str]):
             if name in taken:
                 common.fail(f"{args.data}, row {i}: its prompt is one of {taken[name]}; a policy must not be trained on "
                             f"prompts that its reward model has seen: give prompts that it has not")
-            ids = common.render_prompt(tokenizer, prompt)
+            ids = common.render_prompt(tokenizer, prompt, f"{args.data}, row {i}")
             out.append("empty prompt" if not prompt[-1]["content"].strip() else
                        "too long" if len(ids) > args.prompt_tokens else
                        Prompt(ids, "\n".join(m["content"] for m in prompt)))

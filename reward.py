@@ -166,9 +166,10 @@ def build_pairs(tokenizer, args: Args, source: str, wanted):
     """A function from data rows to Pairs, or the reason why a row can't be used, or None where `wanted(prompt)` is false."""
     def build(rows: list[tuple[int, dict]]):
         pairs = [common.as_pair(row, f"{source}, row {i}") for i, row in rows]
+        names = [f"{source}, row {i}" for i, _ in rows for _ in range(2)]
         sides = [prompt + [{"role": "assistant", "content": text}] if wanted(prompt) else []
                  for prompt, *texts in pairs for text in texts]
-        rendered = common.render_many(tokenizer, sides, train="last")
+        rendered = common.render_many(tokenizer, sides, "last", names)
         out = []
         for (prompt, chosen, rejected), (w, w_mask), (l, l_mask) in zip(pairs, rendered[::2], rendered[1::2]):
             if not w:  # not wanted
@@ -393,7 +394,8 @@ def score_file(args: Args) -> None:
     rows, _ = common.load_rows(args.score, ["prompt", "completion"])
     rows = list(rows)
     conversations = [common.as_conversation(row, f"{args.score}, row {i}") for i, row in enumerate(rows)]
-    examples = [at_eos(ids) for ids, _ in common.render_many(tokenizer, conversations, train="last")]
+    names = [f"{args.score}, row {i}" for i in range(len(rows))]
+    examples = [at_eos(ids) for ids, _ in common.render_many(tokenizer, conversations, "last", names)]
     limit = min(args.micro_tokens, common.max_positions(model_dir))
     if long := [i for i, e in enumerate(examples) if len(e.ids) > limit]:
         common.fail(f"{args.score}, row {long[0]}: {len(examples[long[0]].ids)} tokens, and {len(long)} rows in all, "

@@ -136,16 +136,19 @@ def build_examples(tokenizer, args: Args, source: str, wanted=lambda prompt: Tru
         conversations = [conversation(row, f"{source}, row {i}") for i, row in rows]
         if pairs:
             conversations = [messages if wanted(messages[:-1]) else [] for messages in conversations]
-        rendered = common.render_many(tokenizer, conversations, train="last" if pairs else "all")
+        names = [f"{source}, row {i}" for i, _ in rows]
+        rendered = common.render_many(tokenizer, conversations, "last" if pairs else "all", names)
         out = []
         for messages, (ids, mask) in zip(conversations, rendered):
-            # A trained part ends where the mask does: the place of a turn's EOS.
+            # A trained part ends where the mask does: the place of a turn's stop token.
             ends = [i + 1 for i in range(len(ids)) if mask[i] and not (i + 1 < len(ids) and mask[i + 1])]
             fitting = [end for end in ends if end <= args.max_length]
             if not messages:
                 out.append(None)
             elif not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
                 out.append("empty answer")
+            elif not ends:
+                out.append("no answer to train")
             elif not fitting:
                 out.append("too long" if pairs else "first exchange too long")
             else:

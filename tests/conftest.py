@@ -3,11 +3,9 @@ import json
 import os
 import random
 import signal
-import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only wait for one another; subprocesses inherit it
-os.environ["RUNGS_CACHE"] = tempfile.mkdtemp()  # not the user's
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests' tolerances are the CPU's
 
 # pytest's workers, and processes in the background, ignore Ctrl-C; the tests that send it start from Python's own handler

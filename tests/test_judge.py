@@ -280,7 +280,7 @@ def test_guardrails_are_means_over_completions():
     prompts = [judge.Prompt(str(i), messages, [1]) for i, messages in enumerate(user)]
     answers = [judge.Answer([5, 6, 5, 6, 0], True, GERMAN), judge.Answer([7] * 30, False, ENGLISH),
                judge.Answer([8, 0], True, "I cannot help with that.")]
-    found = judge.guardrails(prompts, answers, eos=0)
+    found = judge.guardrails(prompts, answers, stop_ids=[0])
     lengths = [5, 30, 2]
     mean = sum(lengths) / 3
     assert found == pytest.approx({
