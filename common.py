@@ -21,6 +21,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -623,6 +624,7 @@ class ChatFormat:
     stops: tuple[str, ...]   # the texts of tokenizer.stop_ids
     bos: int | None          # the BOS with which the tokenizer begins a text, or None
     names: dict[str, Any]    # what the template can use besides the messages
+    marks: tuple[str, ...] = ()  # those of `control` that the tokenizer doesn't call special
     system: bool = True      # does the template take a system message?
     anchor: str = ""         # put before text inside a sequence, where the tokenizer would add a space at its beginning
 
@@ -658,7 +660,7 @@ def load_tokenizer(model_dir: str | Path):
     ends = read_json(config).get("eos_token_id") if config.is_file() else None
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     tokenizer.stop_ids = tuple(sorted({tokenizer.eos_token_id, *ends}))
-    notes, problem = [], "the tokenizer has none"
+    notes, problem = [], "the tokenizer has no chat template"
     if tokenizer.chat_template:
         try:
             tokenizer.chat_template, notes = pin_template(tokenizer.get_chat_template())
@@ -667,7 +669,7 @@ def load_tokenizer(model_dir: str | Path):
             problem = str(e).splitlines()[0]
     if problem:
         tokenizer.chat_template = PLAIN_TEMPLATE
-        notes = [f"plain role markers (User:, Assistant:) instead of the model's own: {problem}"]
+        notes = [f"plain role markers (User:, Assistant:), since {problem}"]
         if problem := template_problem(tokenizer):
             fail(f"{model_dir}: no chat template serves this tokenizer: {problem}")
     else:
@@ -694,7 +696,7 @@ def pin_template(template: str) -> tuple[str, list[str]]:
         template = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
                           lambda call: json.dumps(time.strftime(call[2], TEMPLATE_DATE)), template)
         if re.search(r"strftime_now\s*\(", template):
-            raise ValueError("it writes today's date")
+            raise ValueError("the chat template writes today's date")
         notes.append(f"its date fixed at {time.strftime('%Y-%m-%d', TEMPLATE_DATE)}")
     return template, notes
 
@@ -710,7 +712,7 @@ def template_problem(tokenizer) -> str | None:
     try:
         template = _compile_jinja_template(tokenizer.chat_template)
     except Exception as e:  # a template that is none
-        return f"it doesn't compile ({e})"
+        return f"the chat template doesn't compile ({e})"
     control = {t: i for t in named if (i := tokenizer.convert_tokens_to_ids(t)) is not None}
     added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
     stops = {added[i]: i for i in tokenizer.stop_ids if i in added} | {tokenizer.eos_token: tokenizer.eos_token_id}
@@ -722,7 +724,7 @@ def template_problem(tokenizer) -> str | None:
         parts = render_text(tokenizer, SAMPLE[1:])
         text = "".join(part for part, _ in parts)
         if any(text.count(m["content"]) != 1 for m in SAMPLE[1:]):
-            raise Unrenderable("it leaves out or repeats a message")
+            raise Unrenderable("the chat template leaves out a message, or writes it twice")
         tokenizer.end_id = chat.control[chat.split.split(parts[-1][0])[-2]]
     except Unrenderable as e:
         return str(e)
@@ -732,15 +734,18 @@ def template_problem(tokenizer) -> str | None:
     except Unrenderable:
         system = False
     # Tokens that the tokenizer doesn't call special, but by which the template marks turns, are control tokens too.
-    marks = {t: i for i, t in added.items() if t.strip() and not t.isalnum() and t in text}
-    chat = dataclasses.replace(chat, control=chat.control | marks, system=system)
+    marks = {t: i for i, t in added.items() if t not in chat.control and len(t.strip()) > 1 and not t.isalnum() and t in text}
+    chat = dataclasses.replace(chat, control=chat.control | marks, marks=tuple(marks), system=system)
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     for anchor in ("", "\n"):
         tokenizer.chat_format = dataclasses.replace(chat, anchor=anchor)
-        (ids, _), = tokenise(tokenizer, [SAMPLE[1:]])
-        if ids[-len(whole):] == whole and len(ids) <= len(whole) + 1:  # perhaps a BOS before it
+        try:
+            (ids, _), = tokenise(tokenizer, [SAMPLE[1:]])
+        except Unrenderable as e:
+            return str(e)
+        if ids in (whole, [chat.bos, *whole]):
             return None
-    return "its text has other token ids in pieces than as a whole"
+    return "the tokenizer encodes a text in pieces and as a whole differently"
 
 
 def check_embedding(tokenizer, model_dir: str | Path) -> None:
@@ -749,9 +754,9 @@ def check_embedding(tokenizer, model_dir: str | Path) -> None:
     rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 1 << 60
     if max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder]) < rows:
         return
-    system = SAMPLE if tokenizer.chat_format.system else SAMPLE[1:]
+    sample = SAMPLE if tokenizer.chat_format.system else SAMPLE[1:]
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    produced = {*tokenizer.get_vocab().values()} - special | {*tokenise(tokenizer, [system])[0][0]}
+    produced = {*tokenizer.get_vocab().values()} - special | {*tokenise(tokenizer, [sample])[0][0]}
     if beyond := sorted(i for i in produced if i >= rows):
         fail(f"{model_dir}: the token {tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}, but the model's "
              f"embedding has {rows} rows ({len(beyond)} such tokens); resize the embedding, or use the model's own tokenizer")
@@ -784,8 +789,9 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
             try:
                 rendered += tokenise(tokenizer, [messages], train)
             except Unrenderable as e:
-                fail(f"{names[i] if names else f'conversation {i}'}: {e}; the chat template is "
-                     + (tokenizer.template_note or OWN_TEMPLATE))
+                plain = tokenizer.chat_template == PLAIN_TEMPLATE
+                fail(f"{names[i] if names else f'conversation {i}'}: {e} (the chat template is "
+                     f"{'plain role markers' if plain else OWN_TEMPLATE})")
         return rendered
 
 
@@ -795,20 +801,22 @@ def tokenise(tokenizer, conversations: list[list[dict]], train: str = "all") -> 
     chat = tokenizer.chat_format
     used = {c for messages in conversations for m in messages for c in re.findall("[\U000f0000-\U0010ffff]", m["content"])}
     free = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)
-    hidden = dict(zip(chat.control, free))  # content's control tokens hide in private-use characters that it doesn't have
-    mark = next(free, "")
-    if not mark:
+    mark, cut, *characters = itertools.islice(free, 2 + len(chat.control))
+    if len(characters) < len(chat.control):
         raise Unrenderable("it uses up the private-use characters of Unicode")
+    # Content's control tokens hide in characters that it doesn't have. A tokenizer asked to leave special tokens alone
+    # does so; its other tokens are cut in two, to be encoded apart.
+    hidden = {**dict(zip(chat.control, characters)), **{t: t[0] + cut + t[1:] for t in chat.marks}}
     plans = [render_text(tokenizer, [m | {"content": chat.split.sub(lambda x: hidden[x[0]], m["content"])}
                                      for m in messages], train, mark) if messages else [] for messages in conversations]
-    reveal = str.maketrans({c: s for s, c in hidden.items()})
+    reveal = str.maketrans(dict(zip(characters, chat.control)))
     control = {*chat.control.values()}
     sequences = []  # of each conversation [(text, is it a control token?, does it follow other text?, trained)]
     for plan in plans:
         pieces, after_text = [], False
         for text, trained in plan:
-            for k, piece in enumerate(chat.split.split(text)):  # text, control token, text, …
-                if piece:
+            for k, part in enumerate(chat.split.split(text)):  # text, control token, text, …
+                for piece in filter(None, part.split(cut)):
                     pieces.append((piece, k % 2 == 1, after_text and bool(chat.anchor), trained))
                     after_text = k % 2 == 0
         sequences.append(pieces)
@@ -855,7 +863,7 @@ def render_text(tokenizer, messages: list[dict], train: str = "all", mark: str =
         if re.search("[\ud800-\udfff]", m["content"]):
             raise Unrenderable(f"its content holds half a character (a lone surrogate): {ascii(m['content'][:80])}")
     if messages[0]["role"] == "system" and not chat.system:
-        raise Unrenderable("the chat template can't take its system message; put that text into the first user turn")
+        raise Unrenderable("the chat template takes no system message; put its text into the first user turn")
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     whole = write(messages) if train != "none" else write(messages[:answers[-1]], True)
     parts: list[tuple[str, bool]] = []
@@ -867,10 +875,10 @@ def render_text(tokenizer, messages: list[dict], train: str = "all", mark: str =
         fits = stop and answered[len(asked):stop.start()].strip() == messages[i]["content"].strip()
         if not fits and not (last and train == "none"):
             if last or train == "all":
-                raise Unrenderable(
-                    "the chat template writes its prompt in another way once it is answered" if not answered.startswith(asked)
-                    else "the chat template writes no stop token after an answer" if not stop
-                    else f"the chat template writes {answered[len(asked):stop.start()][:80]!r} for an answer")
+                raise Unrenderable("the chat template writes a prompt in another way once it is answered"
+                                   if not answered.startswith(asked) else
+                                   f"after its generation prompt the chat template writes {answered[len(asked):][:60]!r}, "
+                                   f"not the answer and a stop token ({' or '.join(chat.stops)})")
             continue
         if asked.startswith(written):
             parts.append((asked[len(written):], False))
