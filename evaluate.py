@@ -333,7 +333,7 @@ class RungsLM(TemplateLM):
         """The text before a stop token, before a special token that has a stop string, and before the first stop string."""
         stops = handle_stop_sequences(list(stops), self.tokenizer.decode([self.eot_token_id]))  # and EOS
         ends = {i for i in self.tokenizer.all_special_ids if any(s in self.tokenizer.decode([i]) for s in stops)}
-        ends |= {*self.tokenizer.stop_ids}
+        ends |= {*getattr(self.tokenizer, "stop_ids", [])}
         end = next((k for k, i in enumerate(ids) if i in ends), len(ids))
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return postprocess_generated_text(text, stops, None)

@@ -1038,7 +1038,7 @@ SCIENCE = {
     dpo: {"dtype", "rows", "heldout_rows", "max_length", "beta", "label_smoothing", "lr", "batch_size", "epochs", "warmup",
           "max_grad_norm", "eos_prompts", "eos_tokens", "seed"},
 }
-INVARIANTS = common.TrainInvariants("org/base", "abc", "0" * 64, CHATML, "none")
+INVARIANTS = common.TrainInvariants("org/base", "abc", "0" * 64, CHATML, "none", stop_ids=(2,), bos=1)
 DATA = {"train": "sha256:1", "heldout": "sha256:2"}
 
 

@@ -36,7 +36,8 @@ KEY = "sk-very-secret-7f3a"
 def letter_model(directory, letter):
     """A model whose reply to any chat is one letter: no layer adds anything, so that the last token decides the next.
     After the generation prompt's newline comes the letter, after the letter EOS."""
-    tokenizer = make_tokenizer(directory)
+    make_tokenizer(directory)
+    tokenizer = common.load_tokenizer(directory)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
