@@ -54,6 +54,7 @@ import transformers
 from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -624,8 +625,10 @@ class ChatFormat:
     stops: tuple[str, ...]   # the texts of tokenizer.stop_ids
     bos: int | None          # the BOS with which the tokenizer begins a text, or None
     names: dict[str, Any]    # what the template can use besides the messages
+    any_text: bool = True    # has the vocabulary every byte? If not, what is encoded is decoded again and compared
     marks: tuple[str, ...] = ()  # those of `control` that the tokenizer doesn't call special
     system: bool = True      # does the template take a system message?
+    eats_space: set[str] = frozenset()  # those that take the whitespace after them with them
     anchor: str = ""         # put before text inside a sequence, where the tokenizer would add a space at its beginning
 
     @functools.cached_property
@@ -642,8 +645,8 @@ class ChatFormat:
 def load_tokenizer(model_dir: str | Path):
     """The tokenizer with the one chat template: the model's own where masks are certain with it, else PLAIN_TEMPLATE.
 
-    The model's own is used if its generation prompt is a prefix of what it renders for every answered turn, and the token
-    after each answer is a stop token (see template_problem). Sets on the tokenizer:
+    The model's own is used if its generation prompt is a prefix of what it renders for every answered turn, and the
+    token after each answer is a stop token (see template_problem). Sets on the tokenizer:
     stop_ids: sorted ids that end an answer: its EOS and eos_token_id of generation_config.json;
     end_id: the one of them that the template writes;
     template_note: what was done to the template, or what it adds, in one line; None where there is nothing to say;
@@ -677,7 +680,7 @@ def load_tokenizer(model_dir: str | Path):
         lead = " ".join(tokenizer.chat_format.split.sub(" ", render_text(tokenizer, SAMPLE[1:])[0][0])
                         .partition(SAMPLE[1]["content"])[0].split())
         if len(lead.split()) > 2:  # more than the names of roles
-            notes.append(f"before the first user turn it writes {lead!r}")
+            notes.append(f"before the first user turn it writes {lead[:200] + '…' * (len(lead) > 200)!r}")
         if not tokenizer.chat_format.system:
             notes.append("it takes no system message")
     tokenizer.template_note = "; ".join(notes) or None
@@ -716,9 +719,10 @@ def template_problem(tokenizer) -> str | None:
     control = {t: i for t in named if (i := tokenizer.convert_tokens_to_ids(t)) is not None}
     added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
     stops = {added[i]: i for i in tokenizer.stop_ids if i in added} | {tokenizer.eos_token: tokenizer.eos_token_id}
-    begins = tokenizer("a")["input_ids"][0]
-    chat = ChatFormat(control | stops, tuple(stops), begins if begins == tokenizer.bos_token_id else None,
-                      dict(template.globals) | tokenizer.special_tokens_map)
+    bos = tokenizer.bos_token_id if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None
+    chat = ChatFormat(control | stops, tuple(stops), bos, dict(template.globals) | tokenizer.special_tokens_map,
+                      any_text=knows_every_byte(tokenizer),
+                      eats_space={t.content for t in tokenizer.added_tokens_decoder.values() if t.rstrip})
     tokenizer.chat_format = chat
     try:
         parts = render_text(tokenizer, SAMPLE[1:])
@@ -734,7 +738,8 @@ def template_problem(tokenizer) -> str | None:
     except Unrenderable:
         system = False
     # Tokens that the tokenizer doesn't call special, but by which the template marks turns, are control tokens too.
-    marks = {t: i for i, t in added.items() if t not in chat.control and len(t.strip()) > 1 and not t.isalnum() and t in text}
+    marks = {t: i for i, t in added.items()
+             if t not in chat.control and len(t.strip()) > 1 and not t.isalnum() and t in text}
     chat = dataclasses.replace(chat, control=chat.control | marks, marks=tuple(marks), system=system)
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     for anchor in ("", "\n"):
@@ -748,6 +753,19 @@ def template_problem(tokenizer) -> str | None:
     return "the tokenizer encodes a text in pieces and as a whole differently"
 
 
+def same_text(a: str, b: str) -> bool:
+    """But for whitespace."""
+    return "".join(a.split()) == "".join(b.split())
+
+
+def knows_every_byte(tokenizer) -> bool:
+    """Does the vocabulary hold every byte, as a byte-level tokenizer's characters or as <0x00> to <0xFF>?"""
+    for bytes_ in (ByteLevel.alphabet(), [f"<0x{i:02X}>" for i in range(256)]):
+        if all(i not in (None, tokenizer.unk_token_id) for i in tokenizer.convert_tokens_to_ids([*bytes_])):
+            return True
+    return False
+
+
 def check_embedding(tokenizer, model_dir: str | Path) -> None:
     """Fail when a token that rendering can produce has no row in the model's embedding."""
     config = read_json(Path(model_dir) / "config.json") if (Path(model_dir) / "config.json").is_file() else {}
@@ -758,8 +776,9 @@ def check_embedding(tokenizer, model_dir: str | Path) -> None:
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     produced = {*tokenizer.get_vocab().values()} - special | {*tokenise(tokenizer, [sample])[0][0]}
     if beyond := sorted(i for i in produced if i >= rows):
-        fail(f"{model_dir}: the token {tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}, but the model's "
-             f"embedding has {rows} rows ({len(beyond)} such tokens); resize the embedding, or use the model's own tokenizer")
+        token = tokenizer.convert_ids_to_tokens(beyond[0])
+        fail(f"{model_dir}: the token {token!r} has the id {beyond[0]}, but the model's "
+             f"embedding has {rows} rows ({len(beyond)} such tokens); resize it, or use the model's own tokenizer")
 
 
 def render(tokenizer, messages: list[dict], train: str = "all") -> tuple[list[int], list[bool]]:
@@ -768,7 +787,7 @@ def render(tokenizer, messages: list[dict], train: str = "all") -> tuple[list[in
 
 
 def render_prompt(tokenizer, messages: list[dict], name: str = "a prompt") -> list[int]:
-    """Token ids of a prompt, ending where the assistant's answer begins: a prefix of what `render` gives for its answer."""
+    """Token ids of a prompt, ending where the answer begins: a prefix of what `render` gives with train="last"."""
     return render_many(tokenizer, [messages + [{"role": "assistant", "content": ""}]], "none", [name])[0][0]
 
 
@@ -777,7 +796,7 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
     """Render conversations with the chat template and tokenise each once: [(token ids, completion_mask)].
 
     train: "all" assistant turns count in the loss, only the "last", or "none": then the ids end where the last answer
-    begins. A message with train false or weight 0 never counts. A turn's trained part runs from the end of the generation
+    begins. A message with train false never counts. A turn's trained part runs from the end of the generation
     prompt through its stop token; what follows the last trained part is cut. Special tokens inside content stay plain
     text. An empty conversation gives no ids. Fails on a conversation that can't be rendered so, by its name.
     """
@@ -799,11 +818,13 @@ def tokenise(tokenizer, conversations: list[list[dict]], train: str = "all") -> 
     """What render_many does; raises Unrenderable. Prompt and completion are encoded apart, so that the prompt's ids are
     those a sampler starts from."""
     chat = tokenizer.chat_format
-    used = {c for messages in conversations for m in messages for c in re.findall("[\U000f0000-\U0010ffff]", m["content"])}
+    used = {c for messages in conversations for m in messages
+            for c in re.findall("[\U000f0000-\U0010ffff]", m["content"])}
     free = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)
-    mark, cut, *characters = itertools.islice(free, 2 + len(chat.control))
-    if len(characters) < len(chat.control):
+    spare = [*itertools.islice(free, 2 + len(chat.control))]
+    if len(spare) < 2 + len(chat.control):
         raise Unrenderable("it uses up the private-use characters of Unicode")
+    mark, cut, *characters = spare
     # Content's control tokens hide in characters that it doesn't have. A tokenizer asked to leave special tokens alone
     # does so; its other tokens are cut in two, to be encoded apart.
     hidden = {**dict(zip(chat.control, characters)), **{t: t[0] + cut + t[1:] for t in chat.marks}}
@@ -813,20 +834,26 @@ def tokenise(tokenizer, conversations: list[list[dict]], train: str = "all") -> 
     control = {*chat.control.values()}
     sequences = []  # of each conversation [(text, is it a control token?, does it follow other text?, trained)]
     for plan in plans:
-        pieces, after_text = [], False
+        pieces, before, after_text = [], "", False
         for text, trained in plan:
             for k, part in enumerate(chat.split.split(text)):  # text, control token, text, …
-                for piece in filter(None, part.split(cut)):
+                for piece in filter(None, (part.lstrip() if before in chat.eats_space else part).split(cut)):
                     pieces.append((piece, k % 2 == 1, after_text and bool(chat.anchor), trained))
-                    after_text = k % 2 == 0
+                    before, after_text = piece, k % 2 == 0
         sequences.append(pieces)
-    texts = {(piece, joined): [] for pieces in sequences for piece, is_control, joined, _ in pieces if not is_control}
+    texts = {(piece, joined): [] for pieces in sequences
+             for piece, is_control, joined, _ in pieces if not is_control}
     anchor = encode(tokenizer, [chat.anchor])[0] if chat.anchor else []
-    encoded = encode(tokenizer, [(chat.anchor if joined else "") + piece.translate(reveal) for piece, joined in texts])
+    plain = [(chat.anchor if joined else "") + piece.translate(reveal) for piece, joined in texts]
+    try:
+        encoded = encode(tokenizer, plain)
+    except Exception as e:  # tokenizers has no kind of its own
+        raise Unrenderable(f"the tokenizer can't encode it ({e})") from None
     for (piece, joined), ids in zip(texts, encoded):
         texts[piece, joined] = ids[len(anchor):] if joined else ids
-        if not control.isdisjoint(ids):
-            raise Unrenderable(f"the tokenizer has no plain text for {piece.translate(reveal)[:80]!r}")
+        written = chat.any_text or same_text(tokenizer.decode(ids), piece.translate(reveal))
+        if not written or not control.isdisjoint(ids):
+            raise Unrenderable(f"the tokenizer can't write the text {piece.translate(reveal)[:80]!r}")
     rendered = []
     for pieces in sequences:
         ids, mask = [], []
@@ -839,12 +866,13 @@ def tokenise(tokenizer, conversations: list[list[dict]], train: str = "all") -> 
     return rendered
 
 
-def render_text(tokenizer, messages: list[dict], train: str = "all", mark: str = "\U0010fffd") -> list[tuple[str, bool]]:
+def render_text(tokenizer, messages: list[dict], train: str = "all",
+                mark: str = "\U0010fffd") -> list[tuple[str, bool]]:
     """[(text, trained)] of a conversation whose content holds no control token and no `mark`; see render_many.
 
-    Every answer stands directly after the template's own generation prompt for the turns before it. Some templates write
-    an answer in another way once the conversation goes on (Qwen3 drops its empty think block): for "all" such an answer
-    stays as it was trained, else it is as the last prompt has it.
+    Every answer stands directly after the template's own generation prompt. Some templates write an answer in another
+    way once the conversation goes on (Qwen3 drops its empty think block): for "all" such an answer stays as it was
+    trained, else it is as the last prompt has it.
     Raises Unrenderable where the template refuses the conversation, or writes other text than the answer's (but for
     whitespace around it), or no stop token after it.
     """
@@ -873,12 +901,14 @@ def render_text(tokenizer, messages: list[dict], train: str = "all", mark: str =
         answered = whole if whole.startswith(asked) or train != "all" else write(messages[:i + 1])
         stop = chat.stop.search(answered, len(asked)) if answered.startswith(asked) else None
         fits = stop and answered[len(asked):stop.start()].strip() == messages[i]["content"].strip()
+        counts = messages[i].get("train", True) and (train == "all" or train == "last" and last)
         if not fits and not (last and train == "none"):
-            if last or train == "all":
+            if counts:
                 raise Unrenderable("the chat template writes a prompt in another way once it is answered"
                                    if not answered.startswith(asked) else
-                                   f"after its generation prompt the chat template writes {answered[len(asked):][:60]!r}, "
-                                   f"not the answer and a stop token ({' or '.join(chat.stops)})")
+                                   "after its generation prompt the chat template writes "
+                                   f"{answered[len(asked):][:60]!r}, not the answer and a stop token "
+                                   f"({' or '.join(chat.stops)})")
             continue
         if asked.startswith(written):
             parts.append((asked[len(written):], False))
@@ -893,8 +923,7 @@ def render_text(tokenizer, messages: list[dict], train: str = "all", mark: str =
             parts = [(asked, False)]
         if last and train == "none":
             break
-        counts = messages[i].get("train", True) and messages[i].get("weight", 1) != 0
-        parts.append((answered[len(asked):stop.end()], bool(counts) and (last or train == "all")))
+        parts.append((answered[len(asked):stop.end()], counts))
         written, previous = answered[:stop.end()], i
     while train != "none" and parts and not parts[-1][1]:
         parts.pop()

@@ -374,6 +374,7 @@ def read_rows(args: Args):
     if not adapters:
         fail("--rows and --against name no adapter: nothing to compare with the base")
     _, _, model_dir, tokenizer, invariants = common.read_parent(adapters[0], args.model)
+    common.say_template(tokenizer)
     base = {"name": "base", "config_hash": common.sha256_json(["base", invariants.hash])[:8], "adapter_sha256": None,
             "train_invariants": invariants.hash}
     rows = []

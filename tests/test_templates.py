@@ -1,4 +1,4 @@
-"""Chat templates of each kind: which are used, what is trained of a conversation, and that content never turns into control."""
+"""Chat templates of each kind: which are used, what is trained, and that content never turns into control tokens."""
 import io
 import json
 import random
@@ -31,15 +31,16 @@ TURNS = [user("why is the sky blue"), assistant("rain"), user("rain"), assistant
          assistant("rain")]
 
 
-def save_tokenizer(directory, tokens, eos, bos=None, template=None, adds_bos=False, plain=(), stops=None):
+def save_tokenizer(directory, tokens, eos, bos=None, template=None, adds_bos=False, plain=(), stops=None,
+                   eats_space=False):
     """A byte-level tokenizer with these special tokens and, not called special, `plain`; generation_config.json names
-    `stops`."""
+    `stops`. With eats_space its special tokens take the whitespace after them with them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=list(tokens), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+        vocab_size=400, special_tokens=[AddedToken(t, rstrip=eats_space) for t in tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -54,13 +55,13 @@ def save_tokenizer(directory, tokens, eos, bos=None, template=None, adds_bos=Fal
     return directory
 
 
-def chatml(default="", think="", last_think="", asked_think="", before="", end="<|im_end|>", content="m.content"):
+def chatml(default="", think="", last_think="", asked_think="", end="<|im_end|>", content="m.content"):
     """ChatML with changes."""
     return (
-        before + ("{% if messages[0].role != 'system' %}{{ '<|im_start|>system\n" + default + "<|im_end|>\n' }}{% endif %}"
-                  if default else "") +
+        ("{% if messages[0].role != 'system' %}{{ '<|im_start|>system\n" + default + "<|im_end|>\n' }}{% endif %}"
+         if default else "") +
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-        "{% if m.role == 'assistant' %}{{ '" + think + "' }}{% if loop.last %}{{ '" + last_think + "' }}{% endif %}{% endif %}"
+        "{% if m.role == 'assistant' %}{{ '" + think + "' + ('" + last_think + "' if loop.last else '') }}{% endif %}"
         "{{ " + content + " + '" + end + "\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n" + asked_think + "' }}{% endif %}")
 
@@ -69,8 +70,7 @@ INST = ("<s>", "</s>", "[INST]", "[/INST]")
 RAISES_ON_SYSTEM = (
     "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
-    "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}"
-    "{% endfor %}")
+    "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}{% endfor %}")
 SYSTEM_BEFORE_LAST_USER = (  # only while the user's turn is the last message, as in Mistral Nemo's
     "{% if messages[0].role == 'system' %}{% set system, turns = messages[0].content, messages[1:] %}{% else %}"
     "{% set turns = messages %}{% endif %}{{ bos_token }}{% for m in turns %}{% if m.role == 'user' %}"
@@ -78,12 +78,14 @@ SYSTEM_BEFORE_LAST_USER = (  # only while the user's turn is the last message, a
     "{{ '[INST]' + m.content + '[/INST]' }}{% endif %}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}")
 SYSTEM_BEFORE_EVERY_LAST_USER = (  # before the last user turn, answered or not
     "{% set turns = messages | rejectattr('role', 'equalto', 'system') | list %}{{ bos_token }}"
-    "{% set users = turns | selectattr('role', 'equalto', 'user') | list %}{% for m in turns %}{% if m.role == 'user' %}"
-    "{{ '[INST]' + (messages[0].content + '\n\n' if messages[0].role == 'system' and m == users[-1] else '') + m.content"
-    " + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}")
+    "{% set users = turns | selectattr('role', 'equalto', 'user') | list %}"
+    "{% for m in turns %}{% if m.role == 'user' %}{{ '[INST]' }}"
+    "{% if messages[0].role == 'system' and m == users[-1] %}{{ messages[0].content + '\n\n' }}{% endif %}"
+    "{{ m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}")
 MERGED = (  # Gemma's kind: the system message goes into the first user turn, content is trimmed, no EOS but another end
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set first, turns = messages[0].content + '\n\n', messages[1:] %}"
-    "{% else %}{% set first, turns = '', messages %}{% endif %}{% for m in turns %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}"
+    "{% set first, turns = messages[0].content + '\n\n', messages[1:] %}{% else %}"
+    "{% set first, turns = '', messages %}{% endif %}{% for m in turns %}"
     "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + (first if loop.first else '')"
     " + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
@@ -96,8 +98,8 @@ LLAMA = (  # Llama 3's kind: a date, BOS inside the template
     "{{ '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|eot|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}")
 QWEN3 = chatml(  # thinking is a switch; an empty think block stands in the last answer only
-    content="m.content", last_think="<think>\n\n</think>\n\n", asked_think="' + ('<think>\n\n</think>\n\n' if enable_thinking"
-    " is defined and enable_thinking is false else '') + '")
+    last_think="<think>\n\n</think>\n\n",
+    asked_think="' + ('<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking else '') + '")
 LLAMA_TOKENS = dict(tokens=("<|begin|>", "<|end|>", "<|head|>", "<|/head|>", "<|eot|>"), eos="<|eot|>", bos="<|begin|>")
 GEMMA = dict(tokens=("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), eos="<eos>", bos="<bos>", adds_bos=True,
              template=MERGED)
@@ -108,7 +110,8 @@ MISTRAL = dict(tokens=INST, eos="</s>", bos="<s>")
 # words of the note
 KINDS = {
     "chatml": (QWEN | {"template": CHATML}, "<|im_end|>", True, None),
-    "system merged into the first user turn": (GEMMA | {"stops": ["<eos>", "<end_of_turn>"]}, "<end_of_turn>", True, None),
+    "system merged into the first user turn": (
+        GEMMA | {"stops": ["<eos>", "<end_of_turn>"]}, "<end_of_turn>", True, None),
     "terminator not a stop id": (GEMMA | {"stops": ["<eos>"]}, None, True, "Fine, thanks.<end_of_turn>"),
     "EOS text differs from the EOS token": (
         QWEN | {"template": chatml(end="</s>")}, None, True, "not the answer and a stop token (<|im_end|>)"),
@@ -123,7 +126,10 @@ KINDS = {
     "think block in the last answer, not in the prompt": (
         QWEN | {"template": chatml(last_think="<think>\n\n</think>\n\n")}, None, True, "<think>"),
     "think block in the prompt, not in the answer": (
-        QWEN | {"template": chatml(asked_think="<think>\n")}, None, True, "a prompt in another way once it is answered"),
+        QWEN | {"template": chatml(asked_think="<think>\n")}, None, True,
+        "a prompt in another way once it is answered"),
+    "tokens that take the whitespace after them with them": (
+        QWEN | {"template": chatml(content="m.content | trim"), "eats_space": True}, "<|im_end|>", True, None),
     "answer prefix": (QWEN | {"template": chatml(think="Answer: ")}, None, True, "Answer: Fine"),
     "no system message": (MISTRAL | {"template": RAISES_ON_SYSTEM}, "</s>", False, "takes no system message"),
     "system before the last user turn": (
@@ -135,7 +141,8 @@ KINDS = {
     "a date that can't be fixed": (
         LLAMA_TOKENS | {"template": "{% set f = '%d' %}{{ strftime_now(f) }}" + LLAMA}, None, True, "today's date"),
     "BOS by the tokenizer only": (
-        LLAMA_TOKENS | {"template": LLAMA.replace("{{ bos_token }}", ""), "adds_bos": True}, "<|eot|>", True, "Today Date"),
+        LLAMA_TOKENS | {"template": LLAMA.replace("{{ bos_token }}", ""), "adds_bos": True}, "<|eot|>", True,
+        "Today Date"),
     "BOS by the tokenizer, no template": (LLAMA_TOKENS | {"adds_bos": True}, None, True, "has no chat template"),
     "not a template": (QWEN | {"template": "{% for m in messages %}"}, None, True, "doesn't compile"),
     "leaves out earlier turns": (
@@ -192,8 +199,9 @@ def test_each_kind_of_template(tmp_path, kind, capsys):
             if "last answer only" not in kind:  # whose earlier answers are written in another way than they were asked
                 assert last_ids == ids
             text = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-            assert tokenizer.decode(prompt).removeprefix(tokenizer.bos_token or "") == text.removeprefix(
-                tokenizer.bos_token or "")
+            if not tokenizer.chat_format.eats_space:
+                written = tokenizer.decode(prompt)
+                assert written.removeprefix(tokenizer.bos_token or "") == text.removeprefix(tokenizer.bos_token or "")
             for sequence in (ids, prompt):
                 begins = options.get("adds_bos") or "{{ bos_token }}" in tokenizer.chat_template
                 assert [t for t in sequence if t == bos] == sequence[:1] if begins else bos not in sequence
@@ -220,7 +228,7 @@ class Settings:
 
 
 def test_the_default_model_has_plain_role_markers(tmp_path):
-    """Qwen2.5-0.5B's layout: a ChatML template whose <|im_end|> is not among its stop tokens, a default system prompt."""
+    """Qwen2.5-0.5B's layout: a ChatML template whose <|im_end|> is no stop token, a default system prompt."""
     directory = save_tokenizer(tmp_path, CHATML_TOKENS, "<|endoftext|>", stops=["<|endoftext|>"],
                                template=chatml(default="You are a helpful assistant."))
     tokenizer = common.load_tokenizer(directory)
@@ -257,8 +265,7 @@ def test_a_date_is_fixed_in_the_template_that_is_saved(tmp_path):
 
 
 def test_a_template_whose_prompt_depends_on_content(tmp_path, capsys):
-    """Its generation prompt has a think block that an answered turn hasn't, but only after /no_think: those rows are
-    named."""
+    """Only after /no_think its generation prompt has a think block that an answered turn hasn't: those are named."""
     template = chatml(asked_think="' + ('<think>\n\n</think>\n\n' if '/no_think' in messages[0].content else '') + '")
     tokenizer = common.load_tokenizer(save_tokenizer(tmp_path, template=template, **QWEN))
     assert tokenizer.template_note is None
@@ -279,19 +286,20 @@ def test_a_refused_row_is_named_by_the_script(tmp_path, capsys, script):
         rows = [{"prompt": [*before, *TURNS[:1]], "chosen": "rain", "rejected": "books"} for before in ([], [SYSTEM])]
     with pytest.raises(SystemExit) as stop:
         build(list(enumerate(rows)))
-    assert stop.value.code == 2 and "error: x.jsonl, row 1: the chat template takes no system" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "error: x.jsonl, row 1: the chat template takes no system message" in error
 
 
-@pytest.mark.parametrize("kind", ["chatml", "system merged into the first user turn", "think block in the last answer only",
-                                  "date and BOS inside", "base model with ChatML"])
+@pytest.mark.parametrize("kind", ["chatml", "system merged into the first user turn", "date and BOS inside",
+                                  "think block in the last answer only", "base model with ChatML"])
 def test_content_never_turns_into_control_tokens(tmp_path, kind):
     """Special tokens written in text, the characters they hide in meanwhile, NUL: text comes back as text."""
     tokenizer = common.load_tokenizer(save_tokenizer(tmp_path, **KINDS[kind][0]))
     control = {*tokenizer.chat_format.control.values()}
     g = random.Random(1)
-    pieces = [*tokenizer.chat_format.control, "\U000f0000", "\U000f0001", "\U00100000", "\U0010fffd", "\0", "\n", " ", "why",
-              "<|im_", "end|>", "é", "🙂", "{{ 1 }}", "\u2028"]
-    conversations = [[{"role": m["role"], "content": f"a{''.join(g.choices(pieces, k=6))}b"} for m in TURNS] for _ in range(40)]
+    pieces = [*tokenizer.chat_format.control, "\U000f0000", "\U000f0001", "\U00100000", "\U0010fffd", "\0", "\n", " ",
+              "why", "<|im_", "end|>", "é", "🙂", "{{ 1 }}", "\u2028"]
+    conversations = [[m | {"content": f"a{''.join(g.choices(pieces, k=6))}b"} for m in TURNS] for _ in range(40)]
     neutral, _ = common.render(tokenizer, [m | {"content": "ab"} for m in TURNS])
     for messages, (ids, mask) in zip(conversations, common.render_many(tokenizer, conversations)):
         assert [t for t in ids if t in control] == [t for t in neutral if t in control]
@@ -308,16 +316,36 @@ def test_half_a_character_is_named(tmp_path, capsys):
     assert "row 1: its content holds half a character (a lone surrogate): '\\ud83d'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("key", [{"train": False}, {"weight": 0}])
-def test_a_message_that_is_not_to_be_trained(tmp_path, key):
+def test_a_message_that_is_not_to_be_trained(tmp_path):
     tokenizer = common.load_tokenizer(save_tokenizer(tmp_path, template=CHATML, **QWEN))
-    first = [TURNS[0], assistant("wrong", **key), *TURNS[2:4]]
+    first = [TURNS[0], assistant("wrong", train=False), *TURNS[2:4]]
     ids, mask = common.render(tokenizer, first)
     assert ids == common.render(tokenizer, [TURNS[0], assistant("wrong"), *TURNS[2:4]])[0]
     assert trained_texts(tokenizer, ids, mask) == [" it reads\n  books <|im_end|>"]
-    ids, mask = common.render(tokenizer, [*TURNS[:2], user("so"), assistant("wrong", **key)])
+    ids, mask = common.render(tokenizer, [*TURNS[:2], user("so"), assistant("wrong", train=False)])
     assert (ids, mask) == common.render(tokenizer, TURNS[:2])  # what follows the last trained answer is cut
-    assert common.render(tokenizer, [TURNS[0], assistant("wrong", **key)]) == ([], [])
+    assert common.render(tokenizer, [TURNS[0], assistant("wrong", train=False)]) == ([], [])
+
+
+def test_a_text_that_the_tokenizer_cannot_write(tmp_path, capsys):
+    """A vocabulary without the letter q: the tokenizer leaves it out, encodes it as an unknown token, or fails."""
+    texts = [*WORDS, *(m["content"] for m in common.SAMPLE), "user", "assistant", "User:", "Assistant:"]
+    for name, model, trainer in (("leaves out", models.BPE(), trainers.BpeTrainer),
+                                 ("unknown", models.BPE(unk_token="<|endoftext|>"), trainers.BpeTrainer),
+                                 ("fails", models.WordLevel(), trainers.WordLevelTrainer)):
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.train_from_iterator([t.replace("q", "") for t in texts], trainer(
+            vocab_size=200, special_tokens=[*CHATML_TOKENS], show_progress=False))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML,
+                                extra_special_tokens=[*CHATML_TOKENS]).save_pretrained(tmp_path / name)
+        loaded = common.load_tokenizer(tmp_path / name)
+        assert not loaded.chat_format.any_text
+        common.render(loaded, [user("why is the sky blue"), assistant("books")])
+        with pytest.raises(SystemExit):
+            common.render_many(loaded, [[user("why"), assistant(a)] for a in ("books", "a question")],
+                               names=["row 3", "row 4"])
+        assert "row 4: the tokenizer can't " in capsys.readouterr().err
 
 
 def save_spaced_tokenizer(directory, template):
@@ -326,7 +354,8 @@ def save_spaced_tokenizer(directory, template):
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trained.train_from_iterator(WORDS * 4, trainers.BpeTrainer(vocab_size=200, show_progress=False))
     model = json.loads(trained.to_str())["model"]
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *sorted(model["vocab"], key=model["vocab"].get)]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)),
+             *sorted(model["vocab"], key=model["vocab"].get)]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [tuple(m) for m in model["merges"]],
                                      unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = trained.normalizer
@@ -345,7 +374,8 @@ def test_a_tokenizer_that_puts_a_space_before_every_text(tmp_path):
     ids, mask = common.render(tokenizer, TURNS)
     text = tokenizer.apply_chat_template(TURNS, tokenize=False)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert [s.strip() for s in trained_texts(tokenizer, ids, mask)] == ["rain</s>", "it reads\n  books </s>", "rain</s>"]
+    spans = trained_texts(tokenizer, ids, mask)
+    assert [s.strip() for s in spans] == ["rain</s>", "it reads\n  books </s>", "rain</s>"]
     prompt = common.render_prompt(tokenizer, TURNS[:1])
     assert ids[:len(prompt)] == prompt and tokenizer.decode(prompt).endswith("[/INST]")
 
@@ -365,7 +395,8 @@ def test_token_beyond_the_embedding(tmp_path, capsys, beyond, refused):
         return
     with pytest.raises(SystemExit):
         common.load_tokenizer(tmp_path)
-    assert f"has the id {len(saved) - 1}, but the model's embedding has {len(saved) - 1} rows" in capsys.readouterr().err
+    error, last = capsys.readouterr().err, len(saved) - 1
+    assert f"has the id {last}, but the model's embedding has {last} rows" in error
 
 
 def test_printing_where_the_terminal_is_not_utf8(monkeypatch):
