@@ -53,11 +53,13 @@ import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 try:  # CUDA's packed attention; its CPU path below has the same semantics
@@ -195,10 +197,12 @@ def setup_device(device: str = "auto") -> torch.device:
     """The device of this process; joins the process group under torchrun (NCCL on GPUs, gloo on CPUs)."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        fail(f"--device {device}: want auto, cpu or cuda")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        fail(f"--device {device}: want auto, cpu, cuda or mps")
     if device.startswith("cuda") and not torch.cuda.is_available():
         fail(f"--device {device}, but torch sees no GPU; use --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        fail("--device mps, but torch sees no Apple GPU; use --device cpu")
     if world() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if device == "cuda":
@@ -206,6 +210,29 @@ def setup_device(device: str = "auto") -> torch.device:
     if device.startswith("cuda"):  # streams, graphs and memory figures are those of the current device
         torch.cuda.set_device(device)
     return torch.device(device)
+
+
+def computes_bfloat16(kind: str) -> bool:
+    """Whether a device ("cuda", "cpu" or "mps") multiplies bfloat16 matrices natively; emulation is slower than float32."""
+    if kind == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if kind == "cpu":  # avx512_bf16 and amx_bf16 on x86, their like on Arm
+        return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
+    return False  # the first Apple GPUs don't
+
+
+def resolve_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
+    """--dtype as torch's; "auto": bfloat16 where the device computes it natively, else float32."""
+    kind = str(device).split(":")[0]
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if kind == "auto" else kind
+    return getattr(torch, ("bfloat16" if computes_bfloat16(kind) else "float32") if dtype == "auto" else dtype)
+
+
+def setup_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """resolve_dtype, with a notice where "auto" means float32: the results then stand beside float32 runs only."""
+    if dtype == "auto" and resolve_dtype(dtype, device) == torch.float32:
+        say(f"note: this {device.type} device does not compute bfloat16 natively: --dtype auto is float32 here")
+    return resolve_dtype(dtype, device)
 
 
 def all_reduce_(tensor: Tensor) -> Tensor:
@@ -296,7 +323,8 @@ class TrainInvariants:
         (name, revision), local = split_model(model), Path(model).is_dir()
         return cls(model="(local)" if local else name, revision=None if local else revision or Path(model_dir).name,
                    weights_sha256=weights_sha256(model_dir), chat_template=tokenizer.chat_template,
-                   quantization=quantization, stop_ids=tokenizer.stop_ids, bos=tokenizer.chat_format.bos)
+                   quantization=quantization, target_modules=lora_targets(skeleton(model_dir)),
+                   stop_ids=tokenizer.stop_ids, bos=tokenizer.chat_format.bos)
 
     @property
     def hash(self) -> str:
@@ -319,12 +347,20 @@ class EvalProtocol:
         return sha256_json(dataclasses.asdict(self))[:8]
 
 
-# Fields of a script's Args that name a place or change speed, never the mathematics. What `model`, `data`, `task` and
-# an adapter's flag point at enters config_hash by content: invariants, data fingerprints, the parent's hash.
-RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "eval_data", "out", "results", "overwrite",
-                       "reward_adapter", "watch_adapter", "task",
+# Fields of a script's Args that name a place or change speed, never the mathematics. What `model`, `data`, `task`,
+# `quantization` and an adapter's flag give enters config_hash by content: invariants, data fingerprints, the parent's hash.
+RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "other_base", "quantization", "eval_data", "out",
+                       "results", "overwrite", "reward_adapter", "watch_adapter", "task",
                        "max_dropped", "max_overlong", "max_overlap", "max_gap", "micro_tokens", "compile", "device",
                        "checkpoint_every", "track", "score", "adapter"})
+
+
+def resolved_args(args: Any) -> dict[str, Any]:
+    """A script's dataclass as a dict, with the dtype that --dtype auto means on its device."""
+    fields = dataclasses.asdict(args)
+    if fields.get("dtype") == "auto":
+        fields["dtype"] = str(resolve_dtype("auto", fields["device"])).removeprefix("torch.")
+    return fields
 
 
 def config_hash(method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None,
@@ -335,7 +371,7 @@ def config_hash(method: str, args: Any, invariants: TrainInvariants, data: dict,
     those of the reward models that it is trained against or watched by.
     With seed=False, the seed is left out along the whole lineage: the hash of the `family`.
     """
-    science = {k: v for k, v in dataclasses.asdict(args).items() if k not in RUN_KNOBS}
+    science = {k: v for k, v in resolved_args(args).items() if k not in RUN_KNOBS}
     if not seed:
         science.pop("seed", None)
     key = "config_hash" if seed else "family"
@@ -944,21 +980,6 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
         backend.encode_special_tokens = before
 
 
-def convert_gguf(source: str, out: str) -> None:
-    """An ordinary model directory (bfloat16 safetensors, tokenizer) from a GGUF file, or from the one a package ships."""
-    from transformers import GgufConfig
-    spec = importlib.util.find_spec(source) if source.isidentifier() else None
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else [Path(source)]
-    if not files or not files[0].is_file():
-        fail(f"no GGUF file {source}, and no installed package of that name that ships one")
-    where, name = files[0].parent, files[0].name
-    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.bfloat16,
-                                                 quantization_config=GgufConfig(dequantize=True))
-    temporary = Path(f"{out}.{os.getpid()}.tmp")
-    model.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(temporary)
-    shutil.rmtree(out, ignore_errors=True)
-    os.rename(temporary, out)
 
 
 def split_model(model: str) -> tuple[str, str | None]:
@@ -967,50 +988,127 @@ def split_model(model: str) -> tuple[str, str | None]:
     return (model, None) if Path(model).is_dir() else (name, revision or None)
 
 
+def from_hub(name: str, revision: str | None, patterns: list[str], what: str) -> Path:
+    """Local snapshot of a hub repository's files that match `patterns`."""
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as e:  # hub errors come in many kinds; all mean that the files can't be had
+        fail(f"can't get the {what} {name}{'@' + revision if revision else ''} from the hub ({type(e).__name__}); "
+             f"give a local directory, or check the name, the network and HF_HUB_OFFLINE")
+
+
 def resolve_model(model: str) -> Path:
-    """Local directory of a model given as a directory or `org/name[@revision]`. Only safetensors and JSON are read."""
-    path = Path(model)
-    if not path.is_dir():
-        name, _, revision = model.partition("@")
+    """Local directory of a model given as a directory or `org/name[@revision]`. Only safetensors and JSON are read.
+
+    Fails on a model that can't be trained here: by its configuration, before its weights are downloaded; then by the
+    files of its weights, before they are loaded.
+    """
+    path, (name, revision) = Path(model), split_model(model)
+    hub = not path.is_dir()
+    if hub:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             fail(f"no such model directory: {model}")
-        from huggingface_hub import snapshot_download
-        try:
-            path = Path(snapshot_download(name, revision=revision or None,
-                                          allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
-        except Exception as e:  # hub errors come in many kinds; all mean that the model can't be had
-            fail(f"can't get the model {model} from the hub ({type(e).__name__}); "
-                 f"give a local directory, or check the name, the network and HF_HUB_OFFLINE")
-    if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
+        path = from_hub(name, revision, ["config.json"], "model")
+    if not (path / "config.json").is_file():
         fail(f"{model}: a model directory needs config.json and *.safetensors"
              + (" (this is an adapter)" if (path / "adapter_config.json").is_file() else ""))
-    check_architecture(path)
+    model_on_paper = skeleton(path)
+    if why := unsupported(read_json(path / "config.json")):
+        fail(f"{model}: {why}")
+    if hub:
+        path = from_hub(name, revision, ["model*.safetensors", "*.json", "*.txt", "*.jinja"], "model")
+    check_weights(path, model_on_paper)
     return path
 
 
-def check_architecture(model_dir: Path) -> None:
-    """Fail on a model that packed log-probabilities, the invariants' LoRA or sampling don't fit, before it loads."""
-    config = read_json(model_dir / "config.json")
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+def skeleton(model_dir: str | Path) -> nn.Module:
+    """The model that a directory's config.json describes, without weights (a few hundredths of a second).
+
+    Fails where transformers knows no such causal LM, where its weights are quantised already, or where its projections
+    are transposed (GPT-2's Conv1D), which LoRA's factors would be too.
+    """
+    config = read_json(Path(model_dir) / "config.json")
+    if method := config.get("quantization_config"):
+        fail(f"{model_dir}: its weights are quantised already ({method.get('quant_method')}); adapters are merged into "
+             f"full-precision weights, so give the original model")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
+    except Exception as e:  # each configuration class has errors of its own; the first line says what is wrong
+        fail(f"{model_dir}: transformers {transformers.__version__} makes no causal language model of its config.json "
+             f"(model_type {config.get('model_type')}): {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}")
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        fail(f"{model_dir}: the projections of {config['model_type']} are transposed (Conv1D), which LoRA here doesn't "
+             f"serve; choose a model with ordinary linear layers")
+    return model
+
+
+def unsupported(config: dict[str, Any]) -> str | None:
+    """Why the decoder and the sampler below can't serve the model of this config.json; None if they can."""
+    config = config.get("text_config") or config
+    kind, act = config.get("model_type"), config.get("hidden_act", "silu")
+    if kind not in DECODERS or act != "silu":
+        return f"it is a {kind} with {act}; the decoder here serves {', '.join(DECODERS)} with silu"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if (name := rope.get("rope_type", rope.get("type"))) in ("dynamic", "longrope"):
+        return f"its rotary positions are scaled by the length of each sequence ({name}); the sampler knows fixed scales"
+    windows = config.get("use_sliding_window") and config.get("max_window_layers", 28) < config["num_hidden_layers"]
+    if windows or "sliding_attention" in (config.get("layer_types") or []):
+        return f"some of its layers attend to a sliding window of {config.get('sliding_window')} tokens"
+    for name in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
         if config.get(name) not in (None, 1, 1.0):
-            fail(f"{model_dir}: this model rescales its logits ({name}), which packed log-probabilities don't do")
-    names = {part for file in model_dir.glob("*.safetensors") for name in tensor_entries(file) for part in name.split(".")}
-    if missing := [t for t in TARGET_MODULES if t not in names]:
-        fail(f"{model_dir}: this model has no {', '.join(missing)}; its LoRA would differ from the invariants")
-    if config.get("model_type") not in DECODERS or config.get("hidden_act", "silu") != "silu":
-        fail(f"{model_dir}: a model of the kind {config.get('model_type')} with {config.get('hidden_act', 'silu')}; "
-             f"the decoder here knows {', '.join(DECODERS)} with silu")
+            return f"it rescales logits ({name})"
+    return None
+
+
+def weight_files(model_dir: str | Path) -> list[Path]:
+    """The safetensors files that transformers loads from a model directory: one, or those that an index names."""
+    model_dir = Path(model_dir)
+    single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return sorted(model_dir / name for name in {*read_json(index).get("weight_map", {}).values()})
+    others = sorted(p.name for p in model_dir.glob("*.bin")) + sorted(p.name for p in model_dir.glob("*.gguf"))
+    fail(f"{model_dir}: no model.safetensors and no model.safetensors.index.json"
+         + (f"; {others[0]} is not read: convert it (GGUF: tools/convert_gguf.py; else save_pretrained)" if others else ""))
+
+
+def check_weights(model_dir: Path, model: nn.Module) -> None:
+    """Fail unless the files of the weights are whole and hold what `model` (a skeleton) needs, in a plain floating type."""
+    entries: dict[str, dict] = {}
+    for file in weight_files(model_dir):
+        if not file.is_file():
+            fail(f"{model_dir}: {file.name}, which model.safetensors.index.json names, is not there")
+        held = tensor_entries(file)
+        end, size = max((e["data_offsets"][1] for e in held.values()), default=0), file.stat().st_size
+        if size < end:
+            fail(f"{file} is truncated: {size:,} of {end:,} bytes")
+        entries |= held
+    prefix = f"{model.base_model_prefix}."  # absent in the files of a bare decoder
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}  # tied weights once
+    found = {name: entries.get(name) or entries.get(name.removeprefix(prefix)) for name in shapes}
+    if not any(found.values()):
+        return  # an older layout, whose names transformers converts
+    if missing := [name for name, entry in found.items() if not entry]:
+        fail(f"{model_dir}: the weights lack {missing[0]} ({len(missing)} of {len(shapes)} tensors are missing)")
+    for name, entry in found.items():
+        if entry["shape"] != shapes[name]:
+            fail(f"{model_dir}: {name} has the shape {entry['shape']}, but config.json describes {shapes[name]}")
+        if entry["dtype"] not in ("BF16", "F16", "F32"):
+            fail(f"{model_dir}: {name} is of the type {entry['dtype']}; want BF16, F16 or F32")
 
 
 def weights_sha256(model_dir: str | Path) -> str:
     """Content hash of a model directory's tensors."""
-    return tensors_sha256(p for p in Path(model_dir).glob("*.safetensors") if p.name != "adapter_model.safetensors")
+    return tensors_sha256(weight_files(model_dir))
 
 
 def max_positions(model_dir: Path) -> int:
     """Positions the model was made for; a large number when its config doesn't say."""
     config = read_json(model_dir / "config.json")
-    return config.get("max_position_embeddings") or 1 << 30
+    return (config.get("text_config") or config).get("max_position_embeddings") or 1 << 30
 
 
 def check_max_length(model_dir: Path, max_length: int, micro_tokens: int, unit: int = 1) -> None:
@@ -1038,6 +1136,8 @@ def check_share(args: Any, *names: str) -> None:
 
 def check_nf4(device: torch.device) -> None:
     """Fail unless bitsandbytes can serve NF4 on this device."""
+    if device.type == "mps":
+        fail("--device mps has no NF4; use --quantization none")
     try:
         import bitsandbytes.functional as bnb
         bnb.quantize_4bit(torch.zeros(64, device=device), quant_type="nf4")
@@ -1064,10 +1164,9 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
     if quantization != "nf4":
         model = model.to(device)
     if adapter is not None:
-        scale, factors = read_factors(adapter)
-        for name, (a, b) in factors.items():
+        for name, (a, b) in read_factors(adapter).items():
             weight = model.get_submodule(name).weight
-            delta = scale * (b.to(device) @ a.to(device))
+            delta = LORA_SCALE * (b.to(device) @ a.to(device))
             weight.data = (weight.data.float() + delta).to(weight.dtype)
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
@@ -1077,10 +1176,18 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
 # 5. Fresh LoRA, composed adapters, saving
 # ------------------------------------------------------------------------------------------------
 
+def lora_targets(model: nn.Module) -> tuple[str, ...]:
+    """Names of the linear layers that LoRA adapts: the seven projections, or in a decoder that is built otherwise (fused
+    projections, convolutions) every linear layer but the LM head."""
+    head = model.get_output_embeddings()
+    names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return TARGET_MODULES if names >= {*TARGET_MODULES} else tuple(sorted(names))
+
+
 def add_lora(model: nn.Module, r: int = 16, alpha: int = 32) -> PeftModel:
-    """The model with a fresh trainable LoRA on the seven projections: fp32, cast in the forward, B = 0."""
+    """The model with a fresh trainable LoRA on its lora_targets: fp32, cast in the forward, B = 0."""
     policy = get_peft_model(model, LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=list(TARGET_MODULES),
+        r=r, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=list(lora_targets(model)),
         task_type="CAUSAL_LM"))
     base_of(policy).__dict__.pop("adapted", None)  # layers of an adapter that was here before
     for p in policy.parameters():
@@ -1200,16 +1307,85 @@ def attach_adapter(model: nn.Module, adapter: str | Path) -> PeftModel:
     return PeftModel.from_pretrained(model, adapter).eval().requires_grad_(False)
 
 
-def read_factors(adapter: str | Path) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
-    """(alpha/r, {module name: (A [r, in], B [out, r])}) of a PEFT adapter directory."""
+def read_factors(adapter: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """{module name: (A [r, in], B [out, r])} of a PEFT adapter directory, such that it adds LORA_SCALE · B A to each.
+
+    Another alpha/r, or alpha/√r (rslora), is folded into B; where ranks differ, smaller ones are padded with zeros.
+    """
     config = read_json(Path(adapter) / "adapter_config.json")
     tensors = load_file(Path(adapter) / "adapter_model.safetensors")
     factors = {}
     for key, a in tensors.items():
         if key.endswith(".lora_A.weight"):
-            b = tensors[key.replace(".lora_A.", ".lora_B.")]
-            factors[key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")] = (a.float(), b.float())
-    return config["lora_alpha"] / config["r"], factors
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            scale, b = lora_scale(config, name), tensors[key.replace(".lora_A.", ".lora_B.")].float()
+            factors[name] = a.float(), b if scale == LORA_SCALE else b * (scale / LORA_SCALE)
+    rank = max(len(a) for a, _ in factors.values())
+    return {name: (F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a)))) for name, (a, b) in factors.items()}
+
+
+def lora_scale(config: dict[str, Any], module: str) -> float:
+    """The factor of B A at a module, from an adapter_config.json."""
+    r, alpha = (patterns.get(get_pattern_key(patterns.keys(), module), default) for patterns, default in
+                ((config.get("rank_pattern") or {}, config["r"]), (config.get("alpha_pattern") or {}, config["lora_alpha"])))
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+# What an adapter_config.json may say freely: shapes and scales that read_factors understands, and what only training or
+# bookkeeping uses. Anything else must be at PEFT's default.
+ADAPTER_FIELDS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "lora_dropout",
+                  "base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version",
+                  "layers_pattern", "megatron_core", "qalora_group_size"}
+
+
+def check_plain_adapter(adapter: Path) -> None:
+    """Fail on a PEFT adapter that is not a plain LoRA (B A added to linear layers), naming the field or the tensor."""
+    if not (adapter / "adapter_model.safetensors").is_file():
+        fail(f"{adapter}: no adapter_model.safetensors" + ("; adapter_model.bin is not read, since unpickling runs code: "
+             "load it with PEFT and save it with save_pretrained" if (adapter / "adapter_model.bin").is_file() else ""))
+    config = read_json(adapter / "adapter_config.json")
+    default = LoraConfig().to_dict()
+    for field, value in config.items():
+        harmless = field == "init_lora_weights" and value in (True, False, "gaussian")  # others change the base's weights
+        if field not in ADAPTER_FIELDS and value and value != default.get(field) and not harmless:
+            fail(f"{adapter}: adapter_config.json sets {field} to {json.dumps(value)[:60]}; only plain LoRA is read "
+                 f"(factors A and B added to linear layers)")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        fail(f"{adapter}: its task_type is {config['task_type']}; want an adapter of a causal language model")
+    names = tensor_entries(adapter / "adapter_model.safetensors")
+    pairs = {name.rsplit(".lora_", 1)[0] for name in names}
+    if strange := names.keys() ^ {f"{module}.lora_{side}.weight" for module in pairs for side in "AB"}:
+        fail(f"{adapter}: {min(strange)} in adapter_model.safetensors is no half of a pair lora_A, lora_B")
+
+
+def resolve_adapter(adapter: str | Path) -> Path:
+    """Local directory of an adapter given as a directory or as `org/name[@revision]` of the hub.
+
+    The default, runs/<name>, reads like a hub id; a name whose first part is a directory here never is one.
+    """
+    name, revision = split_model(str(adapter))
+    organisation = Path(name).parts[0] if name.count("/") == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    if organisation in (None, ".", "..", "runs") or Path(organisation).exists():
+        return Path(adapter)
+    return from_hub(name, revision, ["adapter_*", "run.json"], "adapter")
+
+
+def read_policy(adapter: str | Path) -> tuple[dict[str, Any], Path]:
+    """(record, directory) of a policy's adapter: the run.json of a run of ours, or of a plain PEFT LoRA adapter a record of
+    the same keys, known by its content; its base is checked by check_base."""
+    directory = resolve_adapter(adapter)
+    if not (directory / "adapter_config.json").is_file() or \
+            any((directory / name).exists() for name in ("run.json", "checkpoint")):
+        return read_adapter(directory), directory
+    check_plain_adapter(directory)
+    config, digest = read_json(directory / "adapter_config.json"), tensors_sha256([directory / "adapter_model.safetensors"])
+    scales = {k: config.get(k) for k in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")}
+    content = sha256_json([digest, scales])[:8]
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return {"method": "peft", "name": Path(split_model(str(adapter))[0]).resolve().name, "config_hash": content,
+            "family": content, "adapter_sha256": digest, "model": f"{base}@{revision}" if base and revision else base,
+            "weights_sha256": None, "invariants": None, "train_invariants": None, "seed": None, "parent": None, "data": None,
+            "args": {}, "metrics": {}, "wall_time_s": None}, directory
 
 
 def read_adapter(adapter: str | Path, reward: bool = False) -> dict[str, Any]:
@@ -1229,8 +1405,9 @@ def read_adapter(adapter: str | Path, reward: bool = False) -> dict[str, Any]:
     run, config = read_json(adapter / "run.json"), read_json(adapter / "adapter_config.json")
     if config["lora_alpha"] != LORA_SCALE * config["r"]:
         fail(f"{adapter}: alpha/r is {config['lora_alpha']}/{config['r']}, want {LORA_SCALE}, as in every row")
-    if sorted(config["target_modules"]) != sorted(TARGET_MODULES):
-        fail(f"{adapter}: target modules {sorted(config['target_modules'])}, want {sorted(TARGET_MODULES)}")
+    if sorted(config["target_modules"]) != sorted(run["invariants"]["target_modules"]):
+        fail(f"{adapter}: target modules {sorted(config['target_modules'])}, but its run.json names "
+             f"{sorted(run['invariants']['target_modules'])}")
     has_head = f"base_model.model.{HEAD}.weight" in tensor_entries(adapter / "adapter_model.safetensors")
     if reward and not has_head:
         fail(f"{adapter} has no {HEAD} head: it is not a reward model ({run['method']}); want one that reward.py wrote")
@@ -1242,46 +1419,87 @@ def read_adapter(adapter: str | Path, reward: bool = False) -> dict[str, Any]:
     return run
 
 
-def check_base(adapter: str | Path, run: dict[str, Any], weights: str) -> None:
-    """Fail unless the adapter (its run.json given) was trained on the base of this content hash."""
-    if weights != run["weights_sha256"]:
-        fail(f"{adapter} was trained on base weights {run['weights_sha256'][:8]} ({run['model']}), "
-             f"but the base given has {weights[:8]}")
+def check_base(adapter: str | Path, run: dict[str, Any], model: str, model_dir: Path, weights: str,
+               other_base: bool = False) -> None:
+    """Fail unless an adapter (its record given) belongs to a base: a directory, its name and content hash.
 
-
-def read_parent(adapter: str, model: str | None, reward: bool = False):
-    """What a method that starts from a trained adapter (a policy, or a reward model) needs before any model loads.
-
-    model: the base, or None for the one the adapter was trained on. Returns (the adapter's run.json, model, its
-    directory, tokenizer, invariants). Fails when the adapter was trained under other invariants.
+    A run of ours names its base by the hash. A plain adapter only names it: another name is accepted with `other_base`,
+    and the shapes must fit in any case.
     """
-    run = read_adapter(adapter, reward)
-    model = model or run["model"]
+    if run["method"] != "peft":
+        if weights != run["weights_sha256"]:
+            fail(f"{adapter} was trained on base weights {run['weights_sha256'][:8]} ({run['model']}), "
+                 f"but the base given has {weights[:8]}")
+        return
+    given, named = split_model(model)[0], split_model(run["model"] or "")[0]
+    same = given == named or Path(model).is_dir() and Path(given).resolve().name == Path(named).name
+    if named and not same and not other_base:
+        fail(f"{adapter} names {named} as its base, not {given}; if they are the same model, give --other-base")
+    paper = skeleton(model_dir)
+    layers, targets = dict(paper.named_modules()), lora_targets(paper)
+    for name, (a, b) in read_factors(adapter).items():
+        layer = layers.get(name)
+        if layer is None or name.rsplit(".", 1)[-1] not in targets:
+            fail(f"{adapter} adapts {name}, which is not among the layers that are trained here ({', '.join(targets)})")
+        if (shape := (b.shape[0], a.shape[1])) != (layer.out_features, layer.in_features):
+            fail(f"{adapter}: its factors at {name} make a matrix of {shape}, but the base's is "
+                 f"{(layer.out_features, layer.in_features)}")
+
+
+class Start(NamedTuple):
+    """What a method starts from; settled before any model loads."""
+    parent: dict[str, Any] | None  # record of the adapter; None: the model itself
+    adapter: Path | None           # its directory
+    model: str
+    model_dir: Path
+    tokenizer: Any
+    invariants: TrainInvariants
+
+
+def read_start(adapter: str | None, model: str | None = None, other_base: bool = False, quantization: str = "none",
+               reward: bool = False) -> Start:
+    """The start that --sft-adapter and --model name.
+
+    adapter: a run directory (with `reward`, of a reward model), a plain PEFT LoRA adapter, or None or "none": `model`
+    itself. model: by default the adapter's base, or Qwen2.5-0.5B. quantization: the policy where no run hands one down.
+    Fails when a run was trained under other invariants.
+    """
+    run, directory = None, None
+    if adapter not in (None, "none"):
+        run, directory = (read_adapter(adapter, reward), Path(adapter)) if reward else read_policy(adapter)
+        if not (model or run["model"]):
+            fail(f"{adapter} names no base model; give it with --model")
+    model = model or (run["model"] if run else QWEN)
     model_dir = resolve_model(model)
     tokenizer = load_tokenizer(model_dir)
-    invariants = TrainInvariants.of(model, model_dir, tokenizer, run["invariants"]["quantization"])
-    check_base(adapter, run, invariants.weights_sha256)
-    if invariants.hash != run["train_invariants"]:
-        now = json.loads(json.dumps(dataclasses.asdict(invariants)))
-        fail(f"{adapter} was trained under other invariants; they differ in "
-             + ", ".join(k for k in now if now[k] != run["invariants"].get(k)))
-    return run, model, model_dir, tokenizer, invariants
+    trained_under = run and run["invariants"]
+    invariants = TrainInvariants.of(model, model_dir, tokenizer, (trained_under or {}).get("quantization", quantization))
+    if run:
+        check_base(directory, run, model, model_dir, invariants.weights_sha256, other_base)
+        if trained_under and invariants.hash != run["train_invariants"]:
+            now = json.loads(json.dumps(dataclasses.asdict(invariants)))
+            fail(f"{adapter} was trained under other invariants; they differ in "
+                 + ", ".join(k for k in now if now[k] != trained_under.get(k)))
+        run = {**run, "model": model}
+    return Start(run, directory, model, model_dir, tokenizer, invariants)
 
 
 def save_policy(policy: PeftModel, parent: str | Path | None, directory: Path, tokenizer, base: str) -> str:
     """Write a PEFT directory that is relative to the *pretrained* base, and return its content hash.
 
-    With a parent (the SFT adapter merged under the policy), the two are concatenated into one adapter of their summed
-    rank: [B1 B2][A1; A2], the same alpha/r, so that any PEFT reader gets the whole policy from the base alone.
+    With a parent (the adapter merged under the policy), the two are concatenated into one adapter of their summed rank:
+    [B1 B2][A1; A2], alpha/r = LORA_SCALE, so that any PEFT reader gets the whole policy from the base alone.
     A reward model's head is saved as PEFT saves one of sequence classification.
     """
     tensors, r = {}, 0
-    _, before = read_factors(parent) if parent else (None, {})
+    before = read_factors(parent) if parent else {}
+    parent_rank = max((len(a) for a, _ in before.values()), default=0)
     for name, module in policy.get_base_model().named_modules():
         if hasattr(module, "lora_A"):
             a, b = (x["default"].weight.detach().float().cpu() for x in (module.lora_A, module.lora_B))
-            if parent:
-                a, b = torch.cat([before[name][0], a]), torch.cat([before[name][1], b], 1)
+            nothing = torch.zeros(parent_rank, a.shape[1]), torch.zeros(b.shape[0], parent_rank)
+            a0, b0 = before.get(name, nothing)
+            a, b = torch.cat([a0, a]), torch.cat([b0, b], 1)
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
             tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
             r = a.shape[0]
@@ -1293,7 +1511,7 @@ def save_policy(policy: PeftModel, parent: str | Path | None, directory: Path, t
     config = LoraConfig(r=r, lora_alpha=LORA_SCALE * r, lora_dropout=0.0, bias="none",
                         task_type="CAUSAL_LM" if head is None else "SEQ_CLS", inference_mode=True,
                         modules_to_save=None if head is None else [HEAD],
-                        target_modules=sorted(TARGET_MODULES)).to_dict()
+                        target_modules=sorted(policy.peft_config["default"].target_modules)).to_dict()
     name, revision = split_model(base)
     config.update(base_model_name_or_path=name, revision=revision)
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
@@ -2074,9 +2292,11 @@ def logprobs_and_entropy(policy: nn.Module, pack: Pack, temperature: float) -> T
     return torch.stack([logprobs, extra["entropy"]])
 
 
-def merge_kl(model_dir: str | Path, adapter: str | Path, merged: nn.Module, examples: Sequence[Example],
+def merge_kl(model_dir: str | Path, adapter: str | Path | None, merged: nn.Module, examples: Sequence[Example],
              micro_tokens: int, dtype: torch.dtype, device) -> float:
     """What rounding a merged adapter costs: mean_kl(base with the adapter beside it ‖ merged), nats a predicted token."""
+    if adapter is None:
+        return 0.0
     beside = attach_adapter(load_model(model_dir, None, "none", dtype, device), adapter)
     return mean_kl(beside, merged, pack(examples, micro_tokens, device=device))
 
@@ -2634,7 +2854,7 @@ class Run:
             "family": config_hash(method, args, invariants, data, parent, scorers, seed=False), "seed": args.seed,
             "parent": link, **({"scorers": dict(zip(scorers, scorer_links))} if scorers else {}), "data": data,
             "weights_sha256": invariants.weights_sha256,
-            "args": dataclasses.asdict(args), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "args": resolved_args(args), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
         if args.track and not importlib.util.find_spec("wandb"):
             fail("--track needs wandb: pip install wandb")

@@ -44,10 +44,12 @@ from common import Example
 class Args:
     # -- model --
     sft_adapter: str = "runs/sft_v2"
-    """The adapter to start from; it is also the reference."""
+    """The start, which is also the reference: a run, any plain PEFT LoRA (directory or hub id), or none: --model itself."""
     model: str | None = None
-    """The pretrained base; by default the one that --sft-adapter was trained on."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """The base model; by default the one that --sft-adapter was trained on, and with none Qwen2.5-0.5B."""
+    other_base: bool = False
+    """Accept a plain PEFT adapter that names another base than --model."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights of base + SFT. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRAFEEDBACK
@@ -99,7 +101,7 @@ class Args:
     compile: bool = True
     """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     track: bool = False
@@ -202,8 +204,10 @@ def main(args: Args) -> None:
     common.check_share(args, "warmup", "max_dropped", "max_overlong")
     if not 0 <= args.label_smoothing < 0.5:
         common.fail(f"--label-smoothing must be in [0, 0.5), got {args.label_smoothing}")
-    device, dtype = common.setup_device(args.device), getattr(torch, args.dtype)
-    parent, model, model_dir, tokenizer, invariants = common.read_parent(args.sft_adapter, args.model)
+    device = common.setup_device(args.device)
+    dtype = common.setup_dtype(args.dtype, device)
+    parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
+        args.sft_adapter, args.model, args.other_base)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
     rows, data = common.load_rows(args.data, ["chosen", "rejected"])
     heldout_source = common.heldout_source(args.data, args.heldout_data)
@@ -218,12 +222,12 @@ def main(args: Args) -> None:
                + args.eos_tokens <= common.max_positions(model_dir)]
     counts = common.preflight(tokenizer, [e for p in pairs for e in (p.chosen, p.rejected)], [p.text for p in pairs],
                               dropped, 0, args.eval_data)
-    run = common.Run("dpo", args, invariants, {"train": data, "heldout": heldout_data}, parent, args.sft_adapter)
+    run = common.Run("dpo", args, invariants, {"train": data, "heldout": heldout_data}, parent, adapter)
 
-    # 2. The policy: base + SFT merged, frozen, and a fresh LoRA; without the LoRA it is the reference.
+    # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference.
     common.set_seed(args.seed)
-    merged = common.load_model(model_dir, args.sft_adapter, "none", dtype, device)
-    counts["merge_kl"] = common.merge_kl(model_dir, args.sft_adapter, merged, [p.chosen for p in heldout[:8]],
+    merged = common.load_model(model_dir, adapter, "none", dtype, device)
+    counts["merge_kl"] = common.merge_kl(model_dir, adapter, merged, [p.chosen for p in heldout[:8]],
                                          args.micro_tokens, dtype, device)
     policy = common.add_lora(merged)
     if args.compile and device.type == "cuda":
@@ -273,7 +277,7 @@ def main(args: Args) -> None:
     metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens) if prompts else None
     run.finish(metrics, ["loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected", "logprobs_chosen",
                          "logprobs_rejected", "grad_norm", "tokens_per_s"],
-               f"DPO (β = {args.beta}) from {args.sft_adapter} with LoRA on {len(pairs):,} pairs of {args.data}.")
+               f"DPO (β = {args.beta}) from {adapter or model} with LoRA on {len(pairs):,} pairs of {args.data}.")
 
 
 if __name__ == "__main__":

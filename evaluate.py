@@ -85,12 +85,15 @@ class Args:
     """Base model: a local directory or a hub id[@revision]. By default the one the adapter was trained on, or
     Qwen2.5-0.5B."""
     adapter: str | None = None
-    """Run directory of the adapter to evaluate on the base model (runs/dpo_v1); none evaluates the base model."""
+    """Adapter to evaluate on the base model: a run directory (runs/dpo_v1), or any plain PEFT LoRA (directory or hub id).
+    Without it, the base model is evaluated."""
+    other_base: bool = False
+    """Accept a plain PEFT adapter that names another base than --model."""
     name: str | None = None
     """Name of the row; by default the adapter's directory name, or "base"."""
     quantization: Literal["qlora", "none"] | None = None
-    """Quantisation policy of the training runs that a base row stands beside. It only names the row's train_invariants:
-    evaluation is never quantised. By default the adapter's own, or "qlora" for the base."""
+    """Quantisation policy of the training runs that the row stands beside. It only names the row's train_invariants:
+    evaluation is never quantised. By default the run's own, "none" for a plain PEFT adapter, "qlora" for the base."""
     # evaluation: these enter eval_hash
     protocol: Literal["plain", "chat"] = "plain"
     """"plain": no chat template, as the published numbers; "chat": the chat template, few-shot examples as turns."""
@@ -100,7 +103,7 @@ class Args:
     """Only the first N items of each task, for trials; for MMLU spread evenly over the subjects, at least one each."""
     max_gen_toks: int | None = None
     """Generated tokens at most, of GSM8K and IFEval; by default the tasks' own 256 and 1,280."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of the base model's weights and forward; the adapter is fp32."""
     # run: these change speed and places, not numbers (beyond the rounding of the dtype)
     out: str = "results"
@@ -128,7 +131,7 @@ LAYOUT = {  # (task, split): columns of DIR/<task>/<split>.jsonl or .jsonl.gz
 }
 # IFEval's checks that split text into sentences, for which NLTK needs its punkt_tab data.
 NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
-PHASES = {"sft": 1, "dpo": 2, "reward": 3, "ppo": 3, "grpo": 4, "kto": 5}
+PHASES = {"sft": 1, "peft": 1, "dpo": 2, "reward": 3, "ppo": 3, "grpo": 4, "kto": 5}
 HEADLINE = {  # the printed table
     "MMLU": "mmlu/acc,none",
     "TruthfulQA MC2": "truthfulqa_mc2/acc,none",
@@ -619,15 +622,18 @@ def main(args: Args) -> dict:
         if (value := getattr(args, flag)) is not None and value < 1:
             fail(f"--{flag.replace('_', '-')} {value}: must be at least 1")
     device = common.setup_device(args.device)
+    dtype = common.setup_dtype(args.dtype, device)
     out = Path(args.out)
     stored = common.read_results(out / "metrics.json")
-    run = common.read_adapter(args.adapter) if args.adapter else None
-    model_name = args.model or (run["model"] if run else common.QWEN)
+    run, adapter = common.read_policy(args.adapter) if args.adapter else (None, None)
+    model_name = args.model or (run["model"] if run else common.QWEN) or fail(
+        f"{args.adapter} names no base model; give it with --model")
     model_dir = common.resolve_model(model_name)
     name = args.name or (Path(args.adapter).resolve().name if args.adapter else "base")
     if not re.fullmatch(r"[\w.+-]+", name):
         fail(f"--name {name!r}: only letters, digits and . _ + - (it names a directory)")
-    policy = run["invariants"]["quantization"] if run else args.quantization or "qlora"
+    ours = run is not None and run["method"] != "peft"  # what we trained states its invariants; a start takes on the table's
+    policy = run["invariants"]["quantization"] if ours else args.quantization or ("none" if run else "qlora")
     if args.quantization and args.quantization != policy:
         fail(f"--quantization {args.quantization}, but {args.adapter} was trained under {policy!r}; leave the flag out")
     tokenizer = common.load_tokenizer(model_dir)
@@ -636,8 +642,8 @@ def main(args: Args) -> dict:
     invariants = TrainInvariants.of(model_name, model_dir, tokenizer, policy)
     weights = invariants.weights_sha256
     if run:
-        common.check_base(args.adapter, run, weights)  # refuses an adapter trained on other weights
-    if run and args.protocol == "chat" and run["invariants"]["chat_template"] != tokenizer.chat_template:
+        common.check_base(adapter, run, model_name, model_dir, weights, args.other_base)
+    if ours and args.protocol == "chat" and run["invariants"]["chat_template"] != tokenizer.chat_template:
         fail(f"--protocol chat: {args.adapter} was trained with another chat template than {model_name} has now")
     scratch = tempfile.TemporaryDirectory(prefix="rungs-eval-")  # task files and data cache, gone at the end
     manager, tasks, fingerprint = load_tasks(args, Path(scratch.name))
@@ -647,21 +653,21 @@ def main(args: Args) -> dict:
         fail(f"{model_name} has room for {room} tokens, of which IFEval's responses take {longest}: use --max-gen-toks")
 
     # 2. What is there already: the row, or some of its tasks.
-    protocol = EvalProtocol(args.protocol, tasks, fingerprint, args.max_gen_toks, args.dtype)
+    protocol = EvalProtocol(args.protocol, tasks, fingerprint, args.max_gen_toks, str(dtype).removeprefix("torch."))
     identity = {
         "config_hash": run["config_hash"] if run else common.sha256_json(["base", invariants.hash])[:8],
         "adapter_sha256": run["adapter_sha256"] if run else None,
         "weights_sha256": weights,
         "eval_hash": protocol.hash,
     }
-    train_invariants = run["train_invariants"] if run else invariants.hash
+    train_invariants = run["train_invariants"] if ours else invariants.hash
     samples = Path("samples") / f"{name}-{protocol.hash}-{run['adapter_sha256'][:8] if run else weights[:8]}"
     results = {task: read_finished(out / samples / f"{task}.json", identity) for task in TASKS}
     wanted = {"name": name, "train_invariants": train_invariants, **identity}
     for row in stored["runs"]:
         if all(results.values()) and all(row.get(key) == value for key, value in wanted.items()):
             if not row.get("scores") or not (out / row["scores"]).is_file():  # written before there were any
-                row = row | keep_records(out, samples, identity, run, args.adapter)
+                row = row | keep_records(out, samples, identity, run if ours else None, adapter)
                 common.upsert_row(out / "metrics.json", row)
             print(f"{out / 'metrics.json'} has this row already; nothing to do")
             return finish(row, args)
@@ -679,10 +685,10 @@ def main(args: Args) -> dict:
 
     # 3. The model, and one lm-eval call a task.
     if loaded:
-        model = common.load_model(model_dir, None, "none", getattr(torch, args.dtype), device)
-        if args.adapter:
-            model = common.attach_adapter(model, args.adapter)
-        if args.dtype == "bfloat16":
+        model = common.load_model(model_dir, None, "none", dtype, device)
+        if adapter:
+            model = common.attach_adapter(model, adapter)
+        if dtype == torch.bfloat16:
             common.base_of(model).set_output_embeddings(Float32Head(common.base_of(model).get_output_embeddings()))
         lm = RungsLM(model, tokenizer, args.micro_tokens, args.max_batch)
     for task, shots, limit in tasks:
@@ -705,20 +711,20 @@ def main(args: Args) -> dict:
         "model": common.split_model(model_name)[0],
         "revision": invariants.revision,
         "adapter": args.adapter,
-        "invariants": run["invariants"] if run else asdict(invariants),
+        "invariants": run["invariants"] if ours else asdict(invariants),
         "template": run.get("template") if run else tokenizer.template_note,
         "eval": asdict(protocol),
         **{key: run[key] if run else None for key in ("family", "seed", "parent", "data")},
         "protocol": args.protocol,
         "limit": args.limit,
         "quantization": protocol.quantization,
-        "dtype": args.dtype,
+        "dtype": protocol.dtype,
         "metrics": merged["metrics"],
         "n": {task: results[task]["n"] for task in TASKS},
         "task_versions": merged["versions"],
         "samples": samples.as_posix(),
-        **keep_records(out, samples, identity, run, args.adapter),
-        "training": {**run["metrics"], "wall_time_s": run["wall_time_s"]} if run else None,
+        **keep_records(out, samples, identity, run if ours else None, adapter),
+        "training": {**run["metrics"], "wall_time_s": run["wall_time_s"]} if ours else None,
         "batch": {"micro_tokens": args.micro_tokens, "max_batch": args.max_batch},
         "wall_time_s": round(sum(results[task]["wall_time_s"] for task in TASKS), 2),
         "versions": common.versions(),

@@ -68,9 +68,13 @@ GSM8K = "openai/gsm8k@e53f048856ff4f594e959d75785d2c2d37b678ee:main/train"
 class Args:
     # -- model --
     sft_adapter: str = "runs/sft_v2"
-    """The adapter to start from; it is also the reference."""
+    """The start, which is also the reference: a run, any plain PEFT LoRA (directory or hub id), or none: --model itself."""
     model: str | None = None
-    """The pretrained base; by default the one that --sft-adapter was trained on."""
+    """The base model; by default the one that --sft-adapter was trained on, and with none Qwen2.5-0.5B."""
+    other_base: bool = False
+    """Accept a plain PEFT adapter that names another base than --model."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Weights of base + SFT. Adapter and Adam state are always fp32."""
     # -- task and data --
     task: str = "gsm8k"
     """gsm8k, arithmetic (grades 1 to 5; arithmetic:2 or arithmetic:1-3 for some), or a .py file with reward()."""
@@ -143,7 +147,7 @@ class Args:
     compile: bool = True
     """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda or mps."""
     checkpoint_every: int = 10
     """Updates between checkpoints."""
     track: bool = False
@@ -335,7 +339,9 @@ def main(args: Args) -> None:
         common.fail(f"--batch-size {args.batch_size} is not a multiple of --minibatches {args.minibatches}; "
                     f"give mini-batches of equal size")
     device = common.setup_device(args.device)
-    parent, model, model_dir, tokenizer, invariants = common.read_parent(args.sft_adapter, args.model)
+    dtype = common.setup_dtype(args.dtype, device)
+    parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
+        args.sft_adapter, args.model, args.other_base)
     if args.prompt_tokens + args.completion_tokens > common.max_positions(model_dir):
         common.fail(f"--prompt-tokens {args.prompt_tokens} + --completion-tokens {args.completion_tokens} are beyond the "
                     f"model's {common.max_positions(model_dir)} positions")
@@ -348,12 +354,11 @@ def main(args: Args) -> None:
     problems, dropped, _ = common.take_rows(rows, wanted, args.seed, build(tokenizer, args), source, args.max_dropped)
     counts = common.preflight_prompts(tokenizer, [p.ids for p in problems], [p.text for p in problems], dropped,
                                       args.eval_data)
-    run = common.Run("grpo", args, invariants, data, parent, args.sft_adapter)
+    run = common.Run("grpo", args, invariants, data, parent, adapter)
 
-    # 2. The policy: base + SFT merged, frozen, and a fresh LoRA; without the LoRA it is the reference.
+    # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference.
     common.set_seed(args.seed)
-    dtype = getattr(torch, parent["args"]["dtype"])
-    merged = common.load_model(model_dir, args.sft_adapter, "none", dtype, device)
+    merged = common.load_model(model_dir, adapter, "none", dtype, device)
     policy = common.add_lora(merged)
     if args.compile and device.type == "cuda":
         common.compile_layers(policy)
@@ -371,7 +376,7 @@ def main(args: Args) -> None:
         before, greedy = evaluate(sampler, task, heldout, args, run)
         some = [Example.completion(g.problem.ids, g.completions[0].ids) for g in greedy[:8]]
         run.state = {"drawn": 0, "before": before, "answers": answers(greedy),
-                     "merge_kl": common.merge_kl(model_dir, args.sft_adapter, merged, some, args.micro_tokens, dtype, device)}
+                     "merge_kl": common.merge_kl(model_dir, adapter, merged, some, args.micro_tokens, dtype, device)}
 
     # 3. Train.
     for update in range(first, args.updates):
@@ -501,7 +506,7 @@ def main(args: Args) -> None:
         write_results(run, args, heldout, answers(greedy), after)
     run.finish({**counts, "merge_kl": run.state["merge_kl"], "heldout_problems": len(heldout),
                 **{f"{k}_{when}": v for when, d in (("before", run.state["before"]), ("after", after)) for k, v in d.items()}},
-               CURVES, f"GRPO (β = {args.beta}) from {args.sft_adapter} with LoRA on the task {task.name}: {args.updates} "
+               CURVES, f"GRPO (β = {args.beta}) from {adapter or model} with LoRA on the task {task.name}: {args.updates} "
                f"updates of {P} prompts x {G} answers.")
 
 

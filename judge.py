@@ -50,7 +50,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
@@ -76,11 +76,13 @@ except ModuleNotFoundError:  # the former name, of the same interface: where an 
 class Args:
     # -- rows --
     rows: tuple[str, ...] = ("base", "runs/dpo_v1", "runs/ppo_v1", "runs/grpo_v1", "runs/kto_v1")
-    """Run directories of the policies to judge; the word base is the pretrained base."""
+    """Policies to judge: run directories, plain PEFT LoRA adapters; the word base is the pretrained base."""
     against: str = "runs/sft_v2"
     """The row that each of them is compared with, and the reference of the KL."""
     model: str | None = None
     """The pretrained base; by default the one that the adapters were trained on."""
+    other_base: bool = False
+    """Accept a plain PEFT adapter that names another base than --model."""
     best_of: int = 0
     """Adds the reference's best of N samples as a row <reference>_bo<N>; 0: no such row."""
     reward_adapter: str | None = None
@@ -105,7 +107,7 @@ class Args:
     """Tokens a completion may take."""
     seed: int = 42
     """Seed of the prompts' shuffle, the sampling and the bootstrap."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of the policies and of a local judge; adapters are fp32."""
     # -- judge --
     judge_model: str | None = None
@@ -129,7 +131,7 @@ class Args:
     micro_tokens: int = 16384
     """Tokens of one forward: memory and speed, not the figures; a longer sequence makes a pack of its own."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda or mps."""
 
 
 RESAMPLES = 2000      # of the bootstrap
@@ -309,13 +311,12 @@ def kl_of_completions(policy, reference, examples: Sequence[Example], temperatur
 
 def delta_w(adapter: str, model) -> float:
     """‖ΔW‖_F / ‖W‖_F of an adapter over all the modules that it touches, whatever `model` has attached to the base."""
-    scale, factors = common.read_factors(adapter)
     moved = weights = 0.0
-    for name, (a, b) in factors.items():
+    for name, (a, b) in common.read_factors(adapter).items():
         a, b = a.double(), b.double()
         moved += ((b.T @ b) * (a @ a.T)).sum().item()                               # ‖B A‖² = tr(BᵀB A Aᵀ)
         weights += common.base_of(model).get_submodule(name).weight.double().square().sum().item()
-    return scale * math.sqrt(moved / weights)
+    return common.LORA_SCALE * math.sqrt(moved / weights)
 
 
 def best_of_kl(n: int) -> float:
@@ -329,8 +330,8 @@ def best_of_kl(n: int) -> float:
 class Row:
     """A policy under its name."""
     name: str
-    adapter: str | None         # None: the base
-    run: dict[str, Any] | None  # its run.json
+    adapter: Path | None        # its directory; None: the base
+    run: dict[str, Any] | None  # its run.json, or the record of a plain PEFT adapter
     record: dict[str, Any]      # what results name it by
     best_of: int = 1            # completions of which the reward model chooses one
 
@@ -369,12 +370,16 @@ class Lines:
 
 
 def read_rows(args: Args):
-    """(rows, reference, base directory, tokenizer, invariants); adapters of other bases or invariants are refused."""
+    """(rows, reference, base); adapters of other bases or invariants are refused."""
     adapters = [place for place in (args.against, *args.rows) if place != "base"]
     if not adapters:
         fail("--rows and --against name no adapter: nothing to compare with the base")
-    _, _, model_dir, tokenizer, invariants = common.read_parent(adapters[0], args.model)
-    common.say_template(tokenizer)
+    # A plain PEFT adapter has no invariants of its own: what a run names comes first
+    read = {place: common.read_policy(place) for place in adapters}
+    first = next((place for place in adapters if read[place][0]["invariants"]), adapters[0])
+    start = common.read_start(first, args.model, other_base=args.other_base)
+    invariants = start.invariants
+    common.say_template(start.tokenizer)
     base = {"name": "base", "config_hash": common.sha256_json(["base", invariants.hash])[:8], "adapter_sha256": None,
             "train_invariants": invariants.hash}
     rows = []
@@ -382,14 +387,15 @@ def read_rows(args: Args):
         if place == "base":
             rows.append(Row("base", None, None, base))
         else:
-            run = common.read_adapter(place)
-            check_same(place, run, invariants)
+            run, directory = read[place]
+            check_same(place, run, start, args)
             name = Path(place).resolve().name
-            rows.append(Row(name, place, run, {"name": name, **{k: run[k] for k in list(base)[1:]}}))
+            record = {"name": name, **{k: run[k] for k in list(base)[1:]}, "train_invariants": invariants.hash}
+            rows.append(Row(name, directory, run, record))
     for name, times in Counter(row.name for row in rows).items():
         if times > 1:
             fail(f"--rows and --against name {name} {times} times; a row is known by the name of its directory")
-    return rows[1:], rows[0], model_dir, tokenizer, invariants
+    return rows[1:], rows[0], start
 
 
 def best_of_row(reference: Row, scorer: dict[str, Any], n: int) -> Row:
@@ -400,10 +406,12 @@ def best_of_row(reference: Row, scorer: dict[str, Any], n: int) -> Row:
     return Row(record["name"], reference.adapter, reference.run, record, n)
 
 
-def check_same(adapter: str, run: dict[str, Any], invariants) -> None:
+def check_same(adapter: str, run: dict[str, Any], start: common.Start, args: Args) -> None:
     """Fail unless an adapter has the base and the invariants of the other rows."""
-    common.check_base(adapter, run, invariants.weights_sha256)
-    if run["train_invariants"] != invariants.hash:
+    invariants = start.invariants
+    common.check_base(common.resolve_adapter(adapter), run, start.model, start.model_dir, invariants.weights_sha256,
+                      args.other_base)
+    if run["train_invariants"] not in (None, invariants.hash):
         fail(f"{adapter} was trained under other invariants ({run['train_invariants']}) than the rows beside it "
              f"({invariants.hash}); they can't be compared")
 
@@ -530,11 +538,11 @@ class Judge:
     model: str
     identity: list                  # what its verdicts depend on, besides the question
     model_dir: Path | None = None
-    adapter: str | None = None
+    adapter: Path | None = None
     run: dict[str, Any] | None = None
 
 
-def read_judge(args: Args, base_dir: Path, invariants) -> Judge:
+def read_judge(args: Args, start: common.Start) -> Judge:
     """--judge-model and --judge-url, checked before any model loads."""
     name = args.judge_model
     if args.judge_url:
@@ -544,10 +552,10 @@ def read_judge(args: Args, base_dir: Path, invariants) -> Judge:
     if (path / "adapter_config.json").is_file():
         record = path / "run.json"
         reward = record.is_file() and common.read_json(record).get("method") == "reward"
-        run = common.read_adapter(name, reward)
-        check_same(name, run, invariants)
+        run = common.read_adapter(name, reward) if reward else common.read_policy(name)[0]
+        check_same(name, run, start, args)
         identity = ["local", run["adapter_sha256"], args.dtype]
-        judge = Judge("reward" if reward else "local", name, identity, base_dir, name, run)
+        judge = Judge("reward" if reward else "local", name, identity, start.model_dir, path, run)
     elif path.is_dir() or "/" in name:
         model_dir = common.resolve_model(name)
         judge = Judge("local", name, ["local", common.weights_sha256(model_dir), args.dtype], model_dir)
@@ -881,13 +889,15 @@ def main(args: Args) -> None:
     if not os.environ.get(args.judge_key_env, "").isascii():
         fail(f"{args.judge_key_env} holds characters that no HTTP header can")
     device = common.setup_device(args.device)
-    rows, reference, model_dir, tokenizer, invariants = read_rows(args)
+    args = replace(args, dtype=str(common.setup_dtype(args.dtype, device)).removeprefix("torch."))  # stated in the results
+    rows, reference, start = read_rows(args)
+    model_dir, tokenizer, invariants = start.model_dir, start.tokenizer, start.invariants
     scorer = None
     if args.best_of:
         scorer = common.read_adapter(args.reward_adapter, reward=True)
-        check_same(args.reward_adapter, scorer, invariants)
+        check_same(args.reward_adapter, scorer, start, args)
         rows.append(best_of_row(reference, scorer, args.best_of))
-    judge = read_judge(args, model_dir, invariants) if args.judge_model else None
+    judge = read_judge(args, start) if args.judge_model else None
     if invariants.quantization == "qlora" and (scorer or judge and judge.kind == "reward"):
         common.check_nf4(device)
     positions = common.max_positions(model_dir)

@@ -54,10 +54,12 @@ from common import Example
 class Args:
     # -- model --
     sft_adapter: str = "runs/sft_v2"
-    """The adapter to start from; it is also the reference."""
+    """The start, which is also the reference: a run, any plain PEFT LoRA (directory or hub id), or none: --model itself."""
     model: str | None = None
-    """The pretrained base; by default the one that --sft-adapter was trained on."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """The base model; by default the one that --sft-adapter was trained on, and with none Qwen2.5-0.5B."""
+    other_base: bool = False
+    """Accept a plain PEFT adapter that names another base than --model."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights of base + SFT. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRAFEEDBACK
@@ -111,7 +113,7 @@ class Args:
     compile: bool = True
     """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     track: bool = False
@@ -324,8 +326,10 @@ def main(args: Args) -> None:
     common.check_positive(args, "beta", "desirable_weight", "undesirable_weight", "rows", "heldout_rows", "max_length", "lr",
                           "batch_size", "epochs", "max_grad_norm", "eos_prompts", "eos_tokens", "checkpoint_every")
     common.check_share(args, "warmup", "max_dropped", "max_overlong")
-    device, dtype = common.setup_device(args.device), getattr(torch, args.dtype)
-    parent, model, model_dir, tokenizer, invariants = common.read_parent(args.sft_adapter, args.model)
+    device = common.setup_device(args.device)
+    dtype = common.setup_dtype(args.dtype, device)
+    parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
+        args.sft_adapter, args.model, args.other_base)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
     data_rows, data = load(args.data)
     heldout_source = common.heldout_source(args.data, args.heldout_data)
@@ -350,12 +354,12 @@ def main(args: Args) -> None:
     counts |= {"desirable": sum(r.desirable for r in rows), "left_out_of_z0": sum(map(len, steps)) - sum(paired)}
     if advice := weights_advice(counts["desirable"], len(rows) - counts["desirable"], args):
         common.say(f"WARNING: {advice}")
-    run = common.Run("kto", args, invariants, {"train": data, "heldout": heldout_data}, parent, args.sft_adapter)
+    run = common.Run("kto", args, invariants, {"train": data, "heldout": heldout_data}, parent, adapter)
 
-    # 2. The policy: base + SFT merged, frozen, and a fresh LoRA; without the LoRA it is the reference.
+    # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference.
     common.set_seed(args.seed)
-    merged = common.load_model(model_dir, args.sft_adapter, "none", dtype, device)
-    counts["merge_kl"] = common.merge_kl(model_dir, args.sft_adapter, merged, [r.example for r in heldout[:8]],
+    merged = common.load_model(model_dir, adapter, "none", dtype, device)
+    counts["merge_kl"] = common.merge_kl(model_dir, adapter, merged, [r.example for r in heldout[:8]],
                                          args.micro_tokens, dtype, device)
     policy = common.add_lora(merged)
     if args.compile and device.type == "cuda":
@@ -406,7 +410,7 @@ def main(args: Args) -> None:
     run.finish(metrics, ["loss", "accuracy", "margin", "rewards_desirable", "rewards_undesirable", "z0",
                          "logprobs_desirable", "logprobs_undesirable", "grad_norm"],
                f"KTO (β = {args.beta}, λ_D = {args.desirable_weight}, λ_U = {args.undesirable_weight}) from "
-               f"{args.sft_adapter} with LoRA on {len(rows):,} rows of {args.data}.")
+               f"{adapter or model} with LoRA on {len(rows):,} rows of {args.data}.")
 
 
 if __name__ == "__main__":

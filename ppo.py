@@ -47,6 +47,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -60,13 +61,17 @@ from common import Example
 class Args:
     # -- model --
     sft_adapter: str = "runs/sft_v2"
-    """The adapter to start from; it is also the reference."""
+    """The start, which is also the reference: a run, any plain PEFT LoRA (directory or hub id), or none: --model itself."""
     reward_adapter: str = "runs/rm_v1"
     """The reward model that gives the scores; the critic starts from it."""
     watch_adapter: str | None = None
     """A second reward model (another seed or half of the data) that is logged and never trained on."""
     model: str | None = None
-    """The pretrained base; by default the one that --sft-adapter was trained on."""
+    """The base model; by default the one that --sft-adapter was trained on, and with none Qwen2.5-0.5B."""
+    other_base: bool = False
+    """Accept a plain PEFT adapter that names another base than --model."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Weights of base + SFT. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRAFEEDBACK
     """Prompts, or preference pairs of which only the prompts are read; same kinds of source as everywhere."""
@@ -132,7 +137,7 @@ class Args:
     compile: bool = True
     """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda or mps."""
     checkpoint_every: int = 10
     """Updates between checkpoints."""
     track: bool = False
@@ -246,13 +251,12 @@ def build(tokenizer, args: Args, taken: dict[str, str]):
     return build_rows
 
 
-def read_scorer(adapter: str, parent: dict, model: str) -> tuple[dict, dict[str, str]]:
+def read_scorer(adapter: str, invariants, model: str) -> tuple[dict, dict[str, str]]:
     """run.json of a reward model of the same invariants as the policy, and its prompts: {prompt id: whose}."""
-    run = common.read_parent(adapter, model, reward=True)[0]
-    if run["train_invariants"] != parent["train_invariants"]:
+    run = common.read_start(adapter, model, reward=True).parent
+    if run["train_invariants"] != invariants.hash:
         common.fail(f"{adapter} was trained under other invariants ({run['train_invariants']}) than the policy "
-                    f"({parent['train_invariants']}): quantisation {run['invariants']['quantization']} / "
-                    f"{parent['invariants']['quantization']}")
+                    f"({invariants.hash}): quantisation {run['invariants']['quantization']} / {invariants.quantization}")
     if not (listed := Path(adapter) / "prompts.json").is_file():
         common.fail(f"{adapter} has no prompts.json, so that its prompts can't be kept apart; train it again")
     return run, {name: f"the {role} prompts of {adapter}"
@@ -316,11 +320,14 @@ def main(args: Args) -> None:
         common.fail(f"--batch-size {args.batch_size} is not a multiple of --minibatches {args.minibatches}; "
                     f"give mini-batches of equal size")
     device = common.setup_device(args.device)
-    parent, model, model_dir, tokenizer, invariants = common.read_parent(args.sft_adapter, args.model)
+    dtype = common.setup_dtype(args.dtype, device)
+    parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
+        args.sft_adapter, args.model, args.other_base,
+        quantization=common.read_adapter(args.reward_adapter, reward=True)["invariants"]["quantization"])
     adapters = {"reward": args.reward_adapter} | ({"watch": args.watch_adapter} if args.watch_adapter else {})
     taken, scorer_runs = {}, {}
-    for name, adapter in adapters.items():
-        scorer_runs[name], its_prompts = read_scorer(adapter, parent, model)
+    for name, scorer in adapters.items():
+        scorer_runs[name], its_prompts = read_scorer(scorer, invariants, model)
         taken |= its_prompts
     if "watch" in adapters and scorer_runs["watch"]["adapter_sha256"] == scorer_runs["reward"]["adapter_sha256"]:
         common.fail(f"--watch-adapter {args.watch_adapter} is the reward model itself; give one of another seed or data")
@@ -342,13 +349,12 @@ def main(args: Args) -> None:
     batches = [b for b in common.batches(len(prompts), args.batch_size, passes, args.seed) if len(b) == args.batch_size]
     counts = common.preflight_prompts(tokenizer, [p.ids for p in prompts], [p.text for p in prompts], dropped,
                                       args.eval_data)
-    run = common.Run("ppo", args, invariants, {"prompts": data}, parent, args.sft_adapter, scorer_runs)
+    run = common.Run("ppo", args, invariants, {"prompts": data}, parent, adapter, scorer_runs)
 
-    # 2. The policy: base + SFT merged, frozen, and a fresh LoRA; without the LoRA it is the reference. On another copy of
+    # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference. On another copy of
     # the base: the reward model, the critic (its adapter again, a head of zeros) and the second scorer.
     common.set_seed(args.seed)
-    dtype = getattr(torch, parent["args"]["dtype"])
-    merged = common.load_model(model_dir, args.sft_adapter, "none", dtype, device)
+    merged = common.load_model(model_dir, adapter, "none", dtype, device)
     policy = common.add_lora(merged)
     scorers = common.load_scorers(model_dir, {"critic": args.reward_adapter} | adapters, "nf4" if nf4 else "none",
                                   getattr(torch, scorer_runs["reward"]["args"]["dtype"]), device)
@@ -375,7 +381,7 @@ def main(args: Args) -> None:
         answers = [Example.completion(p.ids, ids) for p, ids in zip(fixed[:8], before.ids)]
         run.state = {"beta": args.beta, "before": completions(before, tokenizer),
                      "norm": {name: reference_scores(sample, name) if some else (0.0, 1.0) for name in adapters},
-                     "merge_kl": common.merge_kl(model_dir, args.sft_adapter, merged, answers, args.micro_tokens, dtype,
+                     "merge_kl": common.merge_kl(model_dir, adapter, merged, answers, args.micro_tokens, dtype,
                                                  device)}
     mean, sd = run.state["norm"]["reward"]
 
@@ -501,7 +507,7 @@ def main(args: Args) -> None:
                        f"for {args.watch_adapter}, which the policy was not trained against")
     run.finish({**counts, "merge_kl": run.state["merge_kl"], "fixed_prompts": len(fixed),
                 **{f"{k}_{when}": v for when in found for k, v in found[when].items()}}, CURVES,
-               f"PPO (β = {args.beta}) from {args.sft_adapter} with LoRA against {args.reward_adapter}: {args.updates} "
+               f"PPO (β = {args.beta}) from {adapter or model} with LoRA against {args.reward_adapter}: {args.updates} "
                f"updates of {args.batch_size} completions.")
 
 

@@ -52,7 +52,7 @@ class Args:
     """The pretrained base: a local directory or a hub id[@revision]."""
     quantization: Literal["qlora", "none"] = "qlora"
     """Policy for the whole climb: "qlora" trains on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Base weights where they are not NF4. Adapter, head and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRAFEEDBACK
@@ -106,7 +106,7 @@ class Args:
     compile: bool = True
     """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     track: bool = False
@@ -212,7 +212,8 @@ def main(args: Args) -> None:
     common.check_share(args, "warmup", "max_dropped", "max_overlong", "max_overlap")
     if not 0 <= args.centring < math.inf:
         common.fail(f"--centring must be 0 or above, got {args.centring}")
-    device, dtype = common.setup_device(args.device), getattr(torch, args.dtype)
+    device = common.setup_device(args.device)
+    dtype = common.setup_dtype(args.dtype, device)
     model_dir = common.resolve_model(args.model)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
     if args.quantization == "qlora":
@@ -389,7 +390,7 @@ def score_file(args: Args) -> None:
     if out.is_dir() or out.resolve() == Path(args.score).resolve():
         common.fail(f"--out {out} is {'a directory' if out.is_dir() else 'the file to score'}; name another file")
     device = common.setup_device(args.device)
-    run, _, model_dir, tokenizer, _ = common.read_parent(
+    run, _, _, model_dir, tokenizer, _ = common.read_start(
         args.adapter, args.model if args.model != Args.model else None, reward=True)
     rows, _ = common.load_rows(args.score, ["prompt", "completion"])
     rows = list(rows)

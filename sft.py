@@ -42,10 +42,12 @@ class Args:
     model: str | None = None
     """The pretrained base: a directory or a hub id[@revision]; by default Qwen2.5-0.5B, or that of --sft-adapter."""
     sft_adapter: str | None = None
-    """Go on from this policy, as DPO does (base + SFT merged, a fresh LoRA); by default from the pretrained base."""
+    """Go on from this policy, as DPO does (merged, a fresh LoRA): a run, or any plain PEFT LoRA (directory or hub id)."""
+    other_base: bool = False
+    """Accept a plain PEFT adapter that names another base than --model."""
     quantization: Literal["qlora", "none"] = "qlora"
     """Policy for the whole climb: "qlora" trains SFT on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Base weights where they are not NF4. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRACHAT
@@ -93,7 +95,7 @@ class Args:
     compile: bool = True
     """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     track: bool = False
@@ -185,17 +187,14 @@ def main(args: Args) -> None:
     common.check_positive(args, "rows", "heldout_rows", "max_length", "lr", "batch_size", "epochs", "max_grad_norm",
                           "eos_prompts", "eos_tokens", "checkpoint_every")
     common.check_share(args, "warmup", "max_dropped", "max_overlong")
-    device, dtype = common.setup_device(args.device), getattr(torch, args.dtype)
-    parent, model, nf4 = None, args.model or common.QWEN, args.quantization == "qlora" and not args.sft_adapter
-    if args.sft_adapter:
-        parent, model, model_dir, tokenizer, invariants = common.read_parent(args.sft_adapter, args.model)
-        if invariants.quantization != args.quantization:
-            common.fail(f"--quantization {args.quantization}, but {args.sft_adapter} was trained under "
-                        f"{invariants.quantization!r}: give that")
-    else:
-        model_dir = common.resolve_model(model)
-        tokenizer = common.load_tokenizer(model_dir)
-        invariants = common.TrainInvariants.of(model, model_dir, tokenizer, args.quantization)
+    device = common.setup_device(args.device)
+    dtype = common.setup_dtype(args.dtype, device)
+    parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
+        args.sft_adapter, args.model, args.other_base, args.quantization)
+    if invariants.quantization != args.quantization:
+        common.fail(f"--quantization {args.quantization}, but {args.sft_adapter} was trained under "
+                    f"{invariants.quantization!r}: give that")
+    nf4 = args.quantization == "qlora" and not adapter
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
     if nf4:
         common.check_nf4(device)
@@ -215,13 +214,13 @@ def main(args: Args) -> None:
     prompts = first_prompts(heldout_rows, heldout_kept, args.eos_prompts, tokenizer, args.eos_tokens,
                             common.max_positions(model_dir))
     counts = common.preflight(tokenizer, examples, texts, dropped, sum(cut), args.eval_data)
-    run = common.Run("sft", args, invariants, {"train": data, "heldout": heldout_data}, parent, args.sft_adapter)
+    run = common.Run("sft", args, invariants, {"train": data, "heldout": heldout_data}, parent, adapter)
 
     # 2. The policy: the pretrained base (NF4 under "qlora") or base + SFT merged, frozen, and a fresh LoRA.
     common.set_seed(args.seed)
-    start = common.load_model(model_dir, args.sft_adapter, "nf4" if nf4 else "none", dtype, device)
+    start = common.load_model(model_dir, adapter, "nf4" if nf4 else "none", dtype, device)
     if parent:
-        counts["merge_kl"] = common.merge_kl(model_dir, args.sft_adapter, start, heldout[:8], args.micro_tokens, dtype,
+        counts["merge_kl"] = common.merge_kl(model_dir, adapter, start, heldout[:8], args.micro_tokens, dtype,
                                              device)
     policy = common.add_lora(start)
     base_loss = heldout_loss(policy, heldout, args.micro_tokens, device)  # B = 0: that of what it starts from

@@ -187,7 +187,7 @@ def reward_run(reward_args, tmp_path_factory):
 @pytest.fixture(scope="session")
 def ppo_args(sft_run, reward_run, data_dir, tmp_path_factory):
     """Keyword arguments of a PPO run of three updates, two epochs of two mini-batches each, in fp32; add out."""
-    return dict(sft_adapter=sft_run, reward_adapter=reward_run, data=str(data_dir / "preference.jsonl"), fixed_prompts=4,
+    return dict(sft_adapter=sft_run, reward_adapter=reward_run, dtype="float32", data=str(data_dir / "preference.jsonl"), fixed_prompts=4,
                 updates=3, batch_size=8, completion_tokens=12, prompt_tokens=64, epochs=2, minibatches=2, normalise=8,
                 lr=1e-3, micro_tokens=512, device="cpu", checkpoint_every=1,
                 results=str(tmp_path_factory.mktemp("results")))
@@ -217,7 +217,7 @@ def grpo_args(sft_run, tmp_path_factory):
     """Keyword arguments of a GRPO run of three updates of 4 x 4 answers on a task of its own, in fp32; add out."""
     directory = tmp_path_factory.mktemp("grpo")
     (directory / "task.py").write_text(OWN_TASK)
-    return dict(sft_adapter=sft_run, task=str(directory / "task.py"), heldout_rows=3, updates=3, batch_size=4, group_size=4,
+    return dict(sft_adapter=sft_run, dtype="float32", task=str(directory / "task.py"), heldout_rows=3, updates=3, batch_size=4, group_size=4,
                 completion_tokens=12, prompt_tokens=64, eval_every=2, pass_k=2, lr=3e-3, micro_tokens=512, device="cpu",
                 checkpoint_every=1, results=str(directory / "results"))
 

@@ -180,7 +180,7 @@ def test_saved_scores_are_reloaded_scores(tiny_model, reward_args, tmp_path, mon
         saved["scores"] = common.score_examples(policy, examples(), 256)
     monkeypatch.setattr(common.Run, "save", keep)
     out = train(tmp_path / "rm", **reward_args)
-    run, model, model_dir, _, _ = common.read_parent(out, None, reward=True)
+    run, _, model, model_dir, _, _ = common.read_start(out, reward=True)
     assert run["method"] == "reward" and model == tiny_model
     model = common.load_reward(model_dir, out, dtype=torch.float32)
     assert not common.trainable(model) and not model.training

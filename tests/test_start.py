@@ -1,0 +1,278 @@
+"""What a method may start from: the model itself, a run of ours, a plain PEFT adapter."""
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import common
+import dpo
+import grpo
+import kto
+import ppo
+import sft
+
+IDS = torch.tensor([[5, 9, 200, 17, 33, 64, 101, 8, 250, 3, 77]])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def plain_base(directory):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def randomise(policy, seed=1):
+    """Random A and B in place of B = 0."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in policy.named_parameters():
+        if "lora_" in name:
+            p.data = 0.1 * torch.randn(p.shape, generator=g)
+    return policy
+
+
+def write_adapter(base, directory, seed=1, **config):
+    """A LoRA adapter as PEFT writes one, its base named by directory."""
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **config}
+    randomise(get_peft_model(plain_base(base), LoraConfig(**config)), seed).save_pretrained(directory)
+    return str(directory)
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.fixture
+def adapter(tiny_model, tmp_path):
+    return Path(write_adapter(tiny_model, tmp_path / "adapter"))
+
+
+def finished(out):
+    run, config = (json.loads((Path(out) / name).read_text()) for name in ("run.json", "adapter_config.json"))
+    return run, config
+
+
+# -- the model itself
+
+@pytest.fixture(scope="session")
+def dpo_from_base(tiny_model, dpo_args, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("base") / "dpo_base")
+    dpo.main(dpo.Args(**{**dpo_args, "rows": 16}, model=tiny_model, sft_adapter="none", out=out))
+    return out
+
+
+def test_every_method_starts_from_the_model_itself(tiny_model, sft_run, dpo_from_base, dpo_run, kto_args, ppo_args, grpo_args,
+                                                   tmp_path):
+    start = {"sft_adapter": "none", "model": tiny_model}
+    kto.main(kto.Args(**{**kto_args, **start, "rows": 8}, out=str(tmp_path / "kto")))
+    ppo.main(ppo.Args(**{**ppo_args, **start, "updates": 1}, out=str(tmp_path / "ppo")))
+    grpo.main(grpo.Args(**{**grpo_args, **start, "updates": 1}, out=str(tmp_path / "grpo")))
+    base = logits(plain_base(tiny_model))
+    for out in (dpo_from_base, *(tmp_path / name for name in ("kto", "ppo", "grpo"))):
+        run, config = finished(out)
+        assert run["parent"] is None and run["model"] == tiny_model and run["metrics"]["merge_kl"] == 0
+        assert (config["r"], config["lora_alpha"]) == (16, 32)
+        assert run["invariants"]["quantization"] == "none"
+        reloaded = logits(PeftModel.from_pretrained(plain_base(tiny_model), out))
+        moved = (reloaded - base).abs().max()
+        assert moved < 1 and (moved > 1e-4 or run["method"] == "grpo")  # whose answers never end here, and earn 0
+    assert finished(dpo_from_base)[0]["config_hash"] != finished(dpo_run)[0]["config_hash"]
+
+
+def test_the_start_is_in_the_hash(tiny_model, sft_run, adapter, dpo_args):
+    """Of equal flags and invariants; `none` and no adapter are one start."""
+    args, hashes = dpo.Args(**dpo_args), []
+    for name in ("none", None, sft_run, str(adapter)):
+        start = common.read_start(name, tiny_model)
+        hashes.append(common.config_hash("dpo", args, start.invariants, {}, start.parent))
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def test_ppo_from_the_model_itself_takes_the_policy_of_its_reward_model(tiny_model, ppo_args, reward_run, tmp_path, capsys):
+    changed = shutil.copytree(reward_run, tmp_path / "rm")
+    run = json.loads((changed / "run.json").read_text())
+    invariants = common.TrainInvariants(**{**run["invariants"], "quantization": "qlora",
+                                           "target_modules": tuple(run["invariants"]["target_modules"])})
+    edit_json(changed / "run.json", invariants=dataclasses.asdict(invariants), train_invariants=invariants.hash)
+    settings = {**ppo_args, "model": tiny_model, "out": str(tmp_path / "ppo"), "fixed_prompts": 10**6}
+    for start, error in (("none", "usable prompts in part B"), (settings["sft_adapter"], "quantisation qlora / none")):
+        with pytest.raises(SystemExit):
+            ppo.main(ppo.Args(**{**settings, "sft_adapter": start, "reward_adapter": str(changed)}))
+        assert error in capsys.readouterr().err
+
+
+# -- a plain PEFT adapter
+
+KINDS = {
+    "another scale": {"lora_alpha": 32},
+    "rslora": {"use_rslora": True},
+    "ranks of their own": {"rank_pattern": {"q_proj": 7, r"layers\.1\.self_attn\.v_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    "rslora with ranks of their own": {"use_rslora": True, "rank_pattern": {"v_proj": 9}},
+    "all seven": {"target_modules": list(common.TARGET_MODULES)},
+    "one layer's": {"target_modules": r"model\.layers\.1\.mlp\.(up|down)_proj"},
+    "dropout": {"lora_dropout": 0.1, "init_lora_weights": "gaussian"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plain_adapter_is_merged_and_composed(tiny_model, tmp_path, kind):
+    """Merged it gives PEFT's logits; with a fresh LoRA on top, the saved sum loads in plain PEFT as the whole policy."""
+    directory = write_adapter(tiny_model, tmp_path / "adapter", **KINDS[kind])
+    start = common.read_start(directory, tiny_model)
+    assert start.parent["method"] == "peft" and start.adapter == Path(directory)
+    expected = logits(PeftModel.from_pretrained(plain_base(tiny_model), directory))
+    assert (expected - logits(plain_base(tiny_model))).abs().max() > 1e-2
+    merged = common.load_model(tiny_model, directory, dtype=torch.float32)
+    assert torch.allclose(logits(merged), expected, atol=1e-5)
+
+    policy = randomise(common.add_lora(merged), seed=2)
+    digest = common.save_policy(policy, directory, tmp_path / "sum", start.tokenizer, tiny_model)
+    assert digest == common.tensors_sha256([tmp_path / "sum" / "adapter_model.safetensors"])
+    config = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
+    rank = max(len(t) for name, t in load_file(f"{directory}/adapter_model.safetensors").items() if "lora_A" in name)
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (rank + 16, 2 * (rank + 16), False)
+    assert torch.allclose(logits(PeftModel.from_pretrained(plain_base(tiny_model), tmp_path / "sum")), logits(policy), atol=1e-5)
+
+
+REFUSED = {
+    "use_dora": True, "init_lora_weights": "pissa", "bias": "all", "lora_bias": True, "modules_to_save": ["lm_head"],
+    "layers_to_transform": [0], "trainable_token_indices": [1], "fan_in_fan_out": True, "target_parameters": ["w"],
+    "layer_replication": [[0, 1]], "alora_invocation_tokens": [1], "use_qalora": True, "peft_type": "VERA",
+    "a_field_of_next_year": {"x": 1}, "exclude_modules": ["q_proj"], "task_type": "SEQ_CLS",
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_is_not_plain_lora_is_refused_by_its_field(tiny_model, adapter, capsys, field):
+    edit_json(adapter / "adapter_config.json", **{field: REFUSED[field]})
+    with pytest.raises(SystemExit) as stop:
+        common.read_start(str(adapter), tiny_model)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and field in error and str(adapter) in error and len(error.strip().splitlines()) == 1
+
+
+def break_tensors(adapter, change):
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+BROKEN = {  # what is wrong -> (how it comes about, what the error says)
+    "a pickle": (lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"), "adapter_model.bin is not read"),
+    "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+    "half a pair": (lambda d: break_tensors(d, lambda t: t.pop(FIRST + "B.weight")), FIRST),
+    "a magnitude": (lambda d: break_tensors(d, lambda t: t.update({FIRST + "magnitude_vector": torch.ones(3)})), "magnitude"),
+    "a saved head": (lambda d: break_tensors(d, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(3)})),
+                     "lm_head"),
+    "another module": (lambda d: break_tensors(d, lambda t: t.update(
+        {n.replace("q_proj", "router"): t.pop(n) for n in [FIRST + "A.weight", FIRST + "B.weight"]})),
+        "model.layers.0.self_attn.router"),
+    "another shape": (lambda d: break_tensors(d, lambda t: t.update({FIRST + "A.weight": torch.ones(4, 48)})), "(64, 48)"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_plain_adapter_is_refused(tiny_model, adapter, capsys, fault):
+    change, part = BROKEN[fault]
+    change(adapter)
+    with pytest.raises(SystemExit) as stop:
+        common.read_start(str(adapter), tiny_model)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and part in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_plain_adapter_names_its_base(tiny_model, adapter, tmp_path, capsys):
+    """Its base's name is compared with --model; another name needs the flag; with no name, --model is needed."""
+    config = adapter / "adapter_config.json"
+    assert common.read_start(str(adapter)).model == tiny_model
+    copy = str(shutil.copytree(tiny_model, tmp_path / Path(tiny_model).name))
+    assert common.read_start(str(adapter), copy).model == copy  # a directory of that name
+    other = str(shutil.copytree(tiny_model, tmp_path / "other"))
+    for named, parts in ((tiny_model, ("other", "--other-base")), ("org/other2", ("org/other2", "--other-base"))):
+        edit_json(config, base_model_name_or_path=named)
+        with pytest.raises(SystemExit):
+            common.read_start(str(adapter), other)
+        error = capsys.readouterr().err
+        assert all(part in error for part in parts)
+        assert common.read_start(str(adapter), other, other_base=True).model == other
+    edit_json(config, base_model_name_or_path=None)
+    assert common.read_start(str(adapter), other).model == other
+    with pytest.raises(SystemExit):
+        common.read_start(str(adapter))
+    assert "names no base model; give it with --model" in capsys.readouterr().err
+
+
+def test_an_adapter_is_known_by_its_content(tiny_model, adapter, tmp_path):
+    """The scale is part of it; the place, the name of the base and the order of the file are not."""
+    record, _ = common.read_policy(str(adapter))
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    edit_json(moved / "adapter_config.json", base_model_name_or_path="elsewhere", peft_version="0.1")
+    again, _ = common.read_policy(str(moved))
+    edit_json(moved / "adapter_config.json", lora_alpha=16)
+    scaled, _ = common.read_policy(str(moved))
+    assert record["config_hash"] == again["config_hash"] != scaled["config_hash"]
+    assert record["adapter_sha256"] == scaled["adapter_sha256"] == common.tensors_sha256([adapter / "adapter_model.safetensors"])
+
+
+def test_dpo_from_a_plain_adapter_and_again(tiny_model, adapter, dpo_args, tmp_path, capsys):
+    settings = {**dpo_args, "rows": 16, "sft_adapter": str(adapter), "out": str(tmp_path / "dpo")}
+    dpo.main(dpo.Args(**settings))
+    run, config = finished(tmp_path / "dpo")
+    assert run["parent"]["method"] == "peft" and run["parent"]["name"] == "adapter" and run["model"] == tiny_model
+    assert run["parent"]["adapter_sha256"] == common.tensors_sha256([adapter / "adapter_model.safetensors"])
+    assert (config["r"], config["lora_alpha"]) == (4 + 16, 40)
+    merged = logits(PeftModel.from_pretrained(plain_base(tiny_model), adapter))
+    moved = (logits(PeftModel.from_pretrained(plain_base(tiny_model), tmp_path / "dpo")) - merged).abs().max()
+    assert 0 < moved < 0.5
+    with pytest.raises(SystemExit) as stop:  # finished
+        dpo.main(dpo.Args(**settings))
+    assert stop.value.code == 0
+    break_tensors(adapter, lambda t: t.update({FIRST + "A.weight": t[FIRST + "A.weight"] + 1}))
+    with pytest.raises(SystemExit) as stop:
+        dpo.main(dpo.Args(**settings))
+    assert stop.value.code == 2 and "they differ in parent" in capsys.readouterr().err
+    # a method on top of it, and a run that goes on from a run whose parent is a plain adapter
+    start = common.read_start(settings["out"])
+    assert start.parent["config_hash"] == run["config_hash"]
+
+
+def test_sft_goes_on_from_a_plain_adapter(tiny_model, adapter, sft_args, tmp_path):
+    sft.main(sft.Args(**{**sft_args, "rows": 8, "sft_adapter": str(adapter), "out": str(tmp_path / "sft")}))
+    run, config = finished(tmp_path / "sft")
+    assert run["parent"]["name"] == "adapter" and config["r"] == 20
+    assert abs(run["metrics"]["merge_kl"]) < 1e-6
+
+
+def test_an_unfinished_run_is_no_plain_adapter(adapter, capsys):
+    (adapter / "checkpoint").mkdir()
+    with pytest.raises(SystemExit):
+        common.read_policy(str(adapter))
+    assert "its run has not finished" in capsys.readouterr().err
+
+
+def test_an_adapter_of_the_hub(tiny_model, adapter, tmp_path, monkeypatch, capsys):
+    """org/name is a hub id unless it reads as a directory here; runs/… never is one."""
+    monkeypatch.chdir(tmp_path)
+    snapshot = tmp_path / "cache" / "models--org--name" / "snapshots" / ("a" * 40)
+    shutil.copytree(adapter, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    start = common.read_start("org/name", tiny_model)
+    assert start.adapter == snapshot and start.parent["name"] == "name"
+    assert start.parent["config_hash"] == common.read_policy(str(adapter))[0]["config_hash"]
+    for name, part in (("org/other", "can't get the adapter org/other from the hub"), ("runs/sft_v2", "is not a trained adapter"),
+                       ("cache/other", "is not a trained adapter")):
+        with pytest.raises(SystemExit):
+            common.read_start(name, tiny_model)
+        assert part in capsys.readouterr().err
