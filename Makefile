@@ -160,8 +160,8 @@ demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 15 to 18 mi
 	  SFT_FLAGS='--dtype float32 --rows 52 --batch-size 8 --max-length 320 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 4' \
 	  DPO_FLAGS='--dtype float32 --rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 2' \
 	  RM_FLAGS='--dtype float32 --rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --micro-tokens 1024 --checkpoint-every 2' \
-	  PPO_FLAGS='--updates 2 --batch-size 8 --completion-tokens 32 --prompt-tokens 96 --fixed-prompts 4 --normalise 8 --epochs 2 --micro-tokens 1024 --checkpoint-every 1' \
-	  GRPO_FLAGS='--updates 2 --batch-size 2 --group-size 4 --completion-tokens 48 --prompt-tokens 320 --heldout-rows 4 --pass-k 1 --micro-tokens 1024 --checkpoint-every 1' \
+	  PPO_FLAGS='--dtype float32 --updates 2 --batch-size 8 --completion-tokens 32 --prompt-tokens 96 --fixed-prompts 4 --normalise 8 --epochs 2 --micro-tokens 1024 --checkpoint-every 1' \
+	  GRPO_FLAGS='--dtype float32 --updates 2 --batch-size 2 --group-size 4 --completion-tokens 48 --prompt-tokens 320 --heldout-rows 4 --pass-k 1 --micro-tokens 1024 --checkpoint-every 1' \
 	  KTO_FLAGS='--dtype float32 --rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 2' \
 	  EVAL_FLAGS='--dtype float32 --max-gen-toks 64' JUDGE_MODEL=$(SMOLLM2) \
 	  JUDGE_FLAGS='--data data/demo/eval/judge/prompts.jsonl --prompts 8 --max-new-tokens 64 --dtype float32 --micro-tokens 2048 --best-of 2'

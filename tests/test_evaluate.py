@@ -732,3 +732,22 @@ def test_torchrun_is_refused(place, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as error:
         main(args(place, tmp_path / "out"))
     assert error.value.code == 2 and not (tmp_path / "out").exists()
+
+
+def test_a_plain_peft_adapter_has_a_row_beside_the_base(place, base_run, tmp_path, capsys):
+    """Without run.json: known by its content, in the table of the base's invariants, and report.py shows it."""
+    out, base = Path(shutil.copytree(base_run[0], tmp_path / "results")), base_run[1]
+    plain = Path(shutil.copytree(place / "runs" / "tiny", tmp_path / "theirs"))
+    (plain / "run.json").unlink()
+    config = json.loads((plain / "adapter_config.json").read_text())
+    (plain / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(SystemExit):
+        main(args(place, out, adapter=str(plain), model=None))
+    assert "give it with --model" in capsys.readouterr().err
+    row = main(args(place, out, adapter=str(plain)))
+    assert (row["name"], row["method"], row["phase"], row["training"]) == ("theirs", "peft", 1, None)
+    assert row["train_invariants"] == base["train_invariants"] and row["config_hash"] != base["config_hash"]
+    assert row["metrics"] != base["metrics"]
+    assert main(args(place, out, adapter=str(plain)))["timestamp"] == row["timestamp"]  # it is there already
+    report.main(report.Args(results=str(out), readme="none"))
+    assert "theirs" in (out / "README.md").read_text()

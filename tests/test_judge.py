@@ -339,6 +339,20 @@ def test_moved_weights_are_those_of_the_dense_difference(run, request, tiny_mode
     assert guardrail_rows(generated)[Path(adapter).name]["delta_w"] == pytest.approx(math.sqrt(moved), rel=1e-4)
 
 
+def test_plain_peft_adapters_are_judged_like_runs(judge_args, tiny_model, dpo_run, generated, tmp_path):
+    """DPO's adapter without its run.json: the same figures, under the record of its content. First or last, or alone."""
+    plain = Path(shutil.copytree(dpo_run, tmp_path / "theirs"))
+    (plain / "run.json").unlink()
+    results = tmp_path / "results"
+    judge.main(judge.Args(**{**judge_args, "rows": (str(plain), dpo_run)}, results=str(results)))
+    theirs, ours = (guardrail_rows(results)[name] for name in ("theirs", "dpo_v1"))
+    assert theirs["kl_sft"] == ours["kl_sft"] == guardrail_rows(generated)["dpo_v1"]["kl_sft"]
+    assert theirs["delta_w"] == pytest.approx(ours["delta_w"], rel=1e-6)
+    judge.main(judge.Args(**{**judge_args, "rows": ("base",), "against": str(plain), "model": tiny_model},
+                          results=str(tmp_path / "alone")))
+    assert {*guardrail_rows(tmp_path / "alone")} == {"base", "theirs"}
+
+
 # -- completions -------------------------------------------------------------------------------------
 
 def test_completions_are_sampled_once(results, judge_args, monkeypatch):
