@@ -271,7 +271,7 @@ def test_the_cap_weights_the_policys_gradient(grpo_args, tmp_path):
     assert capped["grad_norm"] == pytest.approx(plain["grad_norm"] / 2, rel=1e-4) and plain["grad_norm"] > 0
 
 
-SCIENCE = {"heldout_rows", "prompt_tokens", "updates", "batch_size", "group_size", "completion_tokens", "temperature",
+SCIENCE = {"dtype", "heldout_rows", "prompt_tokens", "updates", "batch_size", "group_size", "completion_tokens", "temperature",
            "resample_groups", "scale_advantages", "aggregate", "beta", "clip_low", "clip_high", "epochs", "minibatches",
            "eval_every", "pass_k", "lr", "max_grad_norm", "importance_cap", "seed"}
 
@@ -728,7 +728,7 @@ def test_a_tiny_model_climbs_the_easiest_arithmetic(tmp_path, monkeypatch):
                       eos_tokens=24, device="cpu", out=str(tmp_path / "sft")))
     out = train(tmp_path / "run", sft_adapter=str(tmp_path / "sft"), task="arithmetic:1", updates=40, batch_size=8,
                 group_size=8, completion_tokens=24, prompt_tokens=60, eval_every=0, pass_k=1, heldout_rows=4, beta=0.0,
-                lr=2e-3, max_gap=1e-3, device="cpu", results=str(tmp_path))
+                lr=2e-3, max_gap=1e-3, dtype="float32", device="cpu", results=str(tmp_path))
     rewards = [line["rewards"] for line in log(out)]
     print([round(r, 3) for r in rewards])
     assert statistics.mean(rewards[-10:]) > statistics.mean(rewards[:10]) + 0.05

@@ -645,12 +645,12 @@ def test_config_hash_changes_with_science_and_nothing_else():
 
     def hashed(args):
         return common.config_hash("kto", args, INVARIANTS, DATA, parent)
-    before = hashed(kto.Args())
-    hashes = {name: hashed(args) for name, args in variants(kto.Args())}
+    before = hashed(kto.Args(dtype="float32"))
+    hashes = {name: hashed(args) for name, args in variants(kto.Args(dtype="float32"))}
     assert {name for name, h in hashes.items() if h != before} == SCIENCE
     assert {f.name for f in dataclasses.fields(kto.Args)} - SCIENCE <= common.RUN_KNOBS
     assert len({*hashes.values()}) == len(SCIENCE) + 1
-    assert common.config_hash("dpo", kto.Args(), INVARIANTS, DATA, parent) != before
+    assert common.config_hash("dpo", kto.Args(dtype="float32"), INVARIANTS, DATA, parent) != before
 
 
 # -- resume, ranks, micro-batches -----------------------------------------------------------------

@@ -276,3 +276,45 @@ def test_an_adapter_of_the_hub(tiny_model, adapter, tmp_path, monkeypatch, capsy
         with pytest.raises(SystemExit):
             common.read_start(name, tiny_model)
         assert part in capsys.readouterr().err
+
+
+# -- the dtype
+
+def test_auto_is_bfloat16_where_the_device_computes_it(monkeypatch, capsys):
+    """What "auto" means enters config_hash and run.json, never the word itself."""
+    invariants = common.TrainInvariants("org/base", "abc", "0" * 64, "", "none")
+    hashes = {dtype: common.config_hash("dpo", dpo.Args(dtype=dtype), invariants, {}, None) for dtype in ("bfloat16", "float32")}
+    for native, resolved in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(common, "computes_bfloat16", lambda kind, native=native: native)
+        args = dpo.Args(device="cpu")
+        assert common.config_hash("dpo", args, invariants, {}, None) == hashes[resolved]
+        assert common.resolved_args(args) == {**dataclasses.asdict(args), "dtype": resolved}
+        assert common.setup_dtype("auto", torch.device("cpu")) == getattr(torch, resolved)
+        assert ("does not compute bfloat16 natively" in capsys.readouterr().out) == (not native)
+        assert common.setup_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16 and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names, native", [({"avx512_bf16": True, "avx2": True}, True), ({"amx_bf16": True}, True), ({}, False),
+                                           ({"avx512_f": True, "avx512_bf16": False}, False)])
+def test_bfloat16_is_a_capability_of_the_cpu(monkeypatch, names, native):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: names)
+    assert common.computes_bfloat16("cpu") == native and not common.computes_bfloat16("mps")
+
+
+@pytest.mark.parametrize("capability, native", [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bfloat16_is_native_from_ampere_on(monkeypatch, capability, native):
+    """V100 and T4 emulate it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert common.computes_bfloat16("cuda") == native
+
+
+def test_mps_has_no_nf4(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        common.check_nf4(common.setup_device("mps"))
+    assert "--device mps has no NF4; use --quantization none" in capsys.readouterr().err
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        common.setup_device("mps")
+    assert "no Apple GPU" in capsys.readouterr().err
