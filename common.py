@@ -1507,7 +1507,7 @@ def save_policy(policy: PeftModel, parent: str | Path | None, directory: Path, t
     if head is not None:
         tensors[f"base_model.model.{HEAD}.weight"] = head.weight.detach().float().cpu().contiguous()
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
     config = LoraConfig(r=r, lora_alpha=LORA_SCALE * r, lora_dropout=0.0, bias="none",
                         task_type="CAUSAL_LM" if head is None else "SEQ_CLS", inference_mode=True,
                         modules_to_save=None if head is None else [HEAD],
@@ -1518,6 +1518,40 @@ def save_policy(policy: PeftModel, parent: str | Path | None, directory: Path, t
     write_json(directory / "adapter_config.json", config)
     write_atomic(directory / "adapter_model.safetensors", lambda p: save_file(tensors, p, {"format": "pt"}))
     return tensors_sha256([directory / "adapter_model.safetensors"])
+
+
+def save_tokenizer(tokenizer, directory: Path) -> None:
+    """tokenizer.save_pretrained, in the layout that transformers 4.57 and 5 both read."""
+    tokenizer.save_pretrained(directory)
+    config = read_json(directory / "tokenizer_config.json")
+    if config.get("tokenizer_class") == "TokenizersBackend":  # of 5; read back by either under its older name
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):  # 4.57 wants a dict there
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    for name in ("is_local", "local_files_only"):  # of this loading, not of the tokenizer
+        config.pop(name, None)
+    write_json(directory / "tokenizer_config.json", config)
+
+
+def save_model(model: nn.Module, tokenizer, directory: Path) -> None:
+    """A full model directory, whole or not at all, that transformers 4.57 and 5 load alone."""
+    temporary = Path(f"{directory}.{os.getpid()}.tmp")
+    model.config.use_cache = True  # load_model's choice is for training
+    model.save_pretrained(temporary)
+    config = read_json(temporary / "config.json")
+    write_json(temporary / "config.json", config | old_rope_fields(config))
+    save_tokenizer(tokenizer, temporary)
+    os.rename(temporary, directory)
+
+
+def old_rope_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary positions of a config.json of transformers 5 (rope_parameters) as 4.57 reads them; 5 reads both alike."""
+    rope = config.get("rope_parameters") or {}
+    full, local = rope.get("full_attention", rope), rope.get("sliding_attention")  # Gemma 3 has one of each
+    scaling = {k: v for k, v in full.items() if k != "rope_theta"}
+    return {**({"rope_theta": full["rope_theta"]} if full.get("rope_theta") else {}),
+            **({"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {}),
+            **({"rope_local_base_freq": local["rope_theta"]} if local else {})}
 
 
 # ------------------------------------------------------------------------------------------------

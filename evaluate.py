@@ -712,7 +712,7 @@ def main(args: Args) -> dict:
         "revision": invariants.revision,
         "adapter": args.adapter,
         "invariants": run["invariants"] if ours else asdict(invariants),
-        "template": run.get("template") if run else tokenizer.template_note,
+        "template": run.get("template") if ours else tokenizer.template_note,
         "eval": asdict(protocol),
         **{key: run[key] if run else None for key in ("family", "seed", "parent", "data")},
         "protocol": args.protocol,

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
 import common
 import dpo
@@ -17,6 +17,7 @@ import grpo
 import kto
 import ppo
 import sft
+from tools import merge
 
 IDS = torch.tensor([[5, 9, 200, 17, 33, 64, 101, 8, 250, 3, 77]])
 
@@ -318,3 +319,71 @@ def test_mps_has_no_nf4(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         common.setup_device("mps")
     assert "no Apple GPU" in capsys.readouterr().err
+
+
+# -- written for other tools
+
+def test_a_merged_model_loads_alone(tiny_model, dpo_run, tmp_path, capsys):
+    """The directory that tools/merge.py writes has PEFT's merged weights, rounded once; the size of the rounding is printed."""
+    expected = PeftModel.from_pretrained(plain_base(tiny_model), dpo_run).merge_and_unload()
+    base = {name: p for name, p in plain_base(tiny_model).named_parameters()}
+    for dtype in ("float32", "bfloat16"):
+        merge.main(merge.Args(dpo_run, str(tmp_path / dtype), dtype=dtype))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / dtype)
+        assert model.dtype == getattr(torch, dtype) and model.config.use_cache
+        rounding = update = 0.0
+        for name, p in model.named_parameters():
+            exact = dict(expected.named_parameters())[name].detach()
+            assert ((p.float() - exact.to(p.dtype).float()).abs() <= 1e-6 + (dtype == "bfloat16") * 2**-7 * exact.abs()).all()
+            assert (p == exact.to(p.dtype)).float().mean() > 0.99 or dtype == "float32"
+            if any(target in name for target in common.TARGET_MODULES):
+                rounding += (exact.to(p.dtype).double() - exact.double()).square().sum().item()
+                update += (exact - base[name]).double().square().sum().item()
+        printed = capsys.readouterr().out
+        assert f"{(rounding / update) ** 0.5:.1%}" in printed and ("0.0%" in printed) == (dtype == "float32")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "float32")), logits(expected), atol=1e-5)
+    with pytest.raises(SystemExit):
+        merge.main(merge.Args(dpo_run, str(tmp_path / "float32")))
+    assert "exists and is not an empty directory" in capsys.readouterr().err
+
+
+def test_a_merged_model_is_a_model_like_any_other(tiny_model, dpo_run, sft_args, tmp_path):
+    merge.main(merge.Args(dpo_run, str(tmp_path / "merged"), dtype="float32"))
+    start, before = common.read_start("none", str(tmp_path / "merged")), common.read_start(dpo_run)
+    assert start.tokenizer.chat_template == before.tokenizer.chat_template
+    assert start.invariants.weights_sha256 != before.invariants.weights_sha256
+    assert torch.allclose(logits(common.load_model(start.model_dir, dtype=torch.float32)),
+                          logits(common.load_model(tiny_model, dpo_run, dtype=torch.float32)), atol=1e-5)
+
+
+def test_a_saved_tokenizer_is_read_by_older_versions(sft_run, tiny_model):
+    """No class and no field that transformers 4.57 doesn't know; read back, it is the same tokenizer."""
+    config = json.loads((Path(sft_run) / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not isinstance(config.get("extra_special_tokens"), list) and not {"is_local", "local_files_only"} & config.keys()
+    ours, base = (AutoTokenizer.from_pretrained(d) for d in (sft_run, tiny_model))
+    text = "why is <|im_start|>the sky<|im_end|> blue<|endoftext|>"
+    assert ours(text)["input_ids"] == base(text)["input_ids"] and ours.all_special_ids == base.all_special_ids
+    assert (ours.eos_token, ours.bos_token, ours.pad_token) == (base.eos_token, base.bos_token, base.pad_token)
+    chat = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
+    assert ours.apply_chat_template(chat, tokenize=False) == base.apply_chat_template(chat, tokenize=False)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("config, fields", [
+    (LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 100000.0}), {"rope_theta": 100000.0}),
+    (LlamaConfig(rope_parameters={"rope_theta": 5000.0, **LLAMA3}), {"rope_theta": 5000.0, "rope_scaling": LLAMA3}),
+    (Qwen2Config(rope_parameters={"rope_theta": 5000.0, **YARN}), {"rope_theta": 5000.0, "rope_scaling": YARN}),
+    (Gemma3TextConfig(), {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0}),
+], ids=["default", "llama3", "yarn", "gemma3"])
+def test_rotary_positions_are_written_in_both_layouts(config, fields, tmp_path):
+    """As transformers 4.57 reads them, at top level, and as 5 does; 5 reads both together as it read its own."""
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert common.old_rope_fields(written) == fields
+    common.write_json(tmp_path / "config.json", written | fields)
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
