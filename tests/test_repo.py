@@ -24,6 +24,7 @@ def is_script(path):
 
 
 SCRIPTS = sorted(p.stem for p in REPO.glob("*.py") if is_script(p))
+TOOLS = sorted(f"tools/{p.stem}" for p in (REPO / "tools").glob("*.py"))
 
 
 def committed():
@@ -34,6 +35,7 @@ def committed():
 
 
 def test_the_scripts_are_there():
+    assert {"tools/convert_gguf", "tools/merge"} <= set(TOOLS)
     assert {"sft", "dpo", "reward", "ppo", "grpo", "kto", "evaluate", "report"} <= set(SCRIPTS)
     assert "common" not in SCRIPTS
 
@@ -144,12 +146,12 @@ def parses(words):
         words = ["python", *words[next(i for i, w in enumerate(words) if w.endswith(".py")):]]
     elif not re.fullmatch(r"python3?(\.\d+)?", program) or len(words) < 2 or not words[1].endswith(".py"):
         return False
-    script = Path(words[1]).stem
-    assert words[1] == f"{script}.py" and script in SCRIPTS, f"no such script: {words[1]}"
+    script = words[1].removesuffix(".py")
+    assert script in SCRIPTS + TOOLS, f"no such script: {words[1]}"
     if words[2:] == ["--help"]:
         return True
     try:
-        tyro.cli(importlib.import_module(script).Args, args=words[2:])
+        tyro.cli(importlib.import_module(script.replace("/", ".")).Args, args=words[2:])
     except SystemExit as e:
         pytest.fail(f"`{shlex.join(words)}` does not parse (exit {e.code})")
     return True
