@@ -1220,7 +1220,7 @@ def load_scorers(model_dir: str | Path, adapters: dict[str, str | Path], quantiz
                  dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> PeftModel:
     """Trained reward models by name, frozen, on one copy of the base: adapters beside its weights, each with its head.
 
-    The first is active; `use_scorer` switches. Check them first: read_parent(reward=True). At the quantisation and dtype
+    The first is active; `use_scorer` switches. Check them first: read_start(reward=True). At the quantisation and dtype
     a reward model was trained with, its scores are the trained model's exactly.
     """
     model = load_model(model_dir, None, quantization, dtype, device)
