@@ -50,10 +50,10 @@ COMMON = $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) --s
 SFT  = $(strip $(COMMON) --quantization $(QUANT) $(call flag,--data,$(SFT_DATA)) $(SFT_FLAGS))
 SFT_CHOSEN = $(strip $(COMMON) --quantization $(QUANT) $(SFT_FLAGS))
 ULTRAFEEDBACK = $(shell $(PY) -c 'import common; print(common.ULTRAFEEDBACK)')
-RM   = $(strip $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) --quantization $(QUANT) $(call flag,--data,$(PREF_DATA)) $(RM_FLAGS))
 DPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(DPO_FLAGS))
-SEED_rm_v1    = $(SEED)
-SEED_rm_watch = $(shell expr $(SEED) + 1)
+RM   = $(strip $(COMMON) --quantization $(QUANT) $(call flag,--data,$(PREF_DATA)) $(RM_FLAGS))
+PART_rm_v1    = A
+PART_rm_watch = J
 PPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(PPO_FLAGS))
 GRPO = $(strip $(COMMON) $(call flag,--data,$(GRPO_DATA)) $(GRPO_FLAGS))
 KTO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(KTO_FLAGS))
@@ -63,8 +63,8 @@ JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))
        $(call flag,--model,$(MODEL)) $(call flag,--pref-data,$(PREF_DATA)) --judge-model $(JUDGE_MODEL) --seed $(SEED) \
        --results $(RESULTS) $(JUDGE_FLAGS))
 
-# The rows of the table, and the reward models, which have no row: their figures are in $(RESULTS)/rm. rm_watch is one of
-# another seed, which watches PPO. A method that is added is named here, beside its rule.
+# The rows of the table, and the reward models, which have no row: their figures are in $(RESULTS)/rm. rm_watch learns
+# from other prompts than all others (part J), watches PPO and judges. A method that is added is named here, beside its rule.
 POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1 kto_v1
 CONTROLS = sft_2ep sft_chosen
 RUNS     = $(foreach run,$(POLICIES) rm_v1 rm_watch,$(OUT)/$(run)/run.json)
@@ -95,7 +95,7 @@ $(OUT)/dpo_v1/run.json: $(OUT)/.flags/dpo_v1 $(OUT)/sft_v2/run.json $(wildcard $
 	@touch $@
 
 $(OUT)/rm_v1/run.json $(OUT)/rm_watch/run.json: $(OUT)/%/run.json: $(OUT)/.flags/% $(BASE) $(wildcard $(PREF_DATA)) | $(ENV)
-	$(TRAIN) reward.py $(RM) --seed $(SEED_$*) --out $(@D) --results $(RESULTS) --overwrite
+	$(TRAIN) reward.py $(RM) --part $(PART_$*) --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
 $(OUT)/ppo_v1/run.json: $(OUT)/.flags/ppo_v1 $(foreach run,sft_v2 rm_v1 rm_watch,$(OUT)/$(run)/run.json) \
@@ -138,8 +138,8 @@ $(OUT)/.done/judge: $(OUT)/.flags/judge $(RUNS) | $(ENV)
 
 $(OUT)/.flags/sft_v2:   LINE = $(SFT)
 $(OUT)/.flags/dpo_v1:   LINE = $(DPO)
-$(OUT)/.flags/rm_v1:    LINE = $(RM) --seed $(SEED_rm_v1)
-$(OUT)/.flags/rm_watch: LINE = $(RM) --seed $(SEED_rm_watch)
+$(OUT)/.flags/rm_v1:    LINE = $(RM) --part A
+$(OUT)/.flags/rm_watch: LINE = $(RM) --part J
 $(OUT)/.flags/ppo_v1:   LINE = $(PPO)
 $(OUT)/.flags/grpo_v1:  LINE = $(GRPO)
 $(OUT)/.flags/kto_v1:   LINE = $(KTO)

@@ -25,7 +25,7 @@ from SFT, so that it hardly moved: of five runs with these flags the loss ended 
 0.54 and 0.62, since in bfloat16 rounding weighs as much as so small a margin (bench/NOTES.md).
 
 A row: {"prompt": "…" or messages, "chosen": …, "rejected": …}, or chosen and rejected as whole conversations. Pairs
-come from part A of the prompts (60 % by sha256); part B is kept for PPO.
+come from part A of the prompts (50 % by sha256); J is the judge's, B PPO's. Other layouts: docs/data-formats.md.
 """
 import math
 from dataclasses import dataclass
@@ -90,6 +90,8 @@ class Args:
     eos_tokens: int = 256
     """Tokens an answer may take there."""
     # -- run --
+    preview: int = 0
+    """Show this many examples as they would be trained, and what would be dropped; load no weights, train nothing."""
     seed: int = 42
     """Seed of the row shuffle, the order and the LoRA initialisation."""
     out: str = "runs/dpo_v1"
@@ -163,19 +165,15 @@ class Pair:
         return len(self.chosen.ids) + len(self.rejected.targets)
 
 
-def build_pairs(tokenizer, args: Args, source: str, wanted):
-    """A function from data rows to Pairs, or the reason why a row can't be used, or None where `wanted(prompt)` is false."""
-    def build(rows: list[tuple[int, dict]]):
-        pairs = [common.as_pair(row, f"{source}, row {i}") for i, row in rows]
-        names = [f"{source}, row {i}" for i, _ in rows for _ in range(2)]
-        sides = [prompt + [{"role": "assistant", "content": text}] if wanted(prompt) else []
-                 for prompt, *texts in pairs for text in texts]
+def build_pairs(tokenizer, args: Args):
+    """A function from pairs (prompt messages, chosen, rejected) and their names to Pairs, or why one can't be used."""
+    def build(pairs: list[tuple[list[dict], str, str]], names: list[str]) -> list[Pair | str]:
+        sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
+        names = [name for name in names for _ in range(2)]
         rendered = [Example.masked(*r) for r in common.render_many(tokenizer, sides, "last", names)]
         out = []
         for (prompt, chosen, rejected), w, l in zip(pairs, rendered[::2], rendered[1::2]):
-            if not w.ids:  # not wanted
-                out.append(None)
-            elif not chosen.strip() or not rejected.strip():
+            if not chosen.strip() or not rejected.strip():
                 out.append("empty answer")
             elif chosen == rejected:
                 out.append("chosen equals rejected")
@@ -209,20 +207,13 @@ def main(args: Args) -> None:
     parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
         args.sft_adapter, args.model, args.other_base)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
-    rows, data = common.load_rows(args.data, ["chosen", "rejected"])
-    heldout_source = common.heldout_source(args.data, args.heldout_data)
-    heldout_rows, heldout_data = common.load_rows(heldout_source, ["chosen", "rejected"])
-    part_a = build_pairs(tokenizer, args, args.data, lambda prompt: common.preference_part(prompt) == "A")
-    pairs, dropped, kept = common.take_rows(rows, args.rows, args.seed, part_a, args.data, args.max_dropped,
-                                            args.max_overlong)
-    not_judge = build_pairs(tokenizer, args, heldout_source, lambda prompt: not common.is_judge_prompt(prompt))
-    heldout, _, _ = common.take_rows(heldout_rows, args.heldout_rows, args.seed, not_judge, heldout_source,
-                                     args.max_dropped, max_overlong=1.0)
+    split = common.load_split(args, ["pair"], common.as_pair, build_pairs(tokenizer, args))
+    pairs, heldout = split.train, split.heldout
     prompts = [ids for p in heldout[:args.eos_prompts] if len(ids := common.render_prompt(tokenizer, p.prompt))
                + args.eos_tokens <= common.max_positions(model_dir)]
     counts = common.preflight(tokenizer, [e for p in pairs for e in (p.chosen, p.rejected)], [p.text for p in pairs],
-                              dropped, 0, args.eval_data)
-    run = common.Run("dpo", args, invariants, {"train": data, "heldout": heldout_data}, parent, adapter)
+                              split.dropped, 0, args.eval_data, args.preview)
+    run = common.Run("dpo", args, invariants, split.fingerprints, parent, adapter)
 
     # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference.
     common.set_seed(args.seed)
@@ -267,11 +258,11 @@ def main(args: Args) -> None:
         run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(p.tokens for p in batch),
                        "chosen_tokens": sum(len(p.chosen.targets) for p in batch) / len(batch),
                        "rejected_tokens": sum(len(p.rejected.targets) for p in batch) / len(batch)},
-                [kept[i] for i in steps[step]])
+                [split.kept[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
 
     # 4. Save (relative to the pretrained base) and measure on held-out pairs and prompts.
-    run.save(policy, tokenizer)
+    run.save(policy, tokenizer, split.prompts)
     metrics = {**counts, **{f"heldout_{k}": v for k, v in evaluate_pairs(policy, heldout, args, device).items()}}
     metrics |= {"heldout_pairs": len(heldout), "eos_prompts": len(prompts)}
     metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens) if prompts else None

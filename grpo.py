@@ -35,11 +35,13 @@ share of the reward 0.05 -> 0.09 of 0.10), the problems aren't: pass@1 0.006 -> 
 results/grpo/. At Qwen2.5-0.5B's shape, 64 answers of 256 tokens: 0.77 s an update, 0.55 of it sampling.
 
 A task says what is asked and what an answer is worth. GSM8K: rows of question and answer (`#### 18`), or of prompt and
-answer. Arithmetic: generated, five grades. Your own: a Python file with `reward(row, completion)` and, unless --data gives
-them, `rows()`; see `load_task`. Shapes: P prompts of an update, G answers each, B = P·G, T tokens of the longest, K of a pack.
+answer. Arithmetic: generated, five grades. Your own: a Python file with `reward(row, completion)`, or TRL's or verl's
+reward function, and `rows()` unless --data gives them; see `load_task`. Shapes: P prompts of an update, G answers each,
+B = P·G, T tokens of the longest, K of a pack.
 """
 import functools
 import importlib.util
+import inspect
 import json
 import math
 import operator
@@ -134,6 +136,8 @@ class Args:
     max_gap: float = 0.1
     """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise: 0.03 on SmolLM2]."""
     # -- run --
+    preview: int = 0
+    """Show this many prompts as they would be answered, and what would be dropped; load no weights, train nothing."""
     seed: int = 42
     """Seed of the prompts' shuffle, the order, the sampling and the LoRA initialisation."""
     out: str = "runs/grpo_v1"
@@ -215,35 +219,13 @@ def learning_rate(step: int, total: int, args: Args) -> float:
 # -- a task, and rows to problems -----------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Task:
-    name: str
-    identity: str                                     # enters config_hash
-    read: Callable[[dict, str], tuple[list[dict], dict]]     # (row, where) -> (prompt messages, the row as reward sees it)
-    reward: Callable[[dict, str], float | dict[str, float]]  # (row, completion) -> reward, or its parts
-    rows: Callable[[], Sequence[dict]] | None = None  # the task's own; None: --data
-
-
-@dataclass(frozen=True)
 class Problem:
     index: int       # of its row
+    id: str          # common.prompt_id of the prompt
     ids: list[int]   # the prompt, which ends where the assistant's answer begins
     text: str        # the prompt's last turn
     row: dict        # what reward() sees
 
-
-def build(tokenizer, args: Args):
-    """A function from (index, (messages, row) or None) to Problems, or the reason why a row can't be used."""
-    def problem(index: int, item: tuple | None) -> Problem | str | None:
-        if item is None:
-            return None
-        prompt, row = item
-        ids = common.render_prompt(tokenizer, prompt, f"{args.data or args.task}, row {index}")
-        return "empty prompt" if not prompt[-1]["content"].strip() else "too long" if len(ids) > args.prompt_tokens else \
-            Problem(index, ids, prompt[-1]["content"], row)
-    return lambda rows: [problem(i, item) for i, item in rows]
-
-
-# -- answers and their rewards --------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Score:
@@ -254,6 +236,34 @@ class Score:
     def solved(self) -> bool:
         return self.parts.get("correct", self.reward) >= 1
 
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    identity: str                                     # enters config_hash
+    read: Callable[[dict, str], tuple[list[dict], dict]]  # (row, where) -> (prompt messages, the row as reward sees it)
+    rewards: Callable[[list[tuple[Problem, Completion]]], list[Score | str]]  # of answers that ended; a str is an error
+    rows: Callable[[], Sequence[dict]] | None = None  # the task's own; None: --data
+
+
+def usable(index: int, item: tuple | str | None) -> tuple | None:
+    """An item of `read_data` with its row's index; None: not in this part. Raises Degenerate where it is a reason."""
+    if isinstance(item, str):
+        raise common.Degenerate(item)
+    return item and (index, *item)
+
+
+def build(tokenizer, args: Args):
+    """A function from (index, messages, row) to Problems, or the reason why a row can't be used."""
+    def problem(name: str, index: int, prompt: list[dict], row: dict) -> Problem | str:
+        ids = common.render_prompt(tokenizer, prompt, name)
+        return "empty prompt" if not prompt[-1]["content"].strip() else \
+            "too long" if len(ids) > args.prompt_tokens else \
+            Problem(index, common.prompt_id(prompt), ids, prompt[-1]["content"], row)
+    return lambda items, names: [problem(name, *item) for name, item in zip(names, items)]
+
+
+# -- answers and their rewards --------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Group:
@@ -271,20 +281,10 @@ class Group:
         return sum(s.solved for s in self.scores)
 
 
-def score(task: Task, problem: Problem, completion: Completion) -> Score | str:
-    """What an answer is worth, or the error that ends the run. An answer that did not end is worth 0."""
-    if completion.stopped == "length":
-        return Score(0.0, {})
-    try:
-        value = task.reward(problem.row, completion.text)
-        parts = {k: float(v) for k, v in value.items()} if isinstance(value, dict) else {}
-        reward = sum(parts.values()) if parts else float(value)
-        if not math.isfinite(reward):
-            raise ValueError(f"a reward must be finite, got {value}")
-        return Score(reward, parts)
-    except Exception as e:  # the user's code may raise anything; it is told to every rank, and the run stops
-        return (f"reward() of --task {task.name}: {raised(e)}; row {problem.index}: {str(problem.row)[:300]!r}, "
-                f"completion: {completion.text[:300]!r}")
+def score(task: Task, answered: list[tuple[Problem, Completion]]) -> list[Score | str]:
+    """What answers are worth, or the error that ends the run. An answer that did not end is worth 0."""
+    scores = iter(task.rewards([(p, c) for p, c in answered if c.stopped != "length"]))
+    return [Score(0.0, {}) if c.stopped == "length" else next(scores) for _, c in answered]
 
 
 def roll_out(sampler, task: Task, problems: Sequence[Problem], n: int, temperature: float, args: Args, run,
@@ -294,7 +294,7 @@ def roll_out(sampler, task: Task, problems: Sequence[Problem], n: int, temperatu
     seed = int(common.sha256_json([args.seed, *salt])[:8], 16)
     done = common.rollout(sampler, [p.ids for p in asked], args.completion_tokens, temperature, seed)
     mine = slice(common.rank() * len(asked) // common.world(), (common.rank() + 1) * len(asked) // common.world())
-    scores = common.gather_lists([score(task, p, c) for p, c in zip(asked[mine], done[mine])])
+    scores = common.gather_lists(score(task, list(zip(asked[mine], done[mine]))))
     if errors := [s for s in scores if isinstance(s, str)]:
         run.stop(errors[0])
     return [Group(p, done[i * n:(i + 1) * n], scores[i * n:(i + 1) * n]) for i, p in enumerate(problems)]
@@ -348,12 +348,14 @@ def main(args: Args) -> None:
     common.check_max_length(model_dir, args.prompt_tokens + args.completion_tokens, args.micro_tokens)
     task = load_task(args)
     source, rows, held, data = read_data(task, args)
-    heldout, _, _ = common.take_rows(held, min(args.heldout_rows, len(held) - held.count(None)), args.seed, build(tokenizer, args),
-                                     f"{source} (held out)", args.max_dropped)
+    heldout, _, _ = common.take_rows(held, min(args.heldout_rows, len(held) - held.count(None)), args.seed, usable,
+                                     build(tokenizer, args), f"{source} (held out)", args.max_dropped)
     wanted = min(args.updates * args.batch_size * (ROUNDS if args.resample_groups else 1), len(rows) - rows.count(None))
-    problems, dropped, _ = common.take_rows(rows, wanted, args.seed, build(tokenizer, args), source, args.max_dropped)
+    problems, dropped, _ = common.take_rows(rows, wanted, args.seed, usable, build(tokenizer, args), source,
+                                             args.max_dropped, preview=args.preview)
+    common.say_ignored((p.row for p in problems), source)
     counts = common.preflight_prompts(tokenizer, [p.ids for p in problems], [p.text for p in problems], dropped,
-                                      args.eval_data)
+                                      args.eval_data, args.preview)
     run = common.Run("grpo", args, invariants, data, parent, adapter)
 
     # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference.
@@ -499,7 +501,7 @@ def main(args: Args) -> None:
         run.checkpoint(update + 1, optimizer)
 
     # 4. Save (relative to the pretrained base), and answer the held-out problems again.
-    run.save(policy, tokenizer)
+    run.save(policy, tokenizer, {"train": sorted({p.id for p in problems}), "heldout": sorted({p.id for p in heldout})})
     sampler.refresh(policy)
     after, greedy = evaluate(sampler, task, heldout, args, run)
     if common.rank() == 0:
@@ -617,20 +619,23 @@ def read_question(row: dict, where: str, task: str) -> tuple[list[dict], dict]:
 def load_task(args: Args) -> Task:
     """The task that --task names.
 
-    A file is your own code: it is imported as it stands and never fetched from anywhere; its content enters config_hash.
+    A file is your own code: it is imported as it stands and never fetched; its content enters config_hash.
+    It has one of these, told apart by their parameters (docs/data-formats.md has an example of each):
       reward(row, completion) -> a finite number, or its parts, {"correct": 1.0, "style": 0.1}, whose sum it is. It is
         called for answers that ended; the row is as rows() or --data gave it. What it raises ends the run with the row.
-      rows() -> a list of dicts with a prompt (text or messages), the same at every call; without it, --data gives them.
+      reward_funcs: TRL's function of lists, f(completions, **columns) -> a list of numbers or None; or a list of such.
+      compute_score(data_source, solution_str, ground_truth, extra_info): verl's -> a number, or a dict with "score".
+    And, unless --data gives them, rows() -> a list of dicts with a prompt (text or messages), the same at every call.
     An answer counts as solved (pass@k) when the part "correct", or else the reward, is 1 or more.
     """
     if args.task == "gsm8k":
-        return Task("gsm8k", "gsm8k", functools.partial(read_question, task="gsm8k"), number_reward)
+        return Task("gsm8k", "gsm8k", functools.partial(read_question, task="gsm8k"), each(number_reward, "gsm8k"))
     if found := re.fullmatch(r"arithmetic(?::([1-5])(?:-([1-5]))?)?", args.task):
         first, last = int(found[1] or 1), int(found[2] or found[1] or 5)
         if first > last:
             common.fail(f"--task {args.task}: the first grade is above the last")
         return Task("arithmetic", f"arithmetic:{first}-{last}", functools.partial(read_question, task="arithmetic"),
-                    number_reward, lambda: arithmetic_rows(first, last))
+                    each(number_reward, "arithmetic"), lambda: arithmetic_rows(first, last))
     path = Path(args.task)
     if path.suffix != ".py" or not path.is_file():
         common.fail(f"--task {args.task}: want gsm8k, arithmetic (or arithmetic:1-3: grades 1 to 5) or an existing .py file")
@@ -640,10 +645,108 @@ def load_task(args: Args) -> Task:
         spec.loader.exec_module(module)
     except Exception as e:  # whatever the file raises, the reader wants its name and the line
         common.fail(f"--task {args.task} can't be imported: {raised(e)}")
-    if not callable(getattr(module, "reward", None)):
-        common.fail(f"--task {args.task} has no function reward(row, completion)")
-    return Task(path.stem, "sha256:" + common.file_sha256(path), lambda row, where: (common.as_prompt(row, where), row),
-                module.reward, getattr(module, "rows", None))
+    names = ("reward", "reward_funcs", "compute_score")
+    given = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    functions = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not functions or not all(map(callable, functions)):
+        common.fail(f"--task {args.task} has no function reward(row, completion), no reward_funcs (TRL's) and no "
+                    f"compute_score (verl's)")
+    parameters = inspect.signature(functions[0]).parameters
+    needed: set[str] = set()  # columns
+    if "completions" in parameters:
+        rewards, needed = of_lists(functions, path.stem), {name for f in functions for name in required(f)} - {*GIVEN}
+    elif len(functions) > 1:
+        common.fail(f"--task {args.task}: a list of functions is TRL's, of completions; {functions[0].__name__}() "
+                    f"takes {', '.join(parameters)}")
+    elif "solution_str" in parameters:
+        rewards = each(lambda row, text: of_verl(functions[0], row, text), path.stem)
+    else:
+        rewards = each(functions[0], path.stem)
+
+    def read(row: dict, where: str) -> tuple[list[dict], dict]:
+        if missing := sorted(name for name in needed if row.get(name) is None):
+            common.fail(f"{where}: no {missing[0]}, which --task {args.task} needs")
+        if "solution_str" in parameters and ground_truth(row) is None:
+            common.fail(f"{where}: no ground_truth, nor a ground_truth in reward_model, which --task {args.task} needs")
+        return common.as_prompt(row, where), row
+    return Task(path.stem, "sha256:" + common.file_sha256(path), read, rewards, getattr(module, "rows", None))
+
+
+def total(value: Any) -> Score:
+    """The score of a reward function's value: a number, or parts whose sum it is."""
+    parts = {k: float(v) for k, v in value.items()} if isinstance(value, dict) else {}
+    reward = sum(parts.values()) if parts else float(value)
+    if not math.isfinite(reward):
+        raise ValueError(f"a reward must be finite, got {value}")
+    return Score(reward, parts)
+
+
+def each(reward: Callable[[dict, str], Any], name: str):
+    """Task.rewards of a function of one answer. What it raises becomes the error that ends the run, on every rank."""
+    def one(problem: Problem, completion: Completion) -> Score | str:
+        try:
+            return total(reward(problem.row, completion.text))
+        except Exception as e:  # the user's code may raise anything
+            return (f"reward() of --task {name}: {raised(e)}; row {problem.index}: {str(problem.row)[:300]!r}, "
+                    f"completion: {completion.text[:300]!r}")
+    return lambda answered: [one(*item) for item in answered]
+
+
+GIVEN = ("prompts", "completions", "completion_ids")  # what a TRL reward function gets besides the columns
+
+
+def required(function: Callable) -> list[str]:
+    """Names of the parameters that must be given."""
+    return [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty
+            and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+def of_lists(functions: Sequence[Callable], name: str):
+    """Task.rewards of TRL's reward functions: their sum, without those that return None for an answer.
+
+    Each is called with lists over a rollout's answers (this rank's, that ended): completions, as message lists where
+    prompts are, prompts, completion_ids, and each column by its name, as far as it takes them.
+    """
+    names = [getattr(f, "__name__", "reward") for f in functions]
+    names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
+
+    def rewards(answered: list[tuple[Problem, Completion]]) -> list[Score | str]:
+        if not answered:
+            return []
+        rows = [p.row for p, _ in answered]
+        texts = [c.text if isinstance(p.row["prompt"], str) else [{"role": "assistant", "content": c.text}]
+                 for p, c in answered]
+        given = {k: [row.get(k) for row in rows] for k in sorted({k for row in rows for k in row} - {"prompt"})}
+        given |= {"prompts": [row["prompt"] for row in rows], "completions": texts,
+                  "completion_ids": [list(c.ids) for _, c in answered]}
+        values = {}
+        try:
+            for called, function in zip(names, functions):
+                parameters = inspect.signature(function).parameters.values()
+                everything = any(p.kind == p.VAR_KEYWORD for p in parameters)
+                took = {k: v for k, v in given.items() if everything or k in {p.name for p in parameters}}
+                values[called] = list(function(**took))
+                if len(values[called]) != len(rows):
+                    raise ValueError(f"{len(values[called])} rewards for {len(rows)} completions")
+            parts = [{k: v[i] for k, v in values.items() if v[i] is not None} for i in range(len(rows))]
+            return [total(p if len(functions) > 1 and p else sum(p.values())) for p in parts]
+        except Exception as e:  # the user's code may raise anything
+            rows_asked = f"rows {', '.join(str(p.index) for p, _ in answered[:5])}, …"
+            return [f"{called}() of --task {name}: {raised(e)}; {rows_asked}"] * len(rows)
+    return rewards
+
+
+def ground_truth(row: dict) -> Any:
+    """verl's ground truth: in the column reward_model, or a column of its own."""
+    inner = row.get("reward_model")
+    return inner.get("ground_truth") if isinstance(inner, dict) else row.get("ground_truth")
+
+
+def of_verl(compute_score: Callable, row: dict, text: str) -> float:
+    """verl's compute_score of an answer: a number, or the "score" of a dict."""
+    value = compute_score(data_source=row.get("data_source"), solution_str=text, ground_truth=ground_truth(row),
+                          extra_info=row.get("extra_info"))
+    return value["score"] if isinstance(value, dict) else value
 
 
 def raised(e: Exception) -> str:
@@ -655,7 +758,10 @@ def raised(e: Exception) -> str:
 # -- rows of a task -------------------------------------------------------------------------------
 
 def read_data(task: Task, args: Args) -> tuple[str, list, list, dict[str, str]]:
-    """(source, training items, held-out items, fingerprints); an item is (messages, row), or None: not in this part."""
+    """(source, training items, held-out items, fingerprints).
+
+    An item is (messages, row), None (not in this part) or a str: why the row is degenerate.
+    """
     if task.rows and args.data:
         common.fail(f"--task {args.task} makes its own rows; leave out --data {args.data}")
     if not (task.rows or args.data or task.name == "gsm8k"):
@@ -665,24 +771,27 @@ def read_data(task: Task, args: Args) -> tuple[str, list, list, dict[str, str]]:
     if tests := [s for s in (source, held_source) if s and re.search(r":(.*/)?test", s)]:
         common.fail(f"{tests[0]} is a test split, which is evaluate.py's; train on, and hold out, rows of another")
 
-    def read(rows, fingerprint: str, source: str) -> tuple[list[tuple], str]:
-        try:
-            return [task.read(row, f"{source}, row {i}") for i, row in enumerate(rows)], fingerprint
-        except UnicodeDecodeError as e:  # text is decoded when a row is read
-            common.fail(f"can't read the data set {source}: {e}")
+    def read(rows, fingerprint: str, source: str) -> tuple[list, str]:
+        items = []
+        for i, row in enumerate(rows):
+            try:
+                items.append(task.read(row, f"{source}, row {i}"))
+            except common.Degenerate as e:
+                items.append(str(e))
+        return items, fingerprint
 
     data = {"task": task.identity}
-    rows, data["train"] = read(*(own_rows(task) if task.rows else common.load_rows(source, [])), source)
-    keys = [common.prompt_key(prompt) for prompt, _ in rows]
+    rows, data["train"] = read(*(own_rows(task) if task.rows else common.load_rows(source)), source)
+    keys = [None if isinstance(item, str) else common.prompt_key(item[0]) for item in rows]
     if held_source:
-        held, data["heldout"] = read(*common.load_rows(held_source, []), held_source)
+        held, data["heldout"] = read(*common.load_rows(held_source), held_source)
     else:  # the prompts with the smallest sha256, each once: a split that no seed and no order moves
-        place = {key: i for i, key in enumerate(keys)}
+        place = {key: i for i, key in enumerate(keys) if key}
         chosen = sorted(place, key=lambda key: (common.bucket(key), key))[:min(args.heldout_rows, max(1, len(place) // 10))]
         held: list = [None] * len(rows)
         for key in chosen:
             held[place[key]] = rows[place[key]]
-    apart = {common.prompt_key(item[0]) for item in held if item}
+    apart = {common.prompt_key(item[0]) for item in held if isinstance(item, tuple)}
     return source, [None if key in apart else item for key, item in zip(keys, rows)], held, data
 
 

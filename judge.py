@@ -418,26 +418,33 @@ def check_same(adapter: str, run: dict[str, Any], start: common.Start, args: Arg
 
 def read_prompts(args: Args, tokenizer, limit: int) -> tuple[list[Prompt], dict[str, str]]:
     """The prompts, different ones of at most `limit` tokens, and what identifies them."""
-    source = args.data or common.heldout_source(args.pref_data, args.heldout_data)
-    rows, fingerprint = common.load_rows(source, [])
-    seen = set()
+    source, seen = args.data or args.pref_data, set()
+    rows, fingerprint = common.load_rows(source)
+    if not args.data:
+        held = common.load_heldout(args.pref_data, args.heldout_data, rows)
+        source, rows, fingerprint = held.source, held.rows, held.fingerprint
+        judged = [p is not None and common.is_judge_prompt(p) for p in held.prompts]
+        if not any(judged):
+            common.say(f"note: {source}: none of {len(rows)} held-out prompts is the judge's by hash: all are judged")
+            judged = [True] * len(rows)
 
-    def build(numbered: list[tuple[int, dict]]) -> list:
-        out = []
-        for i, row in numbered:
-            if row.get("prompt") is None and row.get("turns"):
-                row = {"prompt": row["turns"][0]}
-            messages = common.as_prompt(row, f"{source}, row {i}")
-            name = common.prompt_id(messages)
-            if name in seen or not (args.data or common.is_judge_prompt(messages)):
-                out.append(None)
-                continue
-            seen.add(name)
-            ids = common.render_prompt(tokenizer, messages, f"{source}, row {i}")
-            out.append("empty prompt" if not messages[-1]["content"].strip() else "too long" if len(ids) > limit else
-                       Prompt(name, messages, ids))
-        return out
-    prompts, _, _ = common.take_rows(rows, args.prompts, args.seed, build, source, args.max_dropped)
+    def read(i: int, row: dict) -> list[dict] | None:
+        if not (args.data or judged[i]):
+            return None
+        if row.get("prompt") is None and row.get("turns"):
+            row = {"prompt": row["turns"][0]}
+        messages = common.as_prompt(row, f"{source}, row {i}")
+        name = common.prompt_id(messages)
+        if name in seen:
+            return None
+        seen.add(name)
+        return messages
+
+    def build(prompts: list[list[dict]], names: list[str]) -> list[Prompt | str]:
+        rendered = [common.render_prompt(tokenizer, messages, name) for messages, name in zip(prompts, names)]
+        return ["empty prompt" if not messages[-1]["content"].strip() else "too long" if len(ids) > limit else
+                Prompt(common.prompt_id(messages), messages, ids) for messages, ids in zip(prompts, rendered)]
+    prompts, _, _ = common.take_rows(rows, args.prompts, args.seed, read, build, source, args.max_dropped)
     chosen = "sha256:" + common.sha256_json([p.id for p in prompts])
     return prompts, {"prompts_fingerprint": chosen, "data": fingerprint}
 

@@ -102,6 +102,8 @@ class Args:
     eos_tokens: int = 256
     """Tokens an answer may take there."""
     # -- run --
+    preview: int = 0
+    """Show this many examples as they would be trained, and what would be dropped; load no weights, train nothing."""
     seed: int = 42
     """Seed of the row shuffle, the sides that pairs give, the order and the LoRA initialisation."""
     out: str = "runs/kto_v1"
@@ -165,42 +167,31 @@ class Row:
     answer: str
 
 
-def load(source: str):
-    """load_rows of either layout: prompt, completion and label, or chosen and rejected."""
-    rows, fingerprint = common.load_rows(source, [])
-    has = {*rows.column_names}
-    if not ({"prompt", "completion", "label"} <= has or "label" not in has and {"chosen", "rejected"} <= has):
-        common.fail(f"{source}: want the columns prompt, completion and label, or chosen and rejected; the rows have "
-                    f"{', '.join(rows.column_names)}")
-    return rows, fingerprint
-
-
 def answers_of(row: dict, where: str) -> tuple[list[dict], list[tuple[str, bool]]]:
     """(prompt messages, [(answer, is it desirable)]): one answer of a row with a label, chosen and rejected of a pair."""
     if "label" not in row:
         prompt, chosen, rejected = common.as_pair(row, where)
         return prompt, [(chosen, True), (rejected, False)]
     *prompt, answer = common.as_conversation(row, where)
-    if not isinstance(row["label"], bool):
+    if row["label"] is None:
+        raise common.Degenerate("null label")
+    label = {"true": True, "false": False}.get(str(row["label"]).lower())  # in a csv file it is a text
+    if label is None:
         common.fail(f"{where}: label must be true or false, got {row['label']!r}")
-    return prompt, [(answer["content"], row["label"])]
+    return prompt, [(answer["content"], label)]
 
 
-def build_rows(tokenizer, args: Args, source: str, wanted):
-    """A function from data rows to their answers as Rows (one, or a pair's two), or the reason why they can't be used,
-    or None where `wanted(prompt)` is false."""
-    def build(rows: list[tuple[int, dict]]):
-        found = [answers_of(row, f"{source}, row {i}") for i, row in rows]
-        sides = [prompt + [{"role": "assistant", "content": text}] if wanted(prompt) else []
-                 for prompt, answers in found for text, _ in answers]
-        names = [f"{source}, row {i}" for (i, _), (_, answers) in zip(rows, found) for _ in answers]
+def build_rows(tokenizer, args: Args):
+    """A function from what `answers_of` gives, and names, to Rows (one, or a pair's two), or why they can't be used."""
+    def build(answered: list[tuple[list[dict], list[tuple[str, bool]]]], names: list[str]) -> list[list[Row] | str]:
+        sides = [prompt + [{"role": "assistant", "content": text}]
+                 for prompt, answers in answered for text, _ in answers]
+        names = [name for name, (_, answers) in zip(names, answered) for _ in answers]
         rendered = iter(common.render_many(tokenizer, sides, "last", names))
         out = []
-        for prompt, answers in found:
+        for prompt, answers in answered:
             examples, texts = [Example.masked(*next(rendered)) for _ in answers], [text for text, _ in answers]
-            if not examples[0].ids:  # not wanted
-                out.append(None)
-            elif not all(text.strip() for text in texts):
+            if not all(text.strip() for text in texts):
                 out.append("empty answer")
             elif len({*texts}) < len(texts):
                 out.append("chosen equals rejected")
@@ -331,18 +322,8 @@ def main(args: Args) -> None:
     parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
         args.sft_adapter, args.model, args.other_base)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
-    data_rows, data = load(args.data)
-    heldout_source = common.heldout_source(args.data, args.heldout_data)
-    heldout_rows, heldout_data = load(heldout_source)
-    pairs = "label" not in data_rows.column_names
-    part_a = build_rows(tokenizer, args, args.data, lambda prompt: not pairs or common.preference_part(prompt) == "A")
-    items, dropped, kept = common.take_rows(data_rows, args.rows, args.seed, part_a, args.data, args.max_dropped,
-                                            args.max_overlong)
-    rows = one_answer_each(items, args.seed)
-    not_judge = build_rows(tokenizer, args, heldout_source, lambda prompt: not common.is_judge_prompt(prompt))
-    heldout, _, _ = common.take_rows(heldout_rows, args.heldout_rows, args.seed, not_judge, heldout_source,
-                                     args.max_dropped, max_overlong=1.0)
-    heldout = one_answer_each(heldout, args.seed)
+    split = common.load_split(args, ["label", "pair"], answers_of, build_rows(tokenizer, args))
+    rows, heldout = (one_answer_each(items, args.seed) for items in (split.train, split.heldout))
     steps = arrange([r.prompt_id for r in rows], args.batch_size, args.epochs, args.seed)
     paired = [len(mismatched([rows[i] for i in step], args.max_length)) for step in steps]
     mismatched(heldout, args.max_length)
@@ -350,11 +331,12 @@ def main(args: Args) -> None:
                if len(ids := common.render_prompt(tokenizer, prompt)) + args.eos_tokens <= common.max_positions(model_dir)]
     prompts = prompts[:args.eos_prompts]
     texts = ["\n".join([*(m["content"] for m in r.prompt), r.answer]) for r in rows]
-    counts = common.preflight(tokenizer, [r.example for r in rows], texts, dropped, 0, args.eval_data)
+    counts = common.preflight(tokenizer, [r.example for r in rows], texts, split.dropped, 0, args.eval_data,
+                              args.preview)
     counts |= {"desirable": sum(r.desirable for r in rows), "left_out_of_z0": sum(map(len, steps)) - sum(paired)}
     if advice := weights_advice(counts["desirable"], len(rows) - counts["desirable"], args):
         common.say(f"WARNING: {advice}")
-    run = common.Run("kto", args, invariants, {"train": data, "heldout": heldout_data}, parent, adapter)
+    run = common.Run("kto", args, invariants, split.fingerprints, parent, adapter)
 
     # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference.
     common.set_seed(args.seed)
@@ -399,11 +381,11 @@ def main(args: Args) -> None:
 
         # 3d. Log and checkpoint. Nothing above waits for the GPU: a line is written when its numbers are there.
         run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(len(r.example.ids) for r in batch)},
-                [kept[i] for i in steps[step]])
+                [split.kept[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
 
     # 4. Save (relative to the pretrained base) and measure on held-out rows and prompts.
-    run.save(policy, tokenizer)
+    run.save(policy, tokenizer, split.prompts)
     metrics = {**counts, **{f"heldout_{k}": v for k, v in evaluate_rows(policy, heldout, args, device).items()}}
     metrics |= {"heldout_rows": len(heldout), "eos_prompts": len(prompts)}
     metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens) if prompts else None

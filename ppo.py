@@ -20,7 +20,7 @@ The details of 2403.17031, and where they are below:
   5. Logits are divided by the sampling temperature, in      14. Policy and critic share nothing that is trained.
      old, new and reference log-probs alike.                 15. ρ ≡ 1 in the first mini-batch (asserted in 3d).
   6. The critic starts from the reward model.                16. Sampler and trainer must agree (`sampler_gap`, 3b).
-  7. Prompts are never those of the reward model (`build`).
+  7. Prompts are never the reward model's (`load_prompts`).
 
 Deviations from them, on purpose:
   1. The critic is a copy of the reward model's adapter with a new head of zeros: V = 0 at first, not the reward's scale.
@@ -38,12 +38,15 @@ At Qwen2.5-0.5B's shape, 64 completions of 256 tokens: 2.6 s an update, 0.75 of 
 rounding of every log-prob: sampler_gap 0.031 (mean), and an approx_kl of 0.0012 with a clipfrac of 0.008 are noise, not
 movement.
 
-A row: {"prompt": "…" or messages}, or a preference pair, whose answers are not read. Prompts come from part B (40 % by
-sha256); part A trains the reward model. Shapes: B completions of an update, T tokens of its longest, K tokens of a pack.
+A row: {"prompt": "…" or messages}, or a preference pair, whose answers are not read. Prompts come from part B (30 % by
+sha256); parts A and J train the reward models. Shapes: B completions of an update, T tokens of its longest, K tokens of
+a pack.
 """
+import dataclasses
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +78,8 @@ class Args:
     # -- data --
     data: str = common.ULTRAFEEDBACK
     """Prompts, or preference pairs of which only the prompts are read; same kinds of source as everywhere."""
+    heldout_data: str | None = None
+    """Rows whose prompts are left out, as in the other methods: by default those held out beside --data."""
     eval_data: str | None = None
     """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
     prompt_tokens: int = 512
@@ -124,6 +129,8 @@ class Args:
     max_gap: float = 0.1
     """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise: 0.03 on SmolLM2]."""
     # -- run --
+    preview: int = 0
+    """Show this many prompts as they would be answered, and what would be dropped; load no weights, train nothing."""
     seed: int = 42
     """Seed of the prompts' shuffle, the order, the sampling and the LoRA initialisation."""
     out: str = "runs/ppo_v1"
@@ -222,33 +229,61 @@ def learning_rate(step: int, total: int, args: Args) -> float:
 class Prompt:
     ids: list[int]   # ends where the assistant's answer begins
     text: str
+    id: str          # common.prompt_id
 
 
-def build(tokenizer, args: Args, taken: dict[str, str]):
-    """A function from data rows to Prompts, or the reason why a row can't be used, or None for part A and repetitions.
+def load_prompts(tokenizer, args: Args,
+                 taken: dict[str, str]) -> tuple[list[Prompt], Counter, list[int], dict[str, str]]:
+    """(prompts, dropped reasons, their rows, fingerprints): part B's prompts, each once, without the held-out ones.
 
     taken: {prompt id: whose} of the reward models' prompts; one of them in part B is an error.
     """
-    seen = set()
+    rows, data = common.load_rows(args.data)
+    common.recognise(rows, args.data, "pair", "label", "chat", "prompt")
+    held = common.load_heldout(args.data, args.heldout_data, rows)
+    prompts = [common.prompts_if_any(row, f"{args.data}, row {i}") for i, row in enumerate(rows)]
+    parts = common.preference_parts([several[-1] if several else None for several in prompts])
+    seen, left_out = set(), []
 
-    def build_rows(rows: list[tuple[int, dict]]):
-        out = []
-        for i, row in rows:
-            prompt = common.as_prompt(row, f"{args.data}, row {i}")
-            name = common.prompt_id(prompt)
-            if common.preference_part(prompt) == "A" or name in seen:
-                out.append(None)
-                continue
-            seen.add(name)
-            if name in taken:
-                common.fail(f"{args.data}, row {i}: its prompt is one of {taken[name]}; a policy must not be trained on "
-                            f"prompts that its reward model has seen: give prompts that it has not")
-            ids = common.render_prompt(tokenizer, prompt, f"{args.data}, row {i}")
-            out.append("empty prompt" if not prompt[-1]["content"].strip() else
-                       "too long" if len(ids) > args.prompt_tokens else
-                       Prompt(ids, "\n".join(m["content"] for m in prompt)))
-        return out
-    return build_rows
+    def read(i: int, row: dict) -> list[dict] | None:
+        prompt = common.as_prompts(row, f"{args.data}, row {i}")[-1]
+        name = common.prompt_id(prompt)
+        if parts[i] != "B" or name in seen:
+            return None
+        seen.add(name)
+        if held.holds([prompt]):
+            left_out.append(i)
+            return None
+        if name in taken:
+            common.fail(f"{args.data}, row {i}: its prompt is one of {taken[name]}; a policy must not be trained on "
+                        f"prompts that its reward model has seen: give prompts that it has not")
+        return prompt
+
+    def build(prompts: list[list[dict]], names: list[str]) -> list[Prompt | str]:
+        rendered = [common.render_prompt(tokenizer, prompt, name) for prompt, name in zip(prompts, names)]
+        return ["empty prompt" if not prompt[-1]["content"].strip() else
+                "too long" if len(ids) > args.prompt_tokens else
+                Prompt(ids, "\n".join(m["content"] for m in prompt), common.prompt_id(prompt))
+                for prompt, ids in zip(prompts, rendered)]
+    wanted = args.updates * args.batch_size + args.fixed_prompts
+    usable = common.take_rows(rows, wanted, args.seed, read, build, args.data, args.max_dropped, preview=args.preview)
+    if left_out:
+        common.say(f"note: {len(left_out)} prompts of part B are held out ({held.source}) and left out of training")
+    common.say_ignored((rows[i] for i in usable[2]), args.data)
+    return *usable, {"prompts": data, "heldout": held.fingerprint}
+
+
+def fit(args: Args, n: int) -> Args:
+    """The arguments for n prompts, too few for them: fewer fixed prompts and completions per update, which is said."""
+    fixed = min(args.fixed_prompts, max(1, n // 4))
+    size = min(args.batch_size, n - fixed) // args.minibatches * args.minibatches
+    if not size:
+        common.fail(f"{args.data}: {n} usable prompts in part B, too few for one fixed prompt and --minibatches "
+                    f"{args.minibatches}")
+    if (fixed, size) != (args.fixed_prompts, args.batch_size):
+        common.say(f"note: {n} usable prompts: {fixed} fixed prompts, not {args.fixed_prompts}, and {size} completions per "
+                   f"update, not {args.batch_size}")
+    return dataclasses.replace(args, fixed_prompts=fixed, batch_size=size)
 
 
 def read_scorer(adapter: str, invariants, model: str) -> tuple[dict, dict[str, str]]:
@@ -338,18 +373,14 @@ def main(args: Args) -> None:
     nf4 = invariants.quantization == "qlora"
     if nf4:
         common.check_nf4(device)
-    rows, data = common.load_rows(args.data, [])
-    prompts, dropped, kept = common.take_rows(rows, args.updates * args.batch_size + args.fixed_prompts, args.seed,
-                                              build(tokenizer, args, taken), args.data, args.max_dropped)
+    prompts, dropped, kept, data = load_prompts(tokenizer, args, taken)
+    args = fit(args, len(prompts)) if len(prompts) < args.fixed_prompts + args.batch_size else args
     fixed, prompts = prompts[:args.fixed_prompts], prompts[args.fixed_prompts:]
-    if len(prompts) < args.batch_size:
-        common.fail(f"{args.data}: {len(fixed) + len(prompts)} usable prompts in part B, too few for --fixed-prompts "
-                    f"{args.fixed_prompts} and a --batch-size of {args.batch_size}")
     passes = math.ceil(args.updates / (len(prompts) // args.batch_size))
     batches = [b for b in common.batches(len(prompts), args.batch_size, passes, args.seed) if len(b) == args.batch_size]
     counts = common.preflight_prompts(tokenizer, [p.ids for p in prompts], [p.text for p in prompts], dropped,
-                                      args.eval_data)
-    run = common.Run("ppo", args, invariants, {"prompts": data}, parent, adapter, scorer_runs)
+                                      args.eval_data, args.preview)
+    run = common.Run("ppo", args, invariants, data, parent, adapter, scorer_runs)
 
     # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference. On another copy of
     # the base: the reward model, the critic (its adapter again, a head of zeros) and the second scorer.
@@ -494,7 +525,7 @@ def main(args: Args) -> None:
         run.checkpoint(update + 1, optimizer)
 
     # 4. Save (relative to the pretrained base), and answer the fixed prompts again.
-    run.save(policy, tokenizer)
+    run.save(policy, tokenizer, {"train": sorted(p.id for p in prompts), "heldout": sorted(p.id for p in fixed)})
     sampler.refresh(policy)
     after = completions(roll_out(sampler, scorers, adapters, fixed, args, device, "fixed"), tokenizer)
     found = {"before": summary(run.state["before"]), "after": summary(after)}

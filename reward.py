@@ -26,8 +26,9 @@ Measured: SmolLM2-135M on one H100 (--quantization none, 5,000 pairs of 3.6 M to
 mostly length (correlation 0.75). results/rm/rm_v1.json
 
 A row: {"prompt": "…" or messages, "chosen": …, "rejected": …}, or chosen and rejected as whole conversations. Pairs
-come from part A of the prompts (60 % by sha256); part B is kept for PPO. No held-out prompt may stand in the training
-file, in either part. The second command adds "score" to rows {"prompt": …, "completion": …}.
+come from part A of the prompts (50 % by sha256), with --part J from J (20 %), for a model that watches PPO and judges;
+part B is PPO's. Rows whose prompt is held out are left out. The second command adds "score" to rows {"prompt": …,
+"completion": …}. Other layouts: docs/data-formats.md.
 """
 import json
 import math
@@ -62,7 +63,7 @@ class Args:
     eval_data: str | None = None
     """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
     rows: int = 5000
-    """Training pairs: the first usable ones of part A in the seed's shuffle."""
+    """Training pairs: the first usable ones of --part in the seed's shuffle."""
     heldout_rows: int = 1800
     """Held-out pairs for results/rm [UltraFeedback has 1,800 beside the judge's 200, which are not among them]."""
     max_length: int = 1024
@@ -71,8 +72,8 @@ class Args:
     """Largest share of degenerate pairs (empty or equal answers) that doesn't end the run."""
     max_overlong: float = 0.15
     """Largest share of pairs beyond --max-length that doesn't end the run [at least 6 % of UltraFeedback]."""
-    max_overlap: float = 0.05
-    """Largest share of held-out rows whose prompt is in --data too that doesn't end the run; they are left out."""
+    part: Literal["A", "J"] = "A"
+    """Part of the prompts to learn from: A for the model that PPO is trained against, J for one that judges."""
     # -- method --
     centring: float = 0.01
     """λ, the weight of (r_c + r_r)² [the term: 2312.09244; 0.01: TRL's advice]; 0 is plain Bradley–Terry."""
@@ -93,6 +94,8 @@ class Args:
     adapter: str = "runs/rm_v1"
     """The reward model for --score."""
     # -- run --
+    preview: int = 0
+    """Show this many examples as they would be trained, and what would be dropped; load no weights, train nothing."""
     seed: int = 42
     """Seed of the row shuffle, the order and the initialisation of LoRA and head."""
     out: str = "runs/rm_v1"
@@ -162,19 +165,15 @@ def at_eos(ids: list[int]) -> Example:
     return Example(ids, [len(ids) - 2], ids[-1:])
 
 
-def build_pairs(tokenizer, args: Args, source: str, wanted):
-    """A function from data rows to Pairs, or the reason why a row can't be used, or None where `wanted(prompt)` is false."""
-    def build(rows: list[tuple[int, dict]]):
-        pairs = [common.as_pair(row, f"{source}, row {i}") for i, row in rows]
-        names = [f"{source}, row {i}" for i, _ in rows for _ in range(2)]
-        sides = [prompt + [{"role": "assistant", "content": text}] if wanted(prompt) else []
-                 for prompt, *texts in pairs for text in texts]
+def build_pairs(tokenizer, args: Args):
+    """A function from pairs (prompt messages, chosen, rejected) and their names to Pairs, or why one can't be used."""
+    def build(pairs: list[tuple[list[dict], str, str]], names: list[str]) -> list[Pair | str]:
+        sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
+        names = [name for name in names for _ in range(2)]
         rendered = common.render_many(tokenizer, sides, "last", names)
         out = []
         for (prompt, chosen, rejected), (w, w_mask), (l, l_mask) in zip(pairs, rendered[::2], rendered[1::2]):
-            if not w:  # not wanted
-                out.append(None)
-            elif not chosen.strip() or not rejected.strip():
+            if not chosen.strip() or not rejected.strip():
                 out.append("empty answer")
             elif chosen == rejected:
                 out.append("chosen equals rejected")
@@ -191,17 +190,6 @@ def sides(pairs: list[Pair]) -> list[Example]:
     return [e for p in pairs for e in (p.chosen, p.rejected)]
 
 
-def check_disjoint(rows, heldout_rows, args: Args, heldout_source: str) -> set[str]:
-    """The prompts of the training file, parts A and B, by key; fails when held-out prompts are among them."""
-    known = set(common.prompt_keys(rows, args.data))
-    shared = [i for i, key in enumerate(common.prompt_keys(heldout_rows, heldout_source)) if key in known]
-    if len(shared) > args.max_overlap * len(heldout_rows):
-        common.fail(f"{len(shared)} of {len(heldout_rows)} held-out prompts of {heldout_source} are in {args.data} too "
-                    f"(rows {', '.join(map(str, shared[:5]))}{', …' if len(shared) > 5 else ''}); take them out, or "
-                    f"have them left out with --max-overlap")
-    return known
-
-
 def main(args: Args) -> None:
     if args.score:
         return score_file(args)
@@ -209,7 +197,7 @@ def main(args: Args) -> None:
     # 1. Check everything that can be checked without a model.
     common.check_positive(args, "rows", "heldout_rows", "max_length", "lr", "batch_size", "epochs", "max_grad_norm",
                           "checkpoint_every")
-    common.check_share(args, "warmup", "max_dropped", "max_overlong", "max_overlap")
+    common.check_share(args, "warmup", "max_dropped", "max_overlong")
     if not 0 <= args.centring < math.inf:
         common.fail(f"--centring must be 0 or above, got {args.centring}")
     device = common.setup_device(args.device)
@@ -219,20 +207,12 @@ def main(args: Args) -> None:
     if args.quantization == "qlora":
         common.check_nf4(device)
     tokenizer = common.load_tokenizer(model_dir)
-    rows, data = common.load_rows(args.data, ["chosen", "rejected"])
-    heldout_source = common.heldout_source(args.data, args.heldout_data)
-    heldout_rows, heldout_data = common.load_rows(heldout_source, ["chosen", "rejected"])
-    part_a = build_pairs(tokenizer, args, args.data, lambda prompt: common.preference_part(prompt) == "A")
-    pairs, dropped, kept = common.take_rows(rows, args.rows, args.seed, part_a, args.data, args.max_dropped,
-                                            args.max_overlong)
-    known = check_disjoint(rows, heldout_rows, args, heldout_source)
-    unseen = build_pairs(tokenizer, args, heldout_source, lambda prompt: not common.is_judge_prompt(prompt)
-                         and common.prompt_key(prompt) not in known)
-    heldout, _, _ = common.take_rows(heldout_rows, args.heldout_rows, args.seed, unseen, heldout_source,
-                                     args.max_dropped, max_overlong=1.0)
+    split = common.load_split(args, ["pair"], common.as_pair, build_pairs(tokenizer, args), args.part)
+    pairs, heldout = split.train, split.heldout
     invariants = common.TrainInvariants.of(args.model, model_dir, tokenizer, args.quantization)
-    counts = common.preflight(tokenizer, sides(pairs), [p.text for p in pairs], dropped, 0, args.eval_data)
-    run = common.Run("reward", args, invariants, {"train": data, "heldout": heldout_data})
+    counts = common.preflight(tokenizer, sides(pairs), [p.text for p in pairs], split.dropped, 0, args.eval_data,
+                              args.preview)
+    run = common.Run("reward", args, invariants, split.fingerprints)
 
     # 2. The reward model: the pretrained base, frozen (NF4 under "qlora"), a fresh LoRA and a fresh head.
     common.set_seed(args.seed)
@@ -270,14 +250,12 @@ def main(args: Args) -> None:
         # 3c. Log and checkpoint. Nothing above waits for the GPU: a line is written when its numbers are there.
         run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(p.tokens for p in batch),
                        "chosen_tokens": sum(p.lengths[0] for p in batch) / len(batch),
-                       "rejected_tokens": sum(p.lengths[1] for p in batch) / len(batch)}, [kept[i] for i in steps[step]])
+                       "rejected_tokens": sum(p.lengths[1] for p in batch) / len(batch)},
+                [split.kept[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
 
     # 4. Save (adapter and head, relative to the pretrained base), and measure on held-out pairs.
-    run.save(model, tokenizer)
-    if common.rank() == 0:  # whoever optimises against these scores must not do it on the prompts they were learned on
-        common.write_json(run.directory / "prompts.json", {"train": sorted({p.prompt_id for p in pairs}),
-                                                           "heldout": sorted({p.prompt_id for p in heldout})})
+    run.save(model, tokenizer, split.prompts)
     scores = common.score_examples(model, sides(heldout), args.micro_tokens, 2, device).view(-1, 2)   # [pairs, 2]
     lengths = torch.tensor([p.lengths for p in heldout])                                              # [pairs, 2]
     run.check_finite(len(steps), [], heldout_scores=scores.sum().item())
@@ -392,9 +370,13 @@ def score_file(args: Args) -> None:
     device = common.setup_device(args.device)
     run, _, _, model_dir, tokenizer, _ = common.read_start(
         args.adapter, args.model if args.model != Args.model else None, reward=True)
-    rows, _ = common.load_rows(args.score, ["prompt", "completion"])
-    rows = list(rows)
-    conversations = [common.as_conversation(row, f"{args.score}, row {i}") for i, row in enumerate(rows)]
+    rows = list(common.load_rows(args.score, ["prompt", "completion"])[0])
+    conversations = []
+    for i, row in enumerate(rows):
+        try:
+            conversations.append(common.as_conversation(row, f"{args.score}, row {i}"))
+        except common.Degenerate as e:
+            common.fail(f"{args.score}, row {i}: {e}: it can't be scored")
     names = [f"{args.score}, row {i}" for i in range(len(rows))]
     examples = [at_eos(ids) for ids, _ in common.render_many(tokenizer, conversations, "last", names)]
     limit = min(args.micro_tokens, common.max_positions(model_dir))

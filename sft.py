@@ -84,6 +84,8 @@ class Args:
     eos_tokens: int = 256
     """Tokens an answer may take there."""
     # -- run --
+    preview: int = 0
+    """Show this many examples as they would be trained, and what would be dropped; load no weights, train nothing."""
     seed: int = 42
     """Seed of the row shuffle, the order and the LoRA initialisation."""
     out: str = "runs/sft_v2"
@@ -117,59 +119,44 @@ def learning_rate(step: int, total: int, args: Args) -> float:
 
 # -- rows to tensors ------------------------------------------------------------------------------
 
-def conversation(row: dict, where: str) -> list[dict]:
-    """The messages of a row; of a preference row the prompt and its chosen answer."""
-    if row.get("chosen") is None:
-        return common.check_messages(row["messages"], where)
+@dataclass(frozen=True)
+class Conversation:
+    example: Example
+    cut: bool           # were turns beyond --max-length left out?
+    prompt: list[dict]  # up to the first answer
+    text: str
+
+
+def conversation(row: dict, where: str) -> tuple[list[dict], str]:
+    """(messages, which answers are trained) of a row: all of a conversation's; of a preference pair, the chosen one."""
+    if "chosen" not in row:
+        return common.as_conversation(row, where), "all"
     prompt, chosen, _ = common.as_pair(row, where)
-    return [*prompt, {"role": "assistant", "content": chosen}]
+    return [*prompt, {"role": "assistant", "content": chosen}], "last"
 
 
-def check_columns(rows, source: str) -> None:
-    if not {"messages", "chosen"} & {*rows.column_names}:
-        common.fail(f"{source}: rows have no column 'messages' or 'chosen'; they have {', '.join(rows.column_names)}")
-
-
-def build_examples(tokenizer, args: Args, source: str, wanted=lambda prompt: True):
-    """A function from data rows to (Example, was it cut?, text), or the reason why a row can't be used, or None for a
-    preference row where `wanted(prompt)` is false. Of preference rows the last answer is trained, else all are."""
-    def build(rows: list[tuple[int, dict]]):
-        pairs = rows[0][1].get("chosen") is not None
-        conversations = [conversation(row, f"{source}, row {i}") for i, row in rows]
-        if pairs:
-            conversations = [messages if wanted(messages[:-1]) else [] for messages in conversations]
-        names = [f"{source}, row {i}" for i, _ in rows]
-        rendered = common.render_many(tokenizer, conversations, "last" if pairs else "all", names)
+def build_examples(tokenizer, args: Args):
+    """A function from what `conversation` gives, and names, to Conversations, or why one can't be used."""
+    def build(conversations: list[tuple[list[dict], str]], names: list[str]) -> list[Conversation | str]:
+        train = conversations[0][1] if conversations else "all"  # the same in all rows of a source
         out = []
-        for messages, (ids, mask) in zip(conversations, rendered):
+        rendered = common.render_many(tokenizer, [messages for messages, _ in conversations], train, names)
+        for (messages, _), (ids, mask) in zip(conversations, rendered):
             # A trained part ends where the mask does: the place of a turn's stop token.
             ends = [i + 1 for i in range(len(ids)) if mask[i] and not (i + 1 < len(ids) and mask[i + 1])]
             fitting = [end for end in ends if end <= args.max_length]
-            if not messages:
-                out.append(None)
-            elif not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
+            if not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
                 out.append("empty answer")
             elif not ends:
                 out.append("no answer to train")
             elif not fitting:
-                out.append("too long" if pairs else "first exchange too long")
+                out.append("too long" if train == "last" else "first exchange too long")
             else:
-                text = "\n".join(m["content"] for m in messages)
-                out.append((Example.masked(ids[:fitting[-1]], mask[:fitting[-1]]), fitting[-1] < len(ids), text))
+                end, first = fitting[-1], next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+                out.append(Conversation(Example.masked(ids[:end], mask[:end]), end < ends[-1], messages[:first],
+                                        "\n".join(m["content"] for m in messages)))
         return out
     return build
-
-
-def first_prompts(rows, kept: list[int], n: int, tokenizer, max_new_tokens: int, limit: int) -> list[list[int]]:
-    """Up to n held-out prompts (each conversation up to its first answer) that leave room for an answer."""
-    prompts = []
-    for i in kept[:n]:
-        messages = conversation(rows[i], "")
-        first = next(k for k, m in enumerate(messages) if m["role"] == "assistant")
-        ids = common.render_prompt(tokenizer, messages[:first])
-        if len(ids) + max_new_tokens <= limit:
-            prompts.append(ids)
-    return prompts
 
 
 @torch.no_grad()
@@ -198,23 +185,13 @@ def main(args: Args) -> None:
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
     if nf4:
         common.check_nf4(device)
-    rows, data = common.load_rows(args.data, [])
-    check_columns(rows, args.data)
-    part_a = build_examples(tokenizer, args, args.data, lambda p: common.preference_part(p) == "A")
-    heldout_source = common.heldout_source(args.data, args.heldout_data)
-    heldout_rows, heldout_data = common.load_rows(heldout_source, [])
-    check_columns(heldout_rows, heldout_source)
-    not_judge = build_examples(tokenizer, args, heldout_source, lambda p: not common.is_judge_prompt(p))
-    items, dropped, kept = common.take_rows(rows, args.rows, args.seed, part_a, args.data, args.max_dropped,
-                                            args.max_overlong)
-    heldout, _, heldout_kept = common.take_rows(heldout_rows, args.heldout_rows, args.seed, not_judge, heldout_source,
-                                                args.max_dropped, max_overlong=1.0)
-    examples, cut, texts = zip(*items)
-    heldout = [e for e, _, _ in heldout]
-    prompts = first_prompts(heldout_rows, heldout_kept, args.eos_prompts, tokenizer, args.eos_tokens,
-                            common.max_positions(model_dir))
-    counts = common.preflight(tokenizer, examples, texts, dropped, sum(cut), args.eval_data)
-    run = common.Run("sft", args, invariants, {"train": data, "heldout": heldout_data}, parent, adapter)
+    split = common.load_split(args, ["chat", "pair"], conversation, build_examples(tokenizer, args))
+    examples, heldout = ([c.example for c in rows] for rows in (split.train, split.heldout))
+    prompts = [ids for c in split.heldout[:args.eos_prompts] if len(ids := common.render_prompt(tokenizer, c.prompt))
+               + args.eos_tokens <= common.max_positions(model_dir)]
+    counts = common.preflight(tokenizer, examples, [c.text for c in split.train], split.dropped,
+                              sum(c.cut for c in split.train), args.eval_data, args.preview)
+    run = common.Run("sft", args, invariants, split.fingerprints, parent, adapter)
 
     # 2. The policy: the pretrained base (NF4 under "qlora") or base + SFT merged, frozen, and a fresh LoRA.
     common.set_seed(args.seed)
@@ -256,11 +233,12 @@ def main(args: Args) -> None:
 
         # 3c. Log and checkpoint. Nothing above waits for the GPU: a line is written when its numbers are there.
         run.log(step, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": lr,
-                       "tokens": sum(len(e.ids) for e in batch), "trained_tokens": step_tokens}, [kept[i] for i in steps[step]])
+                       "tokens": sum(len(e.ids) for e in batch), "trained_tokens": step_tokens},
+                [split.kept[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
 
     # 4. Save, then measure the policy as later phases will use it: merged into the full-precision base.
-    run.save(policy, tokenizer)
+    run.save(policy, tokenizer, split.prompts)
     metrics = {**counts, "heldout_loss_base": base_loss}
     if nf4:
         metrics["heldout_loss_nf4_base"] = base_loss

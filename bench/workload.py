@@ -94,7 +94,7 @@ def in_part(part: str, n: int, shorter: int, first: int = 0) -> list[dict]:
     found, i = [], first
     while len(found) < n:
         row, i = pair(i, shorter), i + 1
-        if common.preference_part(row["prompt"]) == part and not common.is_judge_prompt(row["prompt"]):
+        if common.preference_parts([row["prompt"]]) == [part] and not common.is_judge_prompt(row["prompt"]):
             found.append(row)
     return found
 

@@ -88,6 +88,16 @@ def sentence(generator, n):
     return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (n,), generator=generator))
 
 
+def part_of(prompt):
+    """The part of the preference data that a prompt without company is in."""
+    return common.preference_parts([prompt])[0]
+
+
+def built(build, read, rows):
+    """What a script's builder makes of data rows."""
+    return build([read(row, f"row {i}") for i, row in enumerate(rows)], [f"row {i}" for i in range(len(rows))])
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)
@@ -109,7 +119,7 @@ def data_dir(tmp_path_factory):
                           {"role": "assistant", "content": sentence(g, length(3, 14))}]
             rows.append({"messages": turns})
         write_jsonl(directory / f"{name}.jsonl", rows)
-    for name, n in (("preference", 60), ("preference_heldout", 30)):
+    for name, n in (("preference", 60), ("preference_heldout", 50)):
         write_jsonl(directory / f"{name}.jsonl", [
             {"prompt": [{"role": "user", "content": f"{i} {sentence(g, length(3, 8))}"}],
              "chosen": [{"role": "assistant", "content": sentence(g, length(3, 12)) + " yes"}],

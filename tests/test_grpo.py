@@ -566,7 +566,7 @@ def test_a_run_that_was_stopped_by_its_reward_goes_on(grpo_args, tmp_path, capsy
 def test_run_directory_and_results(grpo_run, grpo_args, sft_run):
     assert {p.name for p in Path(grpo_run).iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "run.json", "log.jsonl", "curves.png", "README.md", "completions.jsonl"}
+        "chat_template.jinja", "run.json", "log.jsonl", "curves.png", "README.md", "prompts.json", "completions.jsonl"}
     run, lines = record(grpo_run), log(grpo_run)
     assert run["parent"]["config_hash"] == record(sft_run)["config_hash"]
     assert run["data"].keys() == {"task", "train"} and run["data"]["task"].startswith("sha256:")
@@ -615,12 +615,12 @@ def test_saved_adapter_is_the_trained_policy_on_the_pretrained_base(grpo_args, t
     sequences = [common.Example.completion([5, 6, 7], [8, 9, 10, 11]), common.Example.completion([20, 21], [22, 2])]
     (pack,) = common.pack(sequences, 64)
 
-    def keep(self, policy, tokenizer):
+    def keep(self, policy, tokenizer, prompts):
         with torch.no_grad():
             seen["trained"] = common.token_logprobs(policy, pack)
             with common.reference(policy):
                 seen["reference"] = common.token_logprobs(policy, pack)
-        save(self, policy, tokenizer)
+        save(self, policy, tokenizer, prompts)
     monkeypatch.setattr(common.Run, "save", keep)
     out = train(tmp_path / "run", **{**grpo_args, "lr": 1e-2, "results": str(tmp_path)})
     loaded = PeftModel.from_pretrained(plain(tiny_model), out).eval()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import common
 import dpo
 import sft
-from conftest import CHATML, make_model, write_jsonl
+from conftest import CHATML, make_model, part_of, write_jsonl
 
 SCRIPT = {"sft": sft, "dpo": dpo}
 
@@ -88,7 +88,7 @@ def chats(n=40):
     return [{"messages": turns("user", content=f"why {i}") + turns("assistant", content=f"when {i}")} for i in range(n)]
 
 
-def prefs(n=60):
+def prefs(n=90):
     """n pairs with messages as the prompt and one message an answer."""
     return [{"prompt": turns("user", content=f"why {i}"), "chosen": turns("assistant", content=f"because {i}"),
              "rejected": turns("assistant", content=f"no {i}")} for i in range(n)]
@@ -98,9 +98,14 @@ def with_row(rows, at, row):
     return rows[:at] + [row] + rows[at + 1:]
 
 
-def two_files(directory, rows, suffix=".jsonl"):
-    """x<suffix> and x_heldout<suffix>."""
-    for name in ("x", "x_heldout"):
+def held_out(rows):
+    """The same rows with other prompts: every text that begins with "why" asks how."""
+    return json.loads(json.dumps(rows).replace('"why', '"how'))
+
+
+def two_files(directory, rows, suffix=".jsonl", heldout=None):
+    """x<suffix> and x_heldout<suffix>, which share no prompt."""
+    for name, rows in (("x", rows), ("x_heldout", held_out(heldout or rows))):
         path = directory / (name + suffix)
         if suffix.endswith(".gz"):
             path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in rows).encode()))
@@ -125,9 +130,9 @@ def test_missing_data_with_heldout_given(refused, data_dir):
             "gone.jsonl")
 
 
-def test_missing_heldout_beside_data(refused, tmp_path):
-    data = write_jsonl(tmp_path / "alone.jsonl", chats())
-    refused("sft", {"data": data}, "no held-out rows found beside", data, "--heldout-data")
+def test_too_few_prompts_to_hold_some_out(refused, tmp_path):
+    data = write_jsonl(tmp_path / "alone.jsonl", chats(1) * 40)
+    refused("sft", {"data": data}, "no held-out rows found beside", data, "1 different prompts", "--heldout-data")
 
 
 @pytest.mark.parametrize("script", SCRIPT)
@@ -140,7 +145,12 @@ def test_data_of_the_hub_offline(refused):
 
 
 UNREADABLE = {
-    "wrong suffix": ("x.csv", b"messages\nhello\n", "want one of .jsonl"),
+    "wrong suffix": ("x.txt", b"messages\nhello\n", "want one of .jsonl"),
+    "broken csv": ("x.csv", b'messages\n"hello\n', "can't read the data set"),
+    "csv with too many values": ("x.csv", b"prompt,completion\na,b\na,b,c\n", "line 3 has more values than the header"),
+    "no object": ("x.jsonl", b'["hello"]\n', "item 0 of the array is no object"),
+    "not a number": ("x.jsonl", b'{"messages": NaN}\n', "line 1: NaN is not JSON"),
+    "half a character": ("x.jsonl", b'{"messages": "\\ud83d"}\n', "line 1: 'utf-8' codec can't encode"),
     "broken json": ("x.jsonl", b'{"messages": [{"role": "user", "content": "a"}\n' * 3, "can't read the data set"),
     "not json": ("x.jsonl", b"hello\nthere\n", "can't read the data set"),
     "not utf-8": ("x.jsonl", b'{"messages": "\xff\xfe\xfa"}\n', "can't read the data set"),
@@ -179,19 +189,22 @@ def test_directory_without_the_split(refused, tmp_path, data_dir):
 
 def test_row_without_the_column(refused, tmp_path):
     data = two_files(tmp_path, [{"text": "hello"}] * 40)
-    refused("sft", {"data": data}, "no column 'messages'", "they have text")
+    refused("sft", {"data": data}, "rows of no known layout, with the columns text", "messages (messages)",
+            "docs/data-formats.md")
 
 
 @pytest.mark.parametrize("column", ["chosen", "rejected"])
 def test_pair_without_the_column(refused, tmp_path, column):
     data = two_files(tmp_path, [{k: v for k, v in row.items() if k != column} for row in prefs()])
-    refused("dpo", {"data": data}, f"no column '{column}'")
+    other = "rejected" if column == "chosen" else "chosen"
+    refused("dpo", {"data": data}, f"with the columns prompt, {other}", "preference pairs with a prompt column")
 
 
 BAD_CHATS = {
-    "null": (None, "want a list of messages"),
     "no messages": ([], "want a list of messages"),
-    "null content": ([*turns("user"), {"role": "assistant", "content": None}], "text content"),
+    "content that is no text": ([*turns("user"), {"role": "assistant", "content": 5}], "text content"),
+    "tool": (turns("user", "tool", "assistant"), "a message of the role tool"),
+    "function": (turns("user", "function"), "a message of the role function"),
     "null role": ([*turns("user"), {"role": None, "content": "a"}], "text role"),
     "two users": (turns("user", "user", "assistant"), "roles out of order: user, user, assistant"),
     "assistant first": (turns("assistant", "user", "assistant"), "roles out of order"),
@@ -205,7 +218,7 @@ BAD_CHATS = {
 @pytest.mark.parametrize("kind", BAD_CHATS)
 def test_bad_conversation_is_named(refused, tmp_path, kind):
     messages, message = BAD_CHATS[kind]
-    data = two_files(tmp_path, with_row(chats(), 7, {"messages": messages}))
+    data = two_files(tmp_path, with_row(chats(), 7, {"messages": messages}), heldout=chats())
     refused("sft", {"data": data}, message, f"{data}, row 7:")
 
 
@@ -221,11 +234,9 @@ def test_messages_that_are_text(refused, tmp_path):
 
 A, U = turns("assistant"), turns("user")
 BAD_PAIRS = {
-    "null chosen": ({"prompt": U, "chosen": None, "rejected": A}, "chosen is neither a text nor messages"),
-    "null rejected": ({"prompt": U, "chosen": A, "rejected": None}, "rejected is neither a text nor messages"),
+    "no prompt": ({"chosen": A, "rejected": A}, "no prompt before chosen"),
+    "chosen is a number": ({"prompt": U, "chosen": 5, "rejected": A}, "chosen is neither a text nor messages"),
     "empty rejected": ({"prompt": U, "chosen": A, "rejected": []}, "rejected is neither a text nor messages"),
-    "null prompt": ({"prompt": None, "chosen": A, "rejected": A}, "no prompt before chosen"),
-    "null content": ({"prompt": U, "chosen": [{"role": "assistant", "content": None}], "rejected": A}, "text content"),
     "prompt ends with the assistant": ({"prompt": U + A, "chosen": A, "rejected": A}, "roles out of order"),
     "answer by the user": ({"prompt": U, "chosen": A, "rejected": U}, "roles out of order"),
     "other prompts": ({"prompt": None, "chosen": U + A, "rejected": turns("user", content="why") + A},
@@ -236,7 +247,7 @@ BAD_PAIRS = {
 @pytest.mark.parametrize("kind", BAD_PAIRS)
 def test_bad_pair_is_named(refused, tmp_path, kind):
     row, message = BAD_PAIRS[kind]
-    data = two_files(tmp_path, with_row(prefs(), 7, row))
+    data = two_files(tmp_path, with_row(prefs(), 7, row), heldout=prefs())
     refused("dpo", {"data": data}, message, f"{data}, row 7")
 
 
@@ -252,12 +263,17 @@ DEGENERATE = {  # kind: (script, how a good row becomes bad, the reason that is 
     "empty rejected": ("dpo", lambda r: {**r, "rejected": turns("assistant", content=" \n")}, "empty answer"),
     "equal": ("dpo", lambda r: {**r, "rejected": r["chosen"]}, "chosen equals rejected"),
     "long answer": ("dpo", lambda r: {**r, "rejected": turns("assistant", content=LONG)}, "too long"),
+    "null messages": ("sft", lambda r: {"messages": None}, "null messages"),
+    "null content": ("sft", lambda r: {"messages": [r["messages"][0], {"role": "assistant", "content": None}]},
+                     "null content"),
+    "null chosen": ("dpo", lambda r: {**r, "chosen": None}, "null chosen"),
+    "null prompt": ("dpo", lambda r: {**r, "prompt": None}, "null prompt"),
 }
 
 
 def in_play(script, rows):
     """Indices of the rows that a script looks at: all of them for SFT, those of part A of the prompts for DPO."""
-    return [i for i, r in enumerate(rows) if script == "sft" or common.preference_part(r["prompt"]) == "A"]
+    return [i for i, r in enumerate(rows) if script == "sft" or part_of(r["prompt"]) == "A"]
 
 
 def spoiled(script, bad, directory, count):
@@ -266,7 +282,7 @@ def spoiled(script, bad, directory, count):
     at = in_play(script, rows)
     for i in at[:count]:
         rows[i] = bad(rows[i])
-    write_jsonl(directory / "x_heldout.jsonl", chats(8) if script == "sft" else prefs(40))
+    write_jsonl(directory / "x_heldout.jsonl", held_out(chats(8) if script == "sft" else prefs(40)))
     return write_jsonl(directory / "x.jsonl", rows), len(at)
 
 
@@ -621,15 +637,15 @@ def test_sft_files_and_layouts(accepted, tmp_path, layout, suffix):
 def test_a_file_name_is_no_pattern(accepted, tmp_path):
     (tmp_path / "x 1.jsonl").write_text("")  # what the pattern x[ ]1 would find
     write_jsonl(tmp_path / "x[ ]1.jsonl", chats())
-    write_jsonl(tmp_path / "x[ ]1_heldout.jsonl", chats())
+    write_jsonl(tmp_path / "x[ ]1_heldout.jsonl", held_out(chats()))
     assert len(accepted("sft", {"data": str(tmp_path / "x[ ]1.jsonl")})["examples"]) == 40
 
 
 def test_sft_directory_with_splits(accepted, tmp_path):
     canonical = accepted("sft", {"data": two_files(tmp_path, chats()), "out": str(tmp_path / "a")})
     (tmp_path / "set").mkdir()
-    for split in ("train", "test"):
-        write_jsonl(tmp_path / "set" / f"{split}.jsonl", chats())
+    for split, rows in (("train", chats()), ("test", held_out(chats()))):
+        write_jsonl(tmp_path / "set" / f"{split}.jsonl", rows)
     heldout = str(tmp_path / "x_heldout.jsonl")
     for i, (data, given) in enumerate([(f"{tmp_path}/set:train", None), (f"{tmp_path}/set", heldout)]):
         seen = accepted("sft", {"data": data, "heldout_data": given, "out": str(tmp_path / f"b{i}")})

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHATML, make_model, make_tokenizer, sentence, sharing_examples, write_jsonl
+from conftest import CHATML, built, make_model, make_tokenizer, part_of, sentence, sharing_examples, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
@@ -270,14 +270,14 @@ def test_special_tokens_without_a_name(tmp_path):
 def test_pad_being_eos_changes_nothing(tokenizer, data_dir):
     """The fixtures' tokenizer has pad == eos (as SmolLM2); with another pad, or none, every id and mask is the same."""
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    rows = list(enumerate(rows_of(data_dir / "sft.jsonl")))
-    with_eos = sft.build_examples(tokenizer, sft.Args(), "rows")(rows)
+    rows = rows_of(data_dir / "sft.jsonl")
+    with_eos = built(sft.build_examples(tokenizer, sft.Args()), sft.conversation, rows)
     for pad in ("<|endoftext|>", None):
         other = copy.deepcopy(tokenizer)
         other.pad_token = pad
         assert other.pad_token_id != other.eos_token_id
-        assert sft.build_examples(other, sft.Args(), "rows")(rows) == with_eos
-    assert all(e.targets[-1] == tokenizer.eos_token_id for e, _, _ in with_eos)
+        assert built(sft.build_examples(other, sft.Args()), sft.conversation, rows) == with_eos
+    assert all(e.targets[-1] == tokenizer.eos_token_id for e in (c.example for c in with_eos))
 
 
 # -- rows: cut, dropped, split, not mutated -------------------------------------------------------------
@@ -286,20 +286,21 @@ def test_pad_being_eos_changes_nothing(tokenizer, data_dir):
 def test_sft_cuts_at_the_end_of_a_turn(tokenizer, data_dir, limit):
     """The longest whole exchanges that fit; a row whose first exchange doesn't is dropped."""
     rows = rows_of(data_dir / "sft.jsonl")
-    built = sft.build_examples(tokenizer, sft.Args(max_length=limit), "rows")(list(enumerate(rows)))
+    items = built(sft.build_examples(tokenizer, sft.Args(max_length=limit)), sft.conversation, rows)
     kinds = Counter()
-    for row, item in zip(rows, built):
+    for row, item in zip(rows, items):
         whole = row["messages"]
         fitting = [n for n in range(2, len(whole) + 1, 2) if len(chatml(tokenizer, whole[:n])[0]) <= limit]
         if not fitting:
             assert item == "first exchange too long"
         else:
-            example, cut, text = item
+            example, cut, text = item.example, item.cut, item.text
+            assert item.prompt == whole[:1]
             ids, mask = chatml(tokenizer, whole[:fitting[-1]])
             assert example == Example.masked(ids, mask) and cut == (fitting[-1] < len(whole))
             assert example.targets[-1] == tokenizer.eos_token_id
             assert all(m["content"] in text for m in whole)
-        kinds[item if isinstance(item, str) else item[1]] += 1
+        kinds[item if isinstance(item, str) else item.cut] += 1
     assert len(kinds) >= 2 and kinds[True] > 0
 
 
@@ -316,11 +317,10 @@ def test_sft_counts_what_it_cut_and_dropped(sft_args, tokenizer, tmp_path):
 
 def test_empty_answers_are_dropped(tokenizer):
     rows = [{"messages": [user("a"), assistant(" \n")]}, {"messages": [user("a"), assistant("b")]}]
-    built = sft.build_examples(tokenizer, sft.Args(), "rows")(list(enumerate(rows)))
-    assert built[0] == "empty answer" and isinstance(built[1], tuple)
+    items = built(sft.build_examples(tokenizer, sft.Args()), sft.conversation, rows)
+    assert items[0] == "empty answer" and isinstance(items[1], sft.Conversation)
     pairs = [{"prompt": "a", "chosen": c, "rejected": r} for c, r in (("x", ""), ("x", "x"), ("x " * 50, "y"), ("x", "y"))]
-    build = dpo.build_pairs(tokenizer, dpo.Args(max_length=40), "rows", lambda prompt: True)
-    items = build(list(enumerate(pairs)))
+    items = built(dpo.build_pairs(tokenizer, dpo.Args(max_length=40)), common.as_pair, pairs)
     assert items[:3] == ["empty answer", "chosen equals rejected", "too long"]
     pair = items[3]
     assert pair.prompt == [user("a")]
@@ -329,41 +329,58 @@ def test_empty_answers_are_dropped(tokenizer):
 
 
 def test_builders_leave_rows_alone(tokenizer, data_dir):
-    for file, build in ((data_dir / "sft.jsonl", sft.build_examples(tokenizer, sft.Args(max_length=45), "rows")),
-                        (data_dir / "preference.jsonl", dpo.build_pairs(tokenizer, dpo.Args(), "rows", lambda p: True))):
-        rows = list(enumerate(rows_of(file)))
+    for file, read, build in (("sft", sft.conversation, sft.build_examples(tokenizer, sft.Args(max_length=45))),
+                              ("preference", common.as_pair, dpo.build_pairs(tokenizer, dpo.Args()))):
+        rows = rows_of(data_dir / f"{file}.jsonl")
         given = copy.deepcopy(rows)
-        first = build(rows)
-        assert rows == given and build(rows) == first
+        first = built(build, read, rows)
+        assert rows == given and built(build, read, rows) == first
 
 
 @pytest.mark.parametrize("text, part, judge", [  # the first 8 hex digits of sha256 of [["user", "<text>"]], over 2^32
-    ("Why is the sky blue?", "A", True),  # 0c5f7088: 0.048
+    ("Why is the sky blue?", "A", False),  # 0c5f7088: 0.048
     ("Tell me a joke.", "A", False),  # 53fd4bd1: 0.328
-    ("Who wrote Hamlet?", "B", False),  # a5dcc810: 0.648
-    ("Bonjour ! Ça va ?", "B", False),  # ad1c4f65: 0.676, UTF-8
+    ("Who wrote Hamlet?", "J", False),  # a5dcc810: 0.648
+    ("Bonjour ! Ça va ?", "J", False),  # ad1c4f65: 0.676, UTF-8
 ])
 def test_preference_split_is_fixed(text, part, judge):
-    assert common.preference_part([user(text)]) == part
+    assert part_of([user(text)]) == part
     assert common.is_judge_prompt([user(text)]) is judge
     with_system = [{"role": "system", "content": ""}, user(text)]
     assert common.bucket(common.prompt_key(with_system)) != common.bucket(common.prompt_key([user(text)]))
 
 
 def test_preference_split_shares():
-    """20,000 prompts: 60 % A, and 10 % the judge's, within three standard errors."""
+    """20,000 prompts: 50 % A, 20 % J, 30 % B, and 10 % of each the judge's, within three standard errors."""
     prompts = [[user(f"question {i}")] for i in range(20_000)]
-    a = sum(common.preference_part(p) == "A" for p in prompts) / 20_000
-    judge = sum(common.is_judge_prompt(p) for p in prompts) / 20_000
-    assert abs(a - 0.6) < 3 * (0.6 * 0.4 / 20_000) ** 0.5
-    assert abs(judge - 0.1) < 3 * (0.1 * 0.9 / 20_000) ** 0.5
-    assert {common.preference_part(p) for p in prompts} == {"A", "B"}
+    parts, judged = common.preference_parts(prompts), [common.is_judge_prompt(p) for p in prompts]
+    for part, share in (("A", 0.5), ("J", 0.2), ("B", 0.3)):
+        n = parts.count(part)
+        assert abs(n / 20_000 - share) < 3 * (share * (1 - share) / 20_000) ** 0.5
+        of_judge = sum(j for j, p in zip(judged, parts) if p == part) / n  # its hash has a salt of its own
+        assert abs(of_judge - 0.1) < 3 * (0.1 * 0.9 / n) ** 0.5
+
+
+def test_prompts_that_share_a_long_turn_are_in_one_part():
+    """Chains of shared turns, in any order of rows; short turns, system messages and answers join nothing."""
+    a, b, c = ("What is the capital of " + x for x in ("France, please?", "Spain, please?", "Italy, please?"))
+    chain = [[user(a), assistant("Paris"), user("and now?")], [user(b), assistant("Madrid"), user(a)],
+             [user(c), assistant("x"), user("  " + b + " ")]]
+    alone = [[{"role": "system", "content": a}, user(f"short {i}")] for i in range(40)] + [
+        [user("short"), assistant(a), user(f"and {i}")] for i in range(40)]
+    prompts = [*chain, None, *alone]
+    parts = common.preference_parts(prompts)
+    smallest = min(chain, key=common.prompt_key)
+    assert parts[:4] == [part_of(smallest)] * 3 + [None]
+    assert parts[4:] == [part_of(p) for p in alone] and {*parts[4:44]} == {*parts[44:]} == {"A", "J", "B"}
+    assert common.preference_parts(prompts[::-1]) == parts[::-1]
+    assert len({part_of(p) for p in chain}) > 1  # so that company counts
 
 
 def in_part_a(row):
     """The split again, from its definition."""
     key = json.dumps([["user", row["prompt"][0]["content"]]])
-    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) < 0.6 * 2**32
+    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) < 0.5 * 2**32
 
 
 # -- packing --------------------------------------------------------------------------------------------
@@ -741,7 +758,7 @@ def test_dpo_step_is_the_loop_over_single_pairs(sft_args, sft_run, dpo_args, tok
     The reference is SFT merged by PEFT in a model of its own; the policy a second copy with a LoRA.
     """
     out, beta = tmp_path / "run", 0.3
-    dpo.main(dpo.Args(**{**dpo_args, "rows": 60, "batch_size": 60, "epochs": 2, "heldout_rows": 30,
+    dpo.main(dpo.Args(**{**dpo_args, "rows": 60, "batch_size": 60, "epochs": 2, "heldout_rows": 50,
                          "micro_tokens": micro_tokens}, beta=beta, label_smoothing=smoothing, sft_adapter=sft_run,
                       out=str(out)))
     log = rows_of(out / "log.jsonl")
@@ -773,7 +790,7 @@ def test_dpo_step_is_the_loop_over_single_pairs(sft_args, sft_run, dpo_args, tok
     assert log[1]["loss"] < LN2 - 0.01 and log[1]["margin"] > 0.05
 
     def set_aside(row):
-        key = json.dumps([["user", row["prompt"][0]["content"]]])
+        key = "judge " + json.dumps([["user", row["prompt"][0]["content"]]])
         return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) < 0.1 * 2**32
     heldout = [row for row in rows_of(dpo_args["data"].replace(".jsonl", "_heldout.jsonl"))]
     wanted = [row for row in heldout if not set_aside(row)]
@@ -932,9 +949,9 @@ def at_the_end(monkeypatch):
     """logits(policy) of fixed sequences at the end of training, just before the adapter is saved."""
     seen, save = {}, common.Run.save
 
-    def record(self, policy, tokenizer):
+    def record(self, policy, tokenizer, prompts):
         seen["logits"] = packed_logits(policy)
-        return save(self, policy, tokenizer)
+        return save(self, policy, tokenizer, prompts)
     monkeypatch.setattr(common.Run, "save", record)
     return seen
 
@@ -1142,7 +1159,7 @@ def test_knobs_do_not_change_the_weights(sft_args, sft_run, tmp_path):
     args = sft.Args(**other)
     defaults = sft.Args(**sft_args, out=sft_run)
     untouched = {k for k in common.RUN_KNOBS if hasattr(args, k) and getattr(args, k) == getattr(defaults, k)}
-    assert untouched == {"micro_tokens", "track", "sft_adapter"}  # tracking needs an account; a parent counts by its hash
+    assert untouched == {"micro_tokens", "track", "sft_adapter", "preview"}  # tracking needs an account; a parent counts by its hash
     sft.main(args)
     one, two = (json.loads((Path(d) / "run.json").read_text()) for d in (sft_run, args.out))
     assert one["config_hash"] == two["config_hash"] and one["adapter_sha256"] == two["adapter_sha256"]

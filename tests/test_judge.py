@@ -411,7 +411,7 @@ def test_the_prompts_are_the_judges_share_of_the_held_out_rows(judge_args, data_
     rows = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(60)]
     own = [r["prompt"] for r in rows if common.is_judge_prompt([{"role": "user", "content": r["prompt"]}])]
     assert 2 <= len(own) < 15
-    write_jsonl(tmp_path / "pairs.jsonl", rows[:1])
+    write_jsonl(tmp_path / "pairs.jsonl", [{**rows[0], "prompt": "another"}])
     write_jsonl(tmp_path / "pairs_heldout.jsonl", rows + rows)
     args = judge_args | {"data": None, "pref_data": str(tmp_path / "pairs.jsonl"), "results": str(tmp_path / "r")}
     tokenizer = common.load_tokenizer(args["against"])
@@ -971,7 +971,7 @@ def test_rows_of_other_bases_and_invariants_are_refused(refused, dpo_run, sft_ru
 
 
 def test_prompts_that_cant_be_asked(refused, tmp_path):
-    empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": " "}, {"prompt": "why"}])
+    empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": " "}, {"prompt": "  "}, {"prompt": "why"}])
     refused({"data": empty}, "degenerate", "--max-dropped")
     refused({"data": write_jsonl(tmp_path / "none.jsonl", [{"question": "why"}])}, "none.jsonl, row 0", "prompt")
     refused({"data": write_jsonl(tmp_path / "long.jsonl", [{"prompt": "why " * 600}])}, "long.jsonl", "no usable row")

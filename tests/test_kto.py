@@ -21,10 +21,11 @@ from torch import tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import conftest
 import dpo
 import kto
 from common import Example
-from conftest import make_model, sentence, write_jsonl
+from conftest import make_model, part_of, sentence, write_jsonl
 from test_math import TRL_TEMPLATE, assert_same_gradients, text, trl_config, two_policies
 
 REPO = Path(common.__file__).parent
@@ -168,8 +169,7 @@ def test_loss_is_trls(tmp_path, labels, seed, weights):
     loss_trl.backward()
     metrics_trl = {k: v[0] for k, v in trainer._metrics["train"].items()}
 
-    build = kto.build_rows(common.load_tokenizer(directory), args, "rows", lambda prompt: True)
-    batch = [r for (r,) in build(list(enumerate(rows)))]
+    batch = [r for (r,) in conftest.built(kto.build_rows(common.load_tokenizer(directory), args), kto.answers_of, rows)]
     z0 = kto.mismatched_kl(ours, batch, args, "cpu").clamp(min=0)
     totals, packs, distances = torch.zeros(8), common.pack([r.example for r in batch], 100), []
     assert len(packs) > 1
@@ -478,8 +478,8 @@ def test_odd_sizes(kto_args, tmp_path, rows, size, sizes):
 
 def built(tiny_model, source_rows, **args):
     """[answers] that the rows offer."""
-    return kto.build_rows(common.load_tokenizer(tiny_model), kto.Args(**args), "rows", lambda prompt: True)(
-        list(enumerate(source_rows)))
+    build = kto.build_rows(common.load_tokenizer(tiny_model), kto.Args(**args))
+    return conftest.built(build, kto.answers_of, source_rows)
 
 
 def test_layouts_of_a_labelled_row(tiny_model):
@@ -519,15 +519,14 @@ def test_pairs_give_one_answer_each_of_dpos_pairs(kto_args, dpo_args, data_dir, 
     pairs = {r["prompt"][0]["content"]: r for r in read(data_dir / "preference.jsonl")}
     args = dpo.Args(**{**dpo_args, "rows": 23})
     tokenizer = common.load_tokenizer(record(kto_args["sft_adapter"])["model"])
-    build = dpo.build_pairs(tokenizer, args, "x", lambda prompt: common.preference_part(prompt) == "A")
-    items, _, _ = common.take_rows(read(data_dir / "preference.jsonl"), 23, 42, build, "x", 0.05, 0.15)
+    items = common.load_split(args, ["pair"], common.as_pair, dpo.build_pairs(tokenizer, args)).train
     train(tmp_path / "a", **kto_args)
     rows = [r for batch in batches[:-1] for r in batch]
     assert Counter(r.prompt[0]["content"] for r in rows) == Counter(p.prompt[0]["content"] for p in items)
     for r in rows:
         pair = pairs[r.prompt[0]["content"]]
         assert r.answer == pair["chosen" if r.desirable else "rejected"][0]["content"]
-        assert common.preference_part(r.prompt) == "A"
+        assert part_of(r.prompt) == "A"
     assert sum(r.desirable for r in rows) == 12  # of 23: as many, or one more
     sides = {r.prompt_id: r.desirable for r in rows}
     assert [p.prompt for p in items] != sorted([p.prompt for p in items], key=str)
@@ -544,7 +543,7 @@ def test_labelled_rows_are_all_used_and_pairs_may_be_held_out(kto_args, data_dir
     train(tmp_path / "run", **{**kto_args, "data": data, "rows": 100, "heldout_data": str(data_dir / "preference_heldout.jsonl")})
     *steps, heldout = batches
     assert Counter(r.answer for s in steps for r in s) == Counter(r["completion"] for r in rows)
-    assert {common.preference_part(r.prompt) for s in steps for r in s} == {"A", "B"}
+    assert {part_of(r.prompt) for s in steps for r in s} == {"A", "J", "B"}
     assert all(len({r.prompt_id for r in s}) == len(s) == 8 for s in steps)
     assert len(heldout) == 16 and sum(r.desirable for r in heldout) == 8
     held = {r["prompt"][0]["content"]: r for r in read(data_dir / "preference_heldout.jsonl")}
@@ -582,7 +581,7 @@ def test_the_demo_data_is_accepted(tiny_model, name):
 def test_run_directory(kto_run, kto_args, sft_run):
     assert {p.name for p in Path(kto_run).iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "run.json", "log.jsonl", "curves.png", "README.md"}
+        "chat_template.jinja", "run.json", "log.jsonl", "curves.png", "README.md", "prompts.json"}
     run, lines = record(kto_run), log(kto_run)
     assert run["method"] == "kto" and run["parent"]["config_hash"] == record(sft_run)["config_hash"]
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -602,12 +601,12 @@ def test_saved_adapter_is_the_trained_policy_on_the_pretrained_base(kto_args, ti
     sequences = [Example.completion([5, 6, 7], [8, 9, 10, 11]), Example.completion([20, 21], [22, 2])]
     (pack,) = common.pack(sequences, 64)
 
-    def keep(self, policy, tokenizer):
+    def keep(self, policy, tokenizer, prompts):
         with torch.no_grad():
             seen["trained"] = pack.sum_by_sequence(common.token_logprobs(policy, pack))
             with common.reference(policy):
                 seen["reference"] = pack.sum_by_sequence(common.token_logprobs(policy, pack))
-        save(self, policy, tokenizer)
+        save(self, policy, tokenizer, prompts)
     monkeypatch.setattr(common.Run, "save", keep)
     out = train(tmp_path / "run", **kto_args)
     loaded = PeftModel.from_pretrained(plain(tiny_model), out).eval()
@@ -749,36 +748,39 @@ def refused(kto_args, tmp_path, capsys, monkeypatch):
     return check
 
 
-@pytest.mark.parametrize("label", [1, 0, "true", None, 0.5])
+@pytest.mark.parametrize("label", [1, 0, "yes", 0.5])
 def test_a_label_that_is_not_true_or_false(refused, tmp_path, label):
     rows = [{**r, "label": label} for r in some(20)]
     refused("x.jsonl, row ", f"label must be true or false, got {label!r}", data=labelled(tmp_path, rows))
 
 
-def test_one_label_is_missing(refused, tmp_path):
+def test_labels_that_are_missing(refused, tmp_path):
     rows = some(20)
-    rows[7]["label"] = None
-    refused("x.jsonl, row 7", "got None", data=labelled(tmp_path, rows))
+    rows[7]["label"] = rows[8]["label"] = None
+    refused("x.jsonl: 2 of 20 rows are degenerate (null label 2)", data=labelled(tmp_path, rows))
 
 
 @pytest.mark.parametrize("missing", ["prompt", "completion", "label"])
 def test_a_missing_column(refused, tmp_path, missing):
     rows = [{k: v for k, v in r.items() if k != missing} for r in some(20)]
-    refused("x.jsonl", "want the columns prompt, completion and label, or chosen and rejected",
-            ", ".join(k for k in ("prompt", "completion", "label") if k != missing), data=labelled(tmp_path, rows))
+    refused("x.jsonl", "answers with a label (prompt, completion, label)",
+            "with the columns " + ", ".join(k for k in ("prompt", "completion", "label") if k != missing),
+            data=labelled(tmp_path, rows))
 
 
 def test_a_pair_without_a_side(refused, tmp_path):
-    refused("x.jsonl", "or chosen and rejected", data=labelled(tmp_path, [{"prompt": "a", "chosen": "b"}] * 20))
+    refused("x.jsonl", "the prompt inside both answers (chosen, rejected)",
+            data=labelled(tmp_path, [{"prompt": "a", "chosen": "b"}] * 20))
 
 
 def test_heldout_rows_of_neither_layout(refused, tmp_path):
-    refused("x_heldout.jsonl", "want the columns", data=labelled(tmp_path, some(20), [{"prompt": "a", "completion": "b"}] * 5))
+    refused("x_heldout.jsonl: prompt and completion", "answers with a label",
+            data=labelled(tmp_path, some(20), [{"prompt": "a", "completion": "b"}] * 5))
 
 
 @pytest.mark.parametrize("change, part", [
-    ({"completion": None}, "completion is neither a text nor messages"), ({"prompt": None}, "prompt is neither"),
-    ({"completion": [{"role": "user", "content": "x"}]}, "roles out of order"), ({"prompt": []}, "roles out of order")])
+    ({"completion": 5}, "completion is neither a text nor messages"), ({"prompt": 5}, "prompt is neither"),
+    ({"completion": [{"role": "user", "content": "x"}]}, "roles out of order"), ({"prompt": []}, "prompt is neither")])
 def test_a_row_that_is_no_conversation(refused, tmp_path, change, part):
     rows = [{"prompt": user(r["prompt"]), "completion": [{"role": "assistant", "content": r["completion"]}], "label": r["label"]}
             for r in some(20)]
@@ -787,7 +789,7 @@ def test_a_row_that_is_no_conversation(refused, tmp_path, change, part):
 
 
 def test_no_heldout_rows(refused, tmp_path):
-    data = write_jsonl(tmp_path / "alone.jsonl", some(20))
+    data = write_jsonl(tmp_path / "alone.jsonl", some(20, prompts=1))
     refused("no held-out rows found beside", "alone.jsonl", "--heldout-data", data=data)
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 import scipy.stats
 import torch
-from conftest import WORDS, make_model
+from conftest import WORDS, built, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -285,8 +285,8 @@ def test_sft_loss_is_trls(tmp_path):
     loss_trl = trainer.compute_loss(trainer.model, batch)
     loss_trl.backward()
 
-    build = sft.build_examples(common.load_tokenizer(directory), sft.Args(max_length=512), "rows")
-    examples = [e for e, _, _ in build(list(enumerate(rows)))]
+    build = sft.build_examples(common.load_tokenizer(directory), sft.Args(max_length=512))
+    examples = [c.example for c in built(build, sft.conversation, rows)]
     n = sum(len(e.targets) for e in examples)
     assert n == int((batch["labels"] != -100).sum())
     loss, correct = 0.0, 0
@@ -338,8 +338,7 @@ def test_dpo_loss_is_trls(tmp_path, epsilon):
         loss_trl += share.item() * len(batch) / 5
     metrics_trl = {k: sum(v) / len(v) for k, v in trainer._metrics["train"].items()}
 
-    build = dpo.build_pairs(common.load_tokenizer(directory), args, "rows", lambda prompt: True)
-    pairs = build(list(enumerate(rows)))
+    pairs = built(dpo.build_pairs(common.load_tokenizer(directory), args), common.as_pair, rows)
     totals = torch.zeros(len(dpo.METRICS))
     packs = common.pack([e for p in pairs for e in (p.chosen, p.rejected)], 150, unit=2)
     assert len(packs) > 1

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import common
 import ppo
 import reward
-from conftest import make_model, write_jsonl
+from conftest import make_model, part_of, write_jsonl
 
 REPO = Path(common.__file__).parent
 TIMES = ("seconds", "tokens_per_s", "rollout_tokens_per_s", "learn_tokens_per_s")
@@ -184,35 +184,41 @@ def test_normalisation_is_of_the_references_finished_samples(capsys):
 
 # -- prompts --------------------------------------------------------------------------------------
 
-def test_prompts_are_those_of_part_b_once_each(tiny_model, data_dir, ppo_args):
+def loaded(tiny_model, ppo_args, path, rows):
+    """load_prompts of a file with these rows, and with held-out prompts that are others."""
+    write_jsonl(path.with_name(f"{path.stem}_heldout.jsonl"), [{"prompt": f"held out {i}"} for i in range(4)])
+    args = ppo.Args(**{**ppo_args, "data": write_jsonl(path, rows), "max_dropped": 1.0})
+    return ppo.load_prompts(common.load_tokenizer(tiny_model), args, {})
+
+
+def test_prompts_are_those_of_part_b_once_each(tiny_model, data_dir, ppo_args, tmp_path):
     rows = [json.loads(line) for line in (data_dir / "preference.jsonl").read_text().splitlines()]
-    rows = list(enumerate(rows + rows[:30]))  # some twice
+    rows += rows[:30]  # some twice
     tokenizer = common.load_tokenizer(tiny_model)
-    built = ppo.build(tokenizer, ppo.Args(**ppo_args), {})(rows)
-    kept = [(row, p) for (_, row), p in zip(rows, built) if p is not None]
-    part_b = {row["prompt"][0]["content"] for _, row in rows if common.preference_part(row["prompt"]) == "B"}
-    assert [p.text for _, p in kept].sort() == sorted(part_b).sort() and len(kept) == len(part_b) > 10
-    for row, p in kept:
-        whole, _ = common.render(tokenizer, row["prompt"] + row["chosen"])
+    prompts, _, kept, _ = loaded(tiny_model, ppo_args, tmp_path / "x.jsonl", rows)
+    part_b = {row["prompt"][0]["content"] for row in rows if part_of(row["prompt"]) == "B"}
+    assert sorted(p.text for p in prompts) == sorted(part_b) and len(prompts) == len(part_b) > 10
+    for i, p in zip(kept, prompts):
+        whole, _ = common.render(tokenizer, rows[i]["prompt"] + rows[i]["chosen"])
         assert whole[:len(p.ids)] == p.ids and tokenizer.decode(p.ids).endswith("assistant\n")
+        assert p.id == common.prompt_id(rows[i]["prompt"])
 
 
-def test_layouts_of_a_prompt(tiny_model, ppo_args):
+def test_layouts_of_a_prompt(tiny_model, ppo_args, tmp_path):
     """A text, messages, a preference pair, whole conversations: the same prompt; empty and long ones are dropped."""
-    text = next(t for t in (f"why {i}" for i in range(99))
-                if common.preference_part([{"role": "user", "content": t}]) == "B")
+    def in_b(texts):
+        return next(t for t in texts if part_of([{"role": "user", "content": t}]) == "B")
+    text = in_b(f"why {i}" for i in range(99))
     messages = [{"role": "user", "content": text}]
     layouts = [{"prompt": text}, {"prompt": messages}, {"prompt": text, "chosen": "a", "rejected": "b"},
                {"chosen": messages + [{"role": "assistant", "content": "a"}],
-                "rejected": messages + [{"role": "assistant", "content": "b"}]}]
-    tokenizer = common.load_tokenizer(tiny_model)
-    found = {tuple(ppo.build(tokenizer, ppo.Args(**ppo_args), {})([(0, row)])[0].ids) for row in layouts}
-    assert found == {tuple(common.render_prompt(tokenizer, messages))}
-    long = next(t for t in (f"{i} " + "why " * 80 for i in range(99))
-                if common.preference_part([{"role": "user", "content": t}]) == "B")
-    blank = next(t for t in (" " * i for i in range(99)) if common.preference_part([{"role": "user", "content": t}]) == "B")
-    assert ppo.build(tokenizer, ppo.Args(**ppo_args), {})([(0, {"prompt": long}), (1, {"prompt": blank})]) == [
-        "too long", "empty prompt"]
+                "rejected": messages + [{"role": "assistant", "content": "b"}]}, {"instruction": text, "output": "a"},
+               {"messages": [*messages, {"role": "assistant", "content": "a"}]}]
+    ids = [loaded(tiny_model, ppo_args, tmp_path / f"{i}.jsonl", [row])[0][0].ids for i, row in enumerate(layouts)]
+    assert ids == [common.render_prompt(common.load_tokenizer(tiny_model), messages)] * len(layouts)
+    long, blank = in_b(f"{i} " + "why " * 80 for i in range(99)), in_b(" " * i for i in range(99))
+    rows = [{"prompt": t} for t in (text, long, blank)]
+    assert loaded(tiny_model, ppo_args, tmp_path / "x.jsonl", rows)[1] == {"too long": 1, "empty prompt": 1}
 
 
 # -- one whole run against a loop over single completions ----------------------------------------
@@ -235,13 +241,13 @@ def test_updates_are_the_loop_over_single_completions(tiny_model, sft_run, rewar
     """
     sampled, real = [], common.rollout
     monkeypatch.setattr(common, "rollout", lambda *a: sampled.append(real(*a)) or sampled[-1])
-    pools, build = [], ppo.build
-    monkeypatch.setattr(ppo, "build", lambda *a: (lambda f: lambda rows: pools.append(f(rows)) or pools[-1])(build(*a)))
+    pools, load = [], ppo.load_prompts
+    monkeypatch.setattr(ppo, "load_prompts", lambda *a: pools.append(load(*a)) or pools[-1])
     args = ppo.Args(**{**ppo_args, "updates": 2, "beta": 0.2, "normalise": 16, "completion_tokens": 20,
                               "results": str(tmp_path)}, out=str(tmp_path / "run"))
     ppo.main(args)
     lines = log(args.out)
-    prompts = [p for p in pools[0] if isinstance(p, ppo.Prompt)][:2 * 8 + args.fixed_prompts]
+    prompts = pools[0][0]
     fixed, prompts = prompts[:args.fixed_prompts], prompts[args.fixed_prompts:]
     batches = [b for b in common.batches(len(prompts), 8, 9, args.seed) if len(b) == 8]
     rollouts = [sampled[2], sampled[3]]  # after those for the normalisation and for the fixed prompts
@@ -414,7 +420,7 @@ def test_a_value_is_read_at_the_token_before_the_action(tiny_model, reward_run):
 def test_run_directory_and_results(ppo_run, ppo_args, reward_run, sft_run):
     assert {p.name for p in Path(ppo_run).iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "run.json", "log.jsonl", "curves.png", "README.md", "completions.jsonl"}
+        "chat_template.jinja", "run.json", "log.jsonl", "curves.png", "README.md", "prompts.json", "completions.jsonl"}
     run, scorer = record(ppo_run), record(reward_run)
     assert run["parent"]["config_hash"] == record(sft_run)["config_hash"]
     assert run["scorers"] == {"reward": {k: scorer[k] for k in ("name", "method", "config_hash", "adapter_sha256", "family")}}
@@ -439,12 +445,12 @@ def test_saved_adapter_is_the_trained_policy_on_the_pretrained_base(ppo_args, ti
     sequences = [common.Example.completion([5, 6, 7], [8, 9, 10, 11]), common.Example.completion([20, 21], [22, 2])]
     (pack,) = common.pack(sequences, 64)
 
-    def keep(self, policy, tokenizer):
+    def keep(self, policy, tokenizer, prompts):
         with torch.no_grad():
             seen["trained"] = common.token_logprobs(policy, pack)
             with common.reference(policy):
                 seen["reference"] = common.token_logprobs(policy, pack)
-        save(self, policy, tokenizer)
+        save(self, policy, tokenizer, prompts)
     monkeypatch.setattr(common.Run, "save", keep)
     out = train(tmp_path / "run", **ppo_args)
     loaded = PeftModel.from_pretrained(plain(tiny_model), out).eval()
@@ -609,7 +615,7 @@ def test_the_reward_model_does_not_watch_itself(refused, reward_run, tmp_path):
 def test_prompts_of_the_reward_model(refused, reward_run, ppo_args, tmp_path, role):
     """Training prompts can't come up (they are of part A) unless the split is tampered with; held-out ones can."""
     rows = [json.loads(line) for line in Path(ppo_args["data"]).read_text().splitlines()]
-    at, row = next((i, r) for i, r in enumerate(rows) if common.preference_part(r["prompt"]) == "B")
+    at, row = next((i, r) for i, r in enumerate(rows) if part_of(r["prompt"]) == "B")
     copy = shutil.copytree(reward_run, tmp_path / "rm")
     listed = json.loads((copy / "prompts.json").read_text())
     listed[role].append(common.prompt_id(row["prompt"]))
@@ -622,7 +628,7 @@ def test_a_reward_model_lists_its_prompts(reward_run, reward_args, refused, tmp_
     heldout = [json.loads(line) for line in Path(reward_args["data"].replace(".jsonl", "_heldout.jsonl")).read_text().splitlines()]
     listed = json.loads((Path(reward_run) / "prompts.json").read_text())
     assert len(listed["train"]) == reward_args["rows"] and len(listed["heldout"]) == record(reward_run)["metrics"]["heldout_pairs"]
-    assert set(listed["train"]) < {common.prompt_id(r["prompt"]) for r in rows if common.preference_part(r["prompt"]) == "A"}
+    assert set(listed["train"]) < {common.prompt_id(r["prompt"]) for r in rows if part_of(r["prompt"]) == "A"}
     assert set(listed["heldout"]) <= {common.prompt_id(r["prompt"]) for r in heldout}
     copy = shutil.copytree(reward_run, tmp_path / "rm")
     (copy / "prompts.json").unlink()
@@ -633,7 +639,8 @@ def test_sizes_that_do_not_fit(refused):
     refused("--batch-size 8 is not a multiple of --minibatches 3", minibatches=3)
     refused("--prompt-tokens 510 + --completion-tokens 12", "512 positions", prompt_tokens=510)
     refused("--micro-tokens 64", micro_tokens=64)
-    refused("usable prompts in part B, too few for --fixed-prompts 40", fixed_prompts=40)
+    refused("usable prompts in part B, too few for one fixed prompt and --minibatches 64", batch_size=64,
+            minibatches=64)
 
 
 @pytest.mark.parametrize("name, value", [("beta", -0.1), ("kl_target", -1.0), ("normalise", -1), ("clip", 0.0),
@@ -643,8 +650,8 @@ def test_numbers_out_of_range(refused, name, value):
     refused(f"--{name.replace('_', '-')} must be", **{name: value})
 
 
-@pytest.mark.parametrize("rows, part", [([{"text": "why"}], "no prompt"), ([{"prompt": [{"role": "user"}]}], "row 0"),
-                                        ([{"prompt": ""} for _ in range(3)], "no usable row")])
+@pytest.mark.parametrize("rows, part", [([{"text": "why"}], "columns text; want"), ([{"prompt": [{"role": "user"}]}], "row 0"),
+                                        ([{"prompt": f"{' ' * i}"} for i in range(30)], "no usable row")])
 def test_rows_without_a_prompt(refused, tmp_path, rows, part):
     refused(part, data=write_jsonl(tmp_path / "bad.jsonl", rows))
 

@@ -26,7 +26,7 @@ import common
 import dpo
 import evaluate
 import reward
-from conftest import make_model, sentence, write_jsonl
+from conftest import make_model, part_of, sentence, write_jsonl
 
 REPO = Path(common.__file__).parent
 
@@ -175,8 +175,8 @@ def test_saved_scores_are_reloaded_scores(tiny_model, reward_args, tmp_path, mon
     """The run directory gives the scores of the model that was trained, to the last bit."""
     saved, save = {}, common.Run.save
 
-    def keep(self, policy, tokenizer):
-        save(self, policy, tokenizer)
+    def keep(self, policy, tokenizer, prompts):
+        save(self, policy, tokenizer, prompts)
         saved["scores"] = common.score_examples(policy, examples(), 256)
     monkeypatch.setattr(common.Run, "save", keep)
     out = train(tmp_path / "rm", **reward_args)
@@ -261,7 +261,7 @@ def test_heldout_figures_are_those_of_the_reloaded_model(tiny_model, reward_run,
     rows = [json.loads(line) for line in Path(reward_args["data"]).with_name(
         "preference_heldout.jsonl").read_text().splitlines()]
     rows = [rows[i] for i in common.permutation(len(rows), 42, "rows")]
-    rows = [r for r in rows if common.bucket(common.prompt_key(r["prompt"])) >= 0.1][:16]  # not the judge's
+    rows = [r for r in rows if common.bucket("judge " + common.prompt_key(r["prompt"])) >= 0.1][:16]  # not the judge's
     model = common.load_reward(tiny_model, reward_run, dtype=torch.float32)
     r = [[common.score_examples(model, [reward.at_eos(common.render(tokenizer, row["prompt"] + row[side])[0])], 512)
           .item() for side in ("chosen", "rejected")] for row in rows]
@@ -533,7 +533,7 @@ def pairs(n=60):
 
 
 def in_part_a(rows):
-    return [r for r in rows if common.preference_part([{"role": "user", "content": r["prompt"]}]) == "A"]
+    return [r for r in rows if part_of([{"role": "user", "content": r["prompt"]}]) == "A"]
 
 
 def training(reward_args, tmp_path, **changes):
@@ -543,7 +543,8 @@ def training(reward_args, tmp_path, **changes):
 
 def test_pairs_without_a_column(refused, reward_args, tmp_path):
     rows = [{"prompt": "a", "chosen": "b"}]
-    refused(training(reward_args, tmp_path, data=pairs_file(tmp_path, rows)), "x.jsonl", "'rejected'")
+    refused(training(reward_args, tmp_path, data=pairs_file(tmp_path, rows)),
+            "x.jsonl: prompts, with the columns prompt, chosen", "(prompt, chosen, rejected)")
 
 
 @pytest.mark.parametrize("change", [{"chosen": " "}, {"chosen": "no"}])
@@ -554,27 +555,24 @@ def test_many_degenerate_pairs(refused, reward_args, tmp_path, change):
             "--max-dropped")
 
 
-@pytest.mark.parametrize("part", ["A", "B"])
-def test_heldout_prompts_of_the_training_file(refused, reward_args, tmp_path, part):
-    """One prompt in common, of either part, is enough; a judge's prompt counts too."""
-    rows = pairs()
-    shared = next(r for r in rows if (r in in_part_a(rows)) == (part == "A"))
-    heldout = [{"prompt": f"held out {i}", "chosen": "yes", "rejected": "no"} for i in range(19)]
-    heldout.insert(4, {**shared, "chosen": "another answer"})
-    data = pairs_file(tmp_path, rows, heldout)
-    refused(training(reward_args, tmp_path, data=data, max_overlap=0.0), "1 of 20 held-out prompts", "rows 4", "--max-overlap")
-
-
-def test_heldout_prompts_in_common_can_be_left_out(reward_args, tmp_path, capsys):
-    heldout = [{"prompt": f"held out {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(19)] + pairs(1)
-    data = pairs_file(tmp_path, pairs(), heldout)
-    training(reward_args, tmp_path, data=data, max_overlap=0.05, rows=8, heldout_rows=100)()
-    judged = [common.is_judge_prompt([{"role": "user", "content": r["prompt"]}]) for r in heldout[:19]]
-    assert record(tmp_path / "new" / "run")["metrics"]["heldout_pairs"] == 19 - sum(judged)
+@pytest.mark.parametrize("part", ["A", "J"])
+def test_each_part_trains_on_its_own_prompts(reward_args, tmp_path, capsys, part):
+    """--part J learns from other prompts than --part A; a training row with a held-out prompt, whatever its answers and
+    its system message, is left out of either."""
+    rows = pairs(120)
+    shared = [next(r for r in rows if part_of([{"role": "user", "content": r["prompt"]}]) == p) for p in "AJ"]
+    heldout = [{"prompt": f"held out {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(19)]
+    heldout += [{**r, "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": r["prompt"]}],
+                 "chosen": "another answer"} for r in shared]
+    training(reward_args, tmp_path, data=pairs_file(tmp_path, rows, heldout), part=part, rows=100)()
+    listed = json.loads((tmp_path / "new" / "run" / "prompts.json").read_text())
+    prompts = [[{"role": "user", "content": r["prompt"]}] for r in rows if r not in shared]
+    assert listed["train"] == sorted(common.prompt_id(p) for p in prompts if part_of(p) == part)
+    assert "note: 1 rows of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, value", [("centring", -0.1), ("centring", math.inf), ("lr", 0.0), ("batch_size", 0),
-                                         ("heldout_rows", 0), ("max_overlap", 1.5), ("warmup", -1.0)])
+                                         ("heldout_rows", 0), ("warmup", -1.0)])
 def test_numbers_out_of_range(refused, reward_args, tmp_path, name, value):
     refused(training(reward_args, tmp_path, **{name: value}), f"--{name.replace('_', '-')} must be")
 
@@ -593,8 +591,8 @@ def test_under_nf4_the_head_stays_fp32_and_reloads_exactly(tiny_model, reward_ar
     """QLoRA: decoder projections in 4 bits, the head not; the reloaded scores are the trained ones to the last bit."""
     saved, save = {}, common.Run.save
 
-    def keep(self, policy, tokenizer):
-        save(self, policy, tokenizer)
+    def keep(self, policy, tokenizer, prompts):
+        save(self, policy, tokenizer, prompts)
         saved["head"] = common.base_of(policy).score
         saved["scores"] = common.score_examples(policy, examples(), 256)
     monkeypatch.setattr(common.Run, "save", keep)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import common
 import dpo
 import sft
-from conftest import WORDS, write_jsonl
+from conftest import WORDS, part_of, write_jsonl
 
 
 def record(run):
@@ -53,7 +53,7 @@ def test_run_directory(run):
     _, directory, _ = run
     assert {p.name for p in Path(directory).iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "run.json", "log.jsonl", "curves.png", "README.md"}
+        "chat_template.jinja", "run.json", "log.jsonl", "curves.png", "README.md", "prompts.json"}
 
 
 def test_tokenizer_and_template_are_the_models(run, tiny_model):
@@ -269,7 +269,7 @@ def test_plain_peft_gives_the_sft_policy(tiny_model, sft_args, data_dir, tmp_pat
 
 def test_plain_peft_gives_the_dpo_policy(tiny_model, sft_run, dpo_args, data_dir, tmp_path):
     """DPO's held-out figures, with the saved adapter and with the SFT adapter, each put on the pretrained base."""
-    out = train(dpo, tmp_path / "run", **{**dpo_args, "heldout_rows": 30, "sft_adapter": sft_run})
+    out = train(dpo, tmp_path / "run", **{**dpo_args, "heldout_rows": 50, "sft_adapter": sft_run})
     policy, reference = plain_peft(tiny_model, out), plain_peft(tiny_model, sft_run)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     rows = [json.loads(line) for line in (data_dir / "preference_heldout.jsonl").read_text().splitlines()]
@@ -288,7 +288,7 @@ def test_plain_peft_gives_the_dpo_policy(tiny_model, sft_run, dpo_args, data_dir
         expected["accuracy"] += (margin > 0) / len(rows)
         expected["loss"] += math.log(1 + math.exp(-margin)) / len(rows)
     found = record(out)["metrics"]
-    assert found["heldout_pairs"] == len(rows) < 30
+    assert found["heldout_pairs"] == len(rows) == 49
     assert {k: found[f"heldout_{k}"] for k in expected} == pytest.approx(expected, abs=1e-4)
     assert expected["margin"] > 0.1
 
@@ -352,7 +352,7 @@ def test_sft_goes_on_with_the_chosen_answers(sft_run, sft_args, data_dir, tmp_pa
     rows = [json.loads(line) for line in (data_dir / "preference.jsonl").read_text().splitlines()]
     tokenizer = common.load_tokenizer(sft_args["model"])
     answers = [len(tokenizer(r["chosen"][0]["content"])["input_ids"]) + 1 for r in rows
-               if common.preference_part(r["prompt"]) == "A"]
+               if part_of(r["prompt"]) == "A"]
     assert 20 < len(answers) < 50 and sum(line["trained_tokens"] for line in log(out)) == sum(answers)
 
     # Where it starts and ends, by plain PEFT on the base.
