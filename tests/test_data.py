@@ -261,7 +261,8 @@ def test_fifty_pairs_are_enough(sft_run, tiny_model, tmp_path, capsys):
             "dpo": (dpo, dict(sft_adapter=sft_run, eos_tokens=4, **offline)),
             "kto": (kto, dict(sft_adapter=sft_run, eos_tokens=4, **offline)),
             "ppo": (ppo, dict(sft_adapter=sft_run, reward_adapter=str(tmp_path / "rm_v1"), watch_adapter=str(tmp_path / "rm_watch"),
-                              updates=1, completion_tokens=4, prompt_tokens=64, epochs=1, results=str(tmp_path), **small))}
+                              updates=1, completion_tokens=4, prompt_tokens=64, epochs=1, dtype="float32",
+                              results=str(tmp_path), **small))}
     prompts = {}
     for name, (script, args) in runs.items():
         script.main(script.Args(**args, out=str(tmp_path / name)))
