@@ -37,13 +37,11 @@ was, and nothing is sampled or asked twice. Measured: nothing yet.
 Shapes: n prompts, R resamples of the bootstrap.
 """
 import contextlib
-import email.utils
 import functools
 import itertools
 import json
 import math
 import os
-import random
 import re
 import threading
 import time
@@ -51,25 +49,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any, Literal, NamedTuple
 
 import langdetect
 import numpy as np
+import openai
 import torch
 import tyro
 from filelock import FileLock, Timeout
+from scipy.stats import binomtest
 from tqdm import tqdm
 
 import common
 from common import Example, fail
-
-try:
-    import httpx2 as httpx
-except ModuleNotFoundError:  # the former name, of the same interface: where an older huggingface_hub brought it
-    import httpx
 
 
 @dataclass(frozen=True)
@@ -136,7 +130,7 @@ class Args:
 
 RESAMPLES = 2000      # of the bootstrap
 CHUNK = 64            # completions, or questions to a local judge, between two writes
-LONGEST_WAIT = 600    # seconds that a Retry-After may ask for
+UNREADABLE = 10       # replies of an API in a row, from its first, without a verdict in any: it won't give one
 PRIOR_SD = 10.0       # of θ and γ
 
 
@@ -638,94 +632,110 @@ class JudgeError(Exception):
     """The API can't go on."""
 
 
-def retry_after(response: httpx.Response) -> float:
-    """Seconds that a Retry-After header asks to wait, as a number or a date; 0 without one."""
-    value = response.headers.get("retry-after", "")
-    with_date = email.utils.parsedate_to_datetime(value) if re.match("[A-Z][a-z]{2},", value) else None
-    if with_date:
-        return max(0.0, (with_date - datetime.now(timezone.utc)).total_seconds())
-    return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else 0.0
+def open_client(args: Args) -> openai.OpenAI:
+    """The official client, whose retries, backoff and rate limits hold: 408, 409, 429, 5xx, timeouts and cut connections are
+    tried again, after the Retry-After that the server asks for where that is at most two minutes. It follows no redirect,
+    so that the key goes to --judge-url only; without a key it sends none, and neither names nor organisations."""
+    return openai.OpenAI(
+        api_key=api_key(args) or "none", base_url=args.judge_url, max_retries=args.judge_retries, timeout=args.judge_timeout,
+        default_headers=dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), openai.Omit()),
+        http_client=openai.DefaultHttpxClient(follow_redirects=False))
 
 
-def check_key(response: httpx.Response, args: Args) -> None:
-    if response.status_code in (401, 403):
-        what_to_do = f"check {args.judge_key_env}" if os.environ.get(args.judge_key_env) else \
+def api_key(args: Args) -> str:
+    return os.environ.get(args.judge_key_env, "").strip()
+
+
+def headers(args: Args) -> dict[str, Any]:
+    """Of every request: without a key, no Authorization."""
+    return {} if api_key(args) else {"Authorization": openai.Omit()}
+
+
+def api_problem(error: openai.OpenAIError, args: Args) -> JudgeError:
+    """What the client's error means to a user; the key is in no message."""
+    key = api_key(args)
+    if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
+        what_to_do = f"check {args.judge_key_env}" if key else \
             f"{args.judge_key_env} is not set; export it, or name another variable with --judge-key-env"
-        raise JudgeError(f"{args.judge_url} refuses the key (HTTP {response.status_code}): {what_to_do}")
+        return JudgeError(f"{args.judge_url} refuses the key (HTTP {error.status_code}): {what_to_do}")
+    if isinstance(error, openai.APIStatusError):
+        problem, wait = f"HTTP {error.status_code}", error.response.headers.get("retry-after")
+        if wait and error.status_code in (408, 409, 429, 503):
+            problem += f", which asks to wait: Retry-After {wait}"
+        elif error.status_code < 500 and error.status_code not in (408, 409, 429):
+            text = " ".join(error.response.text.split()).replace(key or "\0", "…")[:300]
+            return JudgeError(f"{args.judge_url} refuses the request ({problem}): {text}")
+    else:
+        problem = type(error.__cause__ or error).__name__
+    return JudgeError(f"no verdict from {args.judge_url} in {args.judge_retries + 1} tries; the last: {problem}")
 
 
-def ask_api(client: httpx.Client, messages: list[dict], args: Args, stopping: threading.Event) -> dict[str, Any]:
-    """One verdict. Retries what may pass (429, 5xx, timeouts, cut connections); JudgeError for anything else."""
-    body = {"model": args.judge_model, "messages": messages, "temperature": 0.0, "max_tokens": args.judge_tokens}
-    began = time.time()
-    for tries in itertools.count(1):
-        wait, response = 0.0, None
+def ask_api(client: openai.OpenAI, messages: list[dict], args: Args) -> dict[str, Any]:
+    """One verdict; JudgeError where the client gives up. A reply that is no chat completion, such as a proxy's page, is
+    asked for again too, which the client doesn't do."""
+    began, tries = time.time(), 0
+    while True:
         try:
-            response = client.post("chat/completions", json=body)
-            check_key(response, args)
-            if response.is_success:
-                found = response.json()
-                reply, usage = found["choices"][0]["message"]["content"] or "", found.get("usage") or {}
-                return {"verdict": parse_verdict(reply), "reply": reply, "requests": tries,
-                        "prompt_tokens": usage.get("prompt_tokens") or 0,
-                        "completion_tokens": usage.get("completion_tokens") or 0, "seconds": time.time() - began}
-            problem, wait = f"HTTP {response.status_code}", retry_after(response)
-            if response.status_code not in (408, 409, 429) and response.status_code < 500:
-                raise JudgeError(f"{args.judge_url} refuses the request ({problem}): "
-                                 + " ".join(response.text.split())[:300])
-        except httpx.RequestError as e:  # timeouts, refused and cut connections
-            problem = type(e).__name__
-        except (ValueError, LookupError, TypeError, AttributeError):
-            problem = "a reply that is no chat completion"
-        if tries > args.judge_retries:
-            raise JudgeError(f"no verdict from {args.judge_url} in {tries} tries; the last: {problem}")
-        if wait > LONGEST_WAIT:
-            raise JudgeError(f"{args.judge_url} asks to wait {wait:.0f} s ({problem})")
-        if stopping.wait(max(wait, min(60, 2 ** (tries - 1)) * random.uniform(0.5, 1))):
-            raise JudgeError("stopped")
-
-
-def open_client(args: Args) -> httpx.Client:
-    key = os.environ.get(args.judge_key_env, "").strip()
-    return httpx.Client(base_url=args.judge_url.rstrip("/") + "/", timeout=args.judge_timeout,
-                         headers={"Authorization": f"Bearer {key}"} if key else {},
-                         limits=httpx.Limits(max_connections=args.judge_parallel))
+            response = client.chat.completions.with_raw_response.create(
+                model=args.judge_model, messages=messages, temperature=0.0, max_tokens=args.judge_tokens,
+                extra_headers=headers(args))
+        except openai.OpenAIError as error:
+            raise api_problem(error, args) from None
+        tries += 1 + response.retries_taken
+        try:
+            completion = response.parse()
+            reply, usage = completion.choices[0].message.content or "", completion.usage
+            return {"verdict": parse_verdict(reply), "reply": reply, "requests": tries,
+                    "prompt_tokens": getattr(usage, "prompt_tokens", 0) or 0,
+                    "completion_tokens": getattr(usage, "completion_tokens", 0) or 0, "seconds": time.time() - began}
+        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError):
+            if tries > args.judge_retries:
+                raise JudgeError(f"no verdict from {args.judge_url} in {tries} tries; the last: a reply that is no chat "
+                                 "completion") from None
+            time.sleep(0.5)
 
 
 def check_api(args: Args) -> None:
     """Before hours of sampling: is there a server that takes the key? /models costs nothing, but not all have it."""
     try:
         with open_client(args) as client:
-            response = client.get("models")
-        check_key(response, args)
-        known = [model["id"] for model in response.json()["data"]] if response.is_success else []
+            known = [model.id for model in client.with_options(max_retries=0).models.list(extra_headers=headers(args)).data]
         if known and args.judge_model not in known:
             common.say(f"note: {args.judge_url} lists no model {args.judge_model} (it has {', '.join(known[:8])}); "
                        "if it doesn't know it, the run ends at the first verdict")
-    except (ValueError, LookupError, TypeError, httpx.TimeoutException):
+    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+        fail(str(api_problem(error, args)))
+    except (openai.APIStatusError, openai.APITimeoutError, ValueError, LookupError, TypeError, AttributeError):
         pass  # no list, or a slow one: no reason not to begin
-    except (httpx.RequestError, httpx.InvalidURL) as e:
-        fail(f"--judge-url {args.judge_url} can't be reached ({type(e).__name__})")
-    except JudgeError as e:
-        fail(str(e))
+    except Exception as error:  # no connection, or a URL that is none
+        fail(f"--judge-url {args.judge_url} can't be reached ({type(error.__cause__ or error).__name__})")
 
 
 def ask_apis(questions: dict[str, list[dict]], lines: Lines, args: Args) -> None:
-    """Verdicts of all questions, --judge-parallel at a time, each kept as it comes; the first error ends them all."""
-    stopping, errors = threading.Event(), []
+    """Verdicts of all questions, --judge-parallel at a time, each kept as it comes; the first error ends them all, and so
+    do UNREADABLE replies in a row, from the first, that are no verdict."""
+    stopping, errors, replies = threading.Event(), [], []
 
-    def ask(client: httpx.Client, key: str) -> None:
-        if not stopping.is_set():
-            try:
-                lines.add({"key": key, **ask_api(client, questions[key], args, stopping)})
-            except Exception as e:
-                errors.append(e)
-                stopping.set()
+    def ask(client: openai.OpenAI, key: str) -> None:
+        if stopping.is_set():
+            return
+        try:
+            line = ask_api(client, questions[key], args)
+            lines.add({"key": key, **line})
+            replies.append(line)
+            if len(replies) >= UNREADABLE and not any(line["verdict"] for line in replies[:UNREADABLE]):
+                raise JudgeError(f"the first {UNREADABLE} replies of {args.judge_model} are no verdict (the last: "
+                                 f"{line['reply'][:80]!r}): want one letter, A, B or C; a model that reasons first needs "
+                                 "more than --judge-tokens, or is no judge here")
+        except Exception as e:
+            errors.append(e)
+            stopping.set()
     with open_client(args) as client, ThreadPoolExecutor(args.judge_parallel) as pool:
         waiting = [pool.submit(ask, client, key) for key in questions]
         try:
             for _ in tqdm(as_completed(waiting), total=len(waiting), desc=f"{args.judge_model}: verdicts"):
-                pass
+                if stopping.is_set():
+                    client.close()  # ends those that wait for another try
         finally:  # after Ctrl-C too: those under way are kept, no other begins
             stopping.set()
     if errors and not isinstance(errors[0], JudgeError):

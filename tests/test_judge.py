@@ -17,6 +17,7 @@ from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx2 as httpx
 import numpy as np
 import pytest
 import torch
@@ -27,7 +28,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import common
 import judge
 from conftest import make_model, make_tokenizer, write_jsonl
-from judge import httpx
 
 REPO = Path(common.__file__).parent
 KEY = "sk-very-secret-7f3a"
@@ -766,7 +766,7 @@ def test_an_api_is_asked_in_both_orders(api, proxy, results, capsys):
     assert len(proxy.asked) == len(set(proxy.asked)) == 2 * len(PROMPTS) == found["cost"]["requests"]
     posts = [r for r in proxy.seen if r["method"] == "POST"]
     assert all(r["body"]["temperature"] == 0 and r["path"] == "/v1/chat/completions" for r in posts)
-    assert all(r["headers"].get("Authorization") == f"Bearer {KEY}" for r in posts)
+    assert all({k.lower(): v for k, v in r["headers"].items()}["authorization"] == f"Bearer {KEY}" for r in posts)
     assert found["cost"]["completion_tokens"] == 2 * found["cost"]["requests"]  # the letter and EOS
     tokenizer = common.load_tokenizer(found["judge"]["model"])
     rendered = [tokenizer.apply_chat_template(r["body"]["messages"], add_generation_prompt=True) for r in posts]
@@ -778,11 +778,11 @@ def test_an_api_is_asked_in_both_orders(api, proxy, results, capsys):
     assert not any(KEY in text for text in texts)
 
 
-@pytest.mark.parametrize("faults, wait", [([(429, ("Retry-After", "2"))], 2), ([503, "cut"], 0.5),
-                                          (["slow", "html"], 2.5)])
+@pytest.mark.parametrize("faults, wait", [([(429, ("Retry-After", "2"))], 2), ([503, "cut"], 0.35),
+                                          (["slow", "html"], 2.3)])
 def test_what_passes_is_tried_again(api, proxy, results, faults, wait):
     """Busy with Retry-After, an error, a cut connection, a reply that takes too long, a page that is no JSON: one try
-    more each, not before the wait that was asked for (or half a second), and a verdict in the end."""
+    more each, not before the wait that was asked for (or the client's first, 0.375 to 0.5 s), and a verdict in the end."""
     proxy.faults = list(faults)
     found = api(judge_parallel=1, judge_timeout=2.0 if "slow" in faults else 30.0, prompts=1)
     assert found["summary"]["n"] == 1 and found["summary"]["unparsable"] == 0
@@ -829,6 +829,42 @@ def test_a_long_wait_is_not_waited_for(api, proxy, capsys):
     with pytest.raises(SystemExit):
         api(judge_parallel=1)
     assert "asks to wait" in capsys.readouterr().err and len(proxy.asked) == 1
+
+
+def test_a_redirect_is_not_followed_with_the_key(api, proxy, capsys):
+    """Another host would get the key: a redirect ends the run."""
+    proxy.faults = [(307, ("Location", f"{proxy.url}/elsewhere"))]
+    with pytest.raises(SystemExit):
+        api(judge_parallel=1)
+    assert "HTTP 307" in capsys.readouterr().err and len(proxy.asked) == 1
+    assert [r["path"] for r in proxy.seen if r["method"] == "POST"] == ["/v1/chat/completions"]
+
+
+def test_without_a_key_none_is_sent(api, proxy, monkeypatch):
+    for name, value in (("OPENAI_API_KEY", ""), ("OPENAI_ORG_ID", "org-1"), ("OPENAI_PROJECT_ID", "p-1"),
+                        ("OPENAI_ADMIN_KEY", "sk-admin")):
+        monkeypatch.setenv(name, value)
+    api(prompts=1)
+    assert proxy.asked
+    headers = {name.lower(): value for r in proxy.seen for name, value in r["headers"].items()}
+    assert not headers.keys() & {"authorization", "openai-organization", "openai-project"}
+    assert not any("org-1" in value or "p-1" in value or "sk-admin" in value for value in headers.values())
+
+
+def test_ten_replies_without_a_verdict_end_the_run(api, proxy, results, capsys):
+    """A model that reasons first: one clear error after ten replies, not after twelve that are paid for."""
+    proxy.reply = lambda messages: "Let me think about both answers"
+    with pytest.raises(SystemExit) as stop:
+        api(judge_parallel=1)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "first 10 replies" in error and "Let me think" in error and "--judge-tokens" in error
+    assert len(proxy.asked) == 10 and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_one_verdict_among_the_first_replies_goes_on(api, proxy):
+    order = itertools.count()
+    proxy.reply = lambda messages: "A" if next(order) == 9 else "hm"
+    assert api(judge_parallel=1)["summary"]["unparsable_verdicts"] == 11
 
 
 def test_a_server_that_isnt_there_is_found_before_sampling(api, results, capsys):
