@@ -15,6 +15,9 @@ Judges, by --judge-model:
   local   a causal LM or a policy of ours; the verdict is the likeliest of the three letters, nothing is sampled
   reward  a reward model of ours; the higher score wins
 A judge that is the base, one of the policies, or what a policy was trained against is circular, and the result says so.
+A judge that learned from prompts that a row, its parents or its reward model learned from is not independent: computed
+from the prompts.json of every run directory, and stated as a share. Prompts that stand in any of these training sets are
+not asked, and counted.
 
 Deliberate choices:
   1. Each pair is judged in both orders, and a disagreement is a tie. Equal completions are a tie, not asked about.
@@ -46,7 +49,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,6 +146,11 @@ def prompt_score(ab: str | None, ba: str | None) -> float | None:
     return {"a": 1.0, "b": 0.0}.get(ab, 0.5) if ab == ba else 0.5
 
 
+def unfinished_lost(score: float, ended_a: bool, ended_b: bool) -> float:
+    """The score where an answer that did not end loses to one that did; a tie where neither ended."""
+    return score if ended_a and ended_b else 0.5 + (ended_a - ended_b) / 2
+
+
 def resamples(n: int, seed: int) -> np.ndarray:
     """How often each of n prompts is drawn in each of R resamples with replacement, [R, n]."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
@@ -192,14 +200,18 @@ def summarise(entries: list[dict], seed: int) -> dict[str, Any]:
            "win_rate": None, "win_rate_ci95": [None, None], "tie_rate": None,
            "position_inconsistency": fmean(both) if both else None,
            "length_controlled_win_rate": None, "length_controlled_ci95": [None, None],
+           "unfinished_lost_win_rate": None, "unfinished_lost_ci95": [None, None],
+           **{f"unfinished_{side}": sum(not e[f"stopped_{side}"] for e in entries) for side in "ab"},
            **{f"mean_tokens_{side}": fmean(e[f"tokens_{side}"] for e in entries) for side in "ab"}}
     if scored:
         scores = np.array([e["score"] for e in scored])
         lengths = np.array([e["tokens_a"] - e["tokens_b"] for e in scored], float)
         weights = np.vstack([np.ones(len(scores)), resamples(len(scores), seed)])   # the data, then R resamples
         raw, controlled = win_rate(scores, weights), length_controlled(scores, lengths, weights)
+        strict = win_rate(np.array([unfinished_lost(e["score"], e["stopped_a"], e["stopped_b"]) for e in scored]), weights)
         out |= {"win_rate": raw[0].item(), "win_rate_ci95": interval(raw[1:]), "tie_rate": found[0.5] / len(scored),
-                "length_controlled_win_rate": controlled[0].item(), "length_controlled_ci95": interval(controlled[1:])}
+                "length_controlled_win_rate": controlled[0].item(), "length_controlled_ci95": interval(controlled[1:]),
+                "unfinished_lost_win_rate": strict[0].item(), "unfinished_lost_ci95": interval(strict[1:])}
     return out
 
 
@@ -410,9 +422,9 @@ def check_same(adapter: str, run: dict[str, Any], start: common.Start, args: Arg
              f"({invariants.hash}); they can't be compared")
 
 
-def read_prompts(args: Args, tokenizer, limit: int) -> tuple[list[Prompt], dict[str, str]]:
-    """The prompts, different ones of at most `limit` tokens, and what identifies them."""
-    source, seen = args.data or args.pref_data, set()
+def read_prompts(args: Args, tokenizer, limit: int, trained_on: Set[str] = frozenset()) -> tuple[list[Prompt], dict]:
+    """The prompts, different ones of at most `limit` tokens and none of `trained_on`, and what identifies them."""
+    source, seen, left_out = args.data or args.pref_data, set(), set()
     rows, fingerprint = common.load_rows(source)
     if not args.data:
         held = common.load_heldout(args.pref_data, args.heldout_data, rows)
@@ -432,6 +444,9 @@ def read_prompts(args: Args, tokenizer, limit: int) -> tuple[list[Prompt], dict[
         if name in seen:
             return None
         seen.add(name)
+        if name in trained_on:
+            left_out.add(name)
+            return None
         return messages
 
     def build(prompts: list[list[dict]], names: list[str]) -> list[Prompt | str]:
@@ -440,7 +455,9 @@ def read_prompts(args: Args, tokenizer, limit: int) -> tuple[list[Prompt], dict[
                 Prompt(common.prompt_id(messages), messages, ids) for messages, ids in zip(prompts, rendered)]
     prompts, _, _ = common.take_rows(rows, args.prompts, args.seed, read, build, source, args.max_dropped)
     chosen = "sha256:" + common.sha256_json([p.id for p in prompts])
-    return prompts, {"prompts_fingerprint": chosen, "data": fingerprint}
+    if left_out:
+        common.say(f"{len(left_out)} prompts of {source} stand in a training set of the rows or of the judge: left out")
+    return prompts, {"prompts_fingerprint": chosen, "data": fingerprint, "prompts_left_out": len(left_out)}
 
 
 def load_policy(row: Row, model_dir: Path, args: Args, device):
@@ -585,6 +602,54 @@ def circular_why(judge: Judge, a: Row, b: Row, base_sha256: str) -> str | None:
             if row.run and row.run.get("scorers", {}).get("reward", {}).get("adapter_sha256") == own:
                 return f"{row.name} was trained against the judge"
     return None
+
+
+def training_prompts(run: dict[str, Any], adapter: str) -> dict[str, set[str] | None]:
+    """{run name: ids of the prompts that it was trained on} of a run, of the runs that it started from, and of the reward
+    model that it was trained against; None where a run directory or its prompts.json is not there."""
+    listed = Path(adapter) / "prompts.json"
+    prompts = {run["name"]: set(common.read_json(listed)["train"]) if listed.is_file() else None}
+    args = run.get("args") or {}
+    for link, flag in ((run.get("parent"), "sft_adapter"), ((run.get("scorers") or {}).get("reward"), "reward_adapter")):
+        if link:
+            places = [Path(str(args.get(flag))), Path(adapter).resolve().parent / link["name"]]
+            runs = {place: common.read_json(place / "run.json") for place in places if (place / "run.json").is_file()}
+            same = [place for place, other in runs.items() if other.get("adapter_sha256") == link["adapter_sha256"]]
+            prompts |= training_prompts(runs[same[0]], str(same[0])) if same else {link["name"]: None}
+    return prompts
+
+
+def independence(judge: Judge, rows: Sequence[Row]) -> dict[str, Any]:
+    """{"independent": shares the judge no training prompt with the rows, None where that is not known; "shared_prompts":
+    {row name: {"prompts": how many, "share": of the judge's training prompts}}}."""
+    def joined(run: dict | None, adapter: str | None) -> set[str] | None:
+        parts = list(training_prompts(run, adapter).values()) if run else []
+        return None if None in parts else set().union(*parts)
+
+    own = joined(judge.run, judge.adapter) if judge.run else None  # a model from elsewhere: nothing is known
+    theirs = {row.name: joined(row.run, row.adapter) for row in rows}
+    if not own:
+        return {"independent": None, "shared_prompts": None}
+    shared = {name: None if prompts is None else {"prompts": len(own & prompts), "share": len(own & prompts) / len(own)}
+              for name, prompts in theirs.items()}
+    if any(part and part["prompts"] for part in shared.values()):
+        return {"independent": False, "shared_prompts": shared}
+    return {"independent": None if None in shared.values() else True, "shared_prompts": shared}
+
+
+def evidence(judge: Judge, results: str) -> str:
+    """Does a reward model beat "the longer answer wins" on held-out pairs, by McNemar's exact test? From results/rm, where
+    reward.py kept the outcomes pair by pair; "" for another judge, or without them."""
+    path = Path(results) / "rm" / f"{judge.run['name']}.json" if judge.kind == "reward" else Path()
+    record = common.read_json(path) if path.is_file() else {}
+    if record.get("adapter_sha256") != (judge.run or {}).get("adapter_sha256") or not record.get("outcomes"):
+        return ""
+    pairs = Counter(zip(record["outcomes"]["model"], record["outcomes"]["longer_wins"], strict=True))
+    better, worse = pairs["1", "0"], pairs["0", "1"]
+    p = binomtest(better, better + worse).pvalue if better + worse else 1.0
+    word = "is not distinguishable from" if p >= 0.05 else "beats" if better > worse else "is worse than"
+    return (f"as evidence: {judge.model} {word} \"the longer answer wins\" on {len(record['outcomes']['model'])} held-out pairs "
+            f"(right alone on {better}, wrong alone on {worse}, McNemar's p {p:.3f})")
 
 
 def letter_tokens(tokenizer, model: str) -> list[int]:
@@ -815,11 +880,15 @@ def show(result: dict) -> None:
 
     def percent(x: float | None) -> str:
         return "–" if x is None else f"{100 * x:.1f}"
-    circular = f" (CIRCULAR: {judge['circular_why']})" if judge["circular"] else ""
-    print(f"{result['a']} vs {result['b']}, judged by {judge['model']}{circular}")
-    for title, rate, ends in (("wins", "win_rate", "win_rate_ci95"),
-                              ("length-controlled", "length_controlled_win_rate", "length_controlled_ci95")):
-        print(f"  {title:<18} {percent(s[rate])} % [{', '.join(map(percent, s[ends]))}]")
+    note = f" (CIRCULAR: {judge['circular_why']})" if judge["circular"] else ""
+    if judge["independent"] is False:
+        shared = [f"{percent(part['share'])} % with {name}" for name, part in judge["shared_prompts"].items() if part]
+        note += f" (NOT INDEPENDENT: shares training prompts, {', '.join(shared)})"
+    print(f"{result['a']} vs {result['b']}, judged by {judge['model']}{note}")
+    rates = [f"{title} {percent(s[rate])} % [{', '.join(map(percent, s[ends]))}]" for title, rate, ends in (
+        ("wins", "win_rate", "win_rate_ci95"), ("length-controlled", "length_controlled_win_rate", "length_controlled_ci95"),
+        ("unfinished answers lost", "unfinished_lost_win_rate", "unfinished_lost_ci95"))]
+    print("  " + "; ".join(rates))
     print(f"  {s['wins']} wins, {s['ties']} ties, {s['losses']} losses of {s['n']}; {s['unparsable_verdicts']} of "
           f"{2 * s['n']} verdicts unparsable; the orders disagree on {percent(s['position_inconsistency'])} %; tokens "
           f"{s['mean_tokens_a']:.0f} to {s['mean_tokens_b']:.0f}")
@@ -920,7 +989,15 @@ def main(args: Args) -> None:
     positions = common.max_positions(model_dir)
     if args.max_new_tokens >= positions:
         fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the model's {positions} positions")
-    prompts, fingerprints = read_prompts(args, tokenizer, positions - args.max_new_tokens)
+    every_run = [(row.run, row.adapter) for row in (reference, *rows) if row.run]
+    every_run += [(judge.run, judge.adapter)] if judge and judge.run else []
+    listed = [training_prompts(run, adapter) for run, adapter in every_run]
+    unlisted = sorted({name for prompts in listed for name, ids in prompts.items() if ids is None})
+    if unlisted:
+        common.say(f"note: no prompts.json of {', '.join(unlisted)}: whether they were trained on prompts of the judge is "
+                   "not known")
+    trained_on = set().union(*(ids for prompts in listed for ids in prompts.values() if ids))
+    prompts, fingerprints = read_prompts(args, tokenizer, positions - args.max_new_tokens, trained_on)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens,
                 "seed": args.seed, "dtype": args.dtype}
     common.say(f"{len(prompts)} prompts, each answered by {', '.join(row.name for row in (reference, *rows))}; "
@@ -960,7 +1037,7 @@ def main(args: Args) -> None:
                 "schema_version": 1, "a": row.name, "b": reference.name,
                 "rows": {"a": row.record, "b": reference.record},
                 "judge": {"kind": judge.kind, "model": judge.model,
-                          "circular": why is not None, "circular_why": why,
+                          "circular": why is not None, "circular_why": why, **independence(judge, (row, reference)),
                           "sha256": None if judge.kind == "api" else judge.identity[1], "temperature": 0.0},
                 "sampling": sampling, **fingerprints, "summary": summary,
                 "cost": {k: round(v, 2) for k, v in costs[row.name].items()}, "prompts": entries}
@@ -968,6 +1045,8 @@ def main(args: Args) -> None:
             common.write_json(place, result)
             common.write_json(directory / "summaries" / place.name, {k: v for k, v in result.items() if k != "prompts"})
             show(result)
+        if judge and (line := evidence(judge, args.results)):
+            print(line)
         write_page(Path(args.results))
 
 

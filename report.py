@@ -930,9 +930,9 @@ def independence(record: dict) -> str:
         return "circular"
     if judge.get("independent") is None:
         return ""
-    shared = [f"{number(part.get('share'), 0, 100)} % of {name}'s prompts" for name, part in
+    shared = [f"{number(part.get('share'), 0, 100)} % with {name}" for name, part in
               (judge.get("shared_prompts") or {}).items() if part and part.get("prompts")]
-    return "independent" if judge["independent"] else f"not independent: it was trained on {', '.join(shared)}"
+    return "independent" if judge["independent"] else f"not independent: it shares training prompts, {', '.join(shared)}"
 
 
 def own_criterion(family: tuple[dict, ...], rows: list[dict], judge: list[dict]) -> str:
@@ -1296,9 +1296,9 @@ def judge_table(records: list[dict], rows: list[dict], reward_models: list[dict]
             notes.append(f"{a} against {b}: circular, {judge.get('circular_why') or 'no reason given'}.")
         elif independence(record).startswith("not"):
             notes.append(f"{a} against {b}: the judge is {independence(record)}.")
-        left_out = judge.get("prompts_left_out")
-        notes += [f"{a} against {b}: {left_out} prompts of the judge's own stand in a training set and were left out."] * bool(left_out)
         notes += [record["note"]] * bool(record["note"])
+    if left_out := max(record.get("prompts_left_out") or 0 for record in records):
+        notes.append(f"{left_out} prompts of the judge's data stand in a training set and were not asked.")
     evidence = [judge_evidence(record, reward_models) for record in records]
     notes += [line for line in dict.fromkeys(evidence) if line]
     header = ["rows", "judge", "prompts", "won / tied\n/ lost", "win rate, %", "length-\ncontrolled, %",

@@ -132,9 +132,10 @@ def test_letters_become_rows_in_both_orders():
     assert [judge.to_rows(x, *"ba") for x in ("A", "B", "C", None)] == ["b", "a", "tie", None]
 
 
-def entry(ab, ba, tokens_a=10, tokens_b=10, completion_b="that"):
+def entry(ab, ba, tokens_a=10, tokens_b=10, completion_b="that", stopped_a=True, stopped_b=True):
     return {"verdict_ab": ab, "verdict_ba": ba, "score": judge.prompt_score(ab, ba), "tokens_a": tokens_a,
-            "tokens_b": tokens_b, "completion_a": "this", "completion_b": completion_b}
+            "tokens_b": tokens_b, "completion_a": "this", "completion_b": completion_b, "stopped_a": stopped_a,
+            "stopped_b": stopped_b}
 
 
 def test_summary_by_hand():
@@ -148,6 +149,22 @@ def test_summary_by_hand():
     assert found["mean_tokens_a"] == pytest.approx((20 + 5 * 10 + 4) / 7) and found["mean_tokens_b"] == 10
     low, high = found["win_rate_ci95"]
     assert low < found["win_rate"] < high
+
+
+@pytest.mark.parametrize("score, ended_a, ended_b, expected", [
+    (1.0, True, True, 1.0), (0.5, True, True, 0.5), (1.0, False, True, 0.0), (0.0, True, False, 1.0), (1.0, False, False, 0.5)])
+def test_an_unfinished_answer_loses_to_a_finished_one(score, ended_a, ended_b, expected):
+    assert judge.unfinished_lost(score, ended_a, ended_b) == expected
+
+
+def test_the_sensitivity_line_counts_unfinished_answers_as_losses():
+    """Two wins of which one answer did not end, a loss, and a tie of two unfinished ones: 2.5 of 4, and 1.5 of 4."""
+    found = judge.summarise([entry("a", "a"), entry("a", "a", stopped_a=False), entry("b", "b"),
+                             entry("tie", "tie", stopped_a=False, stopped_b=False)], 0)
+    assert found["win_rate"] == 2.5 / 4 and found["unfinished_lost_win_rate"] == 1.5 / 4
+    assert (found["unfinished_a"], found["unfinished_b"]) == (2, 1)
+    low, high = found["unfinished_lost_ci95"]
+    assert 0 <= low < 1.5 / 4 < high <= 1
 
 
 def test_equal_completions_say_nothing_of_a_judges_order():
@@ -468,6 +485,7 @@ def test_a_judge_that_always_says_the_first_decides_nothing(results, judge_args,
     judge.main(judge.Args(**judge_args, results=str(results), judge_model=says_a))
     found = read(results)
     assert found["judge"] == {"kind": "local", "model": says_a, "circular": False, "circular_why": None,
+                              "independent": None, "shared_prompts": None,  # a model from elsewhere: nothing is known
                               "sha256": common.weights_sha256(Path(says_a)), "temperature": 0.0}
     check_first_always(found)
     assert found["cost"]["requests"] == 2 * len(PROMPTS) and found["cost"]["completion_tokens"] == 0
@@ -560,6 +578,79 @@ def test_the_reward_model_that_trained_a_policy_is_circular(results, judge_args,
     judge.main(judge.Args(**args))
     assert read(results, "ppo_v1_vs_sft_v2")["judge"]["circular_why"] == "ppo_v1 was trained against the judge"
     assert read(results, "dpo_v1_vs_sft_v2")["judge"]["circular"] is False
+
+
+# -- what a judge and the rows learned from -----------------------------------------------------------
+
+def run_directory(directory, prompts, parent=None, reward=None):
+    """A run with only what independence is computed from; prompts None: no prompts.json."""
+    directory.mkdir()
+    run = {"name": directory.name, "adapter_sha256": directory.name * 4, "args": {}}
+    for link, key in ((parent, "parent"), (reward, "reward")):
+        if link:
+            one = {"name": link.name, "adapter_sha256": link.name * 4}
+            run |= {"parent": one} if key == "parent" else {"scorers": {"reward": one}}
+    (directory / "run.json").write_text(json.dumps(run))
+    if prompts is not None:
+        (directory / "prompts.json").write_text(json.dumps({"train": list(prompts), "heldout": ["h"]}))
+    return run
+
+
+def test_what_a_row_learned_from_is_its_own_its_parents_and_its_reward_models_prompts(tmp_path):
+    """Sets of letters: PPO on "pq" from SFT on "st", against a reward model on "ab"; a directory that is gone is unknown."""
+    run_directory(tmp_path / "sft", "st")
+    run_directory(tmp_path / "rm", "ab")
+    ppo = run_directory(tmp_path / "ppo", "pq", tmp_path / "sft", tmp_path / "rm")
+    found = judge.training_prompts(ppo, str(tmp_path / "ppo"))
+    assert found == {"ppo": set("pq"), "sft": set("st"), "rm": set("ab")}
+    shutil.rmtree(tmp_path / "rm")
+    assert judge.training_prompts(ppo, str(tmp_path / "ppo"))["rm"] is None
+    (tmp_path / "sft" / "run.json").write_text(json.dumps({"name": "sft", "adapter_sha256": "another"}))
+    assert judge.training_prompts(ppo, str(tmp_path / "ppo"))["sft"] is None  # retrained since: not that parent
+
+
+@pytest.mark.parametrize("of_judge, of_row, of_parent, independent, shared", [
+    ("abcd", "xy", "z", True, (0, 0.0)),
+    ("abcd", "cdx", "z", False, (2, 0.5)),  # half of the judge's prompts
+    ("abcd", "xy", "a", False, (1, 0.25)),  # by its parent's data
+    ("abcd", "xy", None, None, None),  # the parent's are not known
+    (None, "xy", "z", None, None),
+])
+def test_independence_is_computed_from_the_prompts(tmp_path, of_judge, of_row, of_parent, independent, shared):
+    run_directory(tmp_path / "sft", of_parent)
+    row = run_directory(tmp_path / "dpo", of_row, tmp_path / "sft")
+    one = run_directory(tmp_path / "rm", of_judge)
+    found = judge.independence(judge.Judge("reward", "rm", [], None, str(tmp_path / "rm"), one),
+                               [judge.Row("dpo", str(tmp_path / "dpo"), row, {})])
+    assert found["independent"] is independent
+    if shared:
+        assert found["shared_prompts"] == {"dpo": {"prompts": shared[0], "share": shared[1]}}
+
+
+def test_prompts_that_a_training_set_holds_are_not_asked(judge_args, results, dpo_run, tmp_path, capsys):
+    """Two of the six prompts are among a copy of the row's training prompts: four are asked, and the record counts two."""
+    copy = Path(shutil.copytree(dpo_run, tmp_path / "trained"))
+    names = [common.prompt_id(common.as_prompt({"prompt": p}, "")) for p in PROMPTS]
+    (copy / "prompts.json").write_text(json.dumps({"train": names[:2], "heldout": names[2:]}))
+    judge.main(judge.Args(**judge_args | {"rows": (str(copy),)}, results=str(tmp_path / "r")))
+    record = read(tmp_path / "r", "guardrails")
+    assert record["n_prompts"] == 4 and record["prompts_left_out"] == 2
+    assert "2 prompts of" in capsys.readouterr().out
+
+
+def test_a_judge_is_evidence_by_its_own_held_out_pairs(tmp_path):
+    """Right alone on 30 pairs, wrong alone on 10: beats the rule of length, by scipy's exact binomial test."""
+    one = {"name": "rm", "adapter_sha256": "x"}
+    (tmp_path / "rm").mkdir()
+
+    def said(model, longer, adapter="x"):
+        (tmp_path / "rm" / "rm.json").write_text(json.dumps({"adapter_sha256": adapter, "outcomes": {
+            "model": model, "longer_wins": longer}}))
+        return judge.evidence(judge.Judge("reward", "runs/rm", [], run=one), str(tmp_path))
+    text = said("1" * 30 + "0" * 10 + "11", "0" * 30 + "1" * 10 + "1-")
+    assert "runs/rm beats" in text and "right alone on 30, wrong alone on 10" in text and "p 0.002" in text
+    assert "not distinguishable" in said("10", "01") and "is worse than" in said("0" * 20, "1" * 20)
+    assert said("10", "01", adapter="y") == ""  # another model of that name
 
 
 def test_best_of_n_is_the_argmax(results, judge_args, tiny_model, reward_run, sft_run):

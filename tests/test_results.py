@@ -1149,7 +1149,7 @@ CONTROLLED = "(length-controlled 60.1 [53.0, 67.0]), says judge-70b, whose train
      "(length-controlled 60.1 [53.0, 67.0]), says judge-70b, independent"),
     ({"judge": {"independent": False, "shared_prompts": {"dpo_v1": {"prompts": 85, "share": 0.85}}}},
      "open, no independent judge: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts (length-controlled 60.1 [53.0, 67.0]), "
-     "says judge-70b, not independent: it was trained on 85 % of dpo_v1's prompts"),
+     "says judge-70b, not independent: it shares training prompts, 85 % with dpo_v1"),
     ({"win_rate_ci95": [0.5, 0.72]}, f"not met: beats SFT in 65.4 [50.0, 72.0] % of 199 prompts {CONTROLLED}"),  # above, not at
     ({"n": 2, "unparsable": 0, "win_rate": 1.0, "win_rate_ci95": [1.0, 1.0]},
      f"open, too few: beats SFT in 100.0 [100.0, 100.0] % of 2 prompts {CONTROLLED}"),
