@@ -609,10 +609,10 @@ def training_prompts(run: dict[str, Any], adapter: str) -> dict[str, set[str] | 
     model that it was trained against; None where a run directory or its prompts.json is not there."""
     listed = Path(adapter) / "prompts.json"
     prompts = {run["name"]: set(common.read_json(listed)["train"]) if listed.is_file() else None}
-    args = run.get("args") or {}
+    settings = run.get("args") or {}
     for link, flag in ((run.get("parent"), "sft_adapter"), ((run.get("scorers") or {}).get("reward"), "reward_adapter")):
         if link:
-            places = [Path(str(args.get(flag))), Path(adapter).resolve().parent / link["name"]]
+            places = [Path(str(settings.get(flag))), Path(adapter).resolve().parent / link["name"]]
             runs = {place: common.read_json(place / "run.json") for place in places if (place / "run.json").is_file()}
             same = [place for place, other in runs.items() if other.get("adapter_sha256") == link["adapter_sha256"]]
             prompts |= training_prompts(runs[same[0]], str(same[0])) if same else {link["name"]: None}

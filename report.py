@@ -1555,13 +1555,13 @@ def encode(figure: Figure, kind: str) -> bytes:
 # ------------------------------------------------------------------ the report
 
 
-def data_of(record: dict, args: dict | None = None) -> dict[str, str]:
+def data_of(record: dict, settings: dict | None = None) -> dict[str, str]:
     """{role: the data in words, and its hash} of a row or a reward model's record: the sources of the rows that were counted
     while training (data_sources), else the name of the file that the run's arguments give; a hub data set names itself."""
-    args, words = args or record.get("args") or {}, {}
+    settings, words = settings or record.get("args") or {}, {}
     for role, fingerprint in (record.get("data") or {}).items():
         counts = at(record, "data_sources", role)
-        argument = args.get("heldout_data") if role == "heldout" else args.get("data")
+        argument = settings.get("heldout_data" if role == "heldout" else "data")
         if not str(fingerprint).startswith("sha256:"):
             words[role] = f"`{fingerprint}`"
             continue
@@ -1780,8 +1780,8 @@ def page(label: str, rows: list[dict], results: Results) -> list:
     return [block for block in [*blocks, LEGEND] if block]
 
 
-def data_lines(record: dict, args: dict | None = None) -> list[list[str]]:
-    words = data_of(record, args)
+def data_lines(record: dict, settings: dict | None = None) -> list[list[str]]:
+    words = data_of(record, settings)
     return [[role, f"`{value}`", words[role]] for role, value in (record.get("data") or {}).items()]
 
 
