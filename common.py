@@ -133,8 +133,39 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else fail(f"{path} is not a JSON object")
 
 
+def to_json(obj: Any, indent: int | None = None) -> str:
+    """JSON text. Infinity and NaN, which JSON doesn't have and other readers refuse, are an error that names their place."""
+    try:
+        return json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        place = next(((at, value) for at, value in leaves(obj) if isinstance(value, float) and not math.isfinite(value)), None)
+        if place is None:
+            raise
+        raise FloatingPointError(f"{place[0]} is {place[1]}, which JSON can't hold") from None
+
+
+def leaves(obj: Any, at: str = "") -> Iterable[tuple[str, Any]]:
+    """(place such as metrics/loss, value) of all that a nest of dicts and lists holds."""
+    items = obj.items() if isinstance(obj, dict) else enumerate(obj) if isinstance(obj, (list, tuple)) else None
+    if items is None:
+        yield at, obj
+    else:
+        for key, value in items:
+            yield from leaves(value, f"{at}/{key}".lstrip("/"))
+
+
+def nulled(obj: Any) -> Any:
+    """A nest of dicts and lists with None for Infinity and NaN: for what others computed or wrote, where they may mean
+    "no value"."""
+    if isinstance(obj, dict):
+        return {key: nulled(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [nulled(value) for value in obj]
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
 def write_json(path: str | Path, obj: Any) -> None:
-    write_text(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, to_json(obj, indent=1) + "\n")
 
 
 def without_places(record: dict[str, Any]) -> dict[str, Any]:
@@ -1540,6 +1571,18 @@ def check_share(args: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
+
+
+def check_numbers(args: Any) -> None:
+    """Fail on a number that no flag can mean: not finite, a negative count, a seed that torch can't take."""
+    for name, value in dataclasses.asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "seed" and not 0 <= value < 2**63:
+            fail(f"{flag} must be between 0 and {2**63 - 1}, got {value}")
+        if isinstance(value, int) and value < 0:
+            fail(f"{flag} must be 0 or above, got {value}")
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{flag} must be a finite number, got {value}")
 
 
 def check_nf4(device: torch.device) -> None:
@@ -3433,8 +3476,7 @@ class Run:
         (step, metrics, fetched, flops, rows), self.unread = self.unread, None
         metrics = metrics | (fetched.read(self.last_read) if fetched else {})
         self.last_read = fetched
-        if rows:
-            self.check_finite(step, rows, **{k: metrics[k] for k in ("loss", "kl", "grad_norm") if k in metrics})
+        self.check_finite(step, rows, **{k: v for k, v in metrics.items() if isinstance(v, float)})
         now = fetched.time if fetched else time.time()
         if "tokens" in metrics:
             metrics["tokens_per_s"] = round(metrics["tokens"] / (now - self.last_tick), 1)
@@ -3444,7 +3486,7 @@ class Run:
         line = {"step": step, **metrics, "seconds": round(self.seconds + now - self.started, 3)}
         if rank() == 0:
             with open(self.log_file, "a") as f:
-                f.write(json.dumps(line) + "\n")
+                f.write(to_json(line) + "\n")
             self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in ("loss", "accuracy", "scores", "kl", "tokens_per_s",
                                                                    "mfu", "peak_gib") if metrics.get(k) is not None},
                                  refresh=False)
@@ -3482,7 +3524,7 @@ class Run:
                     tensors[f"parameter/{i}"] = p.detach().cpu()
                     tensors |= {f"{k}/{i}": state[k].cpu() for k in ("step", "exp_avg", "exp_avg_sq")}
                 meta = {"step": str(step), "seconds": str(self.seconds + time.time() - self.started),
-                        "state": json.dumps(self.state)}
+                        "state": to_json(self.state)}
                 write_atomic(self.checkpoint_file, lambda p: save_file(tensors, p, meta))
             if step == self.total_steps:  # from here on there is nothing that a signal could lose
                 self._restore_signals()

@@ -200,6 +200,7 @@ def main(args: Args) -> None:
     common.check_positive(args, "beta", "rows", "heldout_rows", "max_length", "lr", "batch_size", "epochs",
                           "max_grad_norm", "eos_prompts", "eos_tokens", "checkpoint_every")
     common.check_share(args, "warmup", "max_dropped", "max_overlong")
+    common.check_numbers(args)
     if not 0 <= args.label_smoothing < 0.5:
         common.fail(f"--label-smoothing must be in [0, 0.5), got {args.label_smoothing}")
     device = common.setup_device(args.device)

@@ -500,7 +500,8 @@ def sample_lines(samples: dict[str, list[dict]]) -> list[dict]:
                 line["loglikelihoods"] = [loglikelihood for loglikelihood, _ in answers]
             line = lines.setdefault((name, e["doc_id"]), line | {"metrics": {}})
             line["metrics"].update({f"{metric},{e['filter']}": e[metric] for metric in e["metrics"]})
-    return list(lines.values())
+    # numpy's numbers as Python's; null for a score of 0/0 (every answer has probability 0) and the log of 0
+    return common.nulled(json.loads(json.dumps(list(lines.values()), default=lambda o: o.item())))
 
 
 def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args: Args) -> tuple[dict, list[dict]]:
@@ -528,7 +529,7 @@ def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args
     for name, values in found["results"].items():
         for key, value in values.items():
             if "," in key:
-                metrics[f"{name}/{key}"] = float(value) if value != "N/A" else None
+                metrics[f"{name}/{key}"] = common.nulled(float(value)) if value != "N/A" else None
     if metrics.get("mmlu/acc_stderr,none", 0) is None and len(lines) > 1:
         metrics["mmlu/acc_stderr,none"] = mean_stderr([line["metrics"]["acc,none"] for line in lines])
     if task == "ifeval":
@@ -545,7 +546,7 @@ def write_gzip(path: Path, text: str) -> None:
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
-    write_gzip(path, "".join(json.dumps(line, ensure_ascii=False, default=lambda o: o.item()) + "\n" for line in lines))
+    write_gzip(path, "".join(common.to_json(line) + "\n" for line in lines))
 
 
 def read_finished(path: Path, identity: dict) -> dict | None:
@@ -564,8 +565,8 @@ def score_columns(lines: list[dict]) -> dict[str, list]:
     """The items of a task without their text: {"task", "doc_id", "doc_hash" (8 digits, to pair by), each metric, and of a
     response "characters", without whitespace around it}."""
 
-    def plain(x):  # true and 1.0 -> 1; NaN, the score of an item whose answers all have probability 0, stays
-        return [plain(y) for y in x] if isinstance(x, list) else int(x) if float(x).is_integer() else x
+    def plain(x):  # true and 1.0 -> 1
+        return [plain(y) for y in x] if isinstance(x, list) else int(x) if x is not None and float(x).is_integer() else x
 
     columns = {"task": [line["task"] for line in lines], "doc_id": [line["doc_id"] for line in lines],
                "doc_hash": [line["doc_hash"][:8] for line in lines]}  # fmt: skip
@@ -592,7 +593,7 @@ def keep_records(out: Path, samples: Path, identity: dict, run: dict | None, ada
         with gzip.open(out / samples / f"{task}.jsonl.gz", "rt", encoding="utf-8") as lines:
             columns[task] = score_columns([json.loads(line) for line in lines])
     scores = Path("scores") / f"{samples.name}.json.gz"
-    write_gzip(out / scores, json.dumps({"schema_version": common.SCHEMA_VERSION, **identity, "tasks": columns}))
+    write_gzip(out / scores, common.to_json({"schema_version": common.SCHEMA_VERSION, **identity, "tasks": columns}))
     if not run:
         return {"scores": scores.as_posix(), "cost": None}
     file = Path(adapter) / "log.jsonl"
@@ -621,6 +622,7 @@ def main(args: Args) -> dict:
     for flag in ("limit", "max_gen_toks", "micro_tokens", "max_batch"):
         if (value := getattr(args, flag)) is not None and value < 1:
             fail(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+    common.check_numbers(args)
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
     out = Path(args.out)

@@ -330,6 +330,7 @@ def main(args: Args) -> None:
                           "clip_low", "clip_high", "epochs", "minibatches", "pass_k", "lr", "max_grad_norm", "max_gap",
                           "checkpoint_every")
     common.check_share(args, "clip_low", "max_dropped")
+    common.check_numbers(args)
     for name in ("beta", "eval_every", "importance_cap"):
         if not 0 <= getattr(args, name) < math.inf:
             common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
@@ -537,7 +538,7 @@ def answers(greedy: list[Group]) -> list[dict]:
 def write_results(run, args: Args, heldout: list[Problem], after_answers: list[dict], after: dict) -> None:
     """completions.jsonl (greedy answers to the held-out problems, before and after), results/grpo/<name>.json and .png."""
     common.write_text(run.directory / "completions.jsonl", "".join(
-        json.dumps({"prompt": p.text, "row": p.row, "before": b, "after": a}, ensure_ascii=False) + "\n"
+        common.to_json({"prompt": p.text, "row": common.nulled(p.row), "before": b, "after": a}) + "\n"
         for p, b, a in zip(heldout, run.state["answers"], after_answers)))
     log, record = [json.loads(line) for line in run.log_file.read_text().splitlines()], run.record
     measured = [*log, {"step": args.updates, **{f"heldout_{k}": v for k, v in after.items()}}]

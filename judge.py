@@ -371,7 +371,7 @@ class Lines:
 
     def add(self, entry: dict[str, Any]) -> None:
         with self.lock, open(self.path, "a") as f:
-            f.write(json.dumps(entry) + "\n")  # in ASCII: a reply may hold what UTF-8 can't
+            f.write(json.dumps(entry, allow_nan=False) + "\n")  # in ASCII: a reply may hold what UTF-8 can't
             self.found[entry["key"]] = entry
 
 
@@ -963,6 +963,7 @@ def main(args: Args) -> None:
     common.check_positive(args, "prompts", "top_p", "max_new_tokens", "micro_tokens", "judge_parallel", "judge_timeout",
                           "judge_tokens")
     common.check_share(args, "top_p", "max_dropped")
+    common.check_numbers(args)
     for name in ("temperature", "judge_retries"):
         if not 0 <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")

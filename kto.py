@@ -317,6 +317,7 @@ def main(args: Args) -> None:
     common.check_positive(args, "beta", "desirable_weight", "undesirable_weight", "rows", "heldout_rows", "max_length", "lr",
                           "batch_size", "epochs", "max_grad_norm", "eos_prompts", "eos_tokens", "checkpoint_every")
     common.check_share(args, "warmup", "max_dropped", "max_overlong")
+    common.check_numbers(args)
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
     parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(

@@ -348,6 +348,7 @@ def main(args: Args) -> None:
                           "temperature", "clip", "value_clip", "epochs", "minibatches", "lr", "max_grad_norm", "max_gap",
                           "checkpoint_every")
     common.check_share(args, "gamma", "lam", "max_dropped")
+    common.check_numbers(args)
     for name in ("beta", "kl_target", "normalise", "importance_cap"):
         if not 0 <= getattr(args, name) < math.inf:
             common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
@@ -568,7 +569,7 @@ def summary(answers: list[dict]) -> dict[str, float | None]:
 def write_results(run, args: Args, fixed: list[Prompt], after: list[dict], found: dict, scorer_runs: dict) -> None:
     """completions.jsonl (the fixed prompts' answers, before and after), results/ppo/<name>.json and .png."""
     common.write_text(run.directory / "completions.jsonl", "".join(
-        json.dumps({"prompt": p.text, "before": b, "after": a}, ensure_ascii=False) + "\n"
+        common.to_json({"prompt": p.text, "before": b, "after": a}) + "\n"
         for p, b, a in zip(fixed, run.state["before"], after)))
     log, record = [json.loads(line) for line in run.log_file.read_text().splitlines()], run.record
     place = Path(args.results) / "ppo" / record["name"]

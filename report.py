@@ -541,7 +541,7 @@ def paired_items(a: dict, b: dict, column: str) -> tuple[np.ndarray, np.ndarray,
     pairs = [(x, of_b[item]) for item, x in of_a.items()]
     if isinstance(pairs[0][0], list):
         return np.array([sum(x) - sum(y) for x, y in pairs]), np.array([len(x) for x, _ in pairs]), False
-    scores = np.array(pairs)  # [n, 2]
+    scores = np.array(pairs, float)  # [n, 2]; NaN where an item has no score
     return scores[:, 0] - scores[:, 1], np.ones(len(pairs), int), bool(np.isin(scores, (0, 1)).all())
 
 

@@ -198,6 +198,7 @@ def main(args: Args) -> None:
     common.check_positive(args, "rows", "heldout_rows", "max_length", "lr", "batch_size", "epochs", "max_grad_norm",
                           "checkpoint_every")
     common.check_share(args, "warmup", "max_dropped", "max_overlong")
+    common.check_numbers(args)
     if not 0 <= args.centring < math.inf:
         common.fail(f"--centring must be 0 or above, got {args.centring}")
     device = common.setup_device(args.device)
@@ -392,7 +393,7 @@ def score_file(args: Args) -> None:
     if not scores.isfinite().all():
         raise FloatingPointError(f"{args.adapter} gives scores that are not finite")
     if common.rank() == 0:
-        common.write_text(out, "".join(json.dumps({**row, "score": score}, ensure_ascii=False, default=str) + "\n"
+        common.write_text(out, "".join(json.dumps({**common.nulled(row), "score": score}, ensure_ascii=False, default=str) + "\n"
                                        for row, score in zip(rows, scores.tolist())))
     common.say(f"{out}: {len(rows):,} scores of {run['name']} ({run['config_hash']}), mean {scores.mean():.4g}, "
                f"sd {scores.std(correction=0):.4g}")

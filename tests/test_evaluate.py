@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import nltk
+import numpy as np
 import pytest
 import torch
 
@@ -520,9 +521,12 @@ def test_what_training_took_and_logged_goes_with_the_row(place, tmp_path):
 def test_an_item_without_a_score_stays_one():
     """A policy that gives every answer of a TruthfulQA item probability 0 has the score 0/0 there."""
     item = {"task": "truthfulqa_mc2", "doc_hash": "a" * 64}
-    lines = [item | {"doc_id": i, "metrics": {"acc,none": x}} for i, x in enumerate((math.nan, 0.5, 1.0))]
+    samples = [item | {"doc_id": i, "prompt_hash": "b", "target": 0, "resps": [[(-math.inf, False)], [(-1.5, False)]],
+                       "filter": "none", "metrics": ["acc"], "acc": np.float64(x)} for i, x in enumerate((math.nan, 0.5, 1.0))]
+    lines = evaluate.sample_lines({"truthfulqa_mc2": samples})
+    assert lines[0]["loglikelihoods"] == [None, -1.5]  # the log of 0
     found = evaluate.score_columns(lines)["acc,none"]
-    assert math.isnan(found[0]) and found[1:] == [0.5, 1] and type(found[2]) is int
+    assert found == [None, 0.5, 1] and type(found[2]) is int
 
 
 def test_places_are_cut_to_their_last_part(place, tmp_path):

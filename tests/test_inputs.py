@@ -1,9 +1,13 @@
 """Bad input: one clear error before a model loads, exit code 2, nothing written. And which row layouts are good."""
+import dataclasses
 import gzip
+import importlib
 import json
+import math
 import pickle
 import shutil
 import sys
+import typing
 from pathlib import Path
 
 import datasets
@@ -729,3 +733,37 @@ def test_fingerprint_of_a_directory_is_of_its_content(tmp_path):
         (tmp_path / str(n) / "train.csv").write_text(text)
         prints.append(common.load_rows(str(tmp_path / str(n)), ["a"])[1])
     assert prints[0] != prints[1]
+
+
+# -- numbers
+
+PROGRAMS = ("sft", "dpo", "kto", "reward", "ppo", "grpo", "evaluate", "judge")
+
+
+@pytest.mark.parametrize("script", PROGRAMS)
+def test_a_number_that_no_flag_can_mean_is_refused_first(script, capsys, tmp_path, monkeypatch):
+    """Every numeric flag of every script: infinite, not a number, a negative count, a seed beyond what torch takes."""
+    monkeypatch.chdir(tmp_path)  # nothing is there, neither adapters nor data: the number comes first
+    program = importlib.import_module(script)
+    hints, tried = typing.get_type_hints(program.Args), 0
+    for field in dataclasses.fields(program.Args):
+        kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
+        values = [math.inf, math.nan] * (float in kinds) + [-1] * (int in kinds) + [10**20] * (field.name == "seed")
+        for value in values:
+            with pytest.raises(SystemExit) as stop:
+                program.main(program.Args(**{field.name: value}))
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and str(value) in error and f"--{field.name.replace('_', '-')} " in error, error
+            assert len(error.strip().splitlines()) == 1
+            tried += 1
+    assert tried >= 4 and not any(tmp_path.iterdir())
+
+
+def test_json_has_no_infinity(tmp_path):
+    """What we write is JSON for everybody; the place of a number that isn't is named, and the old file stays."""
+    common.write_json(tmp_path / "x.json", {"a": 1})
+    for value in (math.inf, -math.inf, math.nan):
+        with pytest.raises(FloatingPointError, match=f"metrics/1/loss is {value}"):
+            common.write_json(tmp_path / "x.json", {"metrics": [1.0, {"loss": value}]})
+    assert common.read_json(tmp_path / "x.json") == {"a": 1} and len([*tmp_path.iterdir()]) == 1
+    assert common.nulled({"a": [1.0, math.nan, "x", (math.inf,)], "b": True}) == {"a": [1.0, None, "x", [None]], "b": True}
