@@ -1041,6 +1041,9 @@ def load_split(args: Any, kinds: Sequence[str], read: Callable[[dict, str], Any]
         first = [prompts_if_any(row, f"{args.data}, row {i}") for i, row in enumerate(rows)]
         parts = preference_parts([several[0] if several else None for several in first])
         say("parts of the prompts, in rows: " + ", ".join(f"{p} {parts.count(p):,}" for p in "AJB") + f"; here {part}")
+        if part not in parts:
+            fail(f"{args.data}: no row is in part {part}: prompts that share a user turn of 25 characters or more stay in "
+                 f"one part; give more rows, of other prompts")
     left_out = 0
 
     def train_row(i: int, row: dict) -> Any:

@@ -783,6 +783,7 @@ def read_data(task: Task, args: Args) -> tuple[str, list, list, dict[str, str]]:
 
     data = {"task": task.identity}
     rows, data["train"] = read(*(own_rows(task) if task.rows else common.load_rows(source)), source)
+    common.say(f"{source}: {len(rows):,} rows for the task {task.name}")
     keys = [None if isinstance(item, str) else common.prompt_key(item[0]) for item in rows]
     if held_source:
         held, data["heldout"] = read(*common.load_rows(held_source), held_source)

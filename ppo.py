@@ -68,7 +68,7 @@ class Args:
     reward_adapter: str = "runs/rm_v1"
     """The reward model that gives the scores; the critic starts from it."""
     watch_adapter: str | None = None
-    """A second reward model (another seed or half of the data) that is logged and never trained on."""
+    """A second reward model (reward.py --part J) that is logged and never trained against."""
     model: str | None = None
     """The base model; by default the one that --sft-adapter was trained on, and with none Qwen2.5-0.5B."""
     other_base: bool = False
@@ -246,12 +246,13 @@ def load_prompts(tokenizer, args: Args,
     seen, left_out = set(), []
 
     def read(i: int, row: dict) -> list[dict] | None:
-        prompt = common.as_prompts(row, f"{args.data}, row {i}")[-1]
+        several = common.as_prompts(row, f"{args.data}, row {i}")
+        prompt = several[-1]
         name = common.prompt_id(prompt)
         if parts[i] != "B" or name in seen:
             return None
         seen.add(name)
-        if held.holds([prompt]):
+        if held.holds(several):
             left_out.append(i)
             return None
         if name in taken:

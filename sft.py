@@ -23,6 +23,7 @@ Measured (row sft_v2 of results/metrics.json): SmolLM2-135M-Instruct, --quantiza
 3.7 GiB; held-out loss 1.771 -> 1.565, eos_rate 0.83. Qwen2.5-0.5B's shape: bench/NOTES.md.
 
 A row: {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}, or a preference pair.
+Other layouts: docs/data-formats.md.
 """
 import math
 from dataclasses import dataclass

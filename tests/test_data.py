@@ -310,6 +310,20 @@ def test_training_rows_with_a_held_out_prompt_are_left_out(sft_args, tiny_model,
         assert not {*split.prompts["train"]} & {*split.prompts["heldout"]}
 
 
+def test_prompts_that_all_share_a_turn_leave_parts_empty(sft_args, tiny_model, tmp_path, capsys):
+    """They are in one part; the others say why they have none."""
+    first = [user("What is the capital of France, please?"), assistant("Paris")]
+    data = write_jsonl(tmp_path / "x.jsonl", [{"prompt": [*first, user(f"and {i}?")], "chosen": "a", "rejected": "b"} for i in range(30)])
+    args = reward.Args(data=data, max_length=128)
+    failed = 0
+    for part in "AJB":
+        try:
+            common.load_split(args, ["pair"], common.as_pair, lambda pairs, names: pairs, part)
+        except SystemExit:
+            failed += f"no row is in part {part}: prompts that share a user turn" in capsys.readouterr().err
+    assert failed == 2
+
+
 def test_a_share_is_held_out_by_hash(sft_args, tiny_model, tmp_path):
     """5 % of the prompts, whatever the order and --heldout-rows; rows of one prompt stay together."""
     rows = chats(400) + chats(400, "since")
