@@ -40,22 +40,25 @@ ODD = [{"day": "2024-01-05", "n": 3, "x": 1.0, "big": 2**70, "mixed": "1", "emoj
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.jsonl.gz", "x.json.gz", "set[1]/train.jsonl"])
 def test_rows_are_what_the_file_says(tmp_path, name):
     """Dates, numbers of any size, a column whose type changes, columns and keys that come late, brackets in a path."""
-    text = json.dumps(ODD, indent=1) if ".json" in name and "jsonl" not in name else "\ufeff" + "\r\n\n".join(map(json.dumps, ODD))
+    lines = "\ufeff" + "\r\n\n".join(map(json.dumps, ODD))
+    text = lines if ".jsonl" in name else json.dumps(ODD, indent=1)
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     rows, _ = common.load_rows(str(path))
-    assert list(rows) == ODD and [[type(v) for v in row.values()] for row in rows] == [[type(v) for v in r.values()] for r in ODD]
+    assert list(rows) == ODD
+    assert [[type(v) for v in row.values()] for row in rows] == [[type(v) for v in row.values()] for row in ODD]
     if "[" in name:
         assert list(common.load_rows(f"{path.parent}:train")[0]) == ODD
 
 
 def test_a_large_file_whose_columns_drift(tmp_path):
-    rows = [{"messages": [user(f"{i} " + "why read books " * 100), assistant("x")], "source": None} for i in range(9000)]
+    long = "why read books " * 100
+    rows = [{"messages": [user(f"{i} {long}"), assistant("x")], "source": None} for i in range(9000)]
     rows[8000]["messages"][1]["name"], rows[8500]["source"], rows[8999]["meta"] = "bob", "web", {"a": 1}
     loaded, _ = common.load_rows(write_jsonl(tmp_path / "x.jsonl", rows))
     assert os.path.getsize(tmp_path / "x.jsonl") > 10 << 20
-    assert len(loaded) == 9000 and [loaded[i] for i in (0, 8000, 8500, 8999)] == [rows[i] for i in (0, 8000, 8500, 8999)]
+    assert len(loaded) == 9000 and all(loaded[i] == rows[i] for i in (0, 8000, 8500, 8999))
 
 
 def test_values_of_csv_are_text_and_of_parquet_what_they_are(tmp_path):
@@ -87,12 +90,14 @@ def test_a_replaced_file_of_the_same_time_is_read_anew(tmp_path, suffix):
 
 SPLITS = {  # files, source, those that are read
     "by name": (["train.jsonl", "test.jsonl"], "", ["train.jsonl"]),
-    "shards in order": (["data/train-00001-of-00002.jsonl", "data/train-00000-of-00002.jsonl", "data/test-00000-of-00001.jsonl"],
+    "shards in order": (["data/train-00001-of-00002.jsonl", "data/train-00000-of-00002.jsonl",
+                         "data/test-00000-of-00001.jsonl"],
                         ":train", ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]),
     "by folder": (["train/a.jsonl", "test/a.jsonl", "train/b.jsonl"], "", ["train/a.jsonl", "train/b.jsonl"]),
     "a word of the name": (["my-train_v2.jsonl", "my-test_v2.jsonl"], "", ["my-train_v2.jsonl"]),
     "held-out beside": (["c.jsonl", "c_heldout.jsonl"], "", ["c.jsonl"]),
-    "no train by name": (["b.jsonl", "a.jsonl", "dev.jsonl", "x_held_out.jsonl", "VALID.jsonl"], "", ["a.jsonl", "b.jsonl"]),
+    "no train by name": (["b.jsonl", "a.jsonl", "dev.jsonl", "x_held_out.jsonl", "VALID.jsonl"], "",
+                         ["a.jsonl", "b.jsonl"]),
     "the whole name first": (["train_sft.jsonl", "train_gen.jsonl"], ":train_gen", ["train_gen.jsonl"]),
     "training data for testing": (["train_heldout.jsonl", "x.jsonl"], ":train", ["x.jsonl"]),
     "not cards": (["train.jsonl", "dataset_info.json", ".cache/train.jsonl"], "", ["train.jsonl"]),
@@ -127,14 +132,14 @@ def test_the_held_out_split_of_a_directory(tmp_path):
 # -- layouts --------------------------------------------------------------------------------------
 
 CHAT = [user("What colour is the sky?"), assistant("Blue.")]
+SHAREGPT = [{"from": "human", "value": CHAT[0]["content"]}, {"from": "gpt", "value": "Blue."}]
 CONVERSATIONS = {  # name in the printed line: a row that gives CHAT
     "messages": {"messages": CHAT, "extra": 5},
     "messages (messages)": {"messages": json.dumps(CHAT)},
     "prompt and completion": {"prompt": CHAT[0]["content"], "completion": "Blue.", "id": 1},
     "prompt and completion (prompt, completion)": {"prompt": CHAT[:1], "completion": CHAT[1:]},
-    "ShareGPT conversations": {"conversations": [{"from": "human", "value": CHAT[0]["content"]}, {"from": "gpt", "value": "Blue."}]},
-    "ShareGPT conversations (conversations)": {"conversations": json.dumps(
-        [{"from": "human", "value": CHAT[0]["content"]}, {"from": "gpt", "value": "Blue."}])},
+    "ShareGPT conversations": {"conversations": SHAREGPT},
+    "ShareGPT conversations (conversations)": {"conversations": json.dumps(SHAREGPT)},
     "Alpaca instructions": {"instruction": CHAT[0]["content"], "input": "", "output": "Blue."},
     "Alpaca instructions (instruction, output)": {"instruction": CHAT[0]["content"], "input": None, "output": "Blue."},
 }
@@ -158,17 +163,19 @@ def test_alpaca_joins_its_input():
 
 
 PAIR = (CHAT[:1], "Blue.", "Green.")
+GREEN = [CHAT[0], assistant("Green.")]
 PAIRS = {
     "preference pairs with a prompt column": {"prompt": CHAT[0]["content"], "chosen": "Blue.", "rejected": "Green."},
-    "preference pairs with a prompt column (": {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [assistant("Green.")]},
-    "preference pairs with a prompt column (prompt": {"prompt": "not read", "chosen": CHAT, "rejected": [CHAT[0], assistant("Green.")]},
-    "preference pairs, the prompt inside": {"chosen": CHAT, "rejected": [CHAT[0], assistant("Green.")]},
+    "preference pairs with a prompt column (": {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": GREEN[1:]},
+    "preference pairs with a prompt column (prompt": {"prompt": "not read", "chosen": CHAT, "rejected": GREEN},
+    "preference pairs, the prompt inside": {"chosen": CHAT, "rejected": GREEN},
     "preference pairs, the prompt inside both answers": {
         "chosen": CHAT[0]["content"] + " Blue.", "rejected": CHAT[0]["content"] + " Green."},
     "preference pairs after a conversation": {
-        "conversations": [{"from": "human", "value": CHAT[0]["content"]}], "chosen": {"from": "gpt", "value": "Blue."},
+        "conversations": SHAREGPT[:1], "chosen": SHAREGPT[1],
         "rejected": {"from": "gpt", "value": "Green."}},
-    "preference pairs of instructions": {"instruction": CHAT[0]["content"], "input": "", "chosen": "Blue.", "rejected": "Green."},
+    "preference pairs of instructions": {
+        "instruction": CHAT[0]["content"], "input": "", "chosen": "Blue.", "rejected": "Green."},
 }
 
 
@@ -198,13 +205,14 @@ def test_documented_rows_are_read():
                 kind = common.recognise([row], "x", "chat", "pair", "label", "prompt")
                 counts[kind] = counts.get(kind, 0) + 1
                 common.as_prompt(row, "")
-                read = {"chat": sft.conversation, "pair": common.as_pair, "label": kto.answers_of, "prompt": common.as_prompt}
-                read[kind](row, "")
+                {"chat": sft.conversation, "pair": common.as_pair, "label": kto.answers_of,
+                 "prompt": common.as_prompts}[kind](row, "")
     assert counts == {"chat": 4, "pair": 6, "label": 1, "prompt": 2}
 
 
 def test_rows_with_labels_are_not_taken_for_good_answers(sft_args, tmp_path, capsys):
-    data = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"why {i}", "completion": "bad", "label": False} for i in range(20)])
+    rows = [{"prompt": f"why {i}", "completion": "bad", "label": False} for i in range(20)]
+    data = write_jsonl(tmp_path / "x.jsonl", rows)
     with pytest.raises(SystemExit) as stop:
         sft.main(sft.Args(**{**sft_args, "data": data, "out": str(tmp_path / "run")}))
     assert stop.value.code == 2 and "x.jsonl: answers with a label, with the columns" in capsys.readouterr().err
@@ -233,13 +241,14 @@ def test_a_preview_shows_rows_and_what_would_be_dropped(sft_args, tmp_path, caps
     assert len(re.findall(r"-- example \d, \d+ tokens, \d+ of them trained", out)) == 2
     assert len(re.findall(r"⟦because \d+<\|im_end\|>⟧", out)) == 2
     first_two = re.search(r"would be dropped: row (\d+) \((.*?)\), row (\d+) \((.*?)\) and \d+ more", out)
-    assert {first_two[2], first_two[4]} <= {"null messages", "empty answer"} and {int(first_two[1]), int(first_two[3])} < {*range(10)}
+    assert {first_two[2], first_two[4]} <= {"null messages", "empty answer"}
+    assert {int(first_two[1]), int(first_two[3])} < {*range(10)}
     assert "nothing is trained" in out and [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
 
 
 @pytest.mark.parametrize("script", [dpo, reward, kto, ppo, grpo])
 def test_every_script_has_a_preview(script, request, tmp_path, capsys, monkeypatch):
-    args = request.getfixturevalue({dpo: "dpo_args", reward: "reward_args", kto: "kto_args", ppo: "ppo_args", grpo: "grpo_args"}[script])
+    args = request.getfixturevalue(f"{script.__name__}_args")
     if script is dpo:
         args = {**args, "sft_adapter": request.getfixturevalue("sft_run")}
     out = preview(script, args, capsys, monkeypatch, out=str(tmp_path / "run"))
@@ -249,18 +258,21 @@ def test_every_script_has_a_preview(script, request, tmp_path, capsys, monkeypat
 def test_fifty_pairs_are_enough(sft_run, tiny_model, tmp_path, capsys):
     """Preference pairs in CSV without a held-out file, defaults that ask for more: all four methods train, on prompts
     that no other part and no held-out set has."""
-    data, rows = tmp_path / "x.csv", [{"prompt": f"why {i}", "chosen": f"because {i}", "rejected": f"no {i}"} for i in range(50)]
+    data = tmp_path / "x.csv"
+    rows = [{"prompt": f"why {i}", "chosen": f"because {i}", "rejected": f"no {i}"} for i in range(50)]
     with open(data, "w", newline="") as f:
         writer = csv.DictWriter(f, [*rows[0]])
         writer.writeheader()
         writer.writerows(rows)
     small = dict(data=str(data), device="cpu", micro_tokens=1024)
     offline = dict(dtype="float32", max_length=128, **small)
-    runs = {"rm_v1": (reward, dict(model=tiny_model, quantization="none", results=str(tmp_path), **offline)),
-            "rm_watch": (reward, dict(model=tiny_model, quantization="none", results=str(tmp_path), part="J", **offline)),
+    scorer = dict(model=tiny_model, quantization="none", results=str(tmp_path), **offline)
+    runs = {"rm_v1": (reward, scorer),
+            "rm_watch": (reward, dict(part="J", **scorer)),
             "dpo": (dpo, dict(sft_adapter=sft_run, eos_tokens=4, **offline)),
             "kto": (kto, dict(sft_adapter=sft_run, eos_tokens=4, **offline)),
-            "ppo": (ppo, dict(sft_adapter=sft_run, reward_adapter=str(tmp_path / "rm_v1"), watch_adapter=str(tmp_path / "rm_watch"),
+            "ppo": (ppo, dict(sft_adapter=sft_run, reward_adapter=str(tmp_path / "rm_v1"),
+                              watch_adapter=str(tmp_path / "rm_watch"),
                               updates=1, completion_tokens=4, prompt_tokens=64, epochs=1, dtype="float32",
                               results=str(tmp_path), **small))}
     prompts = {}
@@ -280,7 +292,8 @@ def test_fifty_pairs_are_enough(sft_run, tiny_model, tmp_path, capsys):
     parts = {part: {ids[i] for i in range(50) if part_of([user(f"why {i}")]) == part} - heldout for part in "AJB"}
     assert {*prompts["dpo"]["train"]} == {*prompts["rm_v1"]["train"]} == {*prompts["kto"]["train"]} == parts["A"]
     assert {*prompts["rm_watch"]["train"]} == parts["J"]
-    assert {*prompts["ppo"]["train"]} | {*prompts["ppo"]["heldout"]} == parts["B"] and all(len(p) > 3 for p in parts.values())
+    assert {*prompts["ppo"]["train"]} | {*prompts["ppo"]["heldout"]} == parts["B"]
+    assert all(len(ids) > 3 for ids in parts.values())
 
 
 def chats(n, text="because"):
@@ -289,7 +302,8 @@ def chats(n, text="because"):
 
 def loaded(sft_args, tiny_model, data, **changes):
     args = sft.Args(**{**sft_args, "data": data, "rows": 1000, "heldout_rows": 1000, **changes})
-    return common.load_split(args, ["chat", "pair"], sft.conversation, sft.build_examples(common.load_tokenizer(tiny_model), args))
+    build = sft.build_examples(common.load_tokenizer(tiny_model), args)
+    return common.load_split(args, ["chat", "pair"], sft.conversation, build)
 
 
 def test_training_rows_with_a_held_out_prompt_are_left_out(sft_args, tiny_model, tmp_path, capsys):
@@ -302,18 +316,19 @@ def test_training_rows_with_a_held_out_prompt_are_left_out(sft_args, tiny_model,
     split = loaded(sft_args, tiny_model, data)
     assert sorted(split.kept) == [*range(3, 30)] and len(split.heldout) == 5
     assert f"note: 5 rows of {data} are left out of training" in capsys.readouterr().out
-    for given in (data, held):  # all of the training prompts
-        split = loaded(sft_args, tiny_model, write_jsonl(tmp_path / "y.jsonl", train if given == data else heldout), heldout_data=given)
+    for given, rows in ((data, train), (held, heldout)):  # all of the training prompts
+        split = loaded(sft_args, tiny_model, write_jsonl(tmp_path / "y.jsonl", rows), heldout_data=given)
         printed = capsys.readouterr().out
         assert "WARNING: all prompts of" in printed and "are held out, by hash" in printed
-        assert len(split.train) + len(split.heldout) == len(train if given == data else heldout)
+        assert len(split.train) + len(split.heldout) == len(rows)
         assert not {*split.prompts["train"]} & {*split.prompts["heldout"]}
 
 
 def test_prompts_that_all_share_a_turn_leave_parts_empty(sft_args, tiny_model, tmp_path, capsys):
     """They are in one part; the others say why they have none."""
     first = [user("What is the capital of France, please?"), assistant("Paris")]
-    data = write_jsonl(tmp_path / "x.jsonl", [{"prompt": [*first, user(f"and {i}?")], "chosen": "a", "rejected": "b"} for i in range(30)])
+    rows = [{"prompt": [*first, user(f"and {i}?")], "chosen": "a", "rejected": "b"} for i in range(30)]
+    data = write_jsonl(tmp_path / "x.jsonl", rows)
     args = reward.Args(data=data, max_length=128)
     failed = 0
     for part in "AJB":
@@ -336,10 +351,11 @@ def test_a_share_is_held_out_by_hash(sft_args, tiny_model, tmp_path):
 
 
 def test_what_is_ignored_is_said(sft_args, tiny_model, tmp_path, capsys):
-    """A system column and train / weight are honoured; tools, reasoning and other weights are named, with their rows."""
+    """A system column and train / weight are honoured; tools, reasoning and other weights are named with a count."""
     rows = [{"system": "You read books.", "tools": [{"name": "f"}], "weight": 1, "messages": [
-        user(f"why {i}"), assistant("WRONG", weight=0), user("and"), assistant(f"right {i}", reasoning_content="so", weight=1)]}
-        for i in range(10)] + [{"tools": None, "messages": [user(f"how {i}"), assistant("WRONG", train=False)]} for i in range(2)]
+        user(f"why {i}"), assistant("WRONG", weight=0), user("and"),
+        assistant(f"right {i}", reasoning_content="so", weight=1)]} for i in range(10)]
+    rows += [{"tools": None, "messages": [user(f"how {i}"), assistant("WRONG", train=False)]} for i in range(2)]
     rows[3]["messages"][3]["weight"] = 0.5
     rows[4]["weight"] = 0
     rows[5]["messages"].insert(0, {"role": "system", "content": "Be brief."})
@@ -347,7 +363,8 @@ def test_what_is_ignored_is_said(sft_args, tiny_model, tmp_path, capsys):
     write_jsonl(tmp_path / "x_heldout.jsonl", [{"messages": [user("other"), assistant("x")]}])
     split = loaded(sft_args, tiny_model, data, max_dropped=0.2)
     tokenizer = common.load_tokenizer(tiny_model)
-    assert sorted(tokenizer.decode(c.example.targets) for c in split.train) == [f"right {i}<|im_end|>" for i in range(10)]
+    trained = sorted(tokenizer.decode(c.example.targets) for c in split.train)
+    assert trained == [f"right {i}<|im_end|>" for i in range(10)]
     systems = ["Be brief." if split.kept[k] == 5 else "You read books." for k in range(10)]
     assert [c.prompt[0]["content"] for c in split.train] == systems and split.dropped == {"no answer to train": 2}
     line = next(line for line in capsys.readouterr().out.splitlines() if "not used" in line)
@@ -364,8 +381,8 @@ def scores(path, source, rows, texts, **stopped):
     answered = []
     for i, (row, text) in enumerate(zip(rows, texts)):
         prompt, seen = task.read(row, f"row {i}")
-        stop = stopped.get(f"row{i}", "eos")
-        answered.append((grpo.Problem(i, common.prompt_id(prompt), [1], "", seen), common.Completion([5, 6], [0.0] * 2, stop, text)))
+        completion = common.Completion([5, 6], [0.0] * 2, stopped.get(f"row{i}", "eos"), text)
+        answered.append((grpo.Problem(i, common.prompt_id(prompt), [1], "", seen), completion))
     return grpo.score(task, answered)
 
 
@@ -375,13 +392,15 @@ VERL_ROWS = [{"data_source": "sums", "prompt": [user("1 + 1")], "reward_model": 
               "extra_info": {"index": 7}}, {"data_source": "sums", "prompt": "2 + 2", "ground_truth": "4"}]
 REWARDS = {  # source, rows, answers "2" and "5": expected rewards, expected parts of the first
     "ours": ("def reward(row, completion):\n    return float(completion == row['answer'])", TEXT_ROWS, [1.0, 0.0], {}),
-    "ours in parts": ("def reward(row, text):\n    return {'correct': float(text == row['answer']), 'short': 0.1}", CHAT_ROWS,
-                      [1.1, 0.1], {"correct": 1.0, "short": 0.1}),
-    "TRL on texts": ("def reward(completions, answer, **kwargs):\n    return [float(c == a) for c, a in zip(completions, answer)]",
+    "ours in parts": ("def reward(row, text):\n    return {'correct': float(text == row['answer']), 'short': 0.1}",
+                      CHAT_ROWS, [1.1, 0.1], {"correct": 1.0, "short": 0.1}),
+    "TRL on texts": ("def reward(completions, answer, **kwargs):\n"
+                     "    return [float(c == a) for c, a in zip(completions, answer)]",
                      TEXT_ROWS, [1.0, 0.0], {}),
     "TRL on messages": ("def accuracy(completions, answer, **kwargs):\n"
                         "    assert all(c[0]['role'] == 'assistant' and len(c) == 1 for c in completions)\n"
-                        "    return [float(c[0]['content'] == a) for c, a in zip(completions, answer)]\nreward_funcs = accuracy",
+                        "    return [float(c[0]['content'] == a) for c, a in zip(completions, answer)]\n"
+                        "reward_funcs = accuracy",
                         CHAT_ROWS, [1.0, 0.0], {}),
     "TRL with prompts and None": (
         "def reward_funcs(prompts, completions, completion_ids, **columns):\n"
@@ -395,7 +414,8 @@ REWARDS = {  # source, rows, answers "2" and "5": expected rewards, expected par
              "    assert data_source == 'sums' and extra_info in (None, {'index': 7})\n"
              "    return float(solution_str == ground_truth)", VERL_ROWS, [1.0, 0.0], {}),
     "verl's dict": ("def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):\n"
-                    "    return {'score': 2.0 * (solution_str == ground_truth), 'acc': 1, 'pred': 'x'}", VERL_ROWS, [2.0, 0.0], {}),
+                    "    return {'score': 2.0 * (solution_str == ground_truth), 'acc': 1, 'pred': 'x'}", VERL_ROWS,
+                    [2.0, 0.0], {}),
 }
 
 
@@ -410,8 +430,10 @@ def test_reward_functions(tmp_path, kind):
 
 @pytest.mark.parametrize("source, rows, parts", [
     ("def reward(completions, gold, **kwargs):\n    return [1.0] * len(completions)", TEXT_ROWS, ["row 0: no gold"]),
-    ("def compute_score(data_source, solution_str, ground_truth):\n    return 1.0", TEXT_ROWS, ["row 0: no ground_truth"]),
-    ("def one(row, completion):\n    return 1.0\nreward_funcs = [one, one]", TEXT_ROWS, ["a list of functions is TRL's", "row, completion"]),
+    ("def compute_score(data_source, solution_str, ground_truth):\n    return 1.0", TEXT_ROWS,
+     ["row 0: no ground_truth"]),
+    ("def one(row, completion):\n    return 1.0\nreward_funcs = [one, one]", TEXT_ROWS,
+     ["a list of functions is TRL's", "row, completion"]),
     ("reward_funcs = []", TEXT_ROWS, ["no function reward(row, completion)"])])
 def test_reward_files_that_cannot_serve(tmp_path, capsys, source, rows, parts):
     with pytest.raises(SystemExit) as stop:
@@ -421,9 +443,11 @@ def test_reward_files_that_cannot_serve(tmp_path, capsys, source, rows, parts):
 
 
 @pytest.mark.parametrize("source, parts", [
-    ("def reward(completions, **kwargs):\n    return [1.0]", ["reward() of --task task", "1 rewards for 2 completions"]),
+    ("def reward(completions, **kwargs):\n    return [1.0]",
+     ["reward() of --task task", "1 rewards for 2 completions"]),
     ("def reward(completions, **kwargs):\n    return [float('nan')] * 2", ["must be finite"]),
-    ("def reward_funcs(completions, **kwargs):\n    return 1 / 0", ["reward_funcs()", "ZeroDivisionError", "line 2", "rows 0, 1"])])
+    ("def reward_funcs(completions, **kwargs):\n    return 1 / 0",
+     ["reward_funcs()", "ZeroDivisionError", "line 2", "rows 0, 1"])])
 def test_a_function_of_lists_that_fails_ends_the_run(tmp_path, source, parts):
     errors = scores(tmp_path / "task.py", source, TEXT_ROWS, ["2", "5"])
     assert all(isinstance(e, str) and all(part in e for part in parts) for e in errors), errors
@@ -443,7 +467,8 @@ def test_dates_reach_the_reward_and_the_results_as_text(grpo_args, tmp_path):
     (tmp_path / "task.py").write_text("def reward(row, completion):\n    assert row['answer'].startswith('2024-01-')\n"
                                       "    return float(len(completion) % 2)\n")
     out = tmp_path / "run"
-    grpo.main(grpo.Args(**{**grpo_args, "task": str(tmp_path / "task.py"), "data": write_jsonl(tmp_path / "g.jsonl", rows),
+    grpo.main(grpo.Args(**{**grpo_args, "task": str(tmp_path / "task.py"),
+                           "data": write_jsonl(tmp_path / "g.jsonl", rows),
                            "updates": 1, "eval_every": 0, "results": str(tmp_path / "results"), "out": str(out)}))
     written = [json.loads(line)["row"] for line in (out / "completions.jsonl").read_text().splitlines()]
     assert written and all(row in rows for row in written)
@@ -454,5 +479,6 @@ def test_dates_reach_the_reward_and_the_results_as_text(grpo_args, tmp_path):
 def test_null_rows_of_a_task_are_counted(grpo_args, tmp_path, capsys, monkeypatch):
     rows = [{"prompt": None if i == 3 else f"why {i}"} for i in range(40)]
     (tmp_path / "task.py").write_text("def reward(row, completion):\n    return 1.0\n")
-    args = {**grpo_args, "task": str(tmp_path / "task.py"), "data": write_jsonl(tmp_path / "g.jsonl", rows), "updates": 20}
+    data = write_jsonl(tmp_path / "g.jsonl", rows)
+    args = {**grpo_args, "task": str(tmp_path / "task.py"), "data": data, "updates": 20}
     assert "dropped 1 (null prompt)" in preview(grpo, args, capsys, monkeypatch, out=str(tmp_path / "run"))
