@@ -2,12 +2,13 @@
 
 The sections, in the order a run meets them:
   1. errors, hashing, atomic files          5. fresh LoRA, composed adapters, saving
-  2. ranks (torchrun or alone)              6. packing and log-probabilities
+  2. ranks (torchrun or alone)              6. micro-batches and log-probabilities
   3. fairness: invariants and hashes        7. sampling
   4. rows, chat template, models            8. the run directory: lock, log, checkpoint, resume
                                             9. results/metrics.json
 
-Shapes: T tokens of a pack, N its sequences, K its predicted (trained or scored) tokens, V vocabulary, B rows.
+Shapes: T tokens of a micro-batch (fast: in all; plain: of its longest row), N its sequences, K its predicted (trained or scored)
+tokens, H hidden size, V vocabulary, B rows. What exists for speed alone is in fast/.
 """
 from __future__ import annotations
 
@@ -16,12 +17,10 @@ import csv
 import dataclasses
 import functools
 import gc
-import glob
 import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -37,9 +36,8 @@ import subprocess
 import sys
 import time
 import warnings
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -59,16 +57,17 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-try:  # CUDA's packed attention; its CPU path below has the same semantics
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover
-    varlen_attn = None
-VARLEN = inspect.signature(varlen_attn).parameters if varlen_attn else {}
+try:
+    import fast
+except ModuleNotFoundError as e:  # without the folder everything runs on the plain engine
+    if e.name != "fast":
+        raise
+    fast = None
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks transformers the old way
 transformers.logging.set_verbosity_error()
@@ -384,7 +383,7 @@ class EvalProtocol:
 # `quantization` and an adapter's flag give enters config_hash by content: invariants, data fingerprints, the parent's hash.
 RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "other_base", "quantization", "eval_data", "out",
                        "results", "overwrite", "reward_adapter", "watch_adapter", "task",
-                       "max_dropped", "max_overlong", "preview", "max_gap", "micro_tokens", "compile", "device",
+                       "max_dropped", "max_overlong", "preview", "max_gap", "micro_tokens", "engine", "device",
                        "checkpoint_every", "track", "score", "adapter"})
 
 
@@ -1456,8 +1455,6 @@ def resolve_model(model: str) -> Path:
         fail(f"{model}: a model directory needs config.json and *.safetensors"
              + (" (this is an adapter)" if (path / "adapter_config.json").is_file() else ""))
     model_on_paper = skeleton(path)
-    if why := unsupported(read_json(path / "config.json")):
-        fail(f"{model}: {why}")
     if hub:
         path = from_hub(name, revision, ["model*.safetensors", "*.json", "*.txt", "*.jinja"], "model")
     check_weights(path, model_on_paper)
@@ -1484,24 +1481,6 @@ def skeleton(model_dir: str | Path) -> nn.Module:
         fail(f"{model_dir}: the projections of {config['model_type']} are transposed (Conv1D), which LoRA here doesn't "
              f"serve; choose a model with ordinary linear layers")
     return model
-
-
-def unsupported(config: dict[str, Any]) -> str | None:
-    """Why the decoder and the sampler below can't serve the model of this config.json; None if they can."""
-    config = config.get("text_config") or config
-    kind, act = config.get("model_type"), config.get("hidden_act", "silu")
-    if kind not in DECODERS or act != "silu":
-        return f"it is a {kind} with {act}; the decoder here serves {', '.join(DECODERS)} with silu"
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if (name := rope.get("rope_type", rope.get("type"))) in ("dynamic", "longrope"):
-        return f"its rotary positions are scaled by the length of each sequence ({name}); the sampler knows fixed scales"
-    windows = config.get("use_sliding_window") and config.get("max_window_layers", 28) < config["num_hidden_layers"]
-    if windows or "sliding_attention" in (config.get("layer_types") or []):
-        return f"some of its layers attend to a sliding window of {config.get('sliding_window')} tokens"
-    for name in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
-        if config.get(name) not in (None, 1, 1.0):
-            return f"it rescales logits ({name})"
-    return None
 
 
 def weight_files(model_dir: str | Path) -> list[Path]:
@@ -1600,13 +1579,15 @@ def check_nf4(device: torch.device) -> None:
 
 
 def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantization: str = "none",
-               dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> nn.Module:
+               dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", engine: str | None = None) -> nn.Module:
     """A causal LM in eval mode: the base, or with `adapter` merged into its weights.
 
     quantization: "none" (dtype) or "nf4" (4-bit NF4, double quantisation, bfloat16 compute; no adapter then).
     The merge W + (alpha/r)·B·A is computed in fp32 from the original weights and rounded once.
+    engine: "fast" or "plain", as choose_engine gives it; by default fast where it serves the model.
     """
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
+    capped = read_json(Path(model_dir) / "config.json").get("attn_logit_softcapping")  # which sdpa leaves out
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager" if capped else "sdpa", "use_safetensors": True}
     if quantization == "nf4":
         if adapter is not None:
             raise ValueError("an adapter can't be merged into NF4 weights")
@@ -1623,7 +1604,12 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
             delta = LORA_SCALE * (b.to(device) @ a.to(device))
             weight.data = (weight.data.float() + delta).to(weight.dtype)
     model.config.use_cache = False
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if engine:
+        model.__dict__["engine"] = engine
+    if not is_fast(model):
+        check_head(model)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1671,13 +1657,13 @@ def add_head(policy: PeftModel, seed: int) -> PeftModel:
 
 
 def load_scorers(model_dir: str | Path, adapters: dict[str, str | Path], quantization: str = "none",
-                 dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> PeftModel:
+                 dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", engine: str | None = None) -> PeftModel:
     """Trained reward models by name, frozen, on one copy of the base: adapters beside its weights, each with its head.
 
     The first is active; `use_scorer` switches. Check them first: read_start(reward=True). At the quantisation and dtype
     a reward model was trained with, its scores are the trained model's exactly.
     """
-    model = load_model(model_dir, None, quantization, dtype, device)
+    model = load_model(model_dir, None, quantization, dtype, device, engine)
     setattr(model, HEAD, new_head(model))
     (first, path), *others = adapters.items()
     scorers = PeftModel.from_pretrained(model, path, adapter_name=first)
@@ -1688,9 +1674,9 @@ def load_scorers(model_dir: str | Path, adapters: dict[str, str | Path], quantiz
 
 
 def load_reward(model_dir: str | Path, adapter: str | Path, quantization: str = "none",
-                dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> PeftModel:
+                dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", engine: str | None = None) -> PeftModel:
     """One trained reward model, frozen: load_scorers with a single adapter."""
-    return load_scorers(model_dir, {"reward": adapter}, quantization, dtype, device)
+    return load_scorers(model_dir, {"reward": adapter}, quantization, dtype, device, engine)
 
 
 def head_of(scorers: PeftModel, name: str) -> nn.Linear:
@@ -1704,19 +1690,6 @@ def use_scorer(scorers: PeftModel, name: str, train: bool = False) -> PeftModel:
     return scorers
 
 
-def compile_layers(policy: nn.Module) -> None:
-    """From now on, what layers do between matrix products and attention, and what follows the LM head, is compiled (CUDA).
-
-    A few small graphs, for packs of any size and for all layers; and passes are recorded as a whole: see Recordings.
-    """
-    base_of(policy).__dict__["recordings"] = Recordings(base_of(policy))
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Was compile_layers called on it?"""
-    return "recordings" in base_of(model).__dict__
-
-
 def trainable(policy: nn.Module) -> list[nn.Parameter]:
     return [p for p in policy.parameters() if p.requires_grad]
 
@@ -1725,8 +1698,11 @@ def flat_parameters(policy: nn.Module) -> nn.Parameter:
     """The trained parameters as one, of whose memory they become views, and their gradients views of its gradient.
 
     So a step sums over ranks, clips and updates by a few kernels, where some hundred small tensors take a thousand. The
-    gradient is set to zero, never to None (set_to_none=False).
+    gradient is set to zero, never to None (set_to_none=False). From here on the fast engine compiles and records what it
+    repeats (CUDA).
     """
+    if is_fast(policy) and device_of(policy).type == "cuda":
+        fast.compile_layers(base_of(policy))
     params = trainable(policy)
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
     flat.grad, sizes = torch.zeros_like(flat), [p.numel() for p in params]
@@ -2009,48 +1985,49 @@ def old_rope_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Packing and log-probabilities
+# 6. Micro-batches and log-probabilities: the plain engine, and where the fast one takes over
 # ------------------------------------------------------------------------------------------------
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float | None = None,
-                     keys: Tensor | None = None, cu_seqlens_k: Tensor | None = None) -> Tensor:
-    """Causal attention inside each sequence of a pack, never across: q [T, heads, d], k and v [T, kv, d] -> [T, heads, d].
+# What follows is the specification: the model's own transformers forward over right-padded micro-batches, log-softmax in fp32 at
+# the predicted positions. It serves any causal LM. fast/ computes the same sooner for the architectures that it knows, and is
+# held to it by tests; where `is_fast`, a call is handed over to it.
 
-    On CUDA in half precision one varlen kernel, elsewhere sdpa sequence by sequence: the same semantics. `keys` (a pack
-    whose sequences share tokens) says where the keys of each sequence are; its queries are the last of them.
+def choose_engine(engine: str, model_dir: str | Path, device: torch.device) -> str:
+    """"fast" or "plain" for --engine auto, fast or plain; says which, and why. Fails where fast is asked for and can't serve.
+
+    The engine changes speed and rounding, never the mathematics: it is not in config_hash.
     """
-    if keys is None:
-        cu_seqlens_k = cu_seqlens
-    else:
-        k, v = k.index_select(0, keys), v.index_select(0, keys)  # [L, kv, d]
-    grouped = q.shape[1] != k.shape[1]
-    if q.is_cuda and q.dtype != torch.float32:
-        kind = {"window_size": (-1, 0)} if "window_size" in VARLEN else {"is_causal": True}
-        if "enable_gqa" in VARLEN:  # torch 2.11 takes fewer heads of keys and values without a word
-            kind["enable_gqa"] = grouped
-        # FlashAttention's causal mask puts the last query at the last key.
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, max_length, max_length, scale=scale, **kind)
-    parts, (at, at_k) = [], (cu.tolist() for cu in (cu_seqlens, cu_seqlens_k))
-    for a, b, c, d in zip(at, at[1:], at_k, at_k[1:]):
-        # sdpa's own causal mask puts the first query at the first key
-        mask = {"is_causal": True} if b - a == d - c else {
-            "attn_mask": torch.ones(b - a, d - c, dtype=torch.bool, device=q.device).tril(d - c - b + a)}
-        one = (x.transpose(0, 1).unsqueeze(0) for x in (q[a:b], k[c:d], v[c:d]))  # [1, heads, tokens, d]
-        parts.append(F.scaled_dot_product_attention(*one, scale=scale, enable_gqa=grouped, **mask))
-    return torch.cat(parts, 2).squeeze(0).transpose(0, 1)
+    why_not = "there is no folder fast/" if fast is None else "an Apple GPU" if device.type == "mps" else \
+        fast.unsupported(read_json(Path(model_dir) / "config.json"))
+    if engine == "fast" and why_not:
+        fail(f"--engine fast can't serve {model_dir}: {why_not}; give --engine auto or plain")
+    chosen = "plain" if engine == "plain" or why_not else "fast"
+    reason = "as asked" if engine != "auto" else f"fast can't serve it: {why_not}" if why_not else "fast serves it"
+    say(f"engine: {chosen} ({reason})")
+    return chosen
 
 
-@functools.cache
-def check_shared_attention(device: torch.device) -> None:
-    """Once a process: the GPU's kernel must put the last query at the last key, as the CPU's path does; if not, stop."""
-    q, k, v = torch.randn(3, 8, 2, 64, generator=torch.Generator().manual_seed(0)).to(device)  # [T, heads, d]
-    cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in ([0, 6, 8], [0, 6, 12]))
-    keys = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7], device=device)  # the second sequence shares four tokens
-    half, exact = (packed_attention(*(x.to(dtype) for x in (q, k, v)), cu_q, 8, None, keys, cu_k)
-                   for dtype in (torch.bfloat16, torch.float32))
-    if (gap := (half - exact).abs().max().item()) > 0.05:
-        raise RuntimeError(f"varlen_attn of torch {torch.__version__} masks queries that are fewer than their keys another "
-                           f"way (largest difference to fp32 {gap:.2f}): packs can't share tokens with it")
+def is_fast(model: nn.Module) -> bool:
+    """Does the fast engine serve this model? load_model settles it; for a model from elsewhere: if it can."""
+    base = base_of(model)
+    if "engine" not in base.__dict__:
+        base.__dict__["engine"] = "plain" if fast is None or fast.unsupported(base.config.to_dict()) else "fast"
+    return base.__dict__["engine"] == "fast"
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT one; any other model as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return base_of(model).get_input_embeddings().weight.device
+
+
+def precision(model: nn.Module):
+    """Autocast to bfloat16 for a bfloat16 base (fp32 adapters are cast in the forward); nothing for an fp32 one."""
+    head = base_of(model).get_output_embeddings().weight
+    return torch.autocast(head.device.type, torch.bfloat16, enabled=head.dtype == torch.bfloat16)
 
 
 @dataclass
@@ -2074,682 +2051,165 @@ class Example:
 
 
 @dataclass
-class Pack:
-    """Sequences laid end to end: one forward, no padding.
+class Batch:
+    """A micro-batch of the plain engine: N sequences, padded on the right to T tokens. fast.Pack has the same fields and more."""
+    input_ids: Tensor       # [N, T], 0 where there is no token
+    attention_mask: Tensor  # [N, T], 1 where there is a token
+    predict: Tensor         # [2, K] row and column of each position that predicts
+    targets: Tensor         # [K] the token ids predicted there
+    counts: Tensor          # [N] predicted tokens of each sequence
+    last: Tensor            # [2, N] row and column of each sequence's last token
+    examples: list[int]     # [N] index of each sequence in the list that the batches were made of
+    tokens: int             # of its sequences, without padding
+    attended: int           # pairs of a query and a key that it attends to
 
-    With `keys`, tokens that sequences begin with alike are there once: a sequence's own tokens are those after what it
-    has in common with the sequence before it, and the others lie where the earlier sequences put them.
-    """
-    input_ids: Tensor      # [1, T]
-    position_ids: Tensor   # [1, T], from 0 in each sequence
-    cu_seqlens: Tensor     # [N + 1] int32, where sequences (their own tokens) begin and end
-    max_length: int        # at least the longest sequence, with what it shares
-    predict: Tensor        # [K] positions in T
-    targets: Tensor        # [K] token ids
-    counts: Tensor         # [N] predicted tokens of each sequence
-    examples: list[int]    # [N] index of each sequence in the list that was packed
-    attended: int          # pairs of a query and a key it attends to
-    keys: Tensor | None = None          # [L] positions in T of all tokens of each sequence, end to end
-    cu_seqlens_k: Tensor | None = None  # [N + 1] int32, where sequences begin and end in `keys`
-    room: Room | None = None            # what recorded passes copy it into
+    @classmethod
+    def of(cls, examples: Sequence[Example], members: Sequence[int], device) -> Batch:
+        rows = [examples[i] for i in members]
+        sizes = [len(e.ids) for e in rows]
+        ids = torch.tensor([e.ids + [0] * (max(sizes) - len(e.ids)) for e in rows])
+        lengths, longs = torch.tensor(sizes), functools.partial(torch.tensor, dtype=torch.long)
+        tensors = (ids, (torch.arange(max(sizes)) < lengths[:, None]).long(),
+                   longs([[n for n, e in enumerate(rows) for _ in e.predict], [t for e in rows for t in e.predict]]),
+                   longs([t for e in rows for t in e.targets]), longs([len(e.targets) for e in rows]),
+                   torch.stack([torch.arange(len(rows)), lengths - 1]))
+        return cls(*(t.to(device) for t in tensors), [*members], sum(sizes), sum(n * (n + 1) // 2 for n in sizes))
 
     @property
     def rows(self) -> list[int]:
-        """[K] index, in the list that was packed, of the example each predicted token belongs to."""
+        """[K] index, in the list that the batches were made of, of the example each predicted token belongs to."""
         return [i for i, n in zip(self.examples, self.counts.tolist()) for _ in range(n)]
 
-    @property
-    def last(self) -> Tensor:
-        """[N] position in T of each sequence's last token."""
-        if self.keys is None:
-            return self.cu_seqlens[1:].long() - 1
-        return self.keys[self.cu_seqlens_k[1:].long() - 1]
-
-    @property
-    def places(self) -> tuple[Tensor, ...]:
-        """[N] positions in T of each sequence's tokens."""
-        if self.keys is None:
-            at = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-            return at.split(self.cu_seqlens.diff().tolist())
-        return self.keys.split(self.cu_seqlens_k.diff().tolist())
-
-    def to(self, device) -> Pack:
-        move = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if self.keys is not None and torch.device(device).type == "cuda":
-            check_shared_attention(torch.device(device))
-        return Pack(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in move.items()})
-
     def sum_by_sequence(self, values: Tensor) -> Tensor:
-        """[K] -> [N]: sums over each sequence's predicted tokens, in a fixed order (index_add on CUDA has none)."""
-        return torch.segment_reduce(values, "sum", lengths=self.counts, unsafe=True)  # unsafe: without a wait for a check
+        """[K] -> [N]: sums over each sequence's predicted tokens."""
+        return torch.segment_reduce(values, "sum", lengths=self.counts, unsafe=True)
 
 
-def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="cpu", share: bool = False) -> list[Pack]:
-    """Packs of at most `micro_tokens` tokens; each example is in one of them.
+def micro_batches(model: nn.Module, examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> list:
+    """Micro-batches of at most `micro_tokens` tokens each, padding included, on the model's device.
 
-    `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. share: what examples (of a unit, if
-    it has several) begin with alike is computed once a pack, where that saves enough; log-probabilities, scores and
-    gradients stay.
+    Each example is in exactly one. `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order.
+    ValueError when a unit alone is too large.
     """
-    bins = []
-    if share:
-        bins = even_fit(examples, micro_tokens, unit, share) if unit > 1 else sorted_fit(examples, micro_tokens)
-    if sum(shared for members in bins for _, shared in members) <= WORTH_SHARING * sum(len(e.ids) for e in examples):
-        bins = even_fit(examples, micro_tokens, unit)
-    return [lay_out(examples, members).to(device) for members in bins]
-
-
-def even_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1, share: bool = False) -> list[list[tuple[int, int]]]:
-    """As few packs of units of examples as first-fit decreasing needs, as equal as can be: (example, tokens shared with the
-    one before it, in its unit) of each.
-
-    A small pack costs as long as a larger one, since a GPU then waits for the program; and the largest takes the memory.
-    """
-    shared = shared_in_units([e.ids for e in examples], unit) if share else [0] * len(examples)
+    if is_fast(model):
+        return fast.pack(examples, micro_tokens, unit, device_of(model))
     units = [range(i, i + unit) for i in range(0, len(examples), unit)]
-    size = {u: sum(len(examples[i].ids) - shared[i] for i in u) for u in units}
-    order = sorted(units, key=lambda u: (-size[u], u[0]))
-    bins: list[list] = []  # [tokens, units]
-    for u in order:
-        if size[u] > micro_tokens:
-            raise ValueError(f"{size[u]} tokens that belong together don't fit into --micro-tokens {micro_tokens}")
-        b = next((b for b in bins if b[0] + size[u] <= micro_tokens), None)
-        if b is None:
-            bins.append(b := [0, []])
-        b[0] += size[u]
-        b[1].append(u)
-    level: list[list] = [[0, []] for _ in bins]
-    for u in order:
-        b = min(level, key=lambda b: b[0])
-        b[0] += size[u]
-        b[1].append(u)
-    chosen = level if max((b[0] for b in level), default=0) <= micro_tokens else bins
-    return [[(i, shared[i]) for u in members for i in u] for _, members in chosen]
+    width = {u: max(len(examples[i].ids) for i in u) for u in units}
+    batches: list[list[int]] = []
+    longest = 0
+    for u in sorted(units, key=lambda u: (-width[u], u[0])):  # the longest first: neighbours are of similar length
+        if unit * width[u] > micro_tokens:
+            raise ValueError(f"{unit} x {width[u]} tokens that belong together don't fit into --micro-tokens {micro_tokens}")
+        if not batches or (len(batches[-1]) + unit) * longest > micro_tokens:
+            batches.append([])
+            longest = width[u]
+        batches[-1] += u
+    return [Batch.of(examples, members, device_of(model)) for members in batches]
 
 
-WORTH_SHARING = 1 / 16  # of all tokens; below, copying keys costs more than the shared tokens do
-KEYS_A_TOKEN = 16       # of a pack whose sequences share tokens, on average at most: attention copies keys and values
-
-
-def sorted_fit(examples: Sequence[Example], micro_tokens: int) -> list[list[tuple[int, int]]]:
-    """As few packs as examples in the order of their ids fill one after the other, about equal: (example, tokens shared) of each.
-
-    In that order an example shares more with its neighbours than with any other, so that a pack holds every beginning
-    once: a few-shot prompt of many questions, and inside it a question of many answers.
-    """
-    ids = [np.array(e.ids, dtype=">u4") for e in examples]  # big-endian: bytes are in the order of the numbers
-    order = sorted(range(len(ids)), key=lambda i: ids[i].tobytes())
-    shared = {b: shared_length(ids[a], ids[b]) for a, b in zip(order, order[1:])}  # with the one before
-
-    def filled(limit: int) -> list[list[tuple[int, int]]]:
-        bins, tokens, keys = [], 0, 0
-        for i in order:
-            n, same = len(ids[i]), shared.get(i, 0)
-            if not bins or tokens + n - same > limit or keys + n > KEYS_A_TOKEN * micro_tokens:
-                bins.append([])
-                same = tokens = keys = 0
-            bins[-1].append((i, same))
-            tokens, keys = tokens + n - same, keys + n
-        return bins
-    if (longest := max(map(len, ids), default=0)) > micro_tokens:
-        raise ValueError(f"{longest} tokens that belong together don't fit into --micro-tokens {micro_tokens}")
-    bins = filled(micro_tokens)
-    equal = sum(len(ids[i]) - same for members in bins for i, same in members) // max(len(bins), 1)
-    limits = range(max(equal, longest), micro_tokens, micro_tokens // 32 + 1)
-    return next((even for even in map(filled, limits) if len(even) == len(bins)), bins)
-
-
-def shared_length(a: np.ndarray, b: np.ndarray) -> int:
-    """How many numbers a and b begin with alike."""
-    n = min(len(a), len(b))
-    unequal = a[:n] != b[:n]
-    return int(unequal.argmax()) if unequal.any() else n
-
-
-def shared_in_units(sequences: Sequence[Sequence[int]], unit: int) -> list[int]:
-    """Of each sequence, how many numbers it and the one before it begin with alike; 0 for the first of `unit` consecutive ones."""
-    arrays = [longs(s) for s in sequences]
-    return [shared_length(arrays[i - 1], arrays[i]) if i % unit else 0 for i in range(len(arrays))]
-
-
-def longs(values: Sequence[int]) -> np.ndarray:
-    """A list as an array; several times as fast as np.array or torch.tensor."""
-    return np.fromiter(values, np.int64, len(values))
-
-
-def lay_out(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> Pack:
-    """A pack of (example, how many of its first tokens are those of the example before it)."""
-    ids, position, cu, predict, targets, places, attended = [], [], [0], [], [], [np.arange(0)], 0
-    for i, shared in members:
-        e, n, start = examples[i], len(examples[i].ids), cu[-1]
-        ids.append(longs(e.ids[shared:]))
-        position.append(np.arange(shared, n))
-        cu.append(start + n - shared)
-        places.append(np.concatenate([places[-1][:shared], np.arange(start, cu[-1])]))
-        predict.append(places[-1][longs(e.predict)])
-        targets.append(longs(e.targets))
-        attended += (n - shared) * (n + shared + 1) // 2
-    lengths = [len(p) for p in places]
-    keys = {"keys": torch.from_numpy(np.concatenate(places)),
-            "cu_seqlens_k": torch.tensor(np.cumsum(lengths), dtype=torch.int32)} if any(n for _, n in members) else {}
-    ids, position, predict, targets = (torch.from_numpy(np.concatenate(parts)) for parts in (ids, position, predict, targets))
-    return Pack(ids[None], position[None], torch.tensor(cu, dtype=torch.int32), 1 << (max(lengths) - 1).bit_length(),
-                predict, targets, torch.tensor([len(examples[i].targets) for i, _ in members]), [i for i, _ in members],
-                attended, **keys)
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def precision(model: nn.Module):
-    """Autocast to bfloat16 for a bfloat16 base (fp32 adapters are cast in the forward); nothing for an fp32 one."""
-    head = base_of(model).get_output_embeddings().weight
-    return torch.autocast(head.device.type, torch.bfloat16, enabled=head.dtype == torch.bfloat16)
-
-
-# Dense bfloat16 FLOPs a second by the makers' data sheets; a device's name holds the key. The first that fits.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "A10": 125e12}
-
-
-def peak_flops(device: str) -> float | None:
-    """What a GPU of this name could do at most, in bfloat16; None where it isn't known."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
-
-
-def model_flops(config, tokens: int, attended: int, predicted: int, backward: bool = False) -> int:
-    """FLOPs that the mathematics of a pass needs, whatever a program recomputes.
-
-    Forward: 2 for each weight of the layers and token, 2 H V for each predicted token (LM head), 4 heads·d a layer for each
-    pair of a query and a key it attends to (QK^T and PV). backward: another 2 a weight, to the inputs alone, since the base
-    is frozen; twice the forward's of attention. LoRA's factors (3 % more) and elementwise work are left out.
-    config: transformers' (llama, qwen2, qwen3). attended: Σ n(n+1)/2 over sequences of n tokens.
-    """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or hidden // heads)
-    kv_width = width * config.num_key_value_heads // heads
-    weights = config.num_hidden_layers * hidden * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
-    products = 2 * (weights * tokens + hidden * config.vocab_size * predicted)
-    attention = 4 * config.num_hidden_layers * width * attended
-    return (2 * products + 3 * attention) if backward else products + attention
-
-
-flops_done = 0  # by this process, since it began
-
-
-def count_flops(config, tokens: int = 0, attended: int = 0, predicted: int = 0, backward: bool = False) -> None:
-    global flops_done
-    flops_done += model_flops(config, tokens, attended, predicted, backward)
-
-
-# The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, in the order and the precisions of
-# transformers' modules, which it replaces in packs and in sampling. T tokens, H hidden size, d head size, kv key/value
-# heads. What a layer adds to the residual stream is carried apart (`update`), so that the sum and the norm after it are
-# one kernel.
-
-DECODERS = ("llama", "qwen2", "qwen3")  # transformers' model types that the functions below are
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y = x.float()
-    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [T, heads, d], cos and sin [T, 1, d]."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
-
-
-def add_norm(x: Tensor, update: Tensor, norm: tuple[Tensor, float]) -> tuple[Tensor, Tensor]:
-    """The residual stream x + update [T, H], and its norm."""
-    x = x + update
-    return x, rms_norm(x, *norm)
-
-
-def split_heads(qkv: Tensor, heads: int, kv_heads: int, norms: tuple, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """[T, (heads + 2 kv) d] -> queries [T, heads, d], keys and values [T, kv, d]; norms: (weight, eps) of q and k, or none."""
-    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
-    if norms:
-        q, k = (rms_norm(y, *norm) for y, norm in zip((q, k), norms))
-    return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """[T, 2 I] -> [T, I]"""
-    gate, up = gate_up.chunk(2, 1)
-    return F.silu(gate) * up
-
-
-@functools.cache
-def compiled(function: Callable) -> Callable:
-    """torch.compile of a function, once a process, for any number of rows: the first size of a tensor may vary."""
-    fast = torch.compile(function)
-
-    def call(*args):
-        for t in args:
-            if isinstance(t, Tensor) and t.dim():
-                torch._dynamo.maybe_mark_dynamic(t, 0)
-        return fast(*args)
-    return call
-
-
-def dequantized(weight: Tensor) -> Tensor:
-    """A linear layer's weight; an NF4 one in its compute dtype."""
-    if getattr(weight, "quant_state", None) is None:
-        return weight
-    import bitsandbytes.functional
-    return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-
-
-def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
-    """(alpha/r, A [r, in], B [out, r]) of a linear layer's active adapters; none while adapters are off."""
-    if not hasattr(module, "lora_A") or module.disable_adapters:
-        return []
-    if module.merged:
-        raise ValueError("the adapter is merged into the model's own weights; unmerge it first")
-    return [(module.scaling[name], module.lora_A[name].weight, module.lora_B[name].weight)
-            for name in module.active_adapters if name in module.lora_A]
-
-
-def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
-    """The weights of frozen linear layers of one input, one below the other. Plain ones are made views of one tensor, once."""
-    if len(modules) == 1:
-        return dequantized(modules[0].weight).to(dtype)
-    first, parts = modules[0].weight, [m.weight for m in modules]
-    if getattr(first, "quant_state", None) is not None:
-        return torch.cat([dequantized(w) for w in parts]).to(dtype)
-    together = getattr(modules[0], "together", None)
-    at = None if together is None else together.data_ptr()
-    for w in parts:  # still the views that they were made?
-        if at is None or w.data_ptr() != at or w.dtype != together.dtype:
-            together = modules[0].together = torch.cat([w.data for w in parts])
-            for m, view in zip(modules, together.split([len(w) for w in parts])):
-                m.weight.data = view
-            break
-        at += w.nbytes
-    return together.to(dtype)
-
-
-class AdaptedLinear(torch.autograd.Function):
-    """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ of frozen linear layers side by side, x [T, in] -> y [T, out]; A, B trained.
-
-    Written out, because of what autograd would do: keep W for the backward (an NF4 one is dequantised there again), cast x
-    to the factors' fp32 and back, and hold each low-rank term before it is added.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, modules: Sequence[nn.Module], terms: Sequence[tuple], *factors: Tensor) -> Tensor:
-        """terms: (first output, last + 1, s) of each pair A [r, in], B [out, r] in `factors`."""
-        bias = None if modules[0].bias is None else torch.cat([m.bias for m in modules])
-        y = F.linear(x, weight_of(modules, x.dtype), bias)
-        if terms:
-            ctx.ranks, ctx.precision = [len(a) for a in factors[::2]], factors[0].dtype
-            a, *more = (f.to(x.dtype) for f in factors[::2])
-            a, bs = torch.cat([a, *more]) if more else a, [b.to(x.dtype) for b in factors[1::2]]
-            low = F.linear(x, a)                                                       # [T, Σ r]
-            for (begin, end, scale), b, part in zip(terms, bs, low.split(ctx.ranks, 1)):
-                y[:, begin:end].addmm_(part, b.T, alpha=scale)
-            ctx.save_for_backward(x, low, a, *bs)
-        ctx.modules, ctx.terms, ctx.dtype = modules, terms, x.dtype
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        dx = dy @ weight_of(ctx.modules, ctx.dtype) if ctx.needs_input_grad[0] else None
-        if not ctx.terms:
-            return dx, None, None
-        x, low, a, *bs = ctx.saved_tensors
-        dlow, db = torch.empty_like(low), []                                           # d loss / d (x Aᵀ), times s
-        for (begin, end, scale), b, part, dpart in zip(ctx.terms, bs, low.split(ctx.ranks, 1), dlow.split(ctx.ranks, 1)):
-            dpart.addmm_(dy[:, begin:end], b, beta=0, alpha=scale)
-            db.append(torch.addmm(b, dy[:, begin:end].T, part, beta=0, alpha=scale).to(ctx.precision))
-        if dx is not None:
-            dx.addmm_(dlow, a)
-        da = (dlow.T @ x).to(ctx.precision).split(ctx.ranks)
-        return dx, None, None, *(grad for pair in zip(da, db) for grad in pair)
-
-
-def adapted(x: Tensor, *modules: nn.Module) -> Tensor:
-    """Linear layers of one input (plain, NF4, with or without LoRA), side by side: [T, in] -> [T, Σ out]."""
-    terms, factors, at = [], [], 0
-    for m in modules:
-        end = at + m.out_features
-        for scale, a, b in low_rank(m):
-            terms.append((at, end, scale))
-            factors += [a, b]
-        at = end
-    return AdaptedLinear.apply(x, [getattr(m, "base_layer", m) for m in modules], terms, *factors)
-
-
-def decoder(model: nn.Module, pack: Pack) -> Tensor:
-    """The model's layers over a pack: its last hidden states, [T, H]."""
+def hidden_states(model: nn.Module, batch, at: str) -> Tensor:
+    """The model's last hidden states of a micro-batch, [K, H] at the "predict" positions or [N, H] at the "last" tokens."""
     base = base_of(model)
-    body, config = getattr(base, base.base_model_prefix), base.config
-    fused = compiled if is_compiled(model) else lambda function: function
-    add, split, activate = map(fused, (add_norm, split_heads, swiglu))
-
-    def norm(module: nn.Module) -> tuple[Tensor, float]:
-        return module.weight, module.variance_epsilon
-    x = body.embed_tokens(pack.input_ids[0])                                                    # [T, H]
-    cos, sin = (table[0][:, None] for table in body.rotary_emb(x, pack.position_ids))           # [T, 1, d]
-    update = torch.zeros_like(x)
-    for layer in body.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        norms = (norm(attention.q_norm), norm(attention.k_norm)) if hasattr(attention, "q_norm") else ()
-        x, h = add(x, update, norm(layer.input_layernorm))
-        qkv = split(adapted(h, attention.q_proj, attention.k_proj, attention.v_proj), config.num_attention_heads,
-                    config.num_key_value_heads, norms, cos, sin)
-        if (getattr(attention, "sliding_window", None) or math.inf) < pack.max_length:
-            raise NotImplementedError(f"packed attention has no sliding window: {config.model_type} has one")
-        attended = packed_attention(*qkv, pack.cu_seqlens, pack.max_length, attention.scaling, pack.keys, pack.cu_seqlens_k)
-        x, h = add(x, adapted(attended.flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
-        update = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
-    return add(x, update, norm(body.norm))[1]
-
-
-# A decoder pass is some thousand kernels, which a GPU finishes sooner than a program can ask for them. So a pass over packs
-# of one size is recorded, as a CUDA graph forward and one backward, and from then on replayed.
-
-GRAPH_TOKENS = 256  # packs are filled up to a multiple of it; of twice, four times it from 8,192, 16,384 tokens on
-GRAPH_SEQUENCES = 16  # attention starts a block of threads for every 128 tokens that a sequence could have
-GRAPH_LENGTH = 1024
-GRAPH_SPARE = 4  # sequences at least for what is left over
-RECORDING = 8e12  # weights times tokens of a pass that takes about as long as recording a size: 16,000 tokens at 0.5B
-
-
-def filled_size(tokens: int) -> int:
-    """To how many tokens a pack is filled up: at most a sixteenth more, where it has more than 4,096."""
-    return round_up(tokens, max(GRAPH_TOKENS, (1 << tokens.bit_length() - 1) // 16))
-
-
-class Room(NamedTuple):
-    """Size of a pack that other packs are copied into, to be computed by one recorded pass."""
-    tokens: int
-    sequences: int
-    longest: int
-    keys: int  # 0: for packs whose sequences share no tokens
-
-    @classmethod
-    def of(cls, pack: Pack) -> Room:
-        """The smallest for a pack."""
-        tokens, keys, n = pack.input_ids.shape[1], 0 if pack.keys is None else len(pack.keys), len(pack.examples)
-        filled = filled_size(tokens)
-        filled_keys = keys and round_up(keys + filled - tokens, filled // 2)
-        sequences = round_up(n + GRAPH_SPARE, GRAPH_SEQUENCES)
-        left = max(filled - tokens, filled_keys - keys) // (sequences - n) + 2
-        return cls(filled, sequences, round_up(max(pack.max_length, left), GRAPH_LENGTH), filled_keys)
-
-    def holds(self, pack: Pack) -> bool:
-        """Can a pack be copied into one of this size?"""
-        if (pack.keys is None) != (self.keys == 0):
-            return False
-        spare, left = self.sequences - len(pack.examples), self.tokens - pack.input_ids.shape[1]
-        keys_left = self.keys - len(pack.keys) if self.keys else left
-        return 0 <= left <= keys_left and spare >= GRAPH_SPARE and max(pack.max_length, keys_left // spare + 2) <= self.longest
-
-    def empty(self, device) -> Pack:
-        """A pack of this size, for `fill`."""
-        ids = torch.zeros(2, 1, self.tokens, dtype=torch.long, device=device)
-        cu, cu_k = torch.zeros(2, self.sequences + 1, dtype=torch.int32, device=device)
-        shared = (torch.arange(self.keys, device=device) % self.tokens, cu_k) if self.keys else ()
-        nothing = torch.zeros(0, dtype=torch.long, device=device)
-        return Pack(*ids, cu, self.longest, *3 * [nothing], [], 0, *shared)
-
-
-def fill(room: Pack, pack: Pack) -> None:
-    """Copy a pack into one that holds it. Tokens and keys left over are dealt to the sequences left over, which nothing reads;
-    each of these has as many keys as tokens at least, so that attention is defined, and all their gradients are 0."""
-    tokens, begun = pack.input_ids.shape[1], len(pack.cu_seqlens)
-    room.input_ids[:, :tokens].copy_(pack.input_ids)
-    room.position_ids[:, :tokens].copy_(pack.position_ids)
-    left, part = room.input_ids.shape[1] - tokens, torch.arange(1, 1 + len(room.cu_seqlens) - begun, device=room.cu_seqlens.device)
-    more = left * part // len(part)
-    room.cu_seqlens[:begun].copy_(pack.cu_seqlens)
-    room.cu_seqlens[begun:].copy_(tokens + more)
-    if room.keys is not None:
-        keys, left_k = len(pack.keys), len(room.keys) - len(pack.keys) - left
-        room.keys[:keys].copy_(pack.keys)
-        room.cu_seqlens_k[:begun].copy_(pack.cu_seqlens_k)
-        room.cu_seqlens_k[begun:].copy_(keys + more + left_k * part // len(part))
-
-
-class DecoderModule(nn.Module):
-    """decoder() as a module, for torch.func."""
-
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.base = base
-
-    def forward(self, pack: Pack) -> Tensor:
-        return decoder(self.base, pack)
-
-
-class RecordedPass:
-    """decoder() over packs of one size: recorded forward and, if parameters take part that are trained, backward.
-
-    The factors are cast all at once, into leaves of the pass's own: autograd ties a leaf to the stream it was first used on.
-    """
-
-    @torch.enable_grad()
-    def __init__(self, base: nn.Module, room: Pack, flat: Tensor | None, gradient: Tensor | None, first: bool):
-        """flat: the trained parameters, if they take part; gradient: where theirs goes; first: nothing of the kind has run
-        before, so that there is something to compile and to lay together, which can't be recorded."""
-        self.room, self.gradient = room, gradient
-        stream, learns = Recordings.stream, flat is not None
-        parts = {} if flat is None else {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
-
-        def forward() -> tuple[Tensor, dict[str, Tensor]]:
-            halves = flat.detach().to(base.dtype).split([p.numel() for p in parts.values()]) if parts else ()
-            leaves = {name: h.view_as(p).requires_grad_(learns) for (name, p), h in zip(parts.items(), halves)}
-            return torch.func.functional_call(DecoderModule(base), leaves, (room,), tie_weights=False), leaves
-
-        def backward(hidden: Tensor, leaves: dict[str, Tensor], slope: Tensor) -> None:
-            grads = torch.autograd.grad(hidden, [*leaves.values()], slope, allow_unused=True, materialize_grads=True)
-            gradient.copy_(torch.cat([g.flatten() for g in grads]))
-        if first:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                hidden, leaves = forward()
-                if learns:
-                    backward(hidden, leaves, torch.zeros_like(hidden))
-                del hidden, leaves
-            torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=Recordings.pool, stream=stream):
-            hidden, leaves = forward()
-        if learns:
-            self.slope = torch.zeros_like(hidden)
-            with torch.cuda.graph(self.backward, pool=Recordings.pool, stream=stream):
-                backward(hidden, leaves, self.slope)
-        self.hidden = hidden.detach()
-        Recordings.held += max(0, torch.cuda.memory_reserved() - before)
-
-
-class Awaited:
-    """Lives as long as the backward of a pass can be called."""
-
-
-class Replay(torch.autograd.Function):
-    """Hidden states [T, H] of a pack by a recorded pass, as a function of the flat parameters. Its backward runs once."""
-
-    @staticmethod
-    def forward(ctx, recorded: RecordedPass, pack: Pack, flat: Tensor | None) -> Tensor:
-        tokens = pack.input_ids.shape[1]
-        fill(recorded.room, pack)
-        recorded.forward.replay()
-        if ctx.needs_input_grad[2]:
-            ctx.recorded, ctx.tokens, ctx.awaited = recorded, tokens, Awaited()
-            Recordings.pending = weakref.ref(ctx.awaited)
-        return recorded.hidden[:tokens].clone()
-
-    @staticmethod
-    def backward(ctx, slope: Tensor):
-        if ctx.awaited is None:
-            raise RuntimeError("a recorded pass has one backward: what it needed is overwritten")
-        recorded = ctx.recorded
-        recorded.slope[:ctx.tokens].copy_(slope)
-        recorded.slope[ctx.tokens:].zero_()
-        recorded.backward.replay()
-        ctx.recorded = ctx.awaited = None
-        Recordings.pending = lambda: None
-        return None, None, recorded.gradient  # autograd adds it up, before the next pass overwrites it
-
-
-def grow_segments() -> None:
-    """Let CUDA memory grow where it is, unless the user has set up the allocator: or each size leaves holes of its own."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ}:
-        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
-        change("expandable_segments:True")
-
-
-class Recordings:
-    """The recorded passes of a model, by size and by what takes part in them."""
-    pool = stream = None       # memory of all graphs: one pass at a time, forward and backward, holds what it needs
-    held = 0                   # its bytes
-    alive = weakref.WeakSet()  # a pool ends with its last graph
-    pending = lambda: None     # the pass whose backward is still to come, while anything can call it
-
-    def __init__(self, base: nn.Module):
-        self.passes, self.kinds, self.gradient = {}, set(), None
-        self.rooms, self.filled = set(), Counter()
-        self.worth = RECORDING / max(1, sum(p.numel() for p in base.parameters()))  # tokens
-        self.lora = next((m for m in base.modules() if hasattr(m, "lora_A")), None)  # all layers have the same adapters on
-
-    def room(self, pack: Pack) -> Room:
-        """The smallest room there is for a pack; one of its own when more was filled up than recording it would have cost.
-        All passes over a pack have the same, so that they are rounded alike."""
-        if pack.room is None:
-            own = Room.of(pack)
-            pack.room = min((r for r in self.rooms if r.holds(pack)), default=own)
-            self.filled[own] += pack.room.tokens - own.tokens
-            if self.filled[own] > self.worth:
-                pack.room = own
-        self.rooms.add(pack.room)
-        return pack.room
-
-    def run(self, base: nn.Module, pack: Pack) -> Tensor | None:
-        """Hidden states of a pack by the pass recorded for its size; None where only decoder() itself can."""
-        on = () if self.lora is None or self.lora.disable_adapters else tuple(self.lora.active_adapters)
-        trained = bool(on) and self.lora.lora_A[on[0]].weight.requires_grad
-        flat = base.__dict__.get("flat") if trained else None
-        if not pack.input_ids.is_cuda or base.dtype == torch.float32 or trained and flat is None or \
-                Recordings.pending() is not None:
-            return None
-        room = self.room(pack)
-        if (recorded := self.passes.get((room, on, trained))) is None:
-            if not Recordings.alive:
-                grow_segments()
-                Recordings.pool, Recordings.stream, Recordings.held = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), 0
-            if trained and self.gradient is None:
-                self.gradient = torch.zeros_like(flat, requires_grad=False)
-            static = room.empty(pack.input_ids.device)
-            fill(static, pack)
-            recorded = RecordedPass(base, static, flat, self.gradient if trained else None, (on, trained) not in self.kinds)
-            self.passes[room, on, trained] = recorded
-            self.kinds.add((on, trained))
-            Recordings.alive.add(recorded)
-        return Replay.apply(recorded, pack, flat if torch.is_grad_enabled() else None)
-
-
-def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
-    """Last hidden states of a pack, [T, H]; after compile_layers, on CUDA, by the recorded pass of its size."""
-    base = base_of(model)
-    hidden = base.recordings.run(base, pack) if is_compiled(model) else None
-    if hidden is None:
-        hidden = decoder(model, pack)
-    count_flops(base.config, pack.input_ids.shape[1], pack.attended, backward=hidden.requires_grad)
+    if not isinstance(batch, Batch):
+        hidden = fast.hidden_states(base, batch)[getattr(batch, at)]
+    else:
+        with precision(model):
+            out = base.base_model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        hidden = out.last_hidden_state[tuple(getattr(batch, at))]
+    count_flops(base, batch.tokens, batch.attended, backward=hidden.requires_grad)
     return hidden
 
 
-HEAD_CHUNK = 1024  # predicted tokens at most whose logits exist at one time
-
-
-class KnownSlope(torch.autograd.Function):
-    """values [K] as a function of x [K, H], by its known gradient: slopes [K, H], the gradient of values[k] at x[k]."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
-        ctx.save_for_backward(slopes)
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        slopes, = ctx.saved_tensors
-        return (grad[:, None] * slopes).to(slopes.dtype), None, None
-
-
-def of_targets(logits: Tensor, targets: Tensor, temperature: float, extras: Sequence[str], slopes: bool):
-    """(log softmax(logits / temperature)[target] [C] in fp32, its gradient to the logits or None, {extra: values})."""
-    z = logits.float() if temperature == 1 else logits.float() / temperature           # [C, V]
-    normaliser = z.logsumexp(1, keepdim=True)
-    logprobs = (z.gather(1, targets[:, None]) - normaliser)[:, 0]                      # [C]
-    found, slope, p = {}, None, (z - normaliser).exp_() if slopes or "entropy" in extras else None
-    if "correct" in extras:
-        found["correct"] = z.argmax(1) == targets
-    if "entropy" in extras:  # log Σ exp z − Σ p z
-        found["entropy"] = normaliser[:, 0] - (p * z).sum(1)
-    if slopes:  # d log p_t / d logit_v = (1[v = t] − p_v) / temperature
-        slope, at_target = p.mul_(-1 / temperature).to(logits.dtype), (1 - logprobs.exp()) / temperature
-        slope.scatter_(1, targets[:, None], at_target[:, None].to(slope.dtype))
-    return logprobs, slope, found
-
-
-def token_logprobs(model: nn.Module, pack: Pack, temperature: float = 1.0, extras: Sequence[str] = ()):
-    """log softmax(logits / temperature)[target] of a pack's predicted tokens, [K] in fp32.
-
-    The LM head runs on predicted positions only, in chunks: a [T, V] tensor never exists. It is frozen, so a token's
-    gradient to its hidden state, w_t − Σ_v p_v w_v over the temperature, is taken while its logits are there, and the
-    backward has only to scale it: nothing of [C, V] is kept, and nothing computed again.
-    extras, each [K] and without gradient, give (logprobs, {extra: values}): "correct", the target is the argmax;
-    "entropy" of softmax(logits / temperature), in nats.
-    """
-    hidden, base = hidden_states(model, pack)[pack.predict], base_of(model)
-    head, slopes, parts = base.get_output_embeddings(), hidden.requires_grad, []
-    choose_targets = compiled(of_targets) if is_compiled(model) else of_targets
-    chunks = max(1, -(-len(hidden) // HEAD_CHUNK))  # of equal size; no token: one empty chunk
-    with precision(model), torch.no_grad():
-        for h, t in zip(hidden.tensor_split(chunks), pack.targets.tensor_split(chunks)):
-            logprobs, slope, found = choose_targets(head(h), t, temperature, tuple(extras), slopes)
-            parts.append((logprobs, slope @ head.weight if slopes else None, found))
-    count_flops(base.config, predicted=len(hidden), backward=slopes)
-    logprobs = torch.cat([lp for lp, _, _ in parts])
-    if slopes:
-        logprobs = KnownSlope.apply(hidden, logprobs, torch.cat([slope for _, slope, _ in parts]))
-    return (logprobs, {k: torch.cat([found[k] for _, _, found in parts]) for k in extras}) if extras else logprobs
-
-
-def token_values(model: nn.Module, pack: Pack) -> Tensor:
-    """The head's scalar at the position before each predicted token, [K] in fp32: a critic's V_t, read before action t."""
-    return getattr(base_of(model), HEAD)(hidden_states(model, pack)[pack.predict].float())[:, 0]
-
-
-def reward_scores(model: nn.Module, pack: Pack) -> Tensor:
-    """The head's scalar at the last token (the EOS) of each sequence, [N] in fp32; `pack.examples` says whose."""
-    return getattr(base_of(model), HEAD)(hidden_states(model, pack)[pack.last].float())[:, 0]
+def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The LM head: hidden states [..., H] -> logits [..., V], with the soft cap or the scale that an architecture puts on them."""
+    base = base_of(model)
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    logits = head(hidden) if hidden.dtype == head.weight.dtype else F.linear(hidden, head.weight.to(hidden.dtype), head.bias)
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits = cap * torch.tanh(logits / cap)
+    return logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
 
 
 @torch.no_grad()
-def score_examples(model: nn.Module, examples: Sequence[Example], micro_tokens: int, unit: int = 1,
-                   device="cpu") -> Tensor:
+def check_head(model: nn.Module) -> None:
+    """Fail unless head_logits of the body's hidden states are the model's own logits, on a short text."""
+    base = base_of(model)
+    ids = torch.arange(1, 9, device=device_of(model))[None] % base.config.get_text_config().vocab_size
+    own = base(ids, use_cache=False).logits
+    ours = head_logits(base, base.base_model(ids, use_cache=False).last_hidden_state)
+    if own.shape != ours.shape or not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2 * own.abs().max().item()):
+        fail(f"{base.config.model_type}: its logits are not its LM head of its last hidden states, so that log-probabilities "
+             f"here would be wrong; this architecture is not supported")
+
+
+HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time, at most
+
+
+def token_logprobs(model: nn.Module, batch, temperature: float = 1.0, extras: Sequence[str] = ()):
+    """log softmax(logits / temperature)[target] of a micro-batch's predicted tokens, [K] in fp32.
+
+    The LM head runs on predicted positions only, in chunks that the backward computes again: a [tokens × vocabulary] tensor
+    never exists. extras, each [K] and without gradient, give (logprobs, {extra: values}): "correct", the target is the argmax;
+    "entropy" of softmax(logits / temperature), in nats.
+    """
+    base = base_of(model)
+    if not isinstance(batch, Batch):
+        values = fast.token_logprobs(base, batch, temperature, extras)
+        backward = (values[0] if extras else values).requires_grad
+        count_flops(base, batch.tokens, batch.attended, len(batch.targets), backward)
+        return values
+    hidden = hidden_states(model, batch, "predict")                                        # [K, H]
+    count_flops(base, predicted=len(hidden), backward=hidden.requires_grad)
+
+    def logprobs_of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        with precision(model):
+            z = head_logits(model, hidden).float() / temperature                           # [C, V]
+        logprobs = z.log_softmax(1)
+        values = {"correct": lambda: z.argmax(1) == targets, "entropy": lambda: -(logprobs.exp() * logprobs).sum(1)}
+        return logprobs.gather(1, targets[:, None])[:, 0], *(values[k]().detach() for k in extras)
+    parts = [checkpoint(logprobs_of, h, t, use_reentrant=False, preserve_rng_state=False)
+             for h, t in zip(hidden.split(HEAD_CHUNK), batch.targets.split(HEAD_CHUNK))]
+    logprobs, *values = (torch.cat(column) for column in zip(*parts))
+    return (logprobs, dict(zip(extras, values))) if extras else logprobs
+
+
+def token_values(model: nn.Module, batch) -> Tensor:
+    """The scalar head at the position before each predicted token, [K] in fp32: a critic's V_t, read before action t."""
+    return getattr(base_of(model), HEAD)(hidden_states(model, batch, "predict").float())[:, 0]
+
+
+def reward_scores(model: nn.Module, batch) -> Tensor:
+    """The scalar head at the last token of each sequence, [N] in fp32; `batch.examples` says whose."""
+    return getattr(base_of(model), HEAD)(hidden_states(model, batch, "last").float())[:, 0]
+
+
+def step0_tolerance(policy: nn.Module) -> float:
+    """By how much a log-probability of the policy may differ from the reference's before the first step, in nats.
+
+    Both are computed over the same micro-batches and a fresh adapter adds exactly 0 to every projection: in either engine and
+    at either precision only the order of a sum over tokens remains.
+    """
+    return 1e-5
+
+
+@torch.no_grad()
+def score_examples(model: nn.Module, examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> Tensor:
     """reward_scores of every example in order, [B] in fp32 on the CPU: ranks share the work, all get all scores."""
     size = [sum(len(e.ids) for e in examples[i:i + unit]) for i in range(0, len(examples), unit)]
     mine = [unit * i + k for i in my_share(size) for k in range(unit)]
-    scores = torch.zeros(len(examples), device=device)
-    for pk in pack([examples[i] for i in mine], micro_tokens, unit, device, share=True):
-        scores[torch.tensor([mine[i] for i in pk.examples], device=device)] = reward_scores(model, pk)
+    scores = torch.zeros(len(examples), device=device_of(model))
+    for batch in micro_batches(model, [examples[i] for i in mine], micro_tokens, unit):
+        scores[torch.tensor([mine[i] for i in batch.examples], device=scores.device)] = reward_scores(model, batch)
     return all_reduce_(scores).cpu()
 
 
-def placed_packs(examples: Sequence[Example], rows: Sequence[int], micro_tokens: int, device="cpu",
-                 group: int = 1) -> list[tuple]:
-    """Packs of this rank's share of some of the examples, each with the places of its predicted tokens in a matrix of
-    [B examples, T tokens]: [(pack, (rows, columns) as one tensor [2, K])].
+def placed_batches(model: nn.Module, examples: Sequence[Example], rows: Sequence[int], micro_tokens: int,
+                   group: int = 1) -> list[tuple]:
+    """Micro-batches of this rank's share of some of the examples, each with the positions of its predicted tokens in a matrix
+    [B examples, T tokens]: [(batch, (rows, columns) as one tensor [2, K])].
 
-    `group` consecutive examples are completions of one prompt, which is computed once: a group goes to one rank, unless
-    there are fewer groups than ranks.
+    `group` consecutive examples are completions of one prompt: a group goes to one rank, unless there are fewer groups than
+    ranks.
     """
     units: dict[int, list[int]] = {}
     for i in rows:
@@ -2757,58 +2217,125 @@ def placed_packs(examples: Sequence[Example], rows: Sequence[int], micro_tokens:
     dealt = [*units.values()] if len(units) >= world() else [[i] for i in rows]
     size = [len(examples[unit[0]].ids) + sum(len(examples[i].targets) for i in unit[1:]) for unit in dealt]
     mine, out = [i for k in my_share(size) for i in dealt[k]], []
-    for pk in pack([examples[i] for i in mine], micro_tokens, device=device, share=group > 1):
-        which = [mine[i] for i in pk.examples]
+    for batch in micro_batches(model, [examples[i] for i in mine], micro_tokens):
+        which = [mine[i] for i in batch.examples]
         counts = [len(examples[i].targets) for i in which]
         columns = np.concatenate([np.arange(n) for n in counts])
-        out.append((pk, torch.from_numpy(np.stack([np.repeat(which, counts), columns])).to(device)))
+        out.append((batch, torch.from_numpy(np.stack([np.repeat(which, counts), columns])).to(device_of(model))))
     return out
 
 
 @torch.no_grad()
-def per_token(function: Callable[[Pack], Tensor], packs: Sequence[tuple], shape: Sequence[int], device="cpu") -> Tensor:
-    """function(pack), [..., K], put into its tokens' places: [..., B, T], of all ranks; 0 where there is no token."""
+def per_token(function: Callable[[Any], Tensor], batches: Sequence[tuple], shape: Sequence[int], device) -> Tensor:
+    """function(batch), [..., K], put at its tokens' positions: [..., B, T], of all ranks; 0 where there is no token."""
     out = torch.zeros(*shape, device=device)
-    for pk, (rows, columns) in packs:
-        out[..., rows, columns] = function(pk)
+    for batch, (rows, columns) in batches:
+        out[..., rows, columns] = function(batch)
     return all_reduce_(out)
 
 
-def logprobs_and_entropy(policy: nn.Module, pack: Pack, temperature: float) -> Tensor:
-    """log π of each predicted token of a pack, and the entropy of π before it, [2, K]."""
-    logprobs, extra = token_logprobs(policy, pack, temperature, extras=("entropy",))
+def logprobs_and_entropy(policy: nn.Module, batch, temperature: float) -> Tensor:
+    """log π of each predicted token of a micro-batch, and the entropy of π before it, [2, K]."""
+    logprobs, extra = token_logprobs(policy, batch, temperature, extras=("entropy",))
     return torch.stack([logprobs, extra["entropy"]])
 
 
-def merge_kl(model_dir: str | Path, adapter: str | Path | None, merged: nn.Module, examples: Sequence[Example],
-             micro_tokens: int, dtype: torch.dtype, device) -> float:
-    """What rounding a merged adapter costs: mean_kl(base with the adapter beside it ‖ merged), nats a predicted token."""
-    if adapter is None:
-        return 0.0
-    beside = attach_adapter(load_model(model_dir, None, "none", dtype, device), adapter)
-    return mean_kl(beside, merged, pack(examples, micro_tokens, device=device))
+# What a policy has moved by, and how well that is known. Figures are computed in fp32 where the model fits: in bfloat16 the same
+# policy in other micro-batches differs from itself by about 0.1 nats per answer.
+
+def upcast(model: nn.Module) -> str:
+    """Turn the base's weights into fp32, in place, for measuring; the dtype that they have then, "float32" if they fit.
+
+    Frozen bfloat16 weights are exact in fp32. NF4 weights, and what doesn't fit into the GPU's memory, stay as they are.
+    """
+    base = base_of(model)
+    half = [p for p in base.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    quantized = any(getattr(p, "quant_state", None) is not None for p in base.parameters())
+    needed = sum(2 * p.nbytes for p in half)
+    fits = device_of(base).type != "cuda" or 2 * needed < torch.cuda.mem_get_info(device_of(base))[0]
+    if quantized or not fits:
+        return str(base.dtype).removeprefix("torch.")
+    base.__dict__.pop("recordings", None)  # passes recorded over the old weights
+    for p in half:
+        p.data = p.data.float()
+    return "float32"
 
 
 @torch.no_grad()
-def exact_kl(p_model: nn.Module, q_model: nn.Module, pack: Pack, temperature: float = 1.0) -> Tensor:
-    """KL(p ‖ q) at each predicted position of a pack, over the whole vocabulary, [K] in nats.
+def answer_states(model: nn.Module, examples: Sequence[Example], micro_tokens: int) -> list[Tensor]:
+    """Hidden states at the predicted positions of each example, in fp32: [K_i, H] each, in the examples' order."""
+    states: list = [None] * len(examples)
+    for batch in micro_batches(model, examples, max([micro_tokens, *(len(e.ids) for e in examples)])):
+        for i, hidden in zip(batch.examples, hidden_states(model, batch, "predict").split(batch.counts.tolist())):
+            states[i] = hidden.float()
+    return states
 
-    The LM heads are applied in fp32 whatever the dtype: rounding logits to bfloat16 adds a divergence of its own.
+
+@torch.no_grad()
+def answer_kl(p_model: nn.Module, p_states: Sequence[Tensor], q_model: nn.Module, q_states: Sequence[Tensor],
+              temperature: float = 1.0) -> Tensor:
+    """KL(p ‖ q) of each answer, summed over its tokens and exact over the vocabulary, [answers] in nats, fp64.
+
+    States as answer_states gives them; the LM heads are applied in fp32 whatever the model's dtype.
     """
-    hidden = [hidden_states(m, pack)[pack.predict].split(HEAD_CHUNK) for m in (p_model, q_model)]
-    heads = [base_of(m).get_output_embeddings().weight.float() for m in (p_model, q_model)]                  # [V, H]
-    parts = []
-    for chunks in zip(*hidden):
-        logp, logq = ((F.linear(h.float(), head) / temperature).log_softmax(1) for head, h in zip(heads, chunks))
-        parts.append((logp.exp() * (logp - logq)).sum(1))                                                    # [C, V]
-    return torch.cat(parts)
+    sums = []
+    for p_hidden, q_hidden in zip(p_states, q_states):
+        parts = []
+        for p_chunk, q_chunk in zip(p_hidden.split(HEAD_CHUNK), q_hidden.split(HEAD_CHUNK)):
+            logp, logq = ((head_logits(m, h) / temperature).log_softmax(1) for m, h in ((p_model, p_chunk), (q_model, q_chunk)))
+            parts.append((logp.exp() * (logp - logq)).sum(1).double().sum())                              # [C, V] -> []
+        sums.append(sum(parts, torch.zeros((), dtype=torch.float64)).cpu())
+    return torch.stack(sums)
 
 
-def mean_kl(p_model: nn.Module, q_model: nn.Module, packs: Sequence[Pack]) -> float:
-    """Mean of exact_kl over the predicted positions of packs, nats a token."""
-    found = [exact_kl(p_model, q_model, pk) for pk in packs]
-    return sum(kl.sum().item() for kl in found) / max(sum(map(len, found)), 1)
+def interval(values: Tensor, groups: Sequence[Any]) -> list[float] | None:
+    """95 % interval of the mean of values [n]: mean ± 1.96 standard errors, clustered by `groups` (the prompt of each value).
 
+    Liang & Zeger 1986 with the factor m / (m − 1) for m groups. None for fewer than two groups.
+    """
+    mean, sums = values.double().mean().item(), {}
+    for value, group in zip(values.double().tolist(), groups):
+        sums[group] = sums.get(group, 0.0) + value - mean
+    m = len(sums)
+    if m < 2:
+        return None
+    error = math.sqrt(m / (m - 1) * sum(s * s for s in sums.values())) / len(values)
+    return [mean - 1.96 * error, mean + 1.96 * error]
+
+
+def movement(policy: PeftModel, adapter: str | Path, parent: str | Path | None, model_dir: Path, examples: Sequence[Example],
+             micro_tokens: int, temperature: float = 1.0) -> dict[str, Any]:
+    """How far a trained policy is from its reference and from the policy that is evaluated, in nats per answer of `examples`.
+
+      kl_reference  KL(policy ‖ reference), with its 95 % interval over the answers
+      kl_evaluated  KL(policy ‖ the saved adapter beside the pretrained base), which is what evaluate.py and PEFT load: the
+                    policy was trained on base + parent merged and rounded to its dtype
+      kl_merge      KL(reference ‖ the parent's adapter beside the base): what that rounding costs by itself; None without parent
+      kl_floor      KL(policy ‖ policy in other micro-batches): what the precision of the measurement adds to each of them
+      logprob_floor mean |log π − log π in other micro-batches| of an answer: the floor of held-out margins, times β and √2
+    Upcasts the policy: measure what belongs to its own dtype before. adapter: where the policy is saved.
+    """
+    measured_in = upcast(policy)
+    dtype, device = base_of(policy).dtype, device_of(policy)
+    own, alone = answer_states(policy, examples, micro_tokens), [answer_states(policy, [e], micro_tokens)[0] for e in examples]
+    with reference(policy):
+        start = answer_states(policy, examples, micro_tokens)
+    kl = answer_kl(policy, own, policy, start, temperature)
+    targets = [torch.tensor(e.targets, device=device)[:, None] for e in examples]
+    sums = [[(head_logits(policy, h).log_softmax(1).gather(1, t)).sum().item() for h, t in zip(states, targets)]
+            for states in (own, alone)]
+    figures = {"kl_reference": kl.mean().item(), "kl_reference_interval": interval(kl, range(len(kl))),
+               "kl_floor": answer_kl(policy, own, policy, alone, temperature).mean().item(),
+               "logprob_floor": sum(abs(a - b) for a, b in zip(*sums)) / len(examples), "kl_answers": len(examples),
+               "measured_in": measured_in}
+    engine = "fast" if is_fast(policy) else "plain"
+    for name, beside, states in (("kl_evaluated", adapter, own), ("kl_merge", parent, start)):
+        if beside is None:
+            figures[name] = None
+            continue
+        model = attach_adapter(load_model(model_dir, None, "none", dtype, device, engine), beside)
+        figures[name] = answer_kl(policy, states, model, answer_states(model, examples, micro_tokens), temperature).mean().item()
+    return figures
 
 # ------------------------------------------------------------------------------------------------
 # 7. Sampling
@@ -2817,93 +2344,10 @@ def mean_kl(p_model: nn.Module, q_model: nn.Module, packs: Sequence[Pack]) -> fl
 @dataclass
 class Completion:
     """What Sampler.sample gives for a prompt."""
-    ids: list[int]          # sampled ids, EOS included when it was sampled
+    ids: list[int]          # sampled ids, the stop token included when it was sampled
     logprobs: list[float]   # of each id under softmax(logits / temperature); temperature 1 for greedy
-    stopped: str            # "eos", "string" or "length"
-    text: str               # decoded, without EOS, cut before the stop string
-
-
-# The sampler's layer: two pure functions, with attention between them. Prompts are packed and attend to themselves,
-# decoding attends to the cache.
-
-class Projection(NamedTuple):
-    """Linear layers of one input as one product; the rows of an adapter's A stand below those of W."""
-    weight: Tensor             # [out + r, in]
-    bias: Tensor | None        # [out + r]
-    b: Tensor | None = None    # [out, r], times alpha/r; None: no adapter, r = 0
-
-
-class Layer(NamedTuple):
-    """Weights of a decoder layer."""
-    input_norm: Tensor         # [H]
-    qkv: Projection            # [(heads + 2 kv) d, H]
-    q_norm: Tensor | None      # [d], Qwen3
-    k_norm: Tensor | None      # [d]
-    o: Projection              # [H, heads d]
-    post_norm: Tensor          # [H]
-    gate_up: Projection        # [2 I, H]
-    down: Projection           # [H, I]
-    heads: int
-    kv_heads: int
-    eps: float
-
-
-def project(x: Tensor, p: Projection) -> Tensor:
-    """x Wᵀ + bias + alpha/r (x Aᵀ) Bᵀ, rounded where AdaptedLinear rounds: [T, in] -> [T, out]."""
-    y = F.linear(x, p.weight, p.bias)
-    if p.b is None:
-        return y
-    out = len(p.b)
-    return torch.addmm(y[:, :out], y[:, out:], p.b.T)
-
-
-def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual stream x + update [T, H], queries [T, heads, d], keys and values [T, 2, kv, d]."""
-    x, h = add_norm(x, update, (w.input_norm, w.eps))
-    norms = () if w.q_norm is None else ((w.q_norm, w.eps), (w.k_norm, w.eps))
-    q, k, v = split_heads(project(h, w.qkv), w.heads, w.kv_heads, norms, cos, sin)
-    return x, q, torch.stack([k, v], 1)
-
-
-def attention_out(x: Tensor, attended: Tensor, w: Layer) -> tuple[Tensor, Tensor]:
-    """The stream after attention [T, H], and what the MLP adds to it; attended [T, heads d]."""
-    x, h = add_norm(x, project(attended, w.o), (w.post_norm, w.eps))
-    return x, project(swiglu(project(h, w.gate_up)), w.down)
-
-
-# One decoding step of B rows. Row b owns the slots b·stride, b·stride + 1, … of the cache [slots, 2, kv, d], one a token.
-
-def decode_begin(token: Tensor, start: Tensor, position: Tensor, first_slot: Tensor, columns: Tensor, embedding: Tensor,
-                 cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """Of the tokens to feed [B]: embeddings [B, H], slots [B], cos and sin [B, 1, d], attention mask [B, 1, 1, L].
-
-    Token `position` of a completion is chosen by feeding the one before it, which stands at start + position of its row.
-    columns: arange(L), the tokens of a row that attention looks at. A row that has ended stays within them.
-    """
-    at = torch.minimum(start + position, columns[-1])                                           # [B]
-    x = F.embedding(token, embedding)
-    mask = torch.where(columns <= at[:, None], 0.0, -math.inf).to(x.dtype)                      # [B, L]
-    return x, first_slot + at, cos[at][:, None], sin[at][:, None], mask[:, None, None]
-
-
-def decode_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor):
-    """attention_in, with the new keys and values written into the cache."""
-    x, q, kv = attention_in(x, update, w, cos, sin)
-    cache[slots] = kv
-    return x, q
-
-
-def attend(q: Tensor, cache: Tensor, stride: int, mask: Tensor) -> Tensor:
-    """Attention of one query a row over its slots, [B, heads d]; query heads that share keys go as one short sequence."""
-    (rows, heads, d), length, kv_heads = q.shape, mask.shape[-1], cache.shape[2]
-    k, v = cache[:rows * stride].view(rows, stride, 2, kv_heads, d)[:, :length].permute(2, 0, 3, 1, 4)  # [B, kv, L, d]
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # not cuDNN's plans
-        out = F.scaled_dot_product_attention(q.view(rows, kv_heads, -1, d), k, v, attn_mask=mask)
-    return out.reshape(rows, heads * d)
-
-
-def decode_end(x: Tensor, update: Tensor, norm: tuple[Tensor, float]) -> Tensor:
-    return rms_norm(x + update, *norm)
+    stopped: str            # "eos" (a stop token), "string" or "length"
+    text: str               # decoded, without special tokens, cut before the stop string
 
 
 def keyed_uniform(seed: int | Tensor, rows: Tensor, position: int | Tensor) -> Tensor:
@@ -2958,159 +2402,90 @@ def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | Non
     logprob = inside.gather(1, place) - top - upto[:, -1:].log()
     return (block * CHOICE_BLOCK + place)[:, 0], logprob[:, 0].float()
 
+class PlainDecoder:
+    """Token by token decoding with transformers' cache, for Sampler; fast.Decoder has the same interface.
 
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+    A batch is prompts of one length: padding is safe in a forward, not in a cached decode with convolutions or windows. Rows
+    that have ended are computed on until the batch ends.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.refresh(model)
+
+    def refresh(self, model: nn.Module) -> None:
+        """Sample from this model from now on; its weights are read when they are used."""
+        self.model = model
+
+    def release(self) -> None:
+        """Give the cache back."""
+        self.cache = None
+
+    def batches(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], most: int) -> Iterator[list[int]]:
+        """Indices of the prompts of each batch: of one length, at most `most`."""
+        by_length: dict[int, list[int]] = {}
+        for i, p in enumerate(prompts):
+            by_length.setdefault(len(p), []).append(i)
+        for indices in by_length.values():
+            yield from (indices[at:at + most] for at in range(0, len(indices), most))
+
+    @torch.no_grad()
+    def begin(self, prompts: dict[int, Sequence[int]], keys: dict[int, int], longest: int, temperature: float, top_p: float,
+              seed: int) -> None:
+        """Start a batch. prompts: {index: token ids}; keys: what keys the noise of each; longest: tokens of a whole row."""
+        device = device_of(self.model)
+        self.fed = torch.tensor([list(p) for p in prompts.values()], device=device)       # [B, T]: what to feed next
+        self.keys, self.row_of = torch.tensor([keys[i] for i in prompts], device=device), {i: n for n, i in enumerate(prompts)}
+        self.cache, self.position = None, 0
+        self.choice = dict(temperature=temperature or 1.0, seed=None if temperature == 0 else seed,
+                           top_p=top_p if top_p < 1 else None)
+
+    @torch.no_grad()
+    def advance(self, live: Sequence[int], most: int) -> dict[int, tuple[list[int], list[float]]]:
+        """The next token of the prompts that go on: {index: ([token id], [log-probability])}."""
+        base = base_of(self.model)
+        with precision(self.model):
+            out = base(self.fed, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        tokens, logprobs = choose(out.logits[:, -1], rows=self.keys, position=self.position, **self.choice)    # [B]
+        self.cache, self.fed, self.position = out.past_key_values, tokens[:, None], self.position + 1
+        tokens, logprobs = tokens.tolist(), logprobs.tolist()
+        return {i: ([tokens[self.row_of[i]]], [logprobs[self.row_of[i]]]) for i in live}
 
 
 class Sampler:
-    """Decoding of many rows with plain weights, a cache that stays, and, on CUDA, one captured graph per step.
+    """Completions of many prompts by the policy as it is now, the adapter beside the weights and never merged into them.
 
-    What samples is the policy that is trained: `refresh` fuses each layer's q/k/v and gate/up weights and puts the factors of
-    the active adapter beside them, cast as the trainer's forward casts them. They are never merged: a merge into bfloat16
-    rounds most of a small update away. Nothing comes from generation_config. compile: fuse the elementwise parts (CUDA),
-    which takes seconds that a short job doesn't win back.
+    Noise is keyed by (seed, row, position), so that a row's noise doesn't depend on its neighbours. Nothing comes from
+    generation_config. refresh(policy) takes over weights that have changed. short: a job of few tokens, for which compiling
+    the fast engine's step isn't worth its seconds. max_batch: rows decoded at one time, at most.
     """
-    READBACK = 16            # steps between two looks at what was sampled
-    LENGTH_BUCKET = 128      # lengths of the cache and of attention are multiples
-    PREFILL_TOKENS = 8192    # of prompts in one forward
 
-    def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None, compile: bool = True):
-        self.tokenizer, self.max_batch = tokenizer, max_batch
-        self.eos = {*getattr(tokenizer, "stop_ids", [tokenizer.eos_token_id])}
-        self.fused: dict[str, Tensor] = {}  # the sampler's own weights
-        self.sources: list = []             # what graphs read
-        self.told = False
-        self.release()
-        self.refresh(model)
-        self.compile = compile and self.device.type == "cuda"
+    def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None, short: bool = False):
+        self.tokenizer, self.max_batch = tokenizer, max_batch or 1024
+        self.stop_ids = frozenset(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
+        self.model = model
+        self.decoder = fast.Decoder(base_of(model), choose, say, compile=not short) if is_fast(model) else PlainDecoder(model)
+
+    def refresh(self, policy: nn.Module) -> None:
+        """Take over the policy's weights as they are now."""
+        self.model = policy
+        self.decoder.refresh(base_of(policy) if is_fast(policy) else policy)
 
     def release(self) -> None:
-        """Give the cache and the graphs back; the next `sample` makes new ones."""
-        self.cache: list[Tensor] = []       # a layer: [slots, 2, kv, d]
-        self.graphs: dict[tuple, Any] = {}  # (rows, length, stride, kind)
-        self.rows = 0                       # that the buffers of a step hold
-
-    # -- weights
-
-    @torch.no_grad()
-    def refresh(self, policy: nn.Module) -> None:
-        """Take over the policy's weights as they are now, in place: captured graphs stay valid.
-
-        What no adapter touches (embeddings, norms, LM head) is shared with it. Fails on a decoder of another kind.
-        """
-        base = base_of(policy)
-        self.config, body = base.config, getattr(base, base.base_model_prefix)
-        if self.config.model_type not in DECODERS or self.config.hidden_act != "silu" or \
-                body.rotary_emb.rope_type in ("dynamic", "longrope") or \
-                any(getattr(layer.self_attn, "sliding_window", None) for layer in body.layers):
-            fail(f"sampling knows decoders of the kinds {', '.join(DECODERS)} with full attention and positions of one "
-                 f"scale, not this {self.config.model_type}")
-        self.embedding, self.head = body.embed_tokens.weight, base.get_output_embeddings()
-        self.device, self.dtype = self.embedding.device, self.embedding.dtype
-        self.norm = (body.norm.weight, body.norm.variance_epsilon)
-        if not self.fused:
-            self.columns = torch.arange(round_up(self.config.max_position_embeddings, self.LENGTH_BUCKET),
-                                        device=self.device)
-            self.cos, self.sin = (x[0] for x in body.rotary_emb(self.embedding, self.columns[None]))  # [positions, d]
-        self.layers = []
-        for i, layer in enumerate(body.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-            self.layers.append(Layer(
-                input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight,
-                q_norm=q_norm and q_norm.weight, k_norm=k_norm and k_norm.weight,
-                qkv=self._fuse(f"{i}.qkv", attention.q_proj, attention.k_proj, attention.v_proj),
-                o=self._fuse(f"{i}.o", attention.o_proj), down=self._fuse(f"{i}.down", mlp.down_proj),
-                gate_up=self._fuse(f"{i}.gate_up", mlp.gate_proj, mlp.up_proj),
-                heads=self.config.num_attention_heads, kv_heads=self.config.num_key_value_heads,
-                eps=layer.input_layernorm.variance_epsilon))
-        tensors = torch.utils._pytree.tree_leaves([self.layers, self.norm, self.embedding])
-        sources = [self.head, *(t.data_ptr() for t in tensors if isinstance(t, Tensor))]
-        if sources != self.sources:  # graphs hold addresses; these are another model's
-            self.sources, self.graphs = sources, {}
-
-    def _fuse(self, name: str, *modules: nn.Module) -> Projection:
-        """Linear layers (plain, NF4, with or without LoRA) as one projection in the compute dtype."""
-        bases = [getattr(m, "base_layer", m) for m in modules]
-        adapters = [[(scale, a.float(), b.float()) for scale, a, b in low_rank(m)] for m in modules]
-        factors_a = [a for factors in adapters for _, a, _ in factors]
-        rank, bias, b = sum(map(len, factors_a)), None, None
-        if len(modules) == 1 and not rank and bases[0].weight.dtype == self.dtype:
-            weight = bases[0].weight
-        else:  # [W1; W2; …; A1; A2; …]
-            rows = [*(dequantized(m.weight) for m in bases), *factors_a]
-            weight = self._own(f"{name} {rank}", [w.to(self.dtype) for w in rows])
-        if bases[0].bias is not None:
-            biases = [m.bias for m in bases]
-            bias = self._own(f"{name}.bias {rank}", [*biases, biases[0].new_zeros(rank)])
-        if rank:  # the blocks B1, B2, … on a diagonal
-            blocks = [torch.cat([scale * b for scale, _, b in factors], 1) if factors else
-                      torch.zeros(m.out_features, 0, device=self.device) for factors, m in zip(adapters, bases)]
-            b = self._own(f"{name}.b", [torch.block_diag(*blocks).to(self.dtype)])
-        return Projection(weight, bias, b)
-
-    def _own(self, name: str, parts: Sequence[Tensor]) -> Tensor:
-        """The parts end to end, in the place that this name has had from the first time."""
-        if name in self.fused:
-            return torch.cat(tuple(parts), out=self.fused[name])
-        return self.fused.setdefault(name, torch.cat(tuple(parts)))
-
-    # -- memory
-
-    def _bucket(self, rows: int) -> int:
-        """Rows that a step runs for: on CUDA a graph for 8, 16, … 256, 384, …; on CPU as many as there are."""
-        if self.device.type != "cuda":
-            return rows
-        return max(8, 1 << (rows - 1).bit_length()) if rows <= 256 else round_up(rows, 128)
-
-    def _free_memory(self) -> float:
-        """Bytes that a batch may take: 40 % of free GPU memory (training wants its share), 2 GiB on CPU."""
-        if self.device.type != "cuda":
-            return 2 << 30
-        # torch's own reserve, without that of recorded passes
-        free = max(0, torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device) - Recordings.held)
-        return 0.4 * (torch.cuda.mem_get_info(self.device)[0] + free + sum(c.nbytes for c in self.cache))
-
-    def _batch_size(self, rows: int, length: int) -> int:
-        """How many of the rows, of this length at most, go into one batch: what fits, at most 1,024 or max_batch."""
-        row = 2 * self.config.num_key_value_heads * self.cos.shape[1] * self.dtype.itemsize * len(self.layers) * length
-        row += 24 * self.config.vocab_size  # logits, and what choosing a token makes of them
-        most, fit = min(rows, self.max_batch or 1024), self._free_memory() // row
-        size = next(n for n in range(most, 0, -1) if self._bucket(n) <= fit or n == 1)
-        if size < most and not self.told:
-            self.told = True
-            say(f"note: memory for {size} of {most} rows of {length} tokens at a time; sampling in several batches")
-        return size
-
-    def _reserve(self, rows: int, stride: int) -> None:
-        """Buffers for this many rows of `stride` slots; those of an earlier call when they are large enough."""
-        slots = len(self.cache[0]) if self.cache else 0
-        if rows <= self.rows and rows * stride <= slots:
-            return
-        rows, slots = max(rows, self.rows), max(rows * stride, slots)
-        self.release()  # before the new ones are made
-        self.rows, shape = rows, (slots, 2, self.config.num_key_value_heads, self.cos.shape[1])
-        new = functools.partial(torch.zeros, device=self.device)  # not empty: 0 times a NaN is NaN
-        self.cache = [new(shape, dtype=self.dtype) for _ in self.layers]
-        self.token, self.start, self.first_slot, self.key = (new(rows, dtype=torch.long) for _ in range(4))
-        self.position, self.seed = (new((), dtype=torch.long) for _ in range(2))
-        self.temperature, self.top_p = new(()), new((), dtype=torch.float64)
-        self.ids, self.logprobs = new(self.READBACK, rows, dtype=torch.long), new(self.READBACK, rows)
-
-    # -- sampling
+        """Give the cache back; the next `sample` makes a new one."""
+        self.decoder.release()
 
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], temperature: float = 0.0,
                top_p: float = 1.0, seed: int = 0, stop_strings: Sequence[Sequence[str]] | None = None,
                progress: Callable[[int], Any] | None = None, rows: Sequence[int] | None = None) -> list[Completion]:
-        """One completion a prompt, in order.
+        """One completion per prompt, in order.
 
-        prompts: token ids. max_new_tokens and stop_strings: for all, or one entry a prompt. A completion ends at EOS,
-        at a stop string or at its length. The noise of a prompt is keyed by (seed, its entry in `rows`, position),
-        independent of its neighbours; rows: range(n) by default, or a share of it when ranks divide the prompts.
-        progress(n) is called as rows finish. ValueError on an empty prompt or one beyond the model's positions.
+        prompts: token ids. max_new_tokens and stop_strings: for all, or one entry per prompt. A completion ends at a stop
+        token, at a stop string or at its length. The noise of a prompt is keyed by (seed, its entry in `rows`, position);
+        rows: range(n) by default, or a share of it when ranks divide the prompts. progress(n) is called as rows finish.
+        ValueError on an empty prompt or one beyond the model's positions.
         """
-        n, limit = len(prompts), self.config.max_position_embeddings
+        n, config = len(prompts), base_of(self.model).config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or 1 << 30
         budgets = [max_new_tokens] * n if isinstance(max_new_tokens, int) else list(max_new_tokens)
         stops = [list(s) for s in stop_strings] if stop_strings else [[]] * n
         keys = range(n) if rows is None else list(rows)
@@ -3120,149 +2495,48 @@ class Sampler:
             if len(p) + budgets[i] > limit:
                 raise ValueError(f"prompt {i}: {len(p)} + {budgets[i]} tokens are beyond the model's {limit} positions")
         done: list[Completion | None] = [None] * n
-        order = sorted(range(n), key=lambda i: (-len(prompts[i]) - budgets[i], i))
-        while order:
-            stride = round_up(len(prompts[order[0]]) + budgets[order[0]], self.LENGTH_BUCKET)
-            size = self._batch_size(len(order), stride)
-            batch, order = order[:size], order[size:]
-            self._reserve(self._bucket(size), stride)
-            self.temperature.fill_(temperature or 1.0)
-            self.top_p.fill_(top_p)
-            self.seed.fill_(seed)
-            kind = "greedy" if temperature == 0 else "sample" if top_p == 1 else "nucleus"
-            self._sample_batch(prompts, budgets, stops, keys, batch, stride, kind, done, progress)
+        for batch in self.decoder.batches(prompts, budgets, self.max_batch):
+            self.decoder.begin({i: prompts[i] for i in batch}, {i: keys[i] for i in batch},
+                               max(len(prompts[i]) + budgets[i] for i in batch), temperature, top_p, seed)
+            live, ids, logprobs = [*batch], {i: [] for i in batch}, {i: [] for i in batch}
+            while live:
+                new = self.decoder.advance(live, max(budgets[i] - len(ids[i]) for i in live))
+                for i in live:
+                    tokens, scores = new[i]
+                    count, why = self._ended(ids[i], tokens, budgets[i], stops[i])
+                    ids[i] += tokens[:count]
+                    logprobs[i] += scores[:count]
+                    if why:
+                        done[i] = Completion(ids[i], logprobs[i], why, self._text(ids[i], stops[i] if why == "string" else []))
+                finished = [i for i in live if done[i]]
+                live = [i for i in live if not done[i]]
+                if progress and finished:
+                    progress(len(finished))
         for p, c in zip(prompts, done):
-            n = len(p) + len(c.ids)
-            count_flops(self.config, n, n * (n + 1) // 2, len(c.ids))
+            tokens = len(p) + len(c.ids)
+            count_flops(base_of(self.model), tokens, tokens * (tokens + 1) // 2, len(c.ids))
         return done
-
-    @torch.no_grad()
-    def _sample_batch(self, prompts, budgets, stops, keys, batch, stride, kind, done, progress) -> None:
-        self._prefill([prompts[i] for i in batch], stride)
-        for buffer, values in ((self.token, [prompts[i][-1] for i in batch]), (self.key, [keys[i] for i in batch]),
-                               (self.start, [len(prompts[i]) - 1 for i in batch])):
-            buffer[:len(batch)] = torch.tensor(values, device=self.device)
-        self.first_slot.copy_(stride * torch.arange(self.rows))
-        self.position.zero_()
-        live, size, length = dict(enumerate(batch)), self._bucket(len(batch)), stride            # row -> prompt
-        ids, logprobs = {i: [] for i in batch}, {i: [] for i in batch}
-        while live:
-            if self._bucket(len(live)) < size:
-                size = self._bucket(len(live))
-                live = self._compact(live, size, stride, length)
-            steps = min(self.READBACK, max(budgets[i] - len(ids[i]) for i in live.values()))
-            length = min(stride, round_up(max(len(prompts[i]) + len(ids[i]) for i in live.values()) + steps,
-                                          self.LENGTH_BUCKET))
-            step = self._program(size, length, stride, kind)
-            for _ in range(steps):
-                step()
-            tokens, scores = (buffer[:steps, :size].T.tolist() for buffer in (self.ids, self.logprobs))
-            finished = []
-            for row, i in live.items():
-                kept, why = self._ended(ids[i], tokens[row], budgets[i], stops[i])
-                ids[i] += tokens[row][:kept]
-                logprobs[i] += scores[row][:kept]
-                if why:
-                    text = self._text(ids[i], stops[i] if why == "string" else [])
-                    done[i] = Completion(ids[i], logprobs[i], why, text)
-                    finished.append(row)
-            for row in finished:
-                del live[row]
-            if progress and finished:
-                progress(len(finished))
-
-    def _prefill(self, prompts: Sequence[Sequence[int]], stride: int) -> None:
-        """Fill the cache with each prompt but its last token, which the first step feeds. What prompts begin with alike
-        is computed once."""
-        groups: dict[tuple, list[int]] = {}
-        for row, p in enumerate(prompts):
-            if len(p) > 1:
-                groups.setdefault(tuple(p[:-1]), []).append(row)
-        members, longest = list(groups.values()), max(map(len, groups), default=0)
-        for pk in pack([Example(list(p), [], []) for p in groups], max(self.PREFILL_TOKENS, longest), share=True):
-            source, slots = [], []
-            for e, places in zip(pk.examples, pk.places):  # a token's slots: one in each row of the group
-                first = torch.tensor(members[e])[:, None] * stride
-                source.append(places.repeat(len(first)))
-                slots.append((first + torch.arange(len(places))).flatten())
-            pk, source, slots = pk.to(self.device), *(torch.cat(x).to(self.device) for x in (source, slots))
-            cos, sin = (table[pk.position_ids[0]][:, None] for table in (self.cos, self.sin))   # [T, 1, d]
-            x = F.embedding(pk.input_ids[0], self.embedding)                                    # [T, H]
-            update = torch.zeros_like(x)
-            for w, cache in zip(self.layers, self.cache):
-                x, q, kv = attention_in(x, update, w, cos, sin)
-                cache[slots] = kv[source]
-                attended = packed_attention(q, *kv.unbind(1), pk.cu_seqlens, pk.max_length, None, pk.keys, pk.cu_seqlens_k)
-                x, update = attention_out(x, attended.flatten(1), w)
-
-    def _compact(self, live: dict[int, int], size: int, stride: int, length: int) -> dict[int, int]:
-        """Move the live rows beyond `size` into rows below it that have ended; the new {row: prompt}."""
-        moving, holes = [row for row in live if row >= size], [row for row in range(size) if row not in live]
-        moved = dict(zip(moving, holes))
-        old, new = (torch.tensor(list(rows), dtype=torch.long, device=self.device) for rows in (moved, moved.values()))
-        for buffer in (self.token, self.start, self.key):
-            buffer[new] = buffer[old]
-        for cache in self.cache:
-            by_row = cache[:len(cache) // stride * stride].unflatten(0, (-1, stride))
-            by_row[new, :length] = by_row[old, :length]
-        return {moved.get(row, row): i for row, i in live.items()}
-
-    def _program(self, size: int, length: int, stride: int, kind: str) -> Callable[[], Any]:
-        """A step for this many rows over this much of the cache: on CUDA the replay of its graph, captured once."""
-        key = (size, length, stride, kind)
-        if self.device.type != "cuda":
-            return functools.partial(self._step, *key)
-        if key not in self.graphs:
-            before = [(t, t.clone()) for t in (self.token, self.position)]
-            self._step(*key)  # compiles and loads kernels; capturing itself runs nothing
-            graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g in self.graphs.values()), None)
-            with torch.cuda.graph(graph, pool=pool):
-                self._step(*key)
-            for t, value in before:
-                t.copy_(value)
-            self.graphs[key] = graph
-        return self.graphs[key].replay
-
-    def _step(self, size: int, length: int, stride: int, kind: str) -> None:
-        """Feed each row its token and choose the next: into the buffers, for the next step and for the readback."""
-        fused = compiled if self.compile else lambda function: function
-        begin, enter, leave, end = map(fused, (decode_begin, decode_in, attention_out, decode_end))
-        x, slots, cos, sin, mask = begin(self.token[:size], self.start[:size], self.position, self.first_slot[:size],
-                                         self.columns[:length], self.embedding, self.cos, self.sin)
-        update = torch.zeros_like(x)
-        for w, cache in zip(self.layers, self.cache):
-            x, q = enter(x, update, w, cos, sin, cache, slots)
-            x, update = leave(x, attend(q, cache, stride, mask), w)
-        logits = self.head(end(x, update, self.norm))
-        noise = (None, None, None) if kind == "greedy" else (self.seed, self.key[:size], self.position)
-        pick, top_p = (choose, self.top_p) if kind == "nucleus" else (fused(choose), None)  # a sort is not fused anyway
-        token, logprob = pick(logits, self.temperature, *noise, top_p)
-        at = (self.position % self.READBACK)[None]
-        self.ids[:, :size].index_copy_(0, at, token[None])
-        self.logprobs[:, :size].index_copy_(0, at, logprob[None])
-        self.token[:size] = token
-        self.position += 1
 
     def _ended(self, ids: list[int], new: list[int], budget: int, stops: list[str]) -> tuple[int, str | None]:
         """How many of the `new` tokens after `ids` are the completion's, and how it ended (None: not yet)."""
-        left = budget - len(ids)
-        count, how = (left, "length") if left <= len(new) else (len(new), None)
-        if (end := next((n for n, token in enumerate(new[:count], 1) if token in self.eos), None)):
-            count, how = end, "eos"
+        remaining = budget - len(ids)
+        count, how = (remaining, "length") if remaining <= len(new) else (len(new), None)
+        if first := next((n + 1 for n, token in enumerate(new[:count]) if token in self.stop_ids), None):
+            count, how = first, "eos"
         if stops:  # a stop string may be a special token, which the text then lacks
             reach, texts = max(len(s.encode()) for s in stops) + 8, count - (how == "eos")
 
-            def said(n: int, window: int) -> bool:
+            def has_stop(n: int, window: int) -> bool:
                 tail = self.tokenizer.decode((ids + new[:n])[-window:])
                 return any(s in tail for s in stops)
-            if texts and said(texts, reach + texts):  # one completed a stop string; which?
+            if texts and has_stop(texts, reach + texts):  # one token completed a stop string; which?
                 for n in range(1, texts + 1):
-                    if said(n, reach):
+                    if has_stop(n, reach):
                         return n, "string"
         return count, how
 
     def _text(self, ids: list[int], stops: list[str]) -> str:
-        """What was said, without special tokens, up to the first of the stop strings."""
+        """The completion's text, without special tokens, up to the first of the stop strings."""
         whole = self.tokenizer.decode(ids, skip_special_tokens=True)
         return whole[:min((whole.find(s) for s in stops if s in whole), default=None)]
 
@@ -3271,7 +2545,7 @@ def rollout(sampler: Sampler, prompts: Sequence[Sequence[int]], max_new_tokens: 
             seed: int) -> list[Completion]:
     """A sampled completion of each prompt, in order, on every rank: each rank samples a share of the rows.
 
-    A row's noise is keyed by its place in `prompts`, so the number of ranks doesn't change what is sampled.
+    A row's noise is keyed by its index in `prompts`, so the number of ranks doesn't change what is sampled.
     """
     n = len(prompts)
     mine = range(rank() * n // world(), (rank() + 1) * n // world())
@@ -3281,11 +2555,10 @@ def rollout(sampler: Sampler, prompts: Sequence[Sequence[int]], max_new_tokens: 
 
 
 def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> float:
-    """Share of greedy completions that end with EOS within `max_new_tokens`, over all ranks' prompts."""
+    """Share of greedy completions that end with a stop token within `max_new_tokens`, over all ranks' prompts."""
     mine = prompts[rank()::world()]
-    done = Sampler(model, tokenizer, compile=False).sample(mine, max_new_tokens) if mine else []
-    device = base_of(model).get_output_embeddings().weight.device
-    ended = all_reduce_(torch.tensor(float(sum(c.stopped == "eos" for c in done)), device=device))
+    done = Sampler(model, tokenizer, short=True).sample(mine, max_new_tokens) if mine else []
+    ended = all_reduce_(torch.tensor(float(sum(c.stopped == "eos" for c in done)), device=device_of(model)))
     rate = ended.item() / len(prompts)
     if rate < 0.9:
         say(f"WARNING: only {rate:.0%} of {len(prompts)} held-out answers end with EOS within {max_new_tokens} tokens")
@@ -3295,6 +2568,43 @@ def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_
 # ------------------------------------------------------------------------------------------------
 # 8. The run directory
 # ------------------------------------------------------------------------------------------------
+
+# Dense bfloat16 FLOPs per second from the makers' data sheets; a device's name contains the key. The first that matches.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "A10": 125e12}
+
+
+def peak_flops(device: str) -> float | None:
+    """bfloat16 peak of a GPU of this name; None where it isn't known."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+
+
+def model_flops(config, tokens: int, attended: int, predicted: int, backward: bool = False) -> int:
+    """FLOPs that the mathematics of a pass needs, whatever a program recomputes; 0 for a config of other fields.
+
+    Forward: 2 per weight of the layers and token, 2 H V per predicted token (LM head), 4 heads·d per layer and pair of a query
+    and a key that it attends to (QK^T and PV). backward: another 2 per weight, with respect to the inputs alone, since the base
+    is frozen; twice the forward's of attention. LoRA's factors (3 % more) and elementwise work are left out.
+    config: transformers' (llama, qwen2, qwen3 and alike). attended: Σ n(n+1)/2 over sequences of n tokens.
+    """
+    try:
+        hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+        width = heads * (getattr(config, "head_dim", None) or hidden // heads)
+        kv_width = width * config.num_key_value_heads // heads
+        weights = layers * hidden * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
+    except AttributeError:
+        return 0
+    products = 2 * (weights * tokens + hidden * config.vocab_size * predicted)
+    attention = 4 * layers * width * attended
+    return (2 * products + 3 * attention) if backward else products + attention
+
+
+flops_done = 0  # by this process, since it began
+
+
+def count_flops(base: nn.Module, tokens: int = 0, attended: int = 0, predicted: int = 0, backward: bool = False) -> None:
+    global flops_done
+    flops_done += model_flops(base.config.get_text_config(), tokens, attended, predicted, backward)
+
 
 class Fetched:
     """Named numbers [] on their way from a device: asked for now, waited for when they are read."""

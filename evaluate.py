@@ -290,8 +290,8 @@ class RungsLM(TemplateLM):
             examples.append(Example(list(ids), predict, [token for c in continuations for token in c]))
         members = list(groups.values())
         micro_tokens, found = max(self.micro_tokens, *map(len, groups)), []
-        # What sequences begin with alike (MMLU's five examples, a question of TruthfulQA) is computed once a pack.
-        packs = common.pack(examples, micro_tokens, device=self.model.device, share=True)
+        # What sequences begin with alike (MMLU's five examples, a question of TruthfulQA) is computed once (fast engine).
+        packs = common.micro_batches(self.model, examples, micro_tokens)
         with torch.no_grad():
             for pack in packs:
                 logprobs, extras = common.token_logprobs(self.model, pack, extras=("correct",))  # [K] predicted tokens
@@ -326,7 +326,7 @@ class RungsLM(TemplateLM):
                 raise NotImplementedError(f"evaluation is greedy; the task asks for {request.args[1]}")
             prompts[i] = prompts[i][-(self.max_length - lengths[i]) :]  # over-long prompts are cut from the left
         with tqdm(total=len(requests), desc="responses", disable=disable_tqdm) as bar:
-            sampler = Sampler(self.model, self.tokenizer, self.max_batch, compile=False)
+            sampler = Sampler(self.model, self.tokenizer, self.max_batch, short=True)
             completions = sampler.sample(
                 prompts, lengths, temperature=0.0, top_p=1.0, seed=0, stop_strings=stops, progress=bar.update
             )

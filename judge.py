@@ -53,7 +53,7 @@ from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, pstdev, stdev
+from statistics import fmean, pstdev
 from typing import Any, Literal, NamedTuple
 
 import langdetect
@@ -304,15 +304,15 @@ def guardrails(prompts: Sequence[Prompt], answers: Sequence[Answer], stop_ids: S
             "language_drift_rate": mean(drifted), "language_n": len(drifted)}
 
 
-def kl_of_completions(policy, reference, examples: Sequence[Example], temperature: float, micro_tokens: int,
-                      device) -> list[float]:
-    """Σ_t KL(π ‖ π_ref) over each completion, in nats, in order."""
-    found = [0.0] * len(examples)
-    for pack in common.pack(examples, max(micro_tokens, *(len(e.ids) for e in examples)), device=device):
-        sums = pack.sum_by_sequence(common.exact_kl(policy, reference, pack, temperature))        # [N]
-        for i, kl in zip(pack.examples, sums.tolist()):
-            found[i] = kl
-    return found
+def kl_of_completions(policy, reference, examples: Sequence[Example], temperature: float,
+                      micro_tokens: int) -> dict[str, float | None]:
+    """kl_sft, the mean over completions of Σ_t KL(π ‖ π_ref) in nats, its standard error, and kl_sft_floor: the same figure for
+    the policy against itself in other micro-batches, which is what the measurement's precision adds."""
+    states = common.answer_states(policy, examples, micro_tokens)
+    alone = [common.answer_states(policy, [e], micro_tokens)[0] for e in examples]
+    nats = common.answer_kl(policy, states, reference, common.answer_states(reference, examples, micro_tokens), temperature)
+    return {"kl_sft": nats.mean().item(), "kl_sft_se": nats.std().item() / math.sqrt(len(nats)) if len(nats) > 1 else None,
+            "kl_sft_floor": common.answer_kl(policy, states, policy, alone, temperature).mean().item()}
 
 
 def delta_w(adapter: str, model) -> float:
@@ -473,7 +473,7 @@ def sample(policy: Callable[[], Any], tokenizer, prompts: Sequence[Prompt], n: i
     wanted = [(p, f"{p.id}/{k}") for p in prompts for k in (range(1, n + 1) if n > 1 else [0])]
     todo = [(p, key) for p, key in wanted if key not in lines.found]
     if todo:
-        sampler = common.Sampler(policy(), tokenizer, compile=False)
+        sampler = common.Sampler(policy(), tokenizer, short=True)
         with tqdm(total=len(todo), desc=f"{title}: completions") as bar:
             for part in (todo[i:i + CHUNK] for i in range(0, len(todo), CHUNK)):
                 noise = [int(common.sha256_json(key)[:15], 16) for _, key in part]
@@ -495,7 +495,7 @@ def reward_scores(adapter: str, run: dict, model_dir: Path, pairs: Sequence[tupl
         quantization = "nf4" if run["invariants"]["quantization"] == "qlora" else "none"
         model = common.load_reward(model_dir, adapter, quantization, getattr(torch, run["args"]["dtype"]), device)
         micro_tokens = max(args.micro_tokens, *(len(e.ids) for e in todo.values()))
-        scores = common.score_examples(model, list(todo.values()), micro_tokens, device=device)
+        scores = common.score_examples(model, list(todo.values()), micro_tokens)
         if not scores.isfinite().all():
             raise FloatingPointError(f"{adapter} gives scores that are not finite")
         for key, score in zip(todo, scores.tolist()):
@@ -672,7 +672,6 @@ def ask_local(judge: Judge, questions: dict[str, list[dict]], lines: Lines, args
     tokenizer = common.load_tokenizer(judge.model_dir)
     tokens = letter_tokens(tokenizer, judge.model)
     model = load_policy(Row("judge", judge.adapter, judge.run, {}), judge.model_dir, args, device)
-    head = common.base_of(model).get_output_embeddings().weight[tokens].float()                    # [3, H]
     todo, limit = list(questions), common.max_positions(judge.model_dir)
     for part in tqdm([todo[i:i + CHUNK] for i in range(0, len(todo), CHUNK)], desc=f"{judge.model}: verdicts"):
         began, rendered = time.time(), [common.render_prompt(tokenizer, questions[key]) for key in part]
@@ -680,11 +679,10 @@ def ask_local(judge: Judge, questions: dict[str, list[dict]], lines: Lines, args
         examples = [Example(rendered[i], [], []) for i in fits]
         replies: dict[int, dict[str, float]] = {}
         with torch.no_grad():
-            for pack in common.pack(examples, max([args.micro_tokens, *(len(e.ids) for e in examples)]), device=device,
-                                    share=True):
-                logits = common.hidden_states(model, pack)[pack.last].float() @ head.T             # [N, 3]
-                found = logits.log_softmax(1).tolist()
-                replies |= {fits[e]: dict(zip(LETTERS, row)) for e, row in zip(pack.examples, found)}
+            for micro in common.micro_batches(model, examples, max([args.micro_tokens, *(len(e.ids) for e in examples)])):
+                hidden = common.hidden_states(model, micro, "last").float()                        # [N, H]
+                logprobs = common.head_logits(model, hidden)[:, tokens].log_softmax(1).tolist()    # [N, 3]
+                replies |= {fits[e]: dict(zip(LETTERS, row)) for e, row in zip(micro.examples, logprobs)}
         seconds = (time.time() - began) / len(part)
         for i, key in enumerate(part):
             reply = replies.get(i)  # none where the question is longer than the judge's positions
@@ -910,6 +908,13 @@ def measure(reference: Row, rows: Sequence[Row], choose: Callable, prompts: Sequ
     known = before["rows"] if all(before.get(k) == v for k, v in shared.items()) else []
     measured = {row["name"]: row for row in known}
     reference_policy = functools.cache(lambda: load(reference))  # models load when something is missing
+
+    def exact(row: Row):
+        """The row's policy in fp32, where it fits: a KL measured in bfloat16 is mostly rounding."""
+        model = load(row)
+        common.upcast(model)
+        return model
+    exact_reference = functools.cache(lambda: exact(reference))
     answers: dict[str, list[Answer]] = {}
     for row in (reference, *rows):
         own = row is not reference and row.best_of == 1  # best-of-n samples from the reference
@@ -926,9 +931,7 @@ def measure(reference: Row, rows: Sequence[Row], choose: Callable, prompts: Sequ
             {"kl_sft": 0.0, "kl_sft_se": 0.0}
         if own:
             examples = [Example.completion(p.ids, a.ids) for p, a in zip(prompts, said)]
-            nats = kl_of_completions(policy(), reference_policy(), examples, args.temperature or 1.0, args.micro_tokens,
-                                     device)
-            kl = {"kl_sft": fmean(nats), "kl_sft_se": stdev(nats) / math.sqrt(len(nats)) if len(nats) > 1 else None}
+            kl = kl_of_completions(exact(row), exact_reference(), examples, args.temperature or 1.0, args.micro_tokens)
         measured[row.name] = {**identity, **guardrails(prompts, said, tokenizer.stop_ids), **kl,
                               "delta_w": delta_w(row.adapter, policy()) if row.adapter else 0.0}
         common.write_json(path, {"schema_version": 1, **shared, "n_prompts": len(prompts),

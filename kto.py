@@ -20,11 +20,11 @@ z0 is where public code goes astray; what is done here:
   - Not from one row: an epoch's steps are of one size (or one row less), and never of one row.
 
 Deviations from the usual script, on purpose:
-  1. The reference is the policy with its new adapter switched off, in the same pack: no second model, and at step 0 z0 is
+  1. The reference is the policy with its new adapter switched off, over the same micro-batch: no second model, and at step 0 z0 is
      exactly 0 and every row's loss exactly λ/2, which is asserted.
   2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; the rounding's KL is logged) and a fresh
      LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
-  3. No padding: sequences are packed, and attention never crosses them. Mismatched pairs have packs of their own.
+  3. Mismatched pairs have micro-batches of their own.
   4. Rows beyond --max-length are dropped and counted, never cut. Only y' is cut, where x and y' together are longer.
 
     python kto.py --sft-adapter runs/sft_v2
@@ -112,8 +112,8 @@ class Args:
     """Move another configuration's run in --out aside."""
     micro_tokens: int = 8192
     """Tokens of one forward: memory and speed, not the update."""
-    compile: bool = True
-    """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
+    engine: Literal["auto", "fast", "plain"] = "auto"
+    """auto: the fast engine where it serves the model, else the plain one (any model, slower). Speed, not the update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
@@ -260,30 +260,29 @@ def mismatched_kl(policy, rows: list[Row], args: Args, device) -> Tensor:
     examples = mismatched(rows, args.max_length)
     mine = [examples[i] for i in common.my_share([len(e.ids) for e in examples])]
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for pack in common.pack(mine, args.micro_tokens, device=device):
+    for micro in common.micro_batches(policy, mine, args.micro_tokens):
         with common.reference(policy):
-            ref_logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))      # [N]
-        total += (pack.sum_by_sequence(common.token_logprobs(policy, pack)) - ref_logprobs).sum()
+            ref_logprobs = micro.sum_by_sequence(common.token_logprobs(policy, micro))    # [N]
+        total += (micro.sum_by_sequence(common.token_logprobs(policy, micro)) - ref_logprobs).sum()
     return common.all_reduce_(total) / len(examples)
 
 
-def row_metrics(policy, pack: common.Pack, rows: list[Row], z0: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [N], β(ρ − z0) [N], sums over the pack for `means` [8]) of a pack of `rows`."""
+def row_metrics(policy, micro, rows: list[Row], z0: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [N], β(ρ − z0) [N], what `means` takes the sums of [8, N]) of a micro-batch of `rows`."""
     with torch.no_grad(), common.reference(policy):
-        ref_logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))          # [N]
-    logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))                  # [N]
-    desirable = torch.tensor([rows[i].desirable for i in pack.examples]).to(logprobs.device, non_blocking=True)
+        ref_logprobs = micro.sum_by_sequence(common.token_logprobs(policy, micro))        # [N]
+    logprobs = micro.sum_by_sequence(common.token_logprobs(policy, micro))                # [N]
+    desirable = torch.tensor([rows[i].desirable for i in micro.examples]).to(logprobs.device, non_blocking=True)
     losses, rewards = kto_loss(logprobs, ref_logprobs, desirable, z0, args.beta, args.desirable_weight,
                                args.undesirable_weight)
     above = rewards - args.beta * z0
     right = 0.5 + 0.5 * torch.where(desirable, above.sign(), -above.sign())  # a tie is half right
-    by_class = torch.stack([rewards, logprobs.detach(), pack.counts.float()])             # [3, N]
-    sums = torch.cat([torch.stack([losses.detach(), right]), by_class * desirable, by_class * ~desirable]).sum(1)
-    return losses, above, sums
+    by_class = torch.stack([rewards, logprobs.detach(), micro.counts.float()])            # [3, N]
+    return losses, above, torch.cat([torch.stack([losses.detach(), right]), by_class * desirable, by_class * ~desirable])
 
 
 def means(totals, rows: list[Row]) -> dict:
-    """What is logged of rows, from row_metrics' sums over all their packs and ranks, [8] numbers. A class that is absent
+    """What is logged of rows, from the sums of row_metrics' values over all of them, [8] numbers. A class that is absent
     has no means."""
     loss, right, *by_class = totals
     n, desirable = len(rows), sum(r.desirable for r in rows)
@@ -297,19 +296,27 @@ def means(totals, rows: list[Row]) -> dict:
 
 @torch.no_grad()
 def evaluate_rows(policy, rows: list[Row], args: Args, device) -> dict[str, float | None]:
-    """The same figures of held-out rows, which share one z0; and auc: how often the reward of a desirable row is above that
-    of an undesirable one, over all such pairs, ties half. It is accuracy without a threshold."""
+    """The same figures of held-out rows, which share one z0, with 95 % intervals over their prompts; and auc: how often the
+    reward of a desirable row is above that of an undesirable one, over all such pairs, ties half: accuracy without a threshold."""
     z0 = mismatched_kl(policy, rows, args, device).clamp(min=0)
     share = common.my_share([len(r.example.ids) for r in rows])
     mine = [rows[i] for i in share]
-    totals, above = torch.zeros(8, dtype=torch.float64, device=device), torch.zeros(len(rows), device=device)
-    for pack in common.pack([r.example for r in mine], args.micro_tokens, device=device):
-        _, above[[share[i] for i in pack.examples]], sums = row_metrics(policy, pack, mine, z0, args)
-        totals += sums
-    above, desirable = common.all_reduce_(above).cpu(), torch.tensor([r.desirable for r in rows])
-    wins = (above[desirable][:, None] - above[~desirable]).sign()                         # [desirable, undesirable]
-    auc = (0.5 + 0.5 * wins).mean().item() if wins.numel() else None
-    return {**means(common.all_reduce_(totals).tolist(), rows), "z0": z0.item(), "auc": auc}
+    values, above = torch.zeros(8, len(rows), dtype=torch.float64, device=device), torch.zeros(len(rows), device=device)
+    for micro in common.micro_batches(policy, [r.example for r in mine], args.micro_tokens):
+        at = [share[i] for i in micro.examples]
+        _, above[at], by_row = row_metrics(policy, micro, mine, z0, args)
+        values[:, at] = by_row.double()
+    values, above = common.all_reduce_(values).cpu(), common.all_reduce_(above).cpu()
+    desirable, prompts = torch.tensor([r.desirable for r in rows]), [r.prompt_id for r in rows]
+    figures = {**means(values.sum(1).tolist(), rows), "z0": z0.item(), "auc": None, "auc_interval": None,
+               "loss_interval": common.interval(values[0], prompts), "accuracy_interval": common.interval(values[1], prompts)}
+    wins = 0.5 + 0.5 * (above[desirable][:, None] - above[~desirable]).sign().double()    # [desirable, undesirable]
+    if wins.numel():  # DeLong et al. 1988: what a row adds to the AUC is the mean of its wins
+        by_row = torch.full((len(rows),), (auc := wins.mean()).item(), dtype=torch.float64)
+        by_row[desirable] += (wins.mean(1) - auc) * len(rows) / len(wins)
+        by_row[~desirable] += (wins.mean(0) - auc) * len(rows) / wins.shape[1]
+        figures |= {"auc": auc.item(), "auc_interval": common.interval(by_row, prompts)}
+    return figures
 
 
 def main(args: Args) -> None:
@@ -322,6 +329,7 @@ def main(args: Args) -> None:
     dtype = common.setup_dtype(args.dtype, device)
     parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
         args.sft_adapter, args.model, args.other_base)
+    engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
     split = common.load_split(args, ["label", "pair"], answers_of, build_rows(tokenizer, args))
     rows, heldout = (one_answer_each(items, args.seed) for items in (split.train, split.heldout))
@@ -341,12 +349,7 @@ def main(args: Args) -> None:
 
     # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference.
     common.set_seed(args.seed)
-    merged = common.load_model(model_dir, adapter, "none", dtype, device)
-    counts["merge_kl"] = common.merge_kl(model_dir, adapter, merged, [r.example for r in heldout[:8]],
-                                         args.micro_tokens, dtype, device)
-    policy = common.add_lora(merged)
-    if args.compile and device.type == "cuda":
-        common.compile_layers(policy)
+    policy = common.add_lora(common.load_model(model_dir, adapter, "none", dtype, device, engine))
     params = common.flat_parameters(policy)
     optimizer = torch.optim.Adam([params], lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     common.say(f"{len(steps)} steps of up to {max(map(len, steps))} rows = {common.world()} ranks x "
@@ -361,16 +364,16 @@ def main(args: Args) -> None:
         kl = mismatched_kl(policy, batch, args, device)
         z0 = kl.clamp(min=0)
 
-        # 3b. Forward (reference, policy) and backward, a pack at a time; the denominator is the step's rows.
+        # 3b. Forward (reference, policy) and backward, one micro-batch after the other; the denominator is the step's rows.
         totals = torch.zeros(8, dtype=torch.float64, device=device)
-        for pack in common.pack([r.example for r in mine], args.micro_tokens, device=device):
-            losses, above, sums = row_metrics(policy, pack, mine, z0, args)
-            if step == 0:  # policy = reference: ρ = z0 = 0, each loss λ σ(0) = λ/2; a compiled graph may differ a little
-                bound = 1e-6 if not (args.compile and device.type == "cuda") else 0.25
+        for micro in common.micro_batches(policy, [r.example for r in mine], args.micro_tokens):
+            losses, above, values = row_metrics(policy, micro, mine, z0, args)
+            if step == 0:  # policy = reference: ρ = z0 = 0, each loss λ σ(0) = λ/2
+                bound = args.beta * common.step0_tolerance(policy)
                 assert above.abs().max() <= bound and args.beta * z0 <= bound, \
                     f"step 0: β(ρ − z0) {above.tolist()}, z0 {z0.item()}: the reference is not the policy"
             (losses.sum() / len(batch)).backward()
-            totals += sums
+            totals += values.sum(1)
         metrics = {**means(common.all_reduce_(totals), batch), "z0": z0, "kl": kl}
 
         # 3c. Sum over ranks, clip, step.
@@ -385,11 +388,13 @@ def main(args: Args) -> None:
                 [split.kept[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
 
-    # 4. Save (relative to the pretrained base) and measure on held-out rows and prompts.
+    # 4. Save (relative to the pretrained base) and measure on held-out prompts and, in fp32, on held-out rows.
     run.save(policy, tokenizer, split.prompts)
-    metrics = {**counts, **{f"heldout_{k}": v for k, v in evaluate_rows(policy, heldout, args, device).items()}}
-    metrics |= {"heldout_rows": len(heldout), "eos_prompts": len(prompts)}
+    metrics = {**counts, "heldout_rows": len(heldout), "eos_prompts": len(prompts)}
     metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens) if prompts else None
+    metrics |= common.movement(policy, args.out, adapter, model_dir, [r.example for r in heldout[:args.eos_prompts]],
+                               args.micro_tokens)
+    metrics |= {f"heldout_{k}": v for k, v in evaluate_rows(policy, heldout, args, device).items()}
     run.finish(metrics, ["loss", "accuracy", "margin", "rewards_desirable", "rewards_undesirable", "z0",
                          "logprobs_desirable", "logprobs_undesirable", "grad_norm"],
                f"KTO (β = {args.beta}, λ_D = {args.desirable_weight}, λ_U = {args.undesirable_weight}) from "

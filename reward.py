@@ -106,8 +106,8 @@ class Args:
     """Move another configuration's run in --out aside."""
     micro_tokens: int = 8192
     """Tokens of one forward: memory and speed, not the update."""
-    compile: bool = True
-    """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
+    engine: Literal["auto", "fast", "plain"] = "auto"
+    """auto: the fast engine where it serves the model, else the plain one (any model, slower). Speed, not the update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
@@ -204,6 +204,7 @@ def main(args: Args) -> None:
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
     model_dir = common.resolve_model(args.model)
+    engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
     if args.quantization == "qlora":
         common.check_nf4(device)
@@ -218,9 +219,8 @@ def main(args: Args) -> None:
     # 2. The reward model: the pretrained base, frozen (NF4 under "qlora"), a fresh LoRA and a fresh head.
     common.set_seed(args.seed)
     quantization = "nf4" if args.quantization == "qlora" else "none"
-    model = common.add_head(common.add_lora(common.load_model(model_dir, None, quantization, dtype, device)), args.seed)
-    if args.compile and device.type == "cuda":
-        common.compile_layers(model)
+    model = common.load_model(model_dir, None, quantization, dtype, device, engine)
+    model = common.add_head(common.add_lora(model), args.seed)
     params = common.flat_parameters(model)
     optimizer = torch.optim.Adam([params], lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     steps = common.batches(len(pairs), args.batch_size, args.epochs, args.seed)
@@ -232,10 +232,10 @@ def main(args: Args) -> None:
         batch = [pairs[i] for i in steps[step]]
         mine = sides([batch[i] for i in common.my_share([p.tokens for p in batch])])
 
-        # 3a. Forward and backward, a pack at a time; the denominator is the step's pairs, over all ranks.
+        # 3a. Forward and backward, one micro-batch after the other; the denominator is the step's pairs, over all ranks.
         totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        for pack in common.pack(mine, args.micro_tokens, unit=2, device=device, share=True):
-            chosen, rejected = common.reward_scores(model, pack).view(-1, 2).T            # each [pairs]
+        for micro in common.micro_batches(model, mine, args.micro_tokens, unit=2):
+            chosen, rejected = common.reward_scores(model, micro).view(-1, 2).T           # each [pairs]
             losses, sums = pair_metrics(chosen, rejected, args.centring)
             (losses.sum() / len(batch)).backward()
             totals += sums
@@ -257,7 +257,7 @@ def main(args: Args) -> None:
 
     # 4. Save (adapter and head, relative to the pretrained base), and measure on held-out pairs.
     run.save(model, tokenizer, split.prompts)
-    scores = common.score_examples(model, sides(heldout), args.micro_tokens, 2, device).view(-1, 2)   # [pairs, 2]
+    scores = common.score_examples(model, sides(heldout), args.micro_tokens, 2).view(-1, 2)   # [pairs, 2]
     lengths = torch.tensor([p.lengths for p in heldout])                                              # [pairs, 2]
     run.check_finite(len(steps), [], heldout_scores=scores.sum().item())
     found = evaluation(scores, lengths, args.centring)
@@ -388,8 +388,8 @@ def score_file(args: Args) -> None:
     if nf4:
         common.check_nf4(device)
     model = common.load_reward(model_dir, args.adapter, "nf4" if nf4 else "none", getattr(torch, run["args"]["dtype"]),
-                               device)
-    scores = common.score_examples(model, examples, args.micro_tokens, device=device)
+                               device, common.choose_engine(args.engine, model_dir, device))
+    scores = common.score_examples(model, examples, args.micro_tokens)
     if not scores.isfinite().all():
         raise FloatingPointError(f"{args.adapter} gives scores that are not finite")
     if common.rank() == 0:

@@ -8,9 +8,8 @@ Paper: Ouyang et al. 2022 (2203.02155), section 3.5; LoRA: Hu et al. 2021 (2106.
 Deviations from the usual script, on purpose:
   1. One mean over all trained tokens of a step (all micro-batches, all ranks), never a mean of means.
   2. Every assistant turn is trained, no user or system token is; a turn's EOS is trained, so the policy learns to stop.
-  3. No padding: a step's conversations are packed end to end, and attention never crosses them.
-  4. Over-long conversations are cut at the end of a turn, never inside an answer.
-  5. The held-out loss is measured where later phases use the adapter: merged into the bfloat16 base.
+  3. Over-long conversations are cut at the end of a turn, never inside an answer.
+  4. The held-out loss is measured where later phases use the adapter: merged into the bfloat16 base.
 
     python sft.py                                     # Qwen2.5-0.5B on 5,000 rows of UltraChat
     python sft.py --model DIR --data my.jsonl --quantization none --out runs/mine
@@ -95,8 +94,8 @@ class Args:
     """Move another configuration's run in --out aside."""
     micro_tokens: int = 8192
     """Tokens of one forward: memory and speed, not the update."""
-    compile: bool = True
-    """On CUDA: compile the small parts of a pass, and record passes as CUDA graphs."""
+    engine: Literal["auto", "fast", "plain"] = "auto"
+    """auto: the fast engine where it serves the model, else the plain one (any model, slower). Speed, not the update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
@@ -165,8 +164,8 @@ def heldout_loss(model, examples: list[Example], micro_tokens: int, device) -> f
     """Mean NLL of the trained tokens of held-out conversations, over all ranks."""
     mine = [examples[i] for i in common.my_share([len(e.ids) for e in examples])]
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for pack in common.pack(mine, micro_tokens, device=device):
-        total -= common.token_logprobs(model, pack).sum()
+    for micro in common.micro_batches(model, mine, micro_tokens):
+        total -= common.token_logprobs(model, micro).sum()
     return common.all_reduce_(total).item() / sum(len(e.targets) for e in examples)
 
 
@@ -184,6 +183,7 @@ def main(args: Args) -> None:
         common.fail(f"--quantization {args.quantization}, but {args.sft_adapter} was trained under "
                     f"{invariants.quantization!r}: give that")
     nf4 = args.quantization == "qlora" and not adapter
+    engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
     if nf4:
         common.check_nf4(device)
@@ -197,14 +197,9 @@ def main(args: Args) -> None:
 
     # 2. The policy: the pretrained base (NF4 under "qlora") or base + SFT merged, frozen, and a fresh LoRA.
     common.set_seed(args.seed)
-    start = common.load_model(model_dir, adapter, "nf4" if nf4 else "none", dtype, device)
-    if parent:
-        counts["merge_kl"] = common.merge_kl(model_dir, adapter, start, heldout[:8], args.micro_tokens, dtype,
-                                             device)
+    start = common.load_model(model_dir, adapter, "nf4" if nf4 else "none", dtype, device, engine)
     policy = common.add_lora(start)
     base_loss = heldout_loss(policy, heldout, args.micro_tokens, device)  # B = 0: that of what it starts from
-    if args.compile and device.type == "cuda":
-        common.compile_layers(policy)
     params = common.flat_parameters(policy)
     optimizer = torch.optim.Adam([params], lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     steps = common.batches(len(examples), args.batch_size, args.epochs, args.seed)
@@ -217,10 +212,10 @@ def main(args: Args) -> None:
         step_tokens = sum(len(e.targets) for e in batch)  # the denominator: all ranks, all micro-batches
         mine = [batch[i] for i in common.my_share([len(e.ids) for e in batch])]
 
-        # 3a. Forward and backward, a pack at a time; gradients add up to those of L.
+        # 3a. Forward and backward, one micro-batch after the other; gradients add up to those of L.
         totals = torch.zeros(2, dtype=torch.float64, device=device)
-        for pack in common.pack(mine, args.micro_tokens, device=device):
-            logprobs, extra = common.token_logprobs(policy, pack, extras=("correct",))
+        for micro in common.micro_batches(policy, mine, args.micro_tokens):
+            logprobs, extra = common.token_logprobs(policy, micro, extras=("correct",))
             loss = sft_loss(logprobs, step_tokens)
             loss.backward()
             totals += torch.stack([loss.detach(), extra["correct"].sum() / step_tokens])
@@ -245,11 +240,13 @@ def main(args: Args) -> None:
     if nf4:
         metrics["heldout_loss_nf4_base"] = base_loss
         metrics["heldout_loss_nf4"] = heldout_loss(policy, heldout, args.micro_tokens, device)
-        base = common.load_model(model_dir, None, "none", dtype, device)
+        base = common.load_model(model_dir, None, "none", dtype, device, engine)
         metrics["heldout_loss_base"] = heldout_loss(base, heldout, args.micro_tokens, device)
         del base
+    if parent:
+        metrics |= common.movement(policy, args.out, adapter, model_dir, heldout[:args.eos_prompts], args.micro_tokens)
     del start, policy, optimizer, params
-    merged = common.load_model(model_dir, args.out, "none", dtype, device)
+    merged = common.load_model(model_dir, args.out, "none", dtype, device, engine)
     metrics["heldout_loss"] = heldout_loss(merged, heldout, args.micro_tokens, device)
     if metrics["heldout_loss"] > metrics["heldout_loss_base"]:
         common.say(f"WARNING: the held-out loss of base + adapter ({metrics['heldout_loss']:.4f}) is worse than the "

@@ -20,6 +20,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import fast
 import workload
 
 VARIED = {"micro_tokens": (1024, 2048, 4096, 8192, 16384, 32768), "length": (64, 128, 256, 512, 1024, 2048, 4096, 8192),
@@ -55,12 +56,12 @@ def speed(work: Path, rows: int, length: int, micro_tokens: int, device) -> dict
         torch.cuda.reset_peak_memory_stats()
     policy = common.add_lora(common.load_model(work, None, "none", torch.bfloat16 if cuda else torch.float32, device))
     if cuda:
-        common.compile_layers(policy)
+        fast.compile_layers(common.base_of(policy))
     params = common.flat_parameters(policy)
     optimizer = torch.optim.Adam([params], lr=1e-5, fused=cuda)
     for step in range(5):
         began = time.perf_counter()
-        for pack in common.pack(data, micro_tokens, device=device):
+        for pack in fast.pack(data, micro_tokens, device=device):
             (-common.token_logprobs(policy, pack).sum() / (rows * length)).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         optimizer.step()

@@ -26,6 +26,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import fast
 from workload import SHAPES
 
 
@@ -108,7 +109,7 @@ def seconds(call, device: torch.device) -> float:
 @torch.no_grad()
 def profile(sampler: common.Sampler, rows: int, longest: int, device: torch.device, steps: int = 20) -> dict:
     """Print the kernels of one step by time; {time of a step back to back in ms, kernels in it}."""
-    stride = common.round_up(longest, sampler.LENGTH_BUCKET)
+    stride = fast.packing.round_up(longest, sampler.LENGTH_BUCKET)
     step = sampler._program(sampler._bucket(rows), stride, stride, "sample")
     sampler.position.fill_(sampler.READBACK)
     step()

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import fast
 
 SHAPES = {
     "qwen2.5-0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
@@ -113,7 +114,7 @@ def sequences(tokenizer, conversations: list[list[dict]], unit: int = 1) -> dict
     with too, "predicted": tokens of all answers}."""
     rendered = common.render_many(tokenizer, conversations, train="last")
     return {"lengths": [len(ids) for ids, _ in rendered], "predicted": sum(sum(mask) for _, mask in rendered),
-            "shared": common.shared_in_units([ids for ids, _ in rendered], unit)}
+            "shared": fast.packing.shared_in_units([ids for ids, _ in rendered], unit)}
 
 
 def make(work: Path, shape: str, rows: int, prompts: int, dtype: torch.dtype) -> None:

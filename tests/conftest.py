@@ -53,6 +53,23 @@ def make_model(directory, seed=0, kind="llama", hidden_size=64, **tokenizer_opti
     return str(directory)
 
 
+def without_nf4(model):
+    """The model with each NF4 layer replaced by a plain one of its dequantised weights, in fp32.
+
+    What to compare NF4 with: bitsandbytes' own CPU layer rounds to bfloat16 on processors that multiply it (AVX512-BF16).
+    """
+    import bitsandbytes.functional
+    for name, layer in [*model.named_modules()]:
+        if type(layer).__name__ == "Linear4bit":
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            plain.weight.data = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+            if layer.bias is not None:
+                plain.bias.data = layer.bias.data.float()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain.requires_grad_(False))
+    return model
+
+
 def sharing_examples(seed=0):
     """Three groups with long beginnings of their own, inside them smaller groups, a sequence that another begins with,
     one that is there twice, and two that are alone; in random order, with predicted tokens everywhere."""

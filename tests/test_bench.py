@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
 import common
+import fast
 from common import Example
-from conftest import make_model
+from conftest import make_model, without_nf4
 
 REPO = Path(__file__).parent.parent
 
@@ -43,7 +44,8 @@ def theirs(directory, quantization="none"):
     nf4 = {"quantization_config": BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32), "device_map": {"": "cpu"}} if quantization == "nf4" else {}
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **nf4)
+    model = without_nf4(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **nf4))
+    model.is_quantized = model.is_loaded_in_4bit = False  # PEFT would ask bitsandbytes for its layers
     return nudged(get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
                                                    target_modules=list(common.TARGET_MODULES))))
 
@@ -67,7 +69,7 @@ def test_log_probs_and_gradients_are_those_of_transformers_and_peft(tmp_path, ki
         logits = plain(torch.tensor([e.ids]), use_cache=False).logits[0] / 0.7
         expected[i] = logits.log_softmax(1)[e.predict, e.targets]
         (expected[i] * torch.arange(1, len(e.targets) + 1)).sum().backward()
-    packs = common.pack(examples, 120)
+    packs = fast.pack(examples, 120)
     assert len(packs) > 1
     for pk in packs:
         for i, logprobs in zip(pk.examples, common.token_logprobs(mine, pk, 0.7).split(pk.counts.tolist())):
@@ -86,13 +88,13 @@ def test_weights_side_by_side_are_the_modules_own(tiny_model):
     attention = common.base_of(model).model.layers[0].self_attn
     modules = [attention.q_proj, attention.k_proj, attention.v_proj]
     before = torch.cat([m.weight.clone() for m in modules])
-    together = common.weight_of(modules, torch.float32)
-    assert torch.equal(together, before) and common.weight_of(modules, torch.float32) is together
+    together = fast.decoder.weight_of(modules, torch.float32)
+    assert torch.equal(together, before) and fast.decoder.weight_of(modules, torch.float32) is together
     assert all(m.weight.untyped_storage().data_ptr() == together.untyped_storage().data_ptr() for m in modules)
     attention.v_proj.weight.data += 1
-    assert torch.equal(common.weight_of(modules, torch.float32)[-len(attention.v_proj.weight):], attention.v_proj.weight)
+    assert torch.equal(fast.decoder.weight_of(modules, torch.float32)[-len(attention.v_proj.weight):], attention.v_proj.weight)
     attention.k_proj.weight.data = torch.zeros_like(attention.k_proj.weight)
-    assert torch.equal(common.weight_of(modules, torch.float32), torch.cat([m.weight for m in modules]))
+    assert torch.equal(fast.decoder.weight_of(modules, torch.float32), torch.cat([m.weight for m in modules]))
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -103,19 +105,19 @@ def test_a_filled_pack_gives_what_the_pack_gives(tiny_model, share):
     base, factors = common.base_of(policy), common.trainable(policy)
     names = {id(p): f"base.{n}" for n, p in base.named_parameters()}
     leaves = {names[id(f)]: f.detach().requires_grad_() for f in factors}
-    room = common.Room(512, 32, 1024, 1024 if share else 0).empty("cpu")
+    room = fast.graphs.GraphSize(512, 32, 1024, 1024 if share else 0).empty("cpu")
     g = torch.Generator().manual_seed(1)
     for n in (9, 3, 6):
         examples = random_examples(n, seed=n)
         if share:
             examples = [Example(e.ids + [5 + i] * 4, e.predict, e.targets) for e in examples for i in range(2)]
-        (pk,) = common.pack(examples, 512, share=share)
+        (pk,) = fast.pack(examples, 512, share=share)
         tokens = pk.input_ids.shape[1]
-        common.fill(room, pk)
+        fast.graphs.fill(room, pk)
         weight = torch.randn(tokens, base.config.hidden_size, generator=g)
-        hidden = common.decoder(policy, pk)
+        hidden = fast.decoder.decoder(common.base_of(policy), pk)
         wanted = torch.autograd.grad((hidden * weight).sum(), factors)
-        filled = torch.func.functional_call(common.DecoderModule(base), leaves, (room,))
+        filled = torch.func.functional_call(fast.graphs.DecoderModule(base), leaves, (room,))
         slope = torch.cat([weight, torch.zeros(512 - tokens, weight.shape[1])])
         found = torch.autograd.grad(filled, list(leaves.values()), slope)
         torch.testing.assert_close(filled[:tokens], hidden, atol=1e-5, rtol=1e-5)
@@ -125,7 +127,7 @@ def test_a_filled_pack_gives_what_the_pack_gives(tiny_model, share):
 
 def test_flat_parameters_are_the_policys_own(tiny_model):
     """One tensor of all factors: values and gradients of the modules are its parts, before and after a step."""
-    policy, plain, (pk,) = ours(tiny_model), ours(tiny_model), common.pack(random_examples(4), 512)
+    policy, plain, (pk,) = ours(tiny_model), ours(tiny_model), fast.pack(random_examples(4), 512)
     flat = common.flat_parameters(policy)
     for model in (policy, plain):
         for _ in range(2):  # gradients add up
@@ -143,16 +145,16 @@ def test_flat_parameters_are_the_policys_own(tiny_model):
 
 def test_packs_are_filled_up_by_little():
     for tokens in (1, 255, 256, 257, 4096, 4097, 8191, 8192, 9000, 30000, 65537):
-        filled = common.filled_size(tokens)
-        assert tokens <= filled < tokens + max(256, tokens / 16) and common.filled_size(filled) == filled
-    assert len({common.filled_size(n) for n in range(4096, 32768)}) <= 50  # so many graphs at most
+        filled = fast.graphs.padded_tokens(tokens)
+        assert tokens <= filled < tokens + max(256, tokens / 16) and fast.graphs.padded_tokens(filled) == filled
+    assert len({fast.graphs.padded_tokens(n) for n in range(4096, 32768)}) <= 50  # so many graphs at most
 
 
 def check_filled(size, pk):
     """A pack in a room of this size is as it was, and the sequences left over have all tokens and keys left over, each a key
     at least for each token, and none is longer than the room says."""
     room, kept = size.empty("cpu"), len(pk.cu_seqlens)
-    common.fill(room, pk)
+    fast.graphs.fill(room, pk)
     own = room.cu_seqlens.diff()
     assert torch.equal(room.cu_seqlens[:kept], pk.cu_seqlens) and room.cu_seqlens[-1] == size.tokens
     assert torch.equal(room.input_ids[:, :pk.input_ids.shape[1]], pk.input_ids) and (room.keys is None) == (pk.keys is None)
@@ -171,18 +173,18 @@ def test_a_room_holds_what_it_says():
         copies, longest = g.choice((1, 1, 2, 8, 20)), g.choice((60, 300, 1500))
         prompts = [[g.randrange(3, 300)] * g.randrange(1, longest) for _ in range(g.randrange(1, 30))]
         examples = [Example(p + [5 + i] * g.randrange(1, 60), [], []) for p in prompts for i in range(copies)]
-        for pk in common.pack(examples, g.choice((4096, 8192, 40_000)), share=True):
-            own, (tokens, n) = common.Room.of(pk), (pk.input_ids.shape[1], len(pk.examples))
+        for pk in fast.pack(examples, g.choice((4096, 8192, 40_000)), share=True):
+            own, (tokens, n) = fast.graphs.GraphSize.of(pk), (pk.input_ids.shape[1], len(pk.examples))
             assert own.holds(pk)
             check_filled(own, pk)
             for _ in range(12):
                 left = g.choice((0, 1, g.randrange(300), g.randrange(9000)))
                 keys = 0 if pk.keys is None else len(pk.keys) + left + g.choice((-left, -1, 0, g.randrange(3000), g.randrange(9000)))
-                size = common.Room(tokens + left, n + g.randrange(1, 24), g.choice((1024, 2048)), keys)
+                size = fast.graphs.GraphSize(tokens + left, n + g.randrange(1, 24), g.choice((1024, 2048)), keys)
                 if size.holds(pk):
                     check_filled(size, pk)
                     held += 1
-                    assert size.sequences - n >= common.GRAPH_SPARE
+                    assert size.sequences - n >= fast.graphs.SPARE_SEQUENCES
                 else:
                     refused += 1
             smaller = [own._replace(tokens=tokens - 1), own._replace(sequences=n + 3), own._replace(longest=pk.max_length - 1),
@@ -193,15 +195,15 @@ def test_a_room_holds_what_it_says():
 
 def test_a_size_is_recorded_when_filling_up_has_cost_more():
     """A larger room serves a pack until the tokens filled up come to a recording's; then it has one of its own."""
-    recordings = common.Recordings(torch.nn.Linear(10**4, 10**4, bias=False, device="meta"))  # 80,000 tokens' worth
-    large, small = (common.pack([Example(list(range(n)), [], [])], 8192)[0] for n in (3000, 1000))
-    assert recordings.room(large) == common.Room.of(large)
+    recordings = fast.graphs.Recordings(torch.nn.Linear(10**4, 10**4, bias=False, device="meta"))  # 80,000 tokens' worth
+    large, small = (fast.pack([Example(list(range(n)), [], [])], 8192)[0] for n in (3000, 1000))
+    assert recordings.size_for(large) == fast.graphs.GraphSize.of(large)
     asked = 0
-    while recordings.room(dataclasses.replace(small)) == common.Room.of(large):
+    while recordings.size_for(dataclasses.replace(small)) == fast.graphs.GraphSize.of(large):
         asked += 1
     assert asked == 80_000 // (3072 - 1024)
-    assert recordings.room(small) == recordings.room(small) == common.Room.of(small)  # a pack keeps its room
-    assert recordings.room(large) == common.Room.of(large)
+    assert recordings.size_for(small) == recordings.size_for(small) == fast.graphs.GraphSize.of(small)  # a pack keeps its room
+    assert recordings.size_for(large) == fast.graphs.GraphSize.of(large)
 
 
 @pytest.mark.parametrize("unit", [1, 2])
@@ -210,7 +212,7 @@ def test_packs_are_as_equal_as_they_can_be(unit):
     for seed in range(20):
         examples = random_examples(16, seed, high=100)
         total = sum(len(e.ids) for e in examples)
-        packs = common.pack(examples, 400, unit=unit)
+        packs = fast.pack(examples, 400, unit=unit)
         sizes = [pk.input_ids.shape[1] for pk in packs]
         assert sum(sizes) == total and max(sizes) <= 400 and len(sizes) <= -(-total // (400 - unit * 99))
         assert max(sizes) <= total / len(sizes) + unit * 99
@@ -236,7 +238,7 @@ def test_flops_are_those_that_torch_counts(backward):
 
 def test_a_step_counts_its_passes(tiny_model):
     policy, examples = ours(tiny_model), random_examples(5)
-    (pk,) = common.pack(examples, 1000)
+    (pk,) = fast.pack(examples, 1000)
     tokens, attended = sum(len(e.ids) for e in examples), sum(len(e.ids) * (len(e.ids) + 1) // 2 for e in examples)
     assert pk.attended == attended
     predicted, config, begin = sum(len(e.targets) for e in examples), common.base_of(policy).config, common.flops_done

@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
+import fast
 import evaluate
 import report
 from evaluate import Args, RungsLM, clustered_stderr, main
@@ -284,7 +285,7 @@ def test_a_few_shot_prompt_is_computed_once(place, monkeypatch):
 
 def test_one_item_of_four_letters_is_one_sequence(place, monkeypatch):
     """MMLU's four choices cost one forward of the context."""
-    lm, tokens, pack = RungsLM(make_model(), make_tokenizer(False), micro_tokens=10_000), [], common.pack
+    lm, tokens, pack = RungsLM(make_model(), make_tokenizer(False), micro_tokens=10_000), [], fast.pack
 
     def record(examples, *a, **k):
         tokens.extend(len(example.ids) for example in examples)
@@ -340,7 +341,7 @@ def test_float32_head_breaks_ties(place):
     """In bf16 the logits are multiples of a power of two; with the head in fp32 they are not."""
     model = make_model().to(torch.bfloat16)
     example = common.Example([5, 6, 7, 8], [3] * 64, list(range(100, 164)))
-    (pack,) = common.pack([example], 100)
+    (pack,) = fast.pack([example], 100)
     plain = common.token_logprobs(model, pack)
     model.set_output_embeddings(evaluate.Float32Head(model.get_output_embeddings()))
     fine = common.token_logprobs(model, pack)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import common
+import fast
 from conftest import make_model, sharing_examples
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -23,7 +24,7 @@ def packs(tokenizer, device, n=12):
     for _ in range(n):
         ids = torch.randint(3, len(tokenizer), (int(torch.randint(5, 60, (1,), generator=g)),), generator=g).tolist()
         examples.append(common.Example.masked(ids, [True] * len(ids)))
-    return common.pack(examples, 512, unit=2, device=device)
+    return fast.pack(examples, 512, unit=2, device=device)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_varlen_packed_equals_alone(pair):
         together, bounds = common.token_logprobs(gpu, pk), pk.cu_seqlens.tolist()
         for s, (a, b) in enumerate(zip(bounds, bounds[1:])):
             ids = pk.input_ids[0, a:b].tolist()
-            alone = common.token_logprobs(gpu, common.pack([common.Example.masked(ids, [True] * len(ids))], 512,
+            alone = common.token_logprobs(gpu, fast.pack([common.Example.masked(ids, [True] * len(ids))], 512,
                                                            device="cuda")[0])
             torch.testing.assert_close(together[sequence_of(pk) == s], alone, atol=0.05, rtol=0)
 
@@ -86,7 +87,7 @@ def test_queries_stand_at_the_last_keys(dtype, tolerance):
     results = []
     for device, t in (("cpu", torch.float32), (DEVICE, dtype)):
         q, k, v, out_grad = (x.to(device, t, copy=True).requires_grad_() for x in given)
-        out = common.packed_attention(q, k, v, own.to(device), 512, None, keys.to(device), all_of.to(device))
+        out = fast.attention.packed_attention(q, k, v, own.to(device), 512, None, keys.to(device), all_of.to(device))
         out.backward(out_grad.detach())
         results.append([x.float().cpu() for x in (out.detach(), q.grad, k.grad, v.grad)])
     for name, a, b in zip(("out", "q", "k", "v"), *results):
@@ -103,7 +104,7 @@ def test_shared_packs_equal_unshared(pair):
 
     def logprobs(model, device, share):
         found = {}
-        for pk in common.pack(examples, 200, device=device, share=share):
+        for pk in fast.pack(examples, 200, device=device, share=share):
             with torch.no_grad():
                 found |= dict(zip(pk.examples, common.token_logprobs(model, pk).cpu().split(pk.counts.tolist())))
         return torch.cat([found[i] for i in range(len(examples))])
@@ -124,7 +125,7 @@ def test_compiled_close_to_plain(pair):
             if "lora_B" in n:
                 torch.nn.init.normal_(p, std=0.02)
         if compiled:
-            common.compile_layers(policy)
+            fast.compile_layers(common.base_of(policy))
         out = []
         for pk in packs(tokenizer, "cuda"):
             logprobs = common.token_logprobs(policy, pk)
@@ -145,18 +146,18 @@ def test_recorded_passes_equal_plain_ones(pair):
     directory, tokenizer, _, _ = pair
     policy = common.add_head(common.add_lora(common.load_model(directory, None, "none", torch.bfloat16, "cuda")), 0)
     base, g, flat = common.base_of(policy), torch.Generator().manual_seed(1), common.flat_parameters(policy)
-    common.compile_layers(policy)
+    fast.compile_layers(common.base_of(policy))
     sizes = [[100, 30, 7], [500], [200] * 6, [90, 40, 3], [40] * 20]
     examples = [[common.Example.completion([5, 6], torch.randint(3, 300, (n,), generator=g).tolist()) for n in ns] for ns in sizes]
-    all_packs = [common.pack(e, 4096, device="cuda")[0] for e in examples]
+    all_packs = [fast.pack(e, 4096, device="cuda")[0] for e in examples]
     for n, each in ((20, 2), (3, 8), (9, 8)):  # answers to one prompt, which is there once
         prompts = torch.randint(3, 300, (n, 70), generator=g).tolist()
         answers = [common.Example.completion(p, [5 + i] * (20 + 7 * i)) for p in prompts for i in range(each)]
-        all_packs += common.pack(answers, 4096, each, device="cuda", share=True)
+        all_packs += fast.pack(answers, 4096, each, device="cuda", share=True)
     assert sum(pk.keys is not None for pk in all_packs) == 3
 
     def plain(pk):
-        hidden = common.decoder(policy, pk)
+        hidden = fast.decoder.decoder(common.base_of(policy), pk)
         (hidden.float() * weight[:len(hidden)]).sum().backward()
         return hidden.detach(), gradient()
 
@@ -170,10 +171,10 @@ def test_recorded_passes_equal_plain_ones(pair):
         flat.data += 0.02 * torch.randn(flat.shape, generator=g).to("cuda")
         for pk in all_packs:
             with torch.no_grad(), common.reference(policy):
-                torch.testing.assert_close(common.hidden_states(policy, pk), common.decoder(policy, pk), atol=0.1, rtol=0.05)
-            hidden = common.hidden_states(policy, pk)
+                torch.testing.assert_close(fast.hidden_states(common.base_of(policy), pk), fast.decoder.decoder(common.base_of(policy), pk), atol=0.1, rtol=0.05)
+            hidden = fast.hidden_states(common.base_of(policy), pk)
             with torch.no_grad():
-                other = common.hidden_states(policy, all_packs[0])  # while the first waits for its backward
+                other = fast.hidden_states(common.base_of(policy), all_packs[0])  # while the first waits for its backward
             (hidden.float() * weight[:len(hidden)]).sum().backward()
             found = hidden.detach(), gradient()
             wanted = plain(pk)
@@ -181,7 +182,7 @@ def test_recorded_passes_equal_plain_ones(pair):
             assert torch.nn.functional.cosine_similarity(found[1], wanted[1], 0) > 0.999
             assert (found[1].norm() / wanted[1].norm() - 1).abs() < 0.01
             with torch.no_grad():
-                torch.testing.assert_close(other, common.hidden_states(policy, all_packs[0]), atol=0.1, rtol=0.05)
+                torch.testing.assert_close(other, fast.hidden_states(common.base_of(policy), all_packs[0]), atol=0.1, rtol=0.05)
     passes = base.recordings.passes
     assert {(on, trained) for _, on, trained in passes} == {((), False), (("default",), True)}
     assert len({room for room, _, trained in passes if trained}) >= 4
@@ -194,11 +195,11 @@ def test_recorded_passes_equal_plain_ones(pair):
         assert torch.nn.functional.cosine_similarity(found, wanted, 0) > 0.999
     base.__dict__["recordings"] = recordings
     another = common.load_model(directory, None, "none", torch.bfloat16, "cuda")  # its weights are not laid together yet
-    common.compile_layers(another)
+    fast.compile_layers(common.base_of(another))
     with torch.no_grad():
-        found = common.hidden_states(another, all_packs[2])
-        torch.testing.assert_close(found, common.decoder(another, all_packs[2]), atol=0.1, rtol=0.05)
-    first, second = (common.hidden_states(policy, all_packs[i]) for i in (1, 2))  # two, then both backwards
+        found = fast.hidden_states(common.base_of(another), all_packs[2])
+        torch.testing.assert_close(found, fast.decoder.decoder(common.base_of(another), all_packs[2]), atol=0.1, rtol=0.05)
+    first, second = (fast.hidden_states(common.base_of(policy), all_packs[i]) for i in (1, 2))  # two, then both backwards
     (first.float() * weight[:len(first)]).sum().backward()
     both = gradient()
     (second.float() * weight[:len(second)]).sum().backward()
@@ -227,7 +228,7 @@ def plain(directory, dtype):
 def mean_gap(model, prompts, done, temperature=1.0):
     """(mean, max) |log-prob gap| between the sampler and a packed forward of the model."""
     gaps = []
-    for pk in common.pack([common.Example.completion(p, c.ids) for p, c in zip(prompts, done)], 4096, device=DEVICE):
+    for pk in fast.pack([common.Example.completion(p, c.ids) for p, c in zip(prompts, done)], 4096, device=DEVICE):
         with torch.no_grad():
             found = common.token_logprobs(model, pk, temperature)
         gaps.append(found - torch.tensor([x for i in pk.examples for x in done[i].logprobs], device=DEVICE))
@@ -240,7 +241,7 @@ def test_sampler_graphs_fp32_equal_generate_and_cpu(pair, compiled):
     directory, tokenizer, _, cpu = pair
     model, prompts = common.load_model(directory, None, "none", torch.float32, DEVICE), random_prompts(tokenizer, 40)
     budgets = [1 + (i * 37) % 60 for i in range(40)]
-    sampler = common.Sampler(model, tokenizer, compile=compiled)
+    sampler = common.Sampler(model, tokenizer, short=not compiled)
     done = sampler.sample(prompts, budgets)
     sizes = {key[0] for key in sampler.graphs}
     assert max(sizes) == 64 and len(sizes) >= 3
@@ -264,11 +265,11 @@ def test_sampler_noise_is_the_rows_alone(pair, compiled, top_p):
     fall on the other side of a token where logits are rounded otherwise, on the CPU or in another batch: few rows.)"""
     directory, tokenizer, _, cpu = pair
     model, prompts = common.load_model(directory, None, "none", torch.float32, DEVICE), random_prompts(tokenizer, 40)
-    sampler = common.Sampler(model, tokenizer, compile=compiled)
+    sampler = common.Sampler(model, tokenizer, short=not compiled)
     how = dict(temperature=0.8, top_p=top_p, seed=5)
     whole = sampler.sample(prompts, 24, **how)
     on_cpu = common.Sampler(cpu, tokenizer).sample(prompts, 24, **how)
-    few = common.Sampler(model, tokenizer, max_batch=9, compile=compiled).sample(prompts, 24, **how)
+    few = common.Sampler(model, tokenizer, max_batch=9, short=not compiled).sample(prompts, 24, **how)
     edges = 0 if top_p == 1 else 4
     assert sum(a.ids != b.ids for a, b in zip(on_cpu, whole)) <= edges
     assert sum(a.ids != b.ids for a, b in zip(few, whole)) <= edges
@@ -282,7 +283,7 @@ def test_sampler_graphs_follow_the_policy(pair):
     """A graph captured with one policy decodes the next one after refresh, as a fresh sampler does."""
     directory, tokenizer, _, _ = pair
     policy = common.add_lora(common.load_model(directory, None, "none", torch.float32, DEVICE))
-    sampler = common.Sampler(policy, tokenizer, compile=False)
+    sampler = common.Sampler(policy, tokenizer, short=True)
     prompts, before = random_prompts(tokenizer, 12), []
     g = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -290,7 +291,7 @@ def test_sampler_graphs_follow_the_policy(pair):
             p.data += 0.05 * torch.randn(p.shape, generator=g).to(DEVICE)
         sampler.refresh(policy)
         done, graphs = sampler.sample(prompts, 20, 1.0, seed=1), set(map(id, sampler.graphs.values()))
-        fresh = common.Sampler(policy, tokenizer, compile=False).sample(prompts, 20, 1.0, seed=1)
+        fresh = common.Sampler(policy, tokenizer, short=True).sample(prompts, 20, 1.0, seed=1)
         assert [c.ids for c in done] == [c.ids for c in fresh] and mean_gap(policy, prompts, done)[1] < 1e-3
         assert done not in before
         before.append(done)
@@ -304,7 +305,7 @@ def test_sampler_bf16_near_generate_and_trainer(pair):
     prompts, theirs = random_prompts(tokenizer, 40), plain(directory, torch.bfloat16)
     wanted = [generate(theirs, p, 24, tokenizer.eos_token_id) for p in prompts]
     for compiled in (False, True):
-        sampler = common.Sampler(gpu, tokenizer, compile=compiled)
+        sampler = common.Sampler(gpu, tokenizer, short=not compiled)
         done = sampler.sample(prompts, 24)
         first = sum(c.ids[0] != w[0] for c, w in zip(done, wanted)) / 40
         apart = sum(c.ids != w for c, w in zip(done, wanted)) / 40
@@ -322,7 +323,7 @@ def test_sampler_on_nf4(pair):
     for p in common.trainable(policy):
         p.data += 0.02 * torch.randn_like(p)
     prompts = random_prompts(tokenizer, 12)
-    done = common.Sampler(policy, tokenizer, compile=False).sample(prompts, 24, 1.0, seed=3)
+    done = common.Sampler(policy, tokenizer, short=True).sample(prompts, 24, 1.0, seed=3)
     gap = mean_gap(policy, prompts, done)
     print("NF4: |log-prob gap| mean, max", gap)
     assert gap[0] < 0.05

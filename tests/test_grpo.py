@@ -23,6 +23,7 @@ from torch import tensor
 from transformers import AutoModelForCausalLM
 
 import common
+import fast
 import grpo
 import sft
 
@@ -613,7 +614,7 @@ def test_saved_adapter_is_the_trained_policy_on_the_pretrained_base(grpo_args, t
     """The policy at the end = plain PEFT on the pretrained base, with no knowledge of the chain."""
     seen, save = {}, common.Run.save
     sequences = [common.Example.completion([5, 6, 7], [8, 9, 10, 11]), common.Example.completion([20, 21], [22, 2])]
-    (pack,) = common.pack(sequences, 64)
+    (pack,) = fast.pack(sequences, 64)
 
     def keep(self, policy, tokenizer, prompts):
         with torch.no_grad():

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import conftest
+import fast
 import dpo
 import kto
 from common import Example
@@ -171,7 +172,7 @@ def test_loss_is_trls(tmp_path, labels, seed, weights):
 
     batch = [r for (r,) in conftest.built(kto.build_rows(common.load_tokenizer(directory), args), kto.answers_of, rows)]
     z0 = kto.mismatched_kl(ours, batch, args, "cpu").clamp(min=0)
-    totals, packs, distances = torch.zeros(8), common.pack([r.example for r in batch], 100), []
+    totals, packs, distances = torch.zeros(8), fast.pack([r.example for r in batch], 100), []
     assert len(packs) > 1
     for pack in packs:
         losses, above, sums = kto.row_metrics(ours, pack, batch, z0, args)
@@ -599,7 +600,7 @@ def test_saved_adapter_is_the_trained_policy_on_the_pretrained_base(kto_args, ti
     """The policy at the end = plain PEFT on the pretrained base, with no knowledge of the chain."""
     seen, save = {}, common.Run.save
     sequences = [Example.completion([5, 6, 7], [8, 9, 10, 11]), Example.completion([20, 21], [22, 2])]
-    (pack,) = common.pack(sequences, 64)
+    (pack,) = fast.pack(sequences, 64)
 
     def keep(self, policy, tokenizer, prompts):
         with torch.no_grad():

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import fast
 import dpo
 import sft
 from common import Example
@@ -180,7 +181,7 @@ def test_token_logprobs_are_shifted_log_softmax(tmp_path, kind, temperature):
     directory = make_model(tmp_path, seed=3, kind=kind)
     model, plain = common.load_model(directory, dtype=torch.float32), plain_model(directory)
     sequences = random_sequences(9)
-    packs = common.pack([Example.masked(*s) for s in sequences], 90)
+    packs = fast.pack([Example.masked(*s) for s in sequences], 90)
     assert len(packs) > 1
     seen = Counter()
     for pack in packs:
@@ -208,21 +209,21 @@ def test_correct_marks_the_models_own_choices(tiny_model):
         for _ in range(6):
             ids.append(int(plain(torch.tensor([ids])).logits[0, -1].argmax()))
     ids[-1] = ids[-1] - 1
-    (pack,) = common.pack([Example.masked(ids, [False] * 2 + [True] * 6)], 64)
+    (pack,) = fast.pack([Example.masked(ids, [False] * 2 + [True] * 6)], 64)
     _, extra = common.token_logprobs(model, pack, extras=("correct",))
     assert extra["correct"].tolist() == [True] * 5 + [False]
 
 
 def test_chunked_loss_is_the_full_loss_in_value_and_gradient(tiny_model, monkeypatch):
     """Seven trained tokens at a time against one full [T, V] computation; the head never sees more than seven."""
-    monkeypatch.setattr(common, "HEAD_CHUNK", 7)
+    monkeypatch.setattr(fast.logprobs, "HEAD_CHUNK", 7)
     ours, plain = two_policies(tiny_model)
     sequences = random_sequences(6, seed=1)
     n = sum(sum(mask) for _, mask in sequences)
     widths = []
     hook = common.base_of(ours).get_output_embeddings().register_forward_hook(
         lambda module, inputs, output: widths.append(inputs[0].shape[0]))
-    (pack,) = common.pack([Example.masked(*s) for s in sequences], 10_000)
+    (pack,) = fast.pack([Example.masked(*s) for s in sequences], 10_000)
     logprobs = common.token_logprobs(ours, pack)
     loss = sft.sft_loss(logprobs, n)
     loss.backward()
@@ -238,7 +239,7 @@ def test_chunked_loss_is_the_full_loss_in_value_and_gradient(tiny_model, monkeyp
 
 def test_no_predicted_token_gives_an_empty_tensor(tiny_model):
     model = common.load_model(tiny_model, dtype=torch.float32)
-    (pack,) = common.pack([Example([5, 6, 7], [], [])], 10)
+    (pack,) = fast.pack([Example([5, 6, 7], [], [])], 10)
     logprobs, extra = common.token_logprobs(model, pack, extras=("correct",))
     assert logprobs.shape == (0,) and extra["correct"].shape == (0,)
     assert pack.sum_by_sequence(logprobs).tolist() == [0.0]
@@ -290,7 +291,7 @@ def test_sft_loss_is_trls(tmp_path):
     n = sum(len(e.targets) for e in examples)
     assert n == int((batch["labels"] != -100).sum())
     loss, correct = 0.0, 0
-    packs = common.pack(examples, 200)
+    packs = fast.pack(examples, 200)
     assert len(packs) > 1
     for pack in packs:
         logprobs, extra = common.token_logprobs(ours, pack, extras=("correct",))
@@ -340,12 +341,12 @@ def test_dpo_loss_is_trls(tmp_path, epsilon):
 
     pairs = built(dpo.build_pairs(common.load_tokenizer(directory), args), common.as_pair, rows)
     totals = torch.zeros(len(dpo.METRICS))
-    packs = common.pack([e for p in pairs for e in (p.chosen, p.rejected)], 150, unit=2)
+    packs = fast.pack([e for p in pairs for e in (p.chosen, p.rejected)], 150, unit=2)
     assert len(packs) > 1
     for pack in packs:
-        losses, sums = dpo.pair_metrics(ours, pack, args)
+        losses, values = dpo.pair_metrics(ours, pack, args)
         (losses.sum() / 5).backward()
-        totals += sums / 5
+        totals += values.sum(1) / 5
     metrics = dict(zip(dpo.METRICS, totals.tolist()))
     assert abs(loss_trl - LN2) > 0.01  # the policy is not the reference
     assert metrics["loss"] == pytest.approx(loss_trl, abs=1e-5)
@@ -358,7 +359,7 @@ def test_dpo_loss_is_trls(tmp_path, epsilon):
 
 # -- KL ----------------------------------------------------------------------------------------------
 
-def test_mean_kl_to_and_from_the_uniform(tiny_model, monkeypatch):
+def test_answer_kl_to_and_from_the_uniform(tiny_model, monkeypatch):
     """KL(p‖uniform) = ln V − H(p) and KL(uniform‖p) = −ln V − mean of ln p, over all predicted positions of all packs."""
     monkeypatch.setattr(common, "HEAD_CHUNK", 5)
     model, plain = common.load_model(tiny_model, dtype=torch.float32), plain_model(tiny_model)
@@ -367,8 +368,7 @@ def test_mean_kl_to_and_from_the_uniform(tiny_model, monkeypatch):
     uniform = common.load_model(tiny_model, dtype=torch.float32)
     uniform.get_output_embeddings().weight.data.zero_()
     sequences = random_sequences(5, seed=2)
-    packs = common.pack([Example.masked(*s) for s in sequences], 40)
-    assert len({len(p.targets) for p in packs}) > 1  # unequal packs: a mean of means would differ
+    examples = [Example.masked(*s) for s in sequences]
     entropy, mean_log = [], []
     for ids, mask in sequences:
         with torch.no_grad():
@@ -381,9 +381,11 @@ def test_mean_kl_to_and_from_the_uniform(tiny_model, monkeypatch):
     ln_v = math.log(model.config.vocab_size)
     forward, backward = ln_v - sum(entropy) / len(entropy), -ln_v - sum(mean_log) / len(mean_log)
     assert abs(forward - backward) > 0.1
-    assert common.mean_kl(model, uniform, packs) == pytest.approx(forward, abs=1e-5)
-    assert common.mean_kl(uniform, model, packs) == pytest.approx(backward, abs=1e-5)
-    assert common.mean_kl(model, model, packs) == 0
+    p, q = ((m, common.answer_states(m, examples, 40)) for m in (model, uniform))
+    n = sum(len(e.targets) for e in examples)
+    assert common.answer_kl(*p, *q).sum().item() / n == pytest.approx(forward, abs=1e-5)
+    assert common.answer_kl(*q, *p).sum().item() / n == pytest.approx(backward, abs=1e-5)
+    assert len(common.answer_kl(*p, *p)) == 5 and common.answer_kl(*p, *p).abs().max() == 0
 
 
 # -- order of rows -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import tensor
 from transformers import AutoModelForCausalLM
 
 import common
+import fast
 import ppo
 import reward
 from conftest import make_model, part_of, write_jsonl
@@ -404,7 +405,7 @@ def test_critic_starts_at_zero_beside_an_untouched_reward_model(ppo_args, reward
 def test_a_value_is_read_at_the_token_before_the_action(tiny_model, reward_run):
     model = common.load_reward(tiny_model, reward_run, dtype=torch.float32)
     prompt, answers = [5, 6, 7, 8], [[9, 10, 11], [12, 2]]
-    (pack,) = common.pack([common.Example.completion(prompt, a) for a in answers], 64)
+    (pack,) = fast.pack([common.Example.completion(prompt, a) for a in answers], 64)
     values = common.token_values(model, pack)
     by_example = dict(zip(pack.examples, values.split(pack.counts.tolist())))
     scorer = PeftModel.from_pretrained(plain(tiny_model), reward_run).eval()
@@ -443,7 +444,7 @@ def test_saved_adapter_is_the_trained_policy_on_the_pretrained_base(ppo_args, ti
     """The policy at the end = plain PEFT on the pretrained base, with no knowledge of the chain."""
     seen, save = {}, common.Run.save
     sequences = [common.Example.completion([5, 6, 7], [8, 9, 10, 11]), common.Example.completion([20, 21], [22, 2])]
-    (pack,) = common.pack(sequences, 64)
+    (pack,) = fast.pack(sequences, 64)
 
     def keep(self, policy, tokenizer, prompts):
         with torch.no_grad():

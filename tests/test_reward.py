@@ -23,6 +23,7 @@ from scipy import stats
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+import fast
 import dpo
 import evaluate
 import reward
@@ -95,7 +96,7 @@ def test_loss_is_trls(tiny_model, centring, tmp_path):
     """TRL's RewardTrainer on the same batch, loss and gradient: a library's classifier with the saved adapter, padded
     with a token that no sequence has; ours packed, the mean over the pairs."""
     model, side = random_reward(tiny_model), examples(8)
-    pack, = common.pack(side, 4096, unit=2)
+    pack, = fast.pack(side, 4096, unit=2)
     chosen, rejected = common.reward_scores(model, pack).view(-1, 2).T
     ours = reward.reward_loss(chosen, rejected, centring).mean()
     ours.backward()
@@ -131,8 +132,8 @@ def test_a_score_is_read_at_the_eos_and_does_not_depend_on_the_pack(tiny_model):
     alone = []
     with torch.no_grad():
         for e in sequences:
-            pack, = common.pack([e], 4096)
-            hidden = common.hidden_states(model, pack)
+            pack, = fast.pack([e], 4096)
+            hidden = fast.hidden_states(common.base_of(model), pack)
             alone.append((hidden[len(e.ids) - 1] @ head[0]).item())
         packed = common.score_examples(model, sequences, 4096)
         split = common.score_examples(model, sequences, 64)
@@ -155,7 +156,7 @@ def test_the_fresh_model_is_base_and_head(tiny_model):
         torch.manual_seed(seed + 100)  # the head has its own noise
         return common.add_head(common.add_lora(common.load_model(tiny_model, dtype=torch.bfloat16)), seed)
     model = fresh(3)
-    pack, = common.pack(examples(3), 4096)
+    pack, = fast.pack(examples(3), 4096)
     with torch.no_grad():
         on = common.reward_scores(model, pack)
         with common.reference(model):
@@ -350,7 +351,7 @@ def test_gradient_does_not_depend_on_micro_tokens(tiny_model):
     """The sum over packs of Σ losses / pairs of the step: one gradient, with the head's, whatever the packs."""
     def gradient(micro_tokens):
         model, pairs = random_reward(tiny_model), examples(12)
-        packs = common.pack(pairs, micro_tokens, unit=2)
+        packs = fast.pack(pairs, micro_tokens, unit=2)
         for pack in packs:
             chosen, rejected = common.reward_scores(model, pack).view(-1, 2).T
             (reward.pair_metrics(chosen, rejected, 0.01)[0].sum() / 6).backward()

@@ -13,10 +13,10 @@ import scipy.stats
 import torch
 from conftest import make_model, make_tokenizer, sentence
 from peft import PeftModel
-from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM,
-                          Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 import common
+import fast
 from common import Example, Sampler
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
@@ -127,12 +127,20 @@ def test_every_known_decoder_equals_transformers(kind, tmp_path):
         torch.testing.assert_close(torch.tensor(c.logprobs, dtype=torch.double), found, **CLOSE)
 
 
-def test_an_unknown_decoder_is_refused(tmp_path, capsys):
-    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                           num_attention_heads=2, num_key_value_heads=1, head_dim=16))
-    with pytest.raises(SystemExit):
-        Sampler(model, make_tokenizer(tmp_path))
-    assert "llama, qwen2, qwen3" in (error := capsys.readouterr().err) and "gemma2" in error
+LLAMA = {"model_type": "llama", "hidden_act": "silu"}
+
+
+@pytest.mark.parametrize("config, reason", [
+    (LLAMA, None), ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32768}, None),
+    (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, None),
+    ({"model_type": "gemma2"}, "gemma2"), (LLAMA | {"hidden_act": "gelu"}, "gelu"),
+    (LLAMA | {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "dynamic"),
+    (LLAMA | {"rope_scaling": {"type": "longrope"}}, "longrope"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 2, "sliding_window": 64}, "sliding"),
+    ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "sliding")])
+def test_what_the_fast_engine_serves(config, reason):
+    found = fast.unsupported(config)
+    assert found is None if reason is None else reason in found
 
 
 def test_greedy_with_an_adapter(sft_run, sft_args, talker, prompts):
@@ -148,7 +156,7 @@ def test_sampled_logprobs_are_the_recomputed_ones(talker, prompts, temperature):
     model, _, tokenizer = talker
     done = Sampler(model, tokenizer).sample(prompts, 20, temperature=temperature, seed=1)
     examples = [Example.masked(p + c.ids, [False] * len(p) + [True] * len(c.ids)) for p, c in zip(prompts, done)]
-    for pack in common.pack(examples, 10_000):
+    for pack in fast.pack(examples, 10_000):
         found = common.token_logprobs(model, pack, temperature or 1.0)
         given = torch.tensor([x for i in pack.examples for x in done[i].logprobs])
         torch.testing.assert_close(given, found, **CLOSE)
@@ -339,7 +347,7 @@ def test_generation_config_is_ignored(tiny_model, tmp_path):
 # -- the sampler's weights ---------------------------------------------------------------------------
 
 def weights(sampler):
-    return [t for t in torch.utils._pytree.tree_leaves(sampler.layers) if isinstance(t, torch.Tensor)]
+    return [t for t in torch.utils._pytree.tree_leaves(sampler.decoder.layers) if isinstance(t, torch.Tensor)]
 
 
 def perturb(policy, generator):
@@ -377,8 +385,8 @@ def test_many_refreshes_leave_no_trace(tiny_model, tmp_path, dtype):
 def test_what_no_adapter_touches_is_shared(tiny_model):
     policy = common.add_lora(common.load_model(tiny_model))
     sampler = Sampler(policy, common.load_tokenizer(tiny_model))
-    assert sampler.embedding is common.base_of(policy).get_input_embeddings().weight  # as are norms and head
-    assert sampler.head is common.base_of(policy).get_output_embeddings()
+    assert sampler.decoder.embedding is common.base_of(policy).get_input_embeddings().weight  # as are norms and head
+    assert sampler.decoder.head is common.base_of(policy).get_output_embeddings()
 
 
 def test_nf4_base_is_dequantized(tiny_model):
@@ -404,7 +412,7 @@ def test_nf4_base_is_dequantized(tiny_model):
 def sampled_distribution(sampler, contexts):
     """log q of every token of the vocabulary after each context, [contexts, V], caught where the sampler applies the LM head."""
     logits = []
-    with sampler.head.register_forward_hook(lambda module, given, result: logits.append(result.detach().clone())):
+    with sampler.decoder.head.register_forward_hook(lambda module, given, result: logits.append(result.detach().clone())):
         for context in contexts:
             sampler.sample([context], 1, temperature=1.0)
     return torch.cat(logits).double().log_softmax(1)
@@ -426,7 +434,7 @@ def test_what_samples_is_the_policy_that_is_trained(tiny_model, script):
     optimizer = torch.optim.Adam(common.trainable(policy), lr=importlib.import_module(script).Args.lr)
     contexts = [torch.randint(3, 300, (n,), generator=g).tolist() for n in (3, 9, 20, 31)]
     examples = [Example.completion(c, torch.randint(3, 300, (8,), generator=g).tolist()) for c in contexts]
-    (pack,) = common.pack(examples, 1000)
+    (pack,) = fast.pack(examples, 1000)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0])  # answers 1 and 3 become likelier, 2 and 4 less likely
     for _ in range(8):
         logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))
@@ -459,7 +467,7 @@ def test_bfloat16_sampler_is_nearer_to_the_trainer_than_a_merge(tiny_model):
     gaps = []
     for model in (policy, merged):
         done = Sampler(model, tokenizer).sample(prompts, 12, 1.0, seed=2)
-        (pack,) = common.pack([Example.completion(p, c.ids) for p, c in zip(prompts, done)], 10_000)
+        (pack,) = fast.pack([Example.completion(p, c.ids) for p, c in zip(prompts, done)], 10_000)
         with torch.no_grad():
             trained = common.token_logprobs(policy, pack)
         sampled = torch.tensor([x for i in pack.examples for x in done[i].logprobs])
@@ -477,19 +485,19 @@ def cuda_buckets(rows):
 
 def test_a_shared_prompt_is_computed_once(talker, prompts, monkeypatch):
     model, _, tokenizer = talker
-    grouped, seen, attention = [p for p in prompts[:3] for _ in range(6)], [], common.packed_attention
+    grouped, seen, attention = [p for p in prompts[:3] for _ in range(6)], [], fast.attention.packed_attention
 
     def record(q, *args):
         seen.append(len(q))
         return attention(q, *args)
-    monkeypatch.setattr(common, "packed_attention", record)
+    monkeypatch.setattr(fast.sampler, "packed_attention", record)
     done = Sampler(model, tokenizer).sample(grouped, 20, 0.9, seed=4)
     beginnings = {tuple(p[:n]) for p in prompts[:3] for n in range(1, len(p))}  # the three begin alike, too
     assert seen == [len(beginnings)] * len(model.model.layers)
     assert len(beginnings) < sum(len(p) - 1 for p in prompts[:3])
     seen.clear()
     few = Sampler(model, tokenizer)
-    few.PREFILL_TOKENS = 1  # forwards of one prompt's length
+    few.decoder.PREFILL_TOKENS = 1  # forwards of one prompt's length
     assert [c.ids for c in few.sample(grouped, 20, 0.9, seed=4)] == [c.ids for c in done]
     assert len(seen) > len(model.model.layers) and max(seen) <= max(len(p) - 1 for p in prompts[:3])
     for row in (0, 7, 17):
@@ -505,15 +513,15 @@ def test_rows_that_move_are_what_they_are_alone(talker, prompts, buckets, readba
     model, _, tokenizer = talker
     many, budgets = [prompts[i % 12] for i in range(40)], [1 + (i * 37) % 60 if i % 3 else 5 for i in range(40)]
     sampler, sizes = Sampler(model, tokenizer), []
-    sampler.READBACK = readback
+    sampler.decoder.READBACK = readback
     if buckets:
-        monkeypatch.setattr(sampler, "_bucket", buckets)
-    compact = sampler._compact
+        monkeypatch.setattr(sampler.decoder, "_bucket", buckets)
+    compact = sampler.decoder._compact
 
-    def record(live, size, *args):
+    def record(size):
         sizes.append(size)
-        return compact(live, size, *args)
-    monkeypatch.setattr(sampler, "_compact", record)
+        return compact(size)
+    monkeypatch.setattr(sampler.decoder, "_compact", record)
     done = sampler.sample(many, budgets, 0.9, seed=9)
     assert sizes == sorted(sizes, reverse=True) and len(sizes) >= 2 and sizes[-1] <= 8
     assert buckets is None or set(sizes) <= {8, 16, 32}
@@ -540,7 +548,7 @@ def test_stop_strings_across_readbacks(talker, prompts, readback):
     expected = Sampler(model, tokenizer).sample(prompts, 30, 1.0, seed=2, stop_strings=stops)
     assert sum(c.stopped == "string" for c in expected) > 3
     sampler = Sampler(model, tokenizer)
-    sampler.READBACK = readback
+    sampler.decoder.READBACK = readback
     done = sampler.sample(prompts, 30, 1.0, seed=2, stop_strings=stops)
     assert [(c.ids, c.stopped, c.text) for c in done] == [(c.ids, c.stopped, c.text) for c in expected]
 
@@ -554,11 +562,11 @@ def test_buffers_stay_between_calls(talker, prompts):
         got = sampler.sample(prompts[:n], budget, seed=n, **kind)
         fresh = Sampler(model, tokenizer).sample(prompts[:n], budget, seed=n, **kind)
         assert [c.ids for c in got] == [c.ids for c in fresh]
-        places.append(sampler.cache[0].data_ptr())
+        places.append(sampler.decoder.cache[0].data_ptr())
     assert len(set(places)) == 2 and places[1:] == [places[1]] * 5
-    size = sampler.cache[0].nbytes
+    size = sampler.decoder.cache[0].nbytes
     sampler.release()
-    assert not sampler.cache and size > 0
+    assert not sampler.decoder.cache and size > 0
     assert [c.ids for c in sampler.sample(prompts[:3], 9, 1.0, seed=3, top_p=0.9)] == [c.ids for c in got]
 
 
@@ -567,11 +575,11 @@ def test_a_batch_beyond_memory_is_split_and_said_once(talker, prompts, monkeypat
     whole, sampler = Sampler(model, tokenizer).sample(prompts, 20, 0.9, seed=4), Sampler(model, tokenizer)
     assert "note" not in capsys.readouterr().out
     row = 2 * 2 * 16 * 4 * 2 * 128 + 24 * model.config.vocab_size  # K and V, heads, d, bytes, layers, slots; choosing
-    monkeypatch.setattr(sampler, "_free_memory", lambda: 5.5 * row)
+    monkeypatch.setattr(sampler.decoder, "_free_memory", lambda: 5.5 * row)
     assert [c.ids for c in sampler.sample(prompts, 20, 0.9, seed=4)] == [c.ids for c in whole]
     assert capsys.readouterr().out.count("note: memory for 5 of 12 rows of 128 tokens") == 1
     sampler.sample(prompts, 20, 0.9, seed=4)
-    monkeypatch.setattr(sampler, "_free_memory", lambda: 0.0)  # one row is always tried
+    monkeypatch.setattr(sampler.decoder, "_free_memory", lambda: 0.0)  # one row is always tried
     assert [c.ids for c in sampler.sample(prompts[:2], 20, 0.9, seed=4)] == [c.ids for c in whole[:2]]
     assert "note" not in capsys.readouterr().out
 

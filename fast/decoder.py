@@ -1,0 +1,175 @@
+"""The decoder of llama, qwen2 and qwen3 over a pack, with LoRA and NF4 written out.
+
+RMSNorm, rotary positions, grouped-query attention and SwiGLU in the order and the precisions of transformers' modules, whose
+weights it reads. T tokens, H hidden size, d head size, kv key/value heads. What a layer adds to the residual stream is carried
+separately (`update`), so that the sum and the norm after it are one kernel. Functions take the base model: PEFT puts a LoRA's
+layers into its modules.
+"""
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast.attention import packed_attention
+from fast.packing import Pack
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.float()
+    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: x [T, heads, d], cos and sin [T, 1, d]."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def add_norm(x: Tensor, update: Tensor, norm: tuple[Tensor, float]) -> tuple[Tensor, Tensor]:
+    """The residual stream x + update [T, H], and its norm."""
+    x = x + update
+    return x, rms_norm(x, *norm)
+
+
+def split_heads(qkv: Tensor, heads: int, kv_heads: int, norms: tuple, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """[T, (heads + 2 kv) d] -> queries [T, heads, d], keys and values [T, kv, d]; norms: (weight, eps) of q and k, or none."""
+    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
+    if norms:
+        q, k = (rms_norm(y, *norm) for y, norm in zip((q, k), norms))
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[T, 2 I] -> [T, I]"""
+    gate, up = gate_up.chunk(2, 1)
+    return F.silu(gate) * up
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """torch.compile of a function, once per process, for any number of rows: a tensor's first dimension may vary."""
+    fast = torch.compile(function)
+
+    def call(*args):
+        for t in args:
+            if isinstance(t, Tensor) and t.dim():
+                torch._dynamo.maybe_mark_dynamic(t, 0)
+        return fast(*args)
+    return call
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """A linear layer's weight; an NF4 one in its compute dtype."""
+    if getattr(weight, "quant_state", None) is None:
+        return weight
+    import bitsandbytes.functional
+    return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+
+
+def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
+    """(alpha/r, A [r, in], B [out, r]) of a linear layer's active adapters; none while adapters are off."""
+    if not hasattr(module, "lora_A") or module.disable_adapters:
+        return []
+    if module.merged:
+        raise ValueError("the adapter is merged into the model's own weights; unmerge it first")
+    return [(module.scaling[name], module.lora_A[name].weight, module.lora_B[name].weight)
+            for name in module.active_adapters if name in module.lora_A]
+
+
+def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
+    """The weights of frozen linear layers of one input, stacked [Σ out, in]. Unquantised ones become views of one tensor, once."""
+    if len(modules) == 1:
+        return dequantized(modules[0].weight).to(dtype)
+    first, parts = modules[0].weight, [m.weight for m in modules]
+    if getattr(first, "quant_state", None) is not None:
+        return torch.cat([dequantized(w) for w in parts]).to(dtype)
+    together = getattr(modules[0], "together", None)
+    at = None if together is None else together.data_ptr()
+    for w in parts:  # are they still views of it?
+        if at is None or w.data_ptr() != at or w.dtype != together.dtype:
+            together = modules[0].together = torch.cat([w.data for w in parts])
+            for m, view in zip(modules, together.split([len(w) for w in parts])):
+                m.weight.data = view
+            break
+        at += w.nbytes
+    return together.to(dtype)
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ of frozen linear layers with one input, x [T, in] -> y [T, out]; A, B trained.
+
+    Written out, because of what autograd would do: keep W for the backward (an NF4 one is dequantised there again), cast x
+    to the factors' fp32 and back, and hold each low-rank term before it is added.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, modules: Sequence[nn.Module], terms: Sequence[tuple], *factors: Tensor) -> Tensor:
+        """terms: (first output, last + 1, s) of each pair A [r, in], B [out, r] in `factors`."""
+        bias = None if modules[0].bias is None else torch.cat([m.bias for m in modules])
+        y = F.linear(x, weight_of(modules, x.dtype), bias)
+        if terms:
+            ctx.ranks, ctx.precision = [len(a) for a in factors[::2]], factors[0].dtype
+            a, *more = (f.to(x.dtype) for f in factors[::2])
+            a, bs = torch.cat([a, *more]) if more else a, [b.to(x.dtype) for b in factors[1::2]]
+            low = F.linear(x, a)                                                       # [T, Σ r]
+            for (begin, end, scale), b, part in zip(terms, bs, low.split(ctx.ranks, 1)):
+                y[:, begin:end].addmm_(part, b.T, alpha=scale)
+            ctx.save_for_backward(x, low, a, *bs)
+        ctx.modules, ctx.terms, ctx.dtype = modules, terms, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        dx = dy @ weight_of(ctx.modules, ctx.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.terms:
+            return dx, None, None
+        x, low, a, *bs = ctx.saved_tensors
+        dlow, db = torch.empty_like(low), []                                           # d loss / d (x Aᵀ), times s
+        for (begin, end, scale), b, part, dpart in zip(ctx.terms, bs, low.split(ctx.ranks, 1), dlow.split(ctx.ranks, 1)):
+            dpart.addmm_(dy[:, begin:end], b, beta=0, alpha=scale)
+            db.append(torch.addmm(b, dy[:, begin:end].T, part, beta=0, alpha=scale).to(ctx.precision))
+        if dx is not None:
+            dx.addmm_(dlow, a)
+        da = (dlow.T @ x).to(ctx.precision).split(ctx.ranks)
+        return dx, None, None, *(grad for pair in zip(da, db) for grad in pair)
+
+
+def adapted(x: Tensor, *modules: nn.Module) -> Tensor:
+    """Linear layers of one input (plain, NF4, with or without LoRA) as one product: [T, in] -> [T, Σ out]."""
+    terms, factors, at = [], [], 0
+    for m in modules:
+        end = at + m.out_features
+        for scale, a, b in low_rank(m):
+            terms.append((at, end, scale))
+            factors += [a, b]
+        at = end
+    return AdaptedLinear.apply(x, [getattr(m, "base_layer", m) for m in modules], terms, *factors)
+
+
+def decoder(base: nn.Module, pack: Pack, compile: bool = False) -> Tensor:
+    """The model's layers over a pack: its last hidden states, [T, H]. compile: fuse the elementwise steps (CUDA)."""
+    body, config = base.base_model, base.config
+    fused = compiled if compile else lambda function: function
+    add, split, activate = map(fused, (add_norm, split_heads, swiglu))
+
+    def norm(module: nn.Module) -> tuple[Tensor, float]:
+        return module.weight, module.variance_epsilon
+    x = body.embed_tokens(pack.input_ids[0])                                                    # [T, H]
+    cos, sin = (table[0][:, None] for table in body.rotary_emb(x, pack.position_ids))           # [T, 1, d]
+    update = torch.zeros_like(x)
+    for layer in body.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = (norm(attention.q_norm), norm(attention.k_norm)) if hasattr(attention, "q_norm") else ()
+        x, h = add(x, update, norm(layer.input_layernorm))
+        qkv = split(adapted(h, attention.q_proj, attention.k_proj, attention.v_proj), config.num_attention_heads,
+                    config.num_key_value_heads, norms, cos, sin)
+        attended = packed_attention(*qkv, pack.cu_seqlens, pack.max_length, attention.scaling, pack.keys, pack.cu_seqlens_k)
+        x, h = add(x, adapted(attended.flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
+        update = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
+    return add(x, update, norm(body.norm))[1]
+
+
+# A decoder pass is some thousand kernels, which a GPU finishes sooner than a program can ask for them. So a pass over packs
+# of one size is recorded, as a CUDA graph forward and one backward, and from then on replayed.

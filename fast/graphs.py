@@ -1,0 +1,241 @@
+"""Recorded passes: a decoder pass over packs of one size as one CUDA graph forward and one backward.
+
+A decoder pass is some thousand kernels, which a GPU finishes sooner than a program can launch them. So a pass over packs of one
+size is recorded, and from then on replayed.
+"""
+from __future__ import annotations
+
+import os
+import weakref
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fast.decoder import decoder
+from fast.packing import Pack, round_up
+
+TOKENS_STEP = 256     # packs are padded to a multiple of it; of twice, four times it from 8,192, 16,384 tokens on
+SEQUENCES_STEP = 16   # attention starts a block of threads for every 128 tokens that a sequence could have
+LENGTH_STEP = 1024
+SPARE_SEQUENCES = 4   # sequences, at least, that hold the padding tokens
+RECORDING_COST = 8e12  # weights times tokens of a pass that takes about as long as recording a size: 16,000 tokens at 0.5B
+
+
+def compile_layers(base: nn.Module) -> None:
+    """From now on, elementwise steps are compiled (a few small graphs, for packs of any size and for all layers) and passes over
+    packs are recorded (CUDA). With RUNGS_COMPILE=0 in the environment neither is."""
+    if os.environ.get("RUNGS_COMPILE", "1") != "0":
+        base.__dict__["recordings"] = Recordings(base)
+
+
+def is_compiled(base: nn.Module) -> bool:
+    """Does compile_layers apply to it?"""
+    return "recordings" in base.__dict__
+
+
+def hidden_states(base: nn.Module, pack: Pack) -> Tensor:
+    """Last hidden states of a pack, [T, H]; after compile_layers, by the recorded pass of its size where there can be one."""
+    hidden = base.recordings.run(base, pack) if is_compiled(base) else None
+    return decoder(base, pack, is_compiled(base)) if hidden is None else hidden
+
+
+def padded_tokens(tokens: int) -> int:
+    """To how many tokens a pack is padded: at most a sixteenth more, where it has more than 4,096."""
+    return round_up(tokens, max(TOKENS_STEP, (1 << tokens.bit_length() - 1) // 16))
+
+
+class GraphSize(NamedTuple):
+    """Size of the static pack that other packs are copied into, to be computed by one recorded pass."""
+    tokens: int
+    sequences: int
+    longest: int
+    keys: int  # 0: for packs whose sequences share no tokens
+
+    @classmethod
+    def of(cls, pack: Pack) -> GraphSize:
+        """The smallest that holds a pack."""
+        tokens, keys, n = pack.tokens, 0 if pack.keys is None else len(pack.keys), len(pack.examples)
+        padded = padded_tokens(tokens)
+        padded_keys = keys and round_up(keys + padded - tokens, padded // 2)
+        sequences = round_up(n + SPARE_SEQUENCES, SEQUENCES_STEP)
+        longest_spare = max(padded - tokens, padded_keys - keys) // (sequences - n) + 2
+        return cls(padded, sequences, round_up(max(pack.max_length, longest_spare), LENGTH_STEP), padded_keys)
+
+    def holds(self, pack: Pack) -> bool:
+        """Can a pack be copied into one of this size?"""
+        if (pack.keys is None) != (self.keys == 0):
+            return False
+        spare, padding = self.sequences - len(pack.examples), self.tokens - pack.tokens
+        key_padding = self.keys - len(pack.keys) if self.keys else padding
+        return 0 <= padding <= key_padding and spare >= SPARE_SEQUENCES \
+            and max(pack.max_length, key_padding // spare + 2) <= self.longest
+
+    def empty(self, device) -> Pack:
+        """A static pack of this size, for `fill`."""
+        ids = torch.zeros(2, 1, self.tokens, dtype=torch.long, device=device)
+        cu, cu_k = torch.zeros(2, self.sequences + 1, dtype=torch.int32, device=device)
+        shared = (torch.arange(self.keys, device=device) % self.tokens, cu_k) if self.keys else ()
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        return Pack(*ids, cu, self.longest, *3 * [nothing], [], 0, *shared)
+
+
+def fill(static: Pack, pack: Pack) -> None:
+    """Copy a pack into a static one that holds it.
+
+    Padding tokens and keys are dealt to the spare sequences, which nothing reads; each of these has at least as many keys as
+    tokens, so that attention is defined, and all their gradients are 0.
+    """
+    tokens, begun = pack.tokens, len(pack.cu_seqlens)
+    static.input_ids[:, :tokens].copy_(pack.input_ids)
+    static.position_ids[:, :tokens].copy_(pack.position_ids)
+    padding, spare = static.tokens - tokens, torch.arange(1, 1 + len(static.cu_seqlens) - begun, device=static.cu_seqlens.device)
+    ends = padding * spare // len(spare)
+    static.cu_seqlens[:begun].copy_(pack.cu_seqlens)
+    static.cu_seqlens[begun:].copy_(tokens + ends)
+    if static.keys is not None:
+        keys, key_padding = len(pack.keys), len(static.keys) - len(pack.keys) - padding
+        static.keys[:keys].copy_(pack.keys)
+        static.cu_seqlens_k[:begun].copy_(pack.cu_seqlens_k)
+        static.cu_seqlens_k[begun:].copy_(keys + ends + key_padding * spare // len(spare))
+
+
+class DecoderModule(nn.Module):
+    """decoder() as a module, for torch.func."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+
+    def forward(self, pack: Pack) -> Tensor:
+        return decoder(self.base, pack, compile=True)
+
+
+class RecordedPass:
+    """decoder() over packs of one size: a recorded forward and, if trained parameters take part, a recorded backward.
+
+    The factors are cast all at once, into leaves of the pass's own: autograd ties a leaf to the stream it was first used on.
+    """
+
+    @torch.enable_grad()
+    def __init__(self, base: nn.Module, static: Pack, flat: Tensor | None, gradient: Tensor | None, first: bool):
+        """flat: the trained parameters, if they take part; gradient: where their gradient is written; first: the first pass of
+        this kind, which compiles and stacks weights before anything is captured."""
+        self.static, self.gradient = static, gradient
+        stream, learns = Recordings.stream, flat is not None
+        parts = {} if flat is None else {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
+
+        def forward() -> tuple[Tensor, dict[str, Tensor]]:
+            halves = flat.detach().to(base.dtype).split([p.numel() for p in parts.values()]) if parts else ()
+            leaves = {name: h.view_as(p).requires_grad_(learns) for (name, p), h in zip(parts.items(), halves)}
+            return torch.func.functional_call(DecoderModule(base), leaves, (static,), tie_weights=False), leaves
+
+        def backward(hidden: Tensor, leaves: dict[str, Tensor], slope: Tensor) -> None:
+            grads = torch.autograd.grad(hidden, [*leaves.values()], slope, allow_unused=True, materialize_grads=True)
+            gradient.copy_(torch.cat([g.flatten() for g in grads]))
+        if first:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                hidden, leaves = forward()
+                if learns:
+                    backward(hidden, leaves, torch.zeros_like(hidden))
+                del hidden, leaves
+            torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, pool=Recordings.pool, stream=stream):
+            hidden, leaves = forward()
+        if learns:
+            self.slope = torch.zeros_like(hidden)
+            with torch.cuda.graph(self.backward, pool=Recordings.pool, stream=stream):
+                backward(hidden, leaves, self.slope)
+        self.hidden = hidden.detach()
+        Recordings.held += max(0, torch.cuda.memory_reserved() - before)
+
+
+class Sentinel:
+    """Alive while a backward pass is pending."""
+
+
+class Replay(torch.autograd.Function):
+    """Hidden states [T, H] of a pack by a recorded pass, as a function of the flat parameters. Its backward runs once."""
+
+    @staticmethod
+    def forward(ctx, recorded: RecordedPass, pack: Pack, flat: Tensor | None) -> Tensor:
+        fill(recorded.static, pack)
+        recorded.forward.replay()
+        if ctx.needs_input_grad[2]:
+            ctx.recorded, ctx.tokens, ctx.sentinel = recorded, pack.tokens, Sentinel()
+            Recordings.pending = weakref.ref(ctx.sentinel)
+        return recorded.hidden[:pack.tokens].clone()
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):
+        if ctx.sentinel is None:
+            raise RuntimeError("a recorded pass has one backward: what a second one needs is overwritten")
+        recorded = ctx.recorded
+        recorded.slope[:ctx.tokens].copy_(slope)
+        recorded.slope[ctx.tokens:].zero_()
+        recorded.backward.replay()
+        ctx.recorded = ctx.sentinel = None
+        Recordings.pending = lambda: None
+        return None, None, recorded.gradient  # autograd accumulates it before the next pass overwrites it
+
+
+def grow_segments() -> None:
+    """Let CUDA memory grow in place, unless the user has configured the allocator: else each size fragments the memory."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ}:
+        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+        change("expandable_segments:True")
+
+
+class Recordings:
+    """The recorded passes of a model, by size and by the adapters that take part in them."""
+    pool = stream = None       # memory of all graphs: one pass at a time, forward and backward, needs it
+    held = 0                   # its bytes
+    alive = weakref.WeakSet()  # a pool ends with its last graph
+    pending = lambda: None     # the sentinel of the pass whose backward is still to come
+
+    def __init__(self, base: nn.Module):
+        self.passes, self.kinds, self.gradient = {}, set(), None
+        self.sizes, self.padded = set(), Counter()
+        self.lora = None  # one of the layers with adapters; all have the same ones on
+        self.worth = RECORDING_COST / max(1, sum(p.numel() for p in base.parameters()))  # tokens
+
+    def size_for(self, pack: Pack) -> GraphSize:
+        """The smallest recorded size that holds a pack; its own when the padding so far has cost more than recording it would.
+        All passes over a pack have the same, so that they are rounded alike."""
+        if pack.graph_size is None:
+            own = GraphSize.of(pack)
+            pack.graph_size = min((size for size in self.sizes if size.holds(pack)), default=own)
+            self.padded[own] += pack.graph_size.tokens - own.tokens
+            if self.padded[own] > self.worth:
+                pack.graph_size = own
+        self.sizes.add(pack.graph_size)
+        return pack.graph_size
+
+    def run(self, base: nn.Module, pack: Pack) -> Tensor | None:
+        """Hidden states of a pack by the pass recorded for its size; None where only decoder() itself can."""
+        lora = self.lora = self.lora or next((m for m in base.modules() if hasattr(m, "lora_A")), None)
+        on = () if lora is None or lora.disable_adapters else tuple(lora.active_adapters)
+        trained = bool(on) and lora.lora_A[on[0]].weight.requires_grad
+        flat = base.__dict__.get("flat") if trained else None
+        if not pack.input_ids.is_cuda or base.dtype == torch.float32 or trained and flat is None or \
+                Recordings.pending() is not None:
+            return None
+        size = self.size_for(pack)
+        if (recorded := self.passes.get((size, on, trained))) is None:
+            if not Recordings.alive:
+                grow_segments()
+                Recordings.pool, Recordings.stream, Recordings.held = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), 0
+            if trained and self.gradient is None:
+                self.gradient = torch.zeros_like(flat, requires_grad=False)
+            static = size.empty(pack.input_ids.device)
+            fill(static, pack)
+            recorded = RecordedPass(base, static, flat, self.gradient if trained else None, (on, trained) not in self.kinds)
+            self.passes[size, on, trained] = recorded
+            self.kinds.add((on, trained))
+            Recordings.alive.add(recorded)
+        return Replay.apply(recorded, pack, flat if torch.is_grad_enabled() else None)

@@ -1,0 +1,357 @@
+"""Decoding of many rows: plain weights with the adapter's factors beside them, a cache that stays, one recorded graph per step."""
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fast.attention import packed_attention
+from fast.decoder import add_norm, compiled, dequantized, low_rank, rms_norm, split_heads, swiglu
+from fast.graphs import Recordings
+from fast.packing import pack, round_up
+
+
+# A layer is two pure functions with attention between them. Prompts are packed and attend to themselves; decoding attends to
+# the cache.
+
+class Projection(NamedTuple):
+    """Linear layers of one input as one product; the rows of an adapter's A stand below those of W."""
+    weight: Tensor             # [out + r, in]
+    bias: Tensor | None        # [out + r]
+    b: Tensor | None = None    # [out, r], times alpha/r; None: no adapter, r = 0
+
+
+class Layer(NamedTuple):
+    """Weights of a decoder layer."""
+    input_norm: Tensor         # [H]
+    qkv: Projection            # [(heads + 2 kv) d, H]
+    q_norm: Tensor | None      # [d], Qwen3
+    k_norm: Tensor | None      # [d]
+    o: Projection              # [H, heads d]
+    post_norm: Tensor          # [H]
+    gate_up: Projection        # [2 I, H]
+    down: Projection           # [H, I]
+    heads: int
+    kv_heads: int
+    eps: float
+
+
+def project(x: Tensor, p: Projection) -> Tensor:
+    """x Wᵀ + bias + alpha/r (x Aᵀ) Bᵀ, rounded where AdaptedLinear rounds: [T, in] -> [T, out]."""
+    y = F.linear(x, p.weight, p.bias)
+    if p.b is None:
+        return y
+    out = len(p.b)
+    return torch.addmm(y[:, :out], y[:, out:], p.b.T)
+
+
+def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual stream x + update [T, H], queries [T, heads, d], keys and values [T, 2, kv, d]."""
+    x, h = add_norm(x, update, (w.input_norm, w.eps))
+    norms = () if w.q_norm is None else ((w.q_norm, w.eps), (w.k_norm, w.eps))
+    q, k, v = split_heads(project(h, w.qkv), w.heads, w.kv_heads, norms, cos, sin)
+    return x, q, torch.stack([k, v], 1)
+
+
+def attention_out(x: Tensor, attended: Tensor, w: Layer) -> tuple[Tensor, Tensor]:
+    """The stream after attention [T, H], and what the MLP adds to it; attended [T, heads d]."""
+    x, h = add_norm(x, project(attended, w.o), (w.post_norm, w.eps))
+    return x, project(swiglu(project(h, w.gate_up)), w.down)
+
+
+# One decoding step of B rows. Row b has the slots b·stride, b·stride + 1, … of the cache [slots, 2, kv, d], one per token.
+
+
+def decode_begin(token: Tensor, start: Tensor, position: Tensor, first_slot: Tensor, columns: Tensor, embedding: Tensor,
+                 cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """For the tokens to feed [B]: embeddings [B, H], slots [B], cos and sin [B, 1, d], attention mask [B, 1, 1, L].
+
+    Token `position` of a completion is chosen by feeding the one before it, which stands at start + position of its row.
+    columns: arange(L), the tokens of a row that attention looks at. A row that has ended stays within them.
+    """
+    at = torch.minimum(start + position, columns[-1])                                           # [B]
+    x = F.embedding(token, embedding)
+    mask = torch.where(columns <= at[:, None], 0.0, -math.inf).to(x.dtype)                      # [B, L]
+    return x, first_slot + at, cos[at][:, None], sin[at][:, None], mask[:, None, None]
+
+
+def decode_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor):
+    """attention_in, with the new keys and values written into the cache."""
+    x, q, kv = attention_in(x, update, w, cos, sin)
+    cache[slots] = kv
+    return x, q
+
+
+def attend(q: Tensor, cache: Tensor, stride: int, mask: Tensor) -> Tensor:
+    """Attention of one query per row over its slots, [B, heads d]; query heads that share keys are one short sequence."""
+    (rows, heads, d), length, kv_heads = q.shape, mask.shape[-1], cache.shape[2]
+    k, v = cache[:rows * stride].view(rows, stride, 2, kv_heads, d)[:, :length].permute(2, 0, 3, 1, 4)  # [B, kv, L, d]
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # not cuDNN's plans
+        out = F.scaled_dot_product_attention(q.view(rows, kv_heads, -1, d), k, v, attn_mask=mask)
+    return out.reshape(rows, heads * d)
+
+
+def decode_end(x: Tensor, update: Tensor, norm: tuple[Tensor, float]) -> Tensor:
+    return rms_norm(x + update, *norm)
+
+
+class Beginning(NamedTuple):
+    """A prompt without its last token, as `pack` takes it: nothing in it is predicted."""
+    ids: Sequence[int]
+    predict: tuple = ()
+    targets: tuple = ()
+
+
+class Decoder:
+    """Token by token decoding for common.Sampler: the same interface as common.PlainDecoder.
+
+    What samples is the policy that is trained: `refresh` fuses each layer's q/k/v and gate/up weights and puts the factors of
+    the active adapter beside them, cast as the trainer's forward casts them. They are never merged: a merge into bfloat16
+    rounds most of a small update away. choose: the rule that picks a token, common.choose; note: prints a line. compile: fuse
+    the elementwise parts (CUDA), which takes seconds that a short job doesn't win back.
+    """
+    READBACK = 16            # steps between two looks at what was sampled
+    LENGTH_BUCKET = 128      # lengths of the cache and of attention are multiples of it
+    PREFILL_TOKENS = 8192    # of prompts in one forward
+
+    def __init__(self, base: nn.Module, choose: Callable, note: Callable[[str], Any], compile: bool = True):
+        self.choose, self.note, self.noted = choose, note, False
+        self.weights: dict[str, Tensor] = {}  # the fused weights
+        self.addresses: list = []             # of all that graphs read
+        self.release()
+        self.refresh(base)
+        self.compile = compile and self.device.type == "cuda"
+
+    def release(self) -> None:
+        """Give the cache and the graphs back; the next `begin` makes new ones."""
+        self.cache: list[Tensor] = []       # per layer: [slots, 2, kv, d]
+        self.graphs: dict[tuple, Any] = {}  # (rows, length, stride, kind)
+        self.rows = 0                       # that the buffers of a step hold
+
+    # -- weights
+
+    @torch.no_grad()
+    def refresh(self, base: nn.Module) -> None:
+        """Take over the policy's weights as they are now, in place: captured graphs stay valid.
+
+        What no adapter touches (embeddings, norms, LM head) is shared with it.
+        """
+        self.config, body = base.config, base.base_model
+        self.embedding, self.head = body.embed_tokens.weight, base.get_output_embeddings()
+        self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        self.norm = (body.norm.weight, body.norm.variance_epsilon)
+        if not self.weights:
+            self.columns = torch.arange(round_up(self.config.max_position_embeddings, self.LENGTH_BUCKET),
+                                        device=self.device)
+            self.cos, self.sin = (x[0] for x in body.rotary_emb(self.embedding, self.columns[None]))  # [positions, d]
+        self.layers = []
+        for i, layer in enumerate(body.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+            self.layers.append(Layer(
+                input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight,
+                q_norm=q_norm and q_norm.weight, k_norm=k_norm and k_norm.weight,
+                qkv=self._fuse(f"{i}.qkv", attention.q_proj, attention.k_proj, attention.v_proj),
+                o=self._fuse(f"{i}.o", attention.o_proj), down=self._fuse(f"{i}.down", mlp.down_proj),
+                gate_up=self._fuse(f"{i}.gate_up", mlp.gate_proj, mlp.up_proj),
+                heads=self.config.num_attention_heads, kv_heads=self.config.num_key_value_heads,
+                eps=layer.input_layernorm.variance_epsilon))
+        tensors = torch.utils._pytree.tree_leaves([self.layers, self.norm, self.embedding])
+        addresses = [self.head, *(t.data_ptr() for t in tensors if isinstance(t, Tensor))]
+        if addresses != self.addresses:  # graphs hold addresses; these are another model's
+            self.addresses, self.graphs = addresses, {}
+
+    def _fuse(self, name: str, *modules: nn.Module) -> Projection:
+        """Linear layers (plain, NF4, with or without LoRA) as one projection in the compute dtype."""
+        bases = [getattr(m, "base_layer", m) for m in modules]
+        adapters = [[(scale, a.float(), b.float()) for scale, a, b in low_rank(m)] for m in modules]
+        factors_a = [a for factors in adapters for _, a, _ in factors]
+        rank, bias, b = sum(map(len, factors_a)), None, None
+        if len(modules) == 1 and not rank and bases[0].weight.dtype == self.dtype:
+            weight = bases[0].weight
+        else:  # [W1; W2; …; A1; A2; …]
+            rows = [*(dequantized(m.weight) for m in bases), *factors_a]
+            weight = self._store(f"{name} {rank}", [w.to(self.dtype) for w in rows])
+        if bases[0].bias is not None:
+            biases = [m.bias for m in bases]
+            bias = self._store(f"{name}.bias {rank}", [*biases, biases[0].new_zeros(rank)])
+        if rank:  # the blocks B1, B2, … on a diagonal
+            blocks = [torch.cat([scale * b for scale, _, b in factors], 1) if factors else
+                      torch.zeros(m.out_features, 0, device=self.device) for factors, m in zip(adapters, bases)]
+            b = self._store(f"{name}.b", [torch.block_diag(*blocks).to(self.dtype)])
+        return Projection(weight, bias, b)
+
+    def _store(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        """The parts end to end, in the memory that this name has had from the first time."""
+        if name in self.weights:
+            return torch.cat(tuple(parts), out=self.weights[name])
+        return self.weights.setdefault(name, torch.cat(tuple(parts)))
+
+    # -- memory
+
+    def _bucket(self, rows: int) -> int:
+        """Rows that a step runs for: on CUDA a graph for 8, 16, … 256, 384, …; on a CPU as many as there are."""
+        if self.device.type != "cuda":
+            return rows
+        return max(8, 1 << (rows - 1).bit_length()) if rows <= 256 else round_up(rows, 128)
+
+    def _free_memory(self) -> float:
+        """Bytes that a batch may take: 40 % of free GPU memory (training needs its share), 2 GiB on a CPU."""
+        if self.device.type != "cuda":
+            return 2 << 30
+        # torch's own reserve, without that of recorded passes
+        free = max(0, torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device) - Recordings.held)
+        return 0.4 * (torch.cuda.mem_get_info(self.device)[0] + free + sum(c.nbytes for c in self.cache))
+
+    def _batch_size(self, rows: int, length: int, most: int) -> int:
+        """How many of the rows, of at most this length, go into one batch: what fits, at most `most`."""
+        row = 2 * self.config.num_key_value_heads * self.cos.shape[1] * self.dtype.itemsize * len(self.layers) * length
+        row += 24 * self.config.vocab_size  # logits, and the temporaries of choosing a token
+        fit = self._free_memory() // row
+        return next(n for n in range(min(rows, most), 0, -1) if self._bucket(n) <= fit or n == 1)
+
+    def _reserve(self, rows: int, stride: int) -> None:
+        """Buffers for this many rows of `stride` slots; those of an earlier call when they are large enough."""
+        slots = len(self.cache[0]) if self.cache else 0
+        if rows <= self.rows and rows * stride <= slots:
+            return
+        rows, slots = max(rows, self.rows), max(rows * stride, slots)
+        self.release()  # before the new ones are made
+        self.rows, shape = rows, (slots, 2, self.config.num_key_value_heads, self.cos.shape[1])
+        new = functools.partial(torch.zeros, device=self.device)  # not empty: 0 times a NaN is NaN
+        self.cache = [new(shape, dtype=self.dtype) for _ in self.layers]
+        self.token, self.start, self.first_slot, self.key = (new(rows, dtype=torch.long) for _ in range(4))
+        self.position, self.seed = (new((), dtype=torch.long) for _ in range(2))
+        self.temperature, self.top_p = new(()), new((), dtype=torch.float64)
+        self.ids, self.logprobs = new(self.READBACK, rows, dtype=torch.long), new(self.READBACK, rows)
+
+    # -- decoding
+
+    def batches(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], most: int) -> Iterator[list[int]]:
+        """Indices of the prompts of each batch: the longest first, as many as memory holds, at most `most`."""
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]) - budgets[i], i))
+        while order:
+            longest = round_up(len(prompts[order[0]]) + budgets[order[0]], self.LENGTH_BUCKET)
+            size = self._batch_size(len(order), longest, most)
+            if size < min(len(order), most) and not self.noted:
+                self.noted = True
+                self.note(f"note: memory for {size} of {len(order)} rows of {longest} tokens at a time; sampling in several batches")
+            yield order[:size]
+            order = order[size:]
+
+    @torch.no_grad()
+    def begin(self, prompts: dict[int, Sequence[int]], keys: dict[int, int], longest: int, temperature: float, top_p: float,
+              seed: int) -> None:
+        """Start a batch: fill the cache with its prompts. keys: what keys the noise of each; longest: tokens of a whole row."""
+        rows, self.stride = len(prompts), round_up(longest, self.LENGTH_BUCKET)
+        self._reserve(self._bucket(rows), self.stride)
+        self.temperature.fill_(temperature or 1.0)
+        self.top_p.fill_(top_p)
+        self.seed.fill_(seed)
+        self.kind = "greedy" if temperature == 0 else "sample" if top_p == 1 else "nucleus"
+        self._prefill(list(prompts.values()))
+        for buffer, values in ((self.token, [p[-1] for p in prompts.values()]), (self.key, [keys[i] for i in prompts]),
+                               (self.start, [len(p) - 1 for p in prompts.values()])):
+            buffer[:rows] = torch.tensor(values, device=self.device)
+        self.first_slot.copy_(self.stride * torch.arange(self.rows))
+        self.position.zero_()
+        self.row_of, self.size = {i: row for row, i in enumerate(prompts)}, self._bucket(rows)
+        self.lengths, self.length = {i: len(p) for i, p in prompts.items()}, self.stride
+
+    @torch.no_grad()
+    def advance(self, live: Sequence[int], most: int) -> dict[int, tuple[list[int], list[float]]]:
+        """The next tokens of the prompts that go on, at most `most` of each: {prompt: (token ids, log-probabilities)}."""
+        self.row_of = {i: self.row_of[i] for i in live}
+        if self._bucket(len(live)) < self.size:
+            self._compact(self._bucket(len(live)))
+        steps = min(self.READBACK, most)
+        self.length = min(self.stride, round_up(max(self.lengths[i] for i in live) + steps, self.LENGTH_BUCKET))
+        step = self._program(self.size, self.length, self.stride, self.kind)
+        for _ in range(steps):
+            step()
+        tokens, logprobs = (buffer[:steps, :self.size].T.tolist() for buffer in (self.ids, self.logprobs))
+        for i in live:
+            self.lengths[i] += steps
+        return {i: (tokens[row], logprobs[row]) for i, row in self.row_of.items()}
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Fill the cache with each prompt but its last token, which the first step feeds. What prompts begin with alike
+        is computed once."""
+        groups: dict[tuple, list[int]] = {}
+        for row, p in enumerate(prompts):
+            if len(p) > 1:
+                groups.setdefault(tuple(p[:-1]), []).append(row)
+        members, longest = list(groups.values()), max(map(len, groups), default=0)
+        for part in pack([Beginning(p) for p in groups], max(self.PREFILL_TOKENS, longest)):
+            source, slots = [], []
+            for e, places in zip(part.examples, part.places):  # a token's slots: one in each row of the group
+                first = torch.tensor(members[e])[:, None] * self.stride
+                source.append(places.repeat(len(first)))
+                slots.append((first + torch.arange(len(places))).flatten())
+            part, source, slots = part.to(self.device), *(torch.cat(x).to(self.device) for x in (source, slots))
+            cos, sin = (table[part.position_ids[0]][:, None] for table in (self.cos, self.sin))  # [T, 1, d]
+            x = F.embedding(part.input_ids[0], self.embedding)                                   # [T, H]
+            update = torch.zeros_like(x)
+            for w, cache in zip(self.layers, self.cache):
+                x, q, kv = attention_in(x, update, w, cos, sin)
+                cache[slots] = kv[source]
+                attended = packed_attention(q, *kv.unbind(1), part.cu_seqlens, part.max_length, None, part.keys,
+                                            part.cu_seqlens_k)
+                x, update = attention_out(x, attended.flatten(1), w)
+
+    def _compact(self, size: int) -> None:
+        """Move the live rows beyond `size` into rows below it that have ended."""
+        used = set(self.row_of.values())
+        moving = [i for i, row in self.row_of.items() if row >= size]
+        holes = [row for row in range(size) if row not in used][:len(moving)]
+        old, new = (torch.tensor(rows, dtype=torch.long, device=self.device)
+                    for rows in ([self.row_of[i] for i in moving], holes))
+        for buffer in (self.token, self.start, self.key):
+            buffer[new] = buffer[old]
+        for cache in self.cache:
+            by_row = cache[:len(cache) // self.stride * self.stride].unflatten(0, (-1, self.stride))
+            by_row[new, :self.length] = by_row[old, :self.length]
+        self.row_of.update(zip(moving, holes))
+        self.size = size
+
+    def _program(self, size: int, length: int, stride: int, kind: str) -> Callable[[], Any]:
+        """A step for this many rows over this much of the cache: on CUDA the replay of its graph, captured once."""
+        key = (size, length, stride, kind)
+        if self.device.type != "cuda":
+            return functools.partial(self._step, *key)
+        if key not in self.graphs:
+            before = [(t, t.clone()) for t in (self.token, self.position)]
+            self._step(*key)  # compiles and loads kernels; capturing itself runs nothing
+            graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g in self.graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool):
+                self._step(*key)
+            for t, value in before:
+                t.copy_(value)
+            self.graphs[key] = graph
+        return self.graphs[key].replay
+
+    def _step(self, size: int, length: int, stride: int, kind: str) -> None:
+        """Feed each row its token and choose the next: into the buffers, for the next step and for the readback."""
+        fused = compiled if self.compile else lambda function: function
+        begin, enter, leave, end = map(fused, (decode_begin, decode_in, attention_out, decode_end))
+        x, slots, cos, sin, mask = begin(self.token[:size], self.start[:size], self.position, self.first_slot[:size],
+                                         self.columns[:length], self.embedding, self.cos, self.sin)
+        update = torch.zeros_like(x)
+        for w, cache in zip(self.layers, self.cache):
+            x, q = enter(x, update, w, cos, sin, cache, slots)
+            x, update = leave(x, attend(q, cache, stride, mask), w)
+        logits = self.head(end(x, update, self.norm))
+        noise = (None, None, None) if kind == "greedy" else (self.seed, self.key[:size], self.position)
+        pick, top_p = (self.choose, self.top_p) if kind == "nucleus" else (fused(self.choose), None)  # a sort is not fused anyway
+        token, logprob = pick(logits, self.temperature, *noise, top_p)
+        at = (self.position % self.READBACK)[None]
+        self.ids[:, :size].index_copy_(0, at, token[None])
+        self.logprobs[:, :size].index_copy_(0, at, logprob[None])
+        self.token[:size] = token
+        self.position += 1
