@@ -32,8 +32,10 @@ from workload import SHAPES
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    system: tuple[Literal["rungs", "transformers-generate", "static-cache"], ...] = ("rungs",)
-    """What samples: common.Sampler, or generate with its dynamic or its static (compiled) cache."""
+    system: tuple[Literal["rungs", "rungs-plain", "transformers-generate", "static-cache"], ...] = ("rungs",)
+    """What samples: common.Sampler with the fast or the plain engine, or generate with its dynamic or its static (compiled) cache."""
+    lora_rank: tuple[int, ...] = (0,)
+    """Rank of an adapter beside the weights (rungs); 0: none, which is what an adapter merged into them costs. One case each."""
     rows: tuple[int, ...] = (64,)
     """Rows sampled at the same time; one case each."""
     tokens: int = 256
@@ -80,8 +82,17 @@ def make_prompts(args: Args, rows: int, vocabulary: int) -> list[list[int]]:
     return [distinct[i * args.prompts // rows] for i in range(rows)]
 
 
+def policy_of(model, rank: int, engine: str):
+    """The model with a random adapter of this rank beside its weights (0: the model itself), for an engine."""
+    policy = common.add_lora(model, rank, 2 * rank) if rank else model
+    for p in common.trainable(policy) if rank else []:
+        torch.nn.init.normal_(p, std=0.01)
+    common.base_of(policy).__dict__["engine"] = engine
+    return policy
+
+
 def rungs(model, prompts: list[list[int]], args: Args):
-    sampler = common.Sampler(model, NoText(), compile=args.compile)
+    sampler = common.Sampler(model, NoText(), short=not args.compile)
     return sampler, lambda: sampler.sample(prompts, args.tokens, args.temperature, args.top_p, seed=0)
 
 
@@ -109,9 +120,10 @@ def seconds(call, device: torch.device) -> float:
 @torch.no_grad()
 def profile(sampler: common.Sampler, rows: int, longest: int, device: torch.device, steps: int = 20) -> dict:
     """Print the kernels of one step by time; {time of a step back to back in ms, kernels in it}."""
-    stride = fast.packing.round_up(longest, sampler.LENGTH_BUCKET)
-    step = sampler._program(sampler._bucket(rows), stride, stride, "sample")
-    sampler.position.fill_(sampler.READBACK)
+    decoder = sampler.decoder
+    stride = fast.packing.round_up(longest, decoder.LENGTH_BUCKET)
+    step = decoder._program(decoder._bucket(rows), stride, stride, "sample")
+    decoder.position.fill_(decoder.READBACK)
     step()
     ms = seconds(lambda: [step() for _ in range(steps)], device) / steps * 1e3
     kind = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
@@ -131,29 +143,33 @@ def profile(sampler: common.Sampler, rows: int, longest: int, device: torch.devi
 def main(args: Args) -> None:
     device = common.setup_device(args.device)
     model = make_model(args.shape, device)
-    for system in args.system:
-        for rows in args.rows:
-            prompts = make_prompts(args, rows, model.config.vocab_size)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            if system == "rungs":
-                sampler, call = rungs(model, prompts, args)
-            else:
-                call = generate(model, prompts, args, "static" if system == "static-cache" else None)
-            first, taken = seconds(call, device), seconds(call, device)
-            found = {"workload": "sample", "system": system, "tokens_per_s": round(rows * args.tokens / taken),
-                     "ms_per_step": round(taken / args.tokens * 1e3, 3), "setup_s": round(first - taken, 1)}
-            if device.type == "cuda":
-                found["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-            if args.profile and system == "rungs":
-                found.update(profile(sampler, rows, max(map(len, prompts)) + args.tokens, device))
-            settings = dataclasses.asdict(args) | {"rows": rows, "device": common.hardware()["device"],
-                                                   "torch": torch.__version__}
-            for k in ("system", "profile"):
-                del settings[k]
-            print(json.dumps({**found, "settings": settings}), flush=True)
-            sampler = call = None  # before the next case's are made
+    cases = [(system, rank, rows) for system in args.system
+             for rank in (args.lora_rank if system.startswith("rungs") else (0,)) for rows in args.rows]
+    for system, rank, rows in cases:
+        prompts = make_prompts(args, rows, model.config.vocab_size)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        policy = policy_of(model, rank, "plain" if system == "rungs-plain" else "fast")
+        if system.startswith("rungs"):
+            sampler, call = rungs(policy, prompts, args)
+        else:
+            call = generate(model, prompts, args, "static" if system == "static-cache" else None)
+        first, taken = seconds(call, device), seconds(call, device)
+        found = {"workload": "sample", "system": system, "tokens_per_s": round(rows * args.tokens / taken),
+                 "ms_per_step": round(taken / args.tokens * 1e3, 3), "setup_s": round(first - taken, 1)}
+        if device.type == "cuda":
+            found["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        if args.profile and system == "rungs":
+            found.update(profile(sampler, rows, max(map(len, prompts)) + args.tokens, device))
+        settings = dataclasses.asdict(args) | {"rows": rows, "lora_rank": rank, "device": common.hardware()["device"],
+                                               "torch": torch.__version__}
+        for k in ("system", "profile"):
+            del settings[k]
+        print(json.dumps({**found, "settings": settings}), flush=True)
+        sampler = call = None  # before the next case's are made
+        if rank:
+            policy.unload()
 
 
 if __name__ == "__main__":

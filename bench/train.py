@@ -131,14 +131,15 @@ class Gpus:
             cls.free.put(gpu)
 
 
-def run(command: list[str], seconds: int, seen: Callable[[float], None] = lambda elapsed: None) -> tuple[str, str | None]:
+def run(command: list[str], seconds: int, seen: Callable[[float], None] = lambda elapsed: None,
+        compile: bool = True) -> tuple[str, str | None]:
     """(standard output, why it failed or None) of a process; SIGTERM after `seconds`, which our scripts obey after a step.
 
     `seen` is called with the time since the start, in seconds, every tenth of a second.
     """
     began = time.time()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE.parent,
-                               env=getattr(Gpus.mine, "environment", None))
+                               env=getattr(Gpus.mine, "environment", os.environ) | ({} if compile else {"RUNGS_COMPILE": "0"}))
     while (elapsed := time.time() - began) < seconds:
         seen(elapsed)
         try:
@@ -172,8 +173,8 @@ def make_parents(cases: tuple[str, ...], work: Path, device: str, seconds: int) 
     for case, out, users in (("sft-bf16", "sft", {"dpo", "kto", "grpo-step", "ppo-step"}), ("reward", "rm", {"ppo-step"})):
         if users & {*cases}:
             name, flags = script(case, work, 1, 1)
-            flags += small(device) + dtype_flag(case, device) + ["--no-compile", "--out", str(work / out)]
-            if failed := run([sys.executable, f"{name}.py", *flags], seconds)[1]:
+            flags += small(device) + dtype_flag(case, device) + ["--out", str(work / out)]
+            if failed := run([sys.executable, f"{name}.py", *flags], seconds, compile=False)[1]:
                 raise RuntimeError(f"{name}.py, which others start from: {failed}")
 
 

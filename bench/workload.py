@@ -44,9 +44,9 @@ def make_tokenizer(directory: Path) -> None:
     tokenizer.train_from_iterator([" ".join(WORDS + WORDS)] * 8, trainers.BpeTrainer(
         vocab_size=512, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.chat_template = CHATML
-    fast.save_pretrained(directory)
+    tokenizer_fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer_fast.chat_template = CHATML
+    tokenizer_fast.save_pretrained(directory)
 
 
 def make_model(directory: Path, shape: str, dtype: torch.dtype) -> None:

@@ -175,9 +175,9 @@ def test_loss_is_trls(tmp_path, labels, seed, weights):
     totals, packs, distances = torch.zeros(8), fast.pack([r.example for r in batch], 100), []
     assert len(packs) > 1
     for pack in packs:
-        losses, above, sums = kto.row_metrics(ours, pack, batch, z0, args)
+        losses, above, values = kto.row_metrics(ours, pack, batch, z0, args)
         (losses.sum() / n).backward()
-        totals += sums
+        totals += values.sum(1)
         distances += above.abs().tolist()
     metrics, z0 = kto.means(totals.tolist(), batch), z0.item()
     assert z0 == pytest.approx(metrics_trl["kl"], abs=1e-4) and metrics["loss"] == pytest.approx(loss_trl.item(), abs=1e-5)
@@ -590,7 +590,7 @@ def test_run_directory(kto_run, kto_args, sft_run):
         f"{key}_{side}" for key in ("rewards", "logprobs", "tokens") for side in ("desirable", "undesirable"))}
     metrics = run["metrics"]
     assert metrics["desirable"] == 12 and metrics["heldout_rows"] == 16 and metrics["left_out_of_z0"] == 0
-    assert abs(metrics["merge_kl"]) < 1e-6 and 0 <= metrics["eos_rate"] <= 1
+    assert abs(metrics["kl_merge"]) < 1e-5 and 0 <= metrics["eos_rate"] <= 1
     assert metrics["heldout_accuracy"] > 0.9 and metrics["heldout_margin"] > 0  # " yes" and " no" end the answers
     config = json.loads((Path(kto_run) / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (32, 64)
@@ -698,7 +698,8 @@ def test_micro_tokens_and_ranks_do_not_change_the_update(kto_args, tmp_path):
         for key in ("loss", "z0", "grad_norm", "logprobs_desirable"):
             assert log(run)[0][key] == pytest.approx(log(whole)[0][key], rel=1e-5, abs=1e-6)
         for key, value in record(whole)["metrics"].items():
-            assert record(run)["metrics"][key] == (value if value is None else pytest.approx(value, rel=1e-3, abs=1e-3)), key
+            exact = value is None or isinstance(value, str)
+            assert record(run)["metrics"][key] == (value if exact else pytest.approx(value, rel=1e-3, abs=1e-3)), key
         found = load_file(Path(run) / "adapter_model.safetensors")
         ours, theirs = (torch.cat([w[k].flatten() for k in sorted(w) if "lora_B" in k]) for w in (found, weights))
         assert (ours - theirs).norm() <= 1e-2 * theirs.norm()

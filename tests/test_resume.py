@@ -466,7 +466,7 @@ def test_knobs_of_speed_and_place_do_not_matter(unfinished, finished_elsewhere, 
     assert outcome(sft, **{**sft_args, "checkpoint_every": 1}, out=str(unfinished)) is None
     assert adapter(unfinished) == adapter(sft_run)
     before = tree(finished_elsewhere)
-    assert outcome(sft, **{**sft_args, "micro_tokens": 128, "compile": False}, out=str(finished_elsewhere)) == 0
+    assert outcome(sft, **{**sft_args, "micro_tokens": 128, "engine": "fast"}, out=str(finished_elsewhere)) == 0
     assert tree(finished_elsewhere) == before
 
 
