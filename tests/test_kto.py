@@ -372,7 +372,7 @@ def test_steps_are_the_loop_over_single_rows(tiny_model, sft_run, kto_args, tmp_
         assert line["kl"] == pytest.approx(kl, abs=1e-4)
         if line["step"]:
             assert_is(line, kl, found)
-            assert abs(kl) > 0.1 and (kl < 0) is clamped
+            assert abs(kl) > 5e-3 and (kl < 0) is clamped
         wanted = torch.cat([p.grad.flatten() for p in mine])
         scale = wanted.abs().max()
         assert scale > 1e-4 and (wanted - grads).abs().max() <= 3e-5 * scale
