@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import common
+import fast
 
 IDS = torch.tensor([[5, 9, 200, 17, 33, 64, 101, 8, 250, 3, 77]])
 
@@ -153,7 +154,7 @@ SERVED = {
 @pytest.mark.parametrize("name", SERVED)
 def test_what_the_fast_code_serves(name):
     config, why = SERVED[name]
-    found = common.unsupported(config.to_dict())
+    found = fast.unsupported(config.to_dict())
     assert found is None if why is None else why in found
 
 
@@ -161,6 +162,6 @@ def test_older_layouts_of_the_positions_are_understood(tiny_model):
     config = json.loads((Path(tiny_model) / "config.json").read_text())
     config.pop("rope_parameters")
     for scaling in ({"type": "dynamic", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}):
-        assert "dynamic" in common.unsupported({**config, "rope_scaling": scaling})
-    assert common.unsupported({**config, "rope_scaling": {"type": "linear", "factor": 2.0}}) is None
-    assert "gemma3_text" in common.unsupported({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
+        assert "dynamic" in fast.unsupported({**config, "rope_scaling": scaling})
+    assert fast.unsupported({**config, "rope_scaling": {"type": "linear", "factor": 2.0}}) is None
+    assert "gemma3_text" in fast.unsupported({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 import scipy.stats
 import torch
-from conftest import make_model, make_tokenizer, sentence
+from conftest import make_tokenizer, sentence
 from peft import PeftModel
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
@@ -125,22 +125,6 @@ def test_every_known_decoder_equals_transformers(kind, tmp_path):
         logits = model(torch.tensor([p + c.ids])).logits[0, len(p) - 1:-1].double()
         found = logits.log_softmax(1).gather(1, torch.tensor(c.ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(c.logprobs, dtype=torch.double), found, **CLOSE)
-
-
-LLAMA = {"model_type": "llama", "hidden_act": "silu"}
-
-
-@pytest.mark.parametrize("config, reason", [
-    (LLAMA, None), ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32768}, None),
-    (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, None),
-    ({"model_type": "gemma2"}, "gemma2"), (LLAMA | {"hidden_act": "gelu"}, "gelu"),
-    (LLAMA | {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "dynamic"),
-    (LLAMA | {"rope_scaling": {"type": "longrope"}}, "longrope"),
-    ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 2, "sliding_window": 64}, "sliding"),
-    ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "sliding")])
-def test_what_the_fast_engine_serves(config, reason):
-    found = fast.unsupported(config)
-    assert found is None if reason is None else reason in found
 
 
 def test_greedy_with_an_adapter(sft_run, sft_args, talker, prompts):
