@@ -1021,6 +1021,7 @@ class Split:
     dropped: Counter               # {reason: training rows}
     fingerprints: dict[str, str]   # for Run: what both were made of
     prompts: dict[str, list[str]]  # for prompts.json: ids of the prompts that are answered in either
+    sources: dict[str, dict[str, int]]  # for run.json's data_sources: rows of each by their column `source`, if any
 
 
 def load_split(args: Any, kinds: Sequence[str], read: Callable[[dict, str], Any], build: Callable[[list, list], list],
@@ -1071,7 +1072,9 @@ def load_split(args: Any, kinds: Sequence[str], read: Callable[[dict, str], Any]
                                       args.max_dropped, max_overlong=1.0)
     prompts = {name: sorted({prompt_id(p) for i in used for p in as_prompts(source[i], "")})
                for name, source, used in (("train", rows, kept), ("heldout", held.rows, held_kept))}
-    return Split(train, heldout, kept, dropped, {"train": fingerprint, "heldout": held.fingerprint}, prompts)
+    sources = {name: dict(Counter(str(value) for i in used if (value := source[i].get("source"))))
+               for name, source, used in (("train", rows, kept), ("heldout", held.rows, held_kept))}
+    return Split(train, heldout, kept, dropped, {"train": fingerprint, "heldout": held.fingerprint}, prompts, sources)
 
 
 # A base model already reads plain role markers. Its EOS ends the assistant's turn (Qwen2.5-base: <|endoftext|>).

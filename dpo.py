@@ -211,6 +211,7 @@ def main(args: Args) -> None:
     counts = common.preflight(tokenizer, [e for p in pairs for e in (p.chosen, p.rejected)], [p.text for p in pairs],
                               split.dropped, 0, args.eval_data, args.preview)
     run = common.Run("dpo", args, invariants, split.fingerprints, parent, adapter)
+    run.record["data_sources"] = split.sources
 
     # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference.
     common.set_seed(args.seed)

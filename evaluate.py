@@ -602,8 +602,8 @@ def keep_records(out: Path, samples: Path, identity: dict, run: dict | None, ada
     tokens, peaks = ([line[key] for line in log if line.get(key)] for key in ("tokens", "peak_gib"))
     cost = {"wall_time_s": run["wall_time_s"], "device": hardware.get("device"), "gpus": hardware.get("gpus"),
             "peak_gib": max(peaks, default=None), "tokens": sum(tokens) if tokens else None}  # fmt: skip
-    kept = {key: run.get(key) for key in "method config_hash adapter_sha256 train_invariants family seed command args "
-            "data parent scorers versions git_commit hardware wall_time_s metrics".split()}  # fmt: skip
+    kept = {key: run.get(key) for key in "method config_hash adapter_sha256 train_invariants family seed command "
+            "args data data_sources parent scorers versions git_commit hardware wall_time_s metrics".split()}
     name = samples.name.rsplit("-", 2)[0]
     record = {"schema_version": common.SCHEMA_VERSION, "name": name, **common.without_places(kept), "steps": len(log),
               "curves": thin(log)}  # fmt: skip

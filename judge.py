@@ -16,8 +16,8 @@ Judges, by --judge-model:
   reward  a reward model of ours; the higher score wins
 A judge that is the base, one of the policies, or what a policy was trained against is circular, and the result says so.
 A judge that learned from prompts that a row, its parents or its reward model learned from is not independent: computed
-from the prompts.json of every run directory, and stated as a share. Prompts that stand in any of these training sets are
-not asked, and counted.
+from the prompts.json of every run directory, and stated as a share. Prompts that stand in any of these training sets
+are not asked, and counted.
 
 Deliberate choices:
   1. Each pair is judged in both orders, and a disagreement is a tie. Equal completions are a tie, not asked about.
@@ -208,7 +208,8 @@ def summarise(entries: list[dict], seed: int) -> dict[str, Any]:
         lengths = np.array([e["tokens_a"] - e["tokens_b"] for e in scored], float)
         weights = np.vstack([np.ones(len(scores)), resamples(len(scores), seed)])   # the data, then R resamples
         raw, controlled = win_rate(scores, weights), length_controlled(scores, lengths, weights)
-        strict = win_rate(np.array([unfinished_lost(e["score"], e["stopped_a"], e["stopped_b"]) for e in scored]), weights)
+        finished = np.array([unfinished_lost(e["score"], e["stopped_a"], e["stopped_b"]) for e in scored])
+        strict = win_rate(finished, weights)
         out |= {"win_rate": raw[0].item(), "win_rate_ci95": interval(raw[1:]), "tie_rate": found[0.5] / len(scored),
                 "length_controlled_win_rate": controlled[0].item(), "length_controlled_ci95": interval(controlled[1:]),
                 "unfinished_lost_win_rate": strict[0].item(), "unfinished_lost_ci95": interval(strict[1:])}
@@ -605,12 +606,13 @@ def circular_why(judge: Judge, a: Row, b: Row, base_sha256: str) -> str | None:
 
 
 def training_prompts(run: dict[str, Any], adapter: str) -> dict[str, set[str] | None]:
-    """{run name: ids of the prompts that it was trained on} of a run, of the runs that it started from, and of the reward
-    model that it was trained against; None where a run directory or its prompts.json is not there."""
+    """{run name: ids of the prompts that it was trained on} of a run, of the runs that it started from, and of the
+    reward model that it was trained against; None where a run directory or its prompts.json is not there."""
     listed = Path(adapter) / "prompts.json"
     prompts = {run["name"]: set(common.read_json(listed)["train"]) if listed.is_file() else None}
     settings = run.get("args") or {}
-    for link, flag in ((run.get("parent"), "sft_adapter"), ((run.get("scorers") or {}).get("reward"), "reward_adapter")):
+    reward = (run.get("scorers") or {}).get("reward")
+    for link, flag in ((run.get("parent"), "sft_adapter"), (reward, "reward_adapter")):
         if link:
             places = [Path(str(settings.get(flag))), Path(adapter).resolve().parent / link["name"]]
             runs = {place: common.read_json(place / "run.json") for place in places if (place / "run.json").is_file()}
@@ -620,8 +622,8 @@ def training_prompts(run: dict[str, Any], adapter: str) -> dict[str, set[str] | 
 
 
 def independence(judge: Judge, rows: Sequence[Row]) -> dict[str, Any]:
-    """{"independent": shares the judge no training prompt with the rows, None where that is not known; "shared_prompts":
-    {row name: {"prompts": how many, "share": of the judge's training prompts}}}."""
+    """{"independent": shares the judge no training prompt with the rows, None where that is not known;
+    "shared_prompts": {row name: {"prompts": how many, "share": of the judge's training prompts}}}."""
     def joined(run: dict | None, adapter: str | None) -> set[str] | None:
         parts = list(training_prompts(run, adapter).values()) if run else []
         return None if None in parts else set().union(*parts)
@@ -638,8 +640,8 @@ def independence(judge: Judge, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def evidence(judge: Judge, results: str) -> str:
-    """Does a reward model beat "the longer answer wins" on held-out pairs, by McNemar's exact test? From results/rm, where
-    reward.py kept the outcomes pair by pair; "" for another judge, or without them."""
+    """Does a reward model beat "the longer answer wins" on held-out pairs, by McNemar's exact test? From results/rm,
+    where reward.py kept the outcomes pair by pair; "" for another judge, or without them."""
     path = Path(results) / "rm" / f"{judge.run['name']}.json" if judge.kind == "reward" else Path()
     record = common.read_json(path) if path.is_file() else {}
     if record.get("adapter_sha256") != (judge.run or {}).get("adapter_sha256") or not record.get("outcomes"):
@@ -648,8 +650,9 @@ def evidence(judge: Judge, results: str) -> str:
     better, worse = pairs["1", "0"], pairs["0", "1"]
     p = binomtest(better, better + worse).pvalue if better + worse else 1.0
     word = "is not distinguishable from" if p >= 0.05 else "beats" if better > worse else "is worse than"
-    return (f"as evidence: {judge.model} {word} \"the longer answer wins\" on {len(record['outcomes']['model'])} held-out pairs "
-            f"(right alone on {better}, wrong alone on {worse}, McNemar's p {p:.3f})")
+    n = len(record["outcomes"]["model"])
+    return (f"as evidence: {judge.model} {word} \"the longer answer wins\" on {n} held-out pairs (right alone on {better}, "
+            f"wrong alone on {worse}, McNemar's p {p:.3f})")
 
 
 def letter_tokens(tokenizer, model: str) -> list[int]:
@@ -696,11 +699,13 @@ class JudgeError(Exception):
 
 
 def open_client(args: Args) -> openai.OpenAI:
-    """The official client, whose retries, backoff and rate limits hold: 408, 409, 429, 5xx, timeouts and cut connections are
-    tried again, after the Retry-After that the server asks for where that is at most two minutes. It follows no redirect,
-    so that the key goes to --judge-url only; without a key it sends none, and neither names nor organisations."""
+    """The official client, whose retries, backoff and rate limits hold: 408, 409, 429, 5xx, timeouts and cut
+    connections are tried again, after the Retry-After that the server asks for where that is at most two minutes. It
+    follows no redirect, so that the key goes to --judge-url only; without a key it sends none, and neither names nor
+    organisations."""
     return openai.OpenAI(
-        api_key=api_key(args) or "none", base_url=args.judge_url, max_retries=args.judge_retries, timeout=args.judge_timeout,
+        api_key=api_key(args) or "none", base_url=args.judge_url, max_retries=args.judge_retries,
+        timeout=args.judge_timeout,
         default_headers=dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), openai.Omit()),
         http_client=openai.DefaultHttpxClient(follow_redirects=False))
 
@@ -753,8 +758,8 @@ def ask_api(client: openai.OpenAI, messages: list[dict], args: Args) -> dict[str
                     "completion_tokens": getattr(usage, "completion_tokens", 0) or 0, "seconds": time.time() - began}
         except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError):
             if tries > args.judge_retries:
-                raise JudgeError(f"no verdict from {args.judge_url} in {tries} tries; the last: a reply that is no chat "
-                                 "completion") from None
+                raise JudgeError(f"no verdict from {args.judge_url} in {tries} tries; the last: a reply that is no "
+                                 "chat completion") from None
             time.sleep(0.5)
 
 
@@ -762,7 +767,8 @@ def check_api(args: Args) -> None:
     """Before hours of sampling: is there a server that takes the key? /models costs nothing, but not all have it."""
     try:
         with open_client(args) as client:
-            known = [model.id for model in client.with_options(max_retries=0).models.list(extra_headers=headers(args)).data]
+            models = client.with_options(max_retries=0).models.list(extra_headers=headers(args))
+        known = [model.id for model in models.data]
         if known and args.judge_model not in known:
             common.say(f"note: {args.judge_url} lists no model {args.judge_model} (it has {', '.join(known[:8])}); "
                        "if it doesn't know it, the run ends at the first verdict")
@@ -775,8 +781,8 @@ def check_api(args: Args) -> None:
 
 
 def ask_apis(questions: dict[str, list[dict]], lines: Lines, args: Args) -> None:
-    """Verdicts of all questions, --judge-parallel at a time, each kept as it comes; the first error ends them all, and so
-    do UNREADABLE replies in a row, from the first, that are no verdict."""
+    """Verdicts of all questions, --judge-parallel at a time, each kept as it comes; the first error ends them all, and
+    so do UNREADABLE replies in a row, from the first, that are no verdict."""
     stopping, errors, replies = threading.Event(), [], []
 
     def ask(client: openai.OpenAI, key: str) -> None:
@@ -788,8 +794,8 @@ def ask_apis(questions: dict[str, list[dict]], lines: Lines, args: Args) -> None
             replies.append(line)
             if len(replies) >= UNREADABLE and not any(line["verdict"] for line in replies[:UNREADABLE]):
                 raise JudgeError(f"the first {UNREADABLE} replies of {args.judge_model} are no verdict (the last: "
-                                 f"{line['reply'][:80]!r}): want one letter, A, B or C; a model that reasons first needs "
-                                 "more than --judge-tokens, or is no judge here")
+                                 f"{line['reply'][:80]!r}): want one letter, A, B or C; a model that reasons first "
+                                 "needs more than --judge-tokens, or is no judge here")
         except Exception as e:
             errors.append(e)
             stopping.set()
@@ -883,9 +889,9 @@ def show(result: dict) -> None:
         shared = [f"{percent(part['share'])} % with {name}" for name, part in judge["shared_prompts"].items() if part]
         note += f" (NOT INDEPENDENT: shares training prompts, {', '.join(shared)})"
     print(f"{result['a']} vs {result['b']}, judged by {judge['model']}{note}")
-    rates = [f"{title} {percent(s[rate])} % [{', '.join(map(percent, s[ends]))}]" for title, rate, ends in (
-        ("wins", "win_rate", "win_rate_ci95"), ("length-controlled", "length_controlled_win_rate", "length_controlled_ci95"),
-        ("unfinished answers lost", "unfinished_lost_win_rate", "unfinished_lost_ci95"))]
+    rates = [f"{title} {percent(s[f'{key}win_rate'])} % [{', '.join(map(percent, s[ends]))}]" for title, key, ends in (
+        ("wins", "", "win_rate_ci95"), ("length-controlled", "length_controlled_", "length_controlled_ci95"),
+        ("unfinished answers lost", "unfinished_lost_", "unfinished_lost_ci95"))]
     print("  " + "; ".join(rates))
     print(f"  {s['wins']} wins, {s['ties']} ties, {s['losses']} losses of {s['n']}; {s['unparsable_verdicts']} of "
           f"{2 * s['n']} verdicts unparsable; the orders disagree on {percent(s['position_inconsistency'])} %; tokens "
@@ -998,8 +1004,8 @@ def main(args: Args) -> None:
     listed = [training_prompts(run, adapter) for run, adapter in every_run]
     unlisted = sorted({name for prompts in listed for name, ids in prompts.items() if ids is None})
     if unlisted:
-        common.say(f"note: no prompts.json of {', '.join(unlisted)}: whether they were trained on prompts of the judge is "
-                   "not known")
+        common.say(f"note: no prompts.json of {', '.join(unlisted)}: whether they were trained on prompts of the judge "
+                   "is not known")
     trained_on = set().union(*(ids for prompts in listed for ids in prompts.values() if ids))
     prompts, fingerprints = read_prompts(args, tokenizer, positions - args.max_new_tokens, trained_on)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens,

@@ -346,6 +346,7 @@ def main(args: Args) -> None:
     if advice := weights_advice(counts["desirable"], len(rows) - counts["desirable"], args):
         common.say(f"WARNING: {advice}")
     run = common.Run("kto", args, invariants, split.fingerprints, parent, adapter)
+    run.record["data_sources"] = split.sources
 
     # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference.
     common.set_seed(args.seed)

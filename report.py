@@ -2,8 +2,8 @@
 
 It answers three questions, in this order, for every method:
     1. Did it learn what it optimises?  Its own objective on held-out data, before -> after.
-    2. What did it change?              Paired differences on the benchmarks: to the policy that it started from (its own
-                                        parent) and to the base.
+    2. What did it change?              Paired differences on the benchmarks: to the policy that it started from,
+                                        its own parent, and to the base.
     3. Is it a win?                     The verdict, against base.
 
 A score carries its standard error se (lm-eval's own, over the items). The difference of two rows a and b, in points, is
@@ -12,29 +12,29 @@ Both rows answered the same items, so the test is a paired one, on the differenc
     0/1 items    exact McNemar;      interval of Bonett and Price    (MMLU, GSM8K, IFEval by prompt)
     otherwise    sign-flip test;     bootstrap of items, 10,000 resamples: for TruthfulQA MC2 an item is a question, for
                  IFEval by instruction a prompt with all its instructions (delta is sum d_i / sum m_i, m_i instructions)
-    S seeds      of one family, each against its own parent:  SE^2 = s^2(seed means)/S + s^2(items)/n,  s^2(items) of the
+    S seeds      of one family, each against its own parent:  SE^2 = s^2(seed means)/S + s^2(items)/n,  the last of the
                  differences averaged over the seeds; t with Satterthwaite's degrees of freedom. The items are the same
                  for every seed (crossed), so neither part alone would do.
     detectable   (z_0.975 + z_0.8) sqrt(sum d_i^2) / sum m_i: what a test at 5 % detects with power 0.8
 Intervals condition on what was resampled: with one seed on the items alone, so they say nothing of another seed.
 
 One family of tests for one base, named before any run: four endpoints (ENDPOINTS; for an instruct base IFEval and GSM8K
-in the chat protocol, for a pretrained one in the plain; MMLU and TruthfulQA plain) x {sft, dpo, ppo, grpo, kto} x {base,
-own parent}, adjusted by Holm. Controls, reruns, the other protocol and the other columns are descriptive: they have an
-interval and no p-value. "Up" and "down" are adjusted p < 0.05. A drop is catastrophic when it is clearly down and more
-than 2 points. The verdict is the first that holds:
+in the chat protocol, for a pretrained one in the plain; MMLU and TruthfulQA plain) x {sft, dpo, ppo, grpo, kto} x
+{base, own parent}, adjusted by Holm. Controls, reruns, the other protocol and the other columns are descriptive: they
+have an interval and no p-value. "Up" and "down" are adjusted p < 0.05. A drop is catastrophic when it is clearly down
+and more than 2 points. The verdict is the first that holds:
     open            a test is missing: the row or the base has no per-item scores
     irreproducible  a rerun of the same config_hash differs from it (Holm over the five columns)
     forgetting      IFEval up, and a catastrophic drop on MMLU or TruthfulQA
     win             IFEval up, and no such drop
     mixed           something else up, and something down or not
     regression      something down, nothing up
-    flat            nothing up or down, and every endpoint equivalent: its 90 % interval lies within 2 points of 0, which
-                    is two one-sided tests at 5 %
+    flat            nothing up or down, and every endpoint equivalent: its 90 % interval lies within 2 points of 0
+                    (two one-sided tests at 5 %)
     inconclusive    nothing up or down, and a change of more than 2 points remains possible
 "inherited" behind the word: every drop that it rests on is one that the parent had already, clearly, and to which the
-method itself added nothing clear. DPO has a criterion of its own besides: the lower bound of its judged win rate against
-SFT is above 50 %, by a judge that shares no training prompt with it.
+method itself added nothing clear. DPO has a criterion of its own besides: the lower bound of its judged win rate
+against SFT is above 50 %, by a judge that shares no training prompt with it.
 
 1. A report is about one train_invariants, and a table about one protocol (plain, chat) and one eval_hash. A results
    file that holds more is refused, naming the rows and the fields that differ; --group HASH picks. So are rows whose
@@ -131,12 +131,13 @@ OBJECTIVES = {
 }  # fmt: skip
 COUNTED = ("heldout_accuracy", "pass_1_after")  # shares of n independent trials: Wilson's interval
 LEARNED = (
-    "Before → after, with a 95 % interval: the run's own where it recorded one (over prompts), else Wilson's for a share of "
-    "independent trials. **yes**: the interval of the change lies wholly on the better side; **worse**: on the other; "
-    "not shown: it includes no change. `–`: no interval was recorded, so nothing is claimed. A share before of 50.0 holds "
-    "by construction (the policy is its reference, a tie counts half). GRPO's two shares are compared as if they came from "
-    "different problems, which is wider than a paired interval. A reward model is compared with the better rule of length, "
-    "on the same pairs, by McNemar's exact test. Of several seeds: mean ± sd, and the change's t interval over the seeds."
+    "Before → after, with a 95 % interval: the run's own where it recorded one (over prompts), else Wilson's for a "
+    "share of independent trials. **yes**: the interval of the change lies wholly on the better side; **worse**: on "
+    "the other; not shown: it includes no change. `–`: no interval was recorded, so nothing is claimed. A share before "
+    "of 50.0 holds by construction (the policy is its reference, a tie counts half). GRPO's two shares are compared as "
+    "if they came from different problems, which is wider than a paired interval. A reward model is compared with the "
+    "better rule of length, on the same pairs, by McNemar's exact test. Of several seeds: mean ± sd, and the change's t "
+    "interval over the seeds."
 )
 REWARD = {  # figures of a reward model: column title -> (place in its file, scale, decimals)
     "accuracy, %": (("accuracy",), 100, 1),
@@ -147,10 +148,10 @@ REWARD = {  # figures of a reward model: column title -> (place in its file, sca
     "margin\nmean / sd": (("scores", "margin", "mean"), 1, 2),
 }
 REWARD_LEGEND = (
-    "On held-out pairs, in % with Wilson's 95 % interval: accuracy, the chosen answer scores higher; longer-wins, it is "
-    "the longer one; length-matched, accuracy where lengths differ by at most 10 %. Correlation is Pearson's, margin is "
-    "chosen − rejected. Accuracy and baseline are compared on the same pairs by McNemar's exact test; in a record without "
-    "per-pair outcomes by their intervals: where these overlap, the question stays open. "
+    "On held-out pairs, in % with Wilson's 95 % interval: accuracy, the chosen answer scores higher; longer-wins, it "
+    "is the longer one; length-matched, accuracy where lengths differ by at most 10 %. Correlation is Pearson's, "
+    "margin is chosen − rejected. Accuracy and baseline are compared on the same pairs by McNemar's exact test; in a "
+    "record without per-pair outcomes by their intervals: where these overlap, the question stays open. "
     "mean ± sd is over the seeds of one family, a seed once, sd with n − 1."
 )
 GUARDRAILS = {  # figures of the held-out answers: column title -> (key in guardrails.json, scale, decimals)
@@ -171,8 +172,8 @@ ROW_KEYS = (
 ).split()
 LEGEND = (
     "Scores in % ± standard error; n counts items, for IFEval prompts. Differences in points, with the paired 95 % "
-    "interval of that one difference in brackets; p adjusted by Holm over the family of tests, **bold** where p < 0.05; "
-    "`≤`: as small as the resamples can show. Descriptive columns and rows have no p. Without per-item scores: "
+    "interval of that one difference in brackets; p adjusted by Holm over the family of tests, **bold** where p < "
+    "0.05; `≤`: as small as the resamples can show. Descriptive columns and rows have no p. Without per-item scores: "
     "± √(se² + se²), **bold** at twice that or more. `~`: less than 2 √(se² + se²), which the two scores alone would "
     "not distinguish. `°`: at the floor, the interval includes chance; no benchmark shows forgetting there. `?`: a "
     "standard error is missing. `–`: not measured."
@@ -181,12 +182,12 @@ UNPAIRED = "±: no per-item scores (evaluate.py keeps them in scores/), so no pa
 DETECTABLE = "smallest detectable"
 VERDICTS = (
     "Up and down: p < 0.05 after Holm. Catastrophic: clearly down, and by more than 2 points. **win**: IFEval up, no "
-    "catastrophic drop on MMLU or TruthfulQA. **forgetting**: IFEval up, and such a drop. **regression**: something down, "
-    "nothing up. **mixed**: something else than IFEval up. **flat**: nothing up or down, and each endpoint's 90 % "
-    "interval within ±2 points. **inconclusive**: nothing up or down, and a larger change remains possible. "
+    "catastrophic drop on MMLU or TruthfulQA. **forgetting**: IFEval up, and such a drop. **regression**: something "
+    "down, nothing up. **mixed**: something else than IFEval up. **flat**: nothing up or down, and each endpoint's 90 "
+    "% interval within ±2 points. **inconclusive**: nothing up or down, and a larger change remains possible. "
     "**irreproducible**: a rerun differs. **open**: a test is missing. *inherited*: the parent had every one of these "
-    "drops, and the method added nothing clear to them. Smallest detectable: the true difference that one paired test at "
-    "5 %, before Holm, detects 4 times in 5. Intervals of one seed are over items; another seed may differ by more."
+    "drops, and the method added nothing clear to them. Smallest detectable: the true difference that one paired test "
+    "at 5 %, before Holm, detects 4 times in 5. Intervals of one seed are over items; another seed may differ by more."
 )
 PLOTS = {  # file name under plots/ -> what it shows
     "deltas-plain": "Differences to base with paired 95 % intervals, plain protocol",
@@ -242,8 +243,8 @@ def sign_flip(d: np.ndarray) -> tuple[float, bool]:
 def bootstrap(d: np.ndarray, m: np.ndarray) -> list[tuple[float, float]]:
     """Percentile 95 % and 90 % intervals of sum d / sum m, d [n] the differences and m [n] the sizes of the independent
     units (an item: 1; a prompt: its instructions)."""
-    drawn = stats.bootstrap((d, m), lambda d, m, axis: d.sum(axis) / m.sum(axis), paired=True, vectorized=True, batch=1000,
-                            n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))  # fmt: skip
+    drawn = stats.bootstrap((d, m), lambda d, m, axis: d.sum(axis) / m.sum(axis), paired=True, vectorized=True,
+                            batch=1000, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
     ends = [np.quantile(drawn.bootstrap_distribution, [share, 1 - share]) for share in (ALPHA / 2, ALPHA)]
     return [(float(low), float(high)) for low, high in ends]
 
@@ -267,8 +268,8 @@ def paired_over_seeds(d: np.ndarray, m: np.ndarray) -> Paired:
     """The paired test of S seeds on the same n items: d [S, n] differences, m [n] sizes; the estimate is the mean over
     the seeds of sum d / sum m.
 
-    SE^2 = s^2(seed means)/S + s^2(items)/n, s^2(items) of the seed-averaged differences (for a ratio, of its residuals);
-    t with Satterthwaite's degrees of freedom, SE^4 / sum of part^2/(its degrees of freedom)."""
+    SE^2 = s^2(seed means)/S + s^2(items)/n, s^2(items) of the seed-averaged differences (for a ratio, of its
+    residuals); t with Satterthwaite's degrees of freedom, SE^4 / sum of part^2/(its degrees of freedom)."""
     seeds, n = d.shape
     means = d.sum(1) / m.sum()  # [S]
     residuals = (d.mean(0) - means.mean() * m) / m.mean()  # [n], of mean 0
@@ -424,7 +425,8 @@ def label_rows(rows: list[dict]) -> list[tuple[str, dict]]:
 
 
 def seed_groups(rows: list[dict]) -> list[list[dict]]:
-    """The rows, grouped by family: the first row of each seed stands in its family's group, a rerun of a seed by itself."""
+    """The rows, grouped by family: the first row of each seed stands in its family's group, a rerun of a seed by
+    itself."""
     groups, families = [], {}
     for row in rows:
         key = (row["method"], row["family"]) if row.get("family") else id(row)
@@ -438,8 +440,8 @@ def seed_groups(rows: list[dict]) -> list[list[dict]]:
 
 
 def compared_in_family(groups: list[list[dict]]) -> list[list[dict]]:
-    """The groups that stand in the family of tests, at most one per method: that of the climb's name, else the first. The
-    rest are controls and reruns."""
+    """The groups that stand in the family of tests, at most one per method: that of the climb's name, else the first.
+    The rest are controls and reruns."""
     chosen = {}
     for method in METHODS:
         of_method = [group for group in groups if group[0]["method"] == method]
@@ -449,8 +451,8 @@ def compared_in_family(groups: list[list[dict]]) -> list[list[dict]]:
 
 
 def reference_of(row: dict, rows: list[dict], against: str) -> dict | None:
-    """The row that `row` is compared with: the base, or its own parent by the hash of its adapter. None where that has no
-    row, or is the base (which is one comparison, not two)."""
+    """The row that `row` is compared with: the base, or its own parent by the hash of its adapter. None where that has
+    no row, or is the base (which is one comparison, not two)."""
     if row["method"] == "base":
         return None
     if against == "base":
@@ -482,7 +484,8 @@ def score(row: dict, column: str) -> tuple[float | None, float | None]:
 
 
 def delta(a: tuple, b: tuple) -> tuple[float | None, float | None, bool | None]:
-    """(a - b in points, its standard error, beyond noise or not) of two (score, stderr); None for what can't be known."""
+    """(a - b in points, its standard error, beyond noise or not) of two (score, stderr); None for what can't be
+    known."""
     points = None if a[0] is None or b[0] is None else a[0] - b[0]
     if points is None or a[1] is None or b[1] is None:
         return points, None, None
@@ -492,8 +495,8 @@ def delta(a: tuple, b: tuple) -> tuple[float | None, float | None, bool | None]:
 
 @dataclass(frozen=True)
 class Change:
-    """Row a minus row b in one column, in points; `apart`: |points| >= 2 stderr. Then what the paired test adds; `adjusted`
-    is Holm's p, of a test that is part of the family: without it the difference is descriptive."""
+    """Row a minus row b in one column, in points; `apart`: |points| >= 2 stderr. Then what the paired test adds;
+    `adjusted` is Holm's p, of a test that is part of the family: without it the difference is descriptive."""
 
     points: float | None
     stderr: float | None
@@ -595,8 +598,8 @@ def comparisons(rows: list[dict], against: str) -> tuple[list[Comparison], list[
         pairs = [(row, other) for row in group if (other := reference_of(row, rows, against))]
         for row in group:
             if against == "parent" and row.get("parent") and not reference_of(row, rows, against):
-                notes.append(f"{labels[id(row)]} is left out: {row['parent']['name']}, from which it was trained, has no "
-                             "row here.")
+                parent = row["parent"]["name"]
+                notes.append(f"{labels[id(row)]} is left out: {parent}, from which it was trained, has no row here.")
         if pairs:
             names, references = (list(dict.fromkeys(labels[id(r)] for r in side)) for side in zip(*pairs))
             seeds = f" ({len(pairs)} seeds)" * (len(pairs) > 1)
@@ -623,8 +626,8 @@ def endpoint_protocols(tables: dict[str, list[dict]]) -> dict[str, str]:
 
 
 def with_holm(compared: dict, protocols: dict[str, str]) -> dict:
-    """{(protocol, "base" or "parent"): (comparisons, notes)} with Holm's adjusted p-values over the one family of tests:
-    the endpoints, each in its protocol, of the comparisons that are in it."""
+    """{(protocol, "base" or "parent"): (comparisons, notes)} with Holm's adjusted p-values over the one family of
+    tests: the endpoints, each in its protocol, of the comparisons that are in it."""
     places = [(key, i, column) for key, (found, _) in compared.items() for i, c in enumerate(found) if c.in_family
               for column, protocol in protocols.items() if protocol == key[0] and c.changes[column].paired]
     adjusted = dict(zip(places, holm([compared[key][0][i].changes[column].paired.p for key, i, column in places])))
@@ -658,15 +661,16 @@ class Verdict:
 
 def verdict(against_base: dict[str, Change], irreproducible: bool | None = False, inherited: frozenset = frozenset(),
             at_floor: tuple[str, ...] = ()) -> Verdict:
-    """The verdict from the endpoints' differences to base, by the rules at the top. `inherited`: endpoints whose drop the
-    parent had already; `at_floor`: endpoints on which the base itself is at chance."""
+    """The verdict from the endpoints' differences to base, by the rules at the top. `inherited`: endpoints whose drop
+    the parent had already; `at_floor`: endpoints on which the base itself is at chance."""
     up = [column for column, change in against_base.items() if change.up]
     down = [column for column, change in against_base.items() if change.down]
     forgotten = [column for column in FORGOTTEN if against_base[column].catastrophic]
     moved = []
     for column in up + down:
         marks = ["catastrophic"] * against_base[column].catastrophic + ["inherited"] * (column in inherited)
-        moved.append(f"{title_of(column)} {signed(against_base[column].points)}" + f" ({', '.join(marks)})" * bool(marks))
+        marked = f" ({', '.join(marks)})" * bool(marks)
+        moved.append(f"{title_of(column)} {signed(against_base[column].points)}{marked}")
     why = ", ".join(moved) or "nothing clearly up or down"
     why += "".join(f"; {title_of(column)} is at chance in the base: it can show no forgetting" for column in at_floor)
     missing = [title_of(column) for column, change in against_base.items() if change.adjusted is None]
@@ -678,7 +682,8 @@ def verdict(against_base: dict[str, Change], irreproducible: bool | None = False
     if irreproducible:
         return Verdict("irreproducible", f"a rerun of the same configuration differs; {why}")
     if "IFEval\nprompt" in up:
-        return Verdict("forgetting" + ", inherited" * inherited.issuperset(forgotten), why) if forgotten else Verdict("win", why)
+        word = "forgetting" + ", inherited" * inherited.issuperset(forgotten) if forgotten else "win"
+        return Verdict(word, why)
     if up:
         return Verdict("mixed", why)
     if down:
@@ -690,7 +695,8 @@ def verdict(against_base: dict[str, Change], irreproducible: bool | None = False
 
 
 def endpoint_changes(compared: dict, against: str, adapter: str | None, protocols: dict[str, str]) -> dict[str, Change]:
-    """{endpoint: the change, in its protocol, of the family of rows that holds this adapter}; an empty Change where none."""
+    """{endpoint: the change, in its protocol, of the family of rows that holds this adapter}; an empty Change where
+    none."""
     changes = {}
     for column, protocol in protocols.items():
         holding = [c for c in compared.get((protocol, against), ([], []))[0] if c.in_family
@@ -772,8 +778,8 @@ def p_cell(p: float, at_floor: bool = False) -> str:
 
 
 def change_cell(change: Change, short: bool = False) -> str:
-    """`**+5.0 [3.6, 6.4]**` and the adjusted p of a test in the family, without p where the difference is descriptive, and
-    a delta_cell where there is no paired test; short: points only."""
+    """`**+5.0 [3.6, 6.4]**` and the adjusted p of a test in the family, without p where the difference is descriptive,
+    and a delta_cell where there is no paired test; short: points only."""
     if change.paired is None:
         return delta_cell(change.points, change.stderr, change.apart, short)
     text = signed(change.points)
@@ -819,15 +825,16 @@ def paint(cell: str) -> Text:
 
 
 def detectable_row(compared: list[Comparison], left: int) -> list[list[str]]:
-    """The last line of a table with a paired test: by column the largest effect that a row's test needs to detect it."""
+    """The last line of a table with a paired test: by column the largest effect that a row's test needs to detect
+    it."""
     known = {k: [c.changes[k].paired.detectable for c in compared if c.changes[k].paired] for k in METRICS}
     cells = [number(max(filter(None, values), default=None), 1) for values in known.values()]
     return [[""] * (left - 1) + [DETECTABLE, *cells]] if any(cell != "–" for cell in cells) else []
 
 
 def titles(rows: list[dict], endpoints: tuple[str, ...] = ()) -> list[str]:
-    """The columns' titles with shots and items, which are the same in every row of a table; what is no endpoint is marked
-    as descriptive."""
+    """The columns' titles with shots and items, which are the same in every row of a table; what is no endpoint is
+    marked as descriptive."""
     header = []
     for column, (task, _, _) in METRICS.items():
         shots = {f"{k}-shot" for row in rows for name, k, _ in row["eval"]["tasks"] if name == task}
@@ -857,9 +864,10 @@ def score_notes(rows: list[dict], lines: list[list[str]]) -> list[str]:
     return notes
 
 
-def compact_table(rows: list[dict], compared: list[Comparison], verdicts: list[Verdict], endpoints: tuple[str, ...]) -> Table:
-    """README.md's table: a line per family, its score (of several seeds mean ± sd), the difference to base in brackets, the
-    verdict and the config_hash (of several seeds the family's)."""
+def compact_table(rows: list[dict], compared: list[Comparison], verdicts: list[Verdict],
+                  endpoints: tuple[str, ...]) -> Table:
+    """README.md's table: a line per family, its score (of several seeds mean ± sd), the difference to base in brackets,
+    the verdict and the config_hash (of several seeds the family's)."""
     labels = {id(row): label for label, row in label_rows(rows)}
     rungs = []
     for group in seed_groups(rows):
@@ -884,7 +892,8 @@ def compact_table(rows: list[dict], compared: list[Comparison], verdicts: list[V
               for name, phase in LADDER.items() if name not in names]
     lines = [[str(phase), *cells] for phase, _, cells in sorted(rungs, key=lambda r: r[:2])]
     lines += [line + ["", ""] for line in detectable_row(compared, 2)]
-    return Table(["phase", "row", *titles(rows, endpoints), "verdict", "config_hash"], lines, 2, score_notes(rows, lines))
+    header = ["phase", "row", *titles(rows, endpoints), "verdict", "config_hash"]
+    return Table(header, lines, 2, score_notes(rows, lines))
 
 
 def delta_table(compared: list[Comparison], notes: list[str], endpoints: tuple[str, ...]) -> Table | None:
@@ -913,18 +922,21 @@ def verdict_table(verdicts: list[Verdict], rows: list[dict], judge: list[dict]) 
 
 def tests_note(protocols: dict[str, str], tables: dict[str, list[dict]], compared: dict) -> str:
     """One sentence that names the family of tests, and says where the protocol is not the one that was named for it."""
-    n = sum(change.adjusted is not None for found, _ in compared.values() for c in found for change in c.changes.values())
+    every = [change for found, _ in compared.values() for c in found for change in c.changes.values()]
+    n = sum(change.adjusted is not None for change in every)
     names = ", ".join(f"{title_of(column)} ({protocol})" for column, protocol in protocols.items())
-    text = f"One family of tests, {n} in all, adjusted by Holm: {names}, of each method against base and its own parent."
+    text = f"One family of tests, {n} in all, adjusted by Holm: {names}, of each method against base and its own "
+    text += "parent."
     model = next((row["model"] for rows in tables.values() for row in rows), "")
     if is_instruct(model) and "chat" not in tables:
-        text += (" The base is an instruct model, for which IFEval and GSM8K are to be tested in the chat protocol; that was "
-                 "not evaluated, so the plain one stands in.")
+        text += (" The base is an instruct model, for which IFEval and GSM8K are to be tested in the chat protocol; "
+                 "that was not evaluated, so the plain one stands in.")
     return text + " Everything else is descriptive."
 
 
 def independence(record: dict) -> str:
-    """What a comparison's record says of its judge: "circular", "not independent …", "independent" or "" (not known)."""
+    """What a comparison's record says of its judge: "circular", "not independent …", "independent" or "" (not
+    known)."""
     judge = record.get("judge") or {}
     if judge.get("circular"):
         return "circular"
@@ -932,7 +944,9 @@ def independence(record: dict) -> str:
         return ""
     shared = [f"{number(part.get('share'), 0, 100)} % with {name}" for name, part in
               (judge.get("shared_prompts") or {}).items() if part and part.get("prompts")]
-    return "independent" if judge["independent"] else f"not independent: it shares training prompts, {', '.join(shared)}"
+    if judge["independent"]:
+        return "independent"
+    return f"not independent: it shares training prompts, {', '.join(shared)}"
 
 
 def own_criterion(family: tuple[dict, ...], rows: list[dict], judge: list[dict]) -> str:
@@ -973,13 +987,15 @@ def seeds_table(rows: list[dict]) -> Table | None:
 
 
 def empty_share(row: dict, task: str) -> float | None:
-    """Share of a benchmark's generated answers that are nothing but whitespace, in percent; None without per-item scores."""
+    """Share of a benchmark's generated answers that are nothing but whitespace, in percent; None without per-item
+    scores."""
     characters = at(row, "items", task, "characters")
     return 100 * statistics.fmean(n == 0 for n in characters) if characters else None
 
 
 def answers_table(rows: list[dict]) -> Table | None:
-    """What the generated answers of the benchmarks look like from outside: a score may move because answers get longer."""
+    """What the generated answers of the benchmarks look like from outside: a score may move because answers get
+    longer."""
     lines = []
     for label, row in label_rows(rows):
         cells = []
@@ -1118,8 +1134,9 @@ def learned_table(rows: list[dict], records: dict[str, list[dict]]) -> Table | N
             if paired_and_name := paired_with_length(record):
                 paired = paired_and_name[0]
                 learned = "not shown" if paired.p >= ALPHA else "**yes**" if sum(paired.interval) > 0 else "**worse**"
-            lines.append([record["label"], "held-out pairs, %; before: the better rule of length", number(record.get("n")),
-                          number(rule, 1, 100), share_cell(record), learned])
+            objective = "held-out pairs, %; before: the better rule of length"
+            cells = [number(record.get("n")), number(rule, 1, 100), share_cell(record), learned]
+            lines.append([record["label"], objective, *cells])
     header = ["row", "own objective", "n", "before", "after", "learned"]
     return Table(header, lines, 2, [LEARNED]) if lines else None
 
@@ -1140,8 +1157,8 @@ def share_cell(share: object) -> str:
 
 
 def paired_with_length(record: dict) -> tuple[Paired, str] | None:
-    """(accuracy minus that of the better rule of length, paired on the same pairs; the rule's name), from a reward model's
-    per-pair outcomes: strings of "1" right, "0" wrong, "-" a tie. None where they are not recorded."""
+    """(accuracy minus that of the better rule of length, paired on the same pairs; the rule's name), from a reward
+    model's per-pair outcomes: strings of "1" right, "0" wrong, "-" a tie. None where they are not recorded."""
     model, longer = at(record, "outcomes", "model"), at(record, "outcomes", "longer_wins")
     if not model or not longer:
         return None
@@ -1273,10 +1290,10 @@ def judge_table(records: list[dict], rows: list[dict], reward_models: list[dict]
         "with the bootstrap's 95 % interval over prompts; length-controlled: by a logistic fit, at equal lengths; "
         "unfinished lost: an answer that did not end loses to one that did. "
         "Inconsistent: the share of prompts with two different answers on which the two orders disagree; a reward "
-        "model, which scores each answer by itself, has no order. Unparsable: verdicts, two per prompt; a prompt with one "
-        "of them is a tie, one with two is left out. Circular: the judge is one of the two, their base, or a reward model "
-        "that one was trained against; its figure shows over-optimisation, not quality. Not independent: the judge was "
-        "trained on prompts that a row was trained on as well."
+        "model, which scores each answer by itself, has no order. Unparsable: verdicts, two per prompt; a prompt with "
+        "one of them is a tie, one with two is left out. Circular: the judge is one of the two, their base, or a "
+        "reward model that one was trained against; its figure shows over-optimisation, not quality. Not independent: "
+        "the judge was trained on prompts that a row was trained on as well."
     ]  # fmt: skip
     asked = [[record.get("prompts_fingerprint"), record.get("sampling")] for record in records]
     if any(one != asked[0] for one in asked):
@@ -1556,8 +1573,9 @@ def encode(figure: Figure, kind: str) -> bytes:
 
 
 def data_of(record: dict, settings: dict | None = None) -> dict[str, str]:
-    """{role: the data in words, and its hash} of a row or a reward model's record: the sources of the rows that were counted
-    while training (data_sources), else the name of the file that the run's arguments give; a hub data set names itself."""
+    """{role: the data in words, and its hash} of a row or a reward model's record: the sources of the rows that were
+    counted while training (data_sources), else the name of the file that the run's arguments give; a hub data set names
+    itself."""
     settings, words = settings or record.get("args") or {}, {}
     for role, fingerprint in (record.get("data") or {}).items():
         counts = at(record, "data_sources", role)
@@ -1565,7 +1583,9 @@ def data_of(record: dict, settings: dict | None = None) -> dict[str, str]:
         if not str(fingerprint).startswith("sha256:"):
             words[role] = f"`{fingerprint}`"
             continue
-        names = Path(str(argument)).name if argument else "beside the training file" if role == "heldout" else "a local file"
+        names = "beside the training file" if role == "heldout" else "a local file"
+        if argument:
+            names = Path(str(argument)).name
         if counts:
             names = ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
         words[role] = f"{names} (`{fingerprint[:15]}`)"
@@ -1641,7 +1661,8 @@ def first_answers(results: Results) -> list[str | Table]:
         blocks += ["## 1. Did it learn what it optimises?", learned]
     if table := verdict_table(results.verdicts, results.rows, results.records["judge"]):
         note = tests_note(results.protocols, results.tables, results.compared)
-        blocks += ["## 3. Is it a win? Verdicts against base", table, note, VERDICTS, image("plots/tradeoff", results.plots)]
+        blocks += ["## 3. Is it a win? Verdicts against base", table, note, VERDICTS]
+        blocks += [image("plots/tradeoff", results.plots)]
     return blocks
 
 
@@ -1683,7 +1704,8 @@ def compact_report(results: Results, directory: str) -> list[str | Table]:
     blocks, records, plots = [], results.records, results.plots
     for protocol, rows in results.tables.items():
         blocks.append(f"**{protocol.capitalize()} protocol**, % (difference to base, points)")
-        blocks.append(compact_table(rows, results.compared[protocol, "base"][0], results.verdicts, results.endpoints(protocol)))
+        against_base, endpoints = results.compared[protocol, "base"][0], results.endpoints(protocol)
+        blocks.append(compact_table(rows, against_base, results.verdicts, endpoints))
         blocks += [image(f"{directory}/plots/deltas-{protocol}", plots), empty_note(rows), *describe(rows, records)]
     blocks = [block for block in blocks if block] or [compact_table([], [], [], ())]
     if results.verdicts:
@@ -1694,7 +1716,8 @@ def compact_report(results: Results, directory: str) -> list[str | Table]:
 
 
 def win_rates(results: Results) -> list[str]:
-    """A sentence per judge: each row's win rate, beside it the length-controlled one, and how far the judge is to be trusted."""
+    """A sentence per judge: each row's win rate, beside it the length-controlled one, and how far the judge is to be
+    trusted."""
     by_judge, records = {}, results.records
     for record in records["judge"]:
         if not record["note"] and not at(record, "judge", "circular"):
@@ -1714,7 +1737,8 @@ def win_rates(results: Results) -> list[str]:
 
 
 def judge_evidence(record: dict, reward_models: list[dict]) -> str:
-    """Does the judge beat "the longer answer wins", paired, on held-out pairs? Of a reward model from its own record."""
+    """Does the judge beat "the longer answer wins", paired, on held-out pairs? Of a reward model from its own
+    record."""
     judge = record.get("judge") or {}
     own = [r for r in reward_models if judge.get("kind") == "reward" and r.get("adapter_sha256") == judge.get("sha256")]
     if not own:
@@ -1773,7 +1797,8 @@ def page(label: str, rows: list[dict], results: Results) -> list:
     parents = [row.get("parent"), *(run.get("scorers") or {}).values()]
     data = data_lines(row | {"data_sources": run.get("data_sources")}, run.get("args"))
     data += [[f"{p.get('method') or 'parent'} {p.get('name')}", f"`{p.get('config_hash')}`", ""] for p in parents if p]
-    blocks += ["## Data and lineage", Table(["", "fingerprint", "in words"], data + hashes_of(row), 3), *configuration(run)]
+    blocks += ["## Data and lineage", Table(["", "fingerprint", "in words"], data + hashes_of(row), 3)]
+    blocks += configuration(run)
     if run:
         about = {"git commit": run.get("git_commit"), **(run.get("hardware") or {}), **(run.get("versions") or {})}
         blocks.append("; ".join(f"{key} {value}" for key, value in about.items()) + ".")

@@ -215,6 +215,7 @@ def main(args: Args) -> None:
     counts = common.preflight(tokenizer, sides(pairs), [p.text for p in pairs], split.dropped, 0, args.eval_data,
                               args.preview)
     run = common.Run("reward", args, invariants, split.fingerprints)
+    run.record["data_sources"] = split.sources
 
     # 2. The reward model: the pretrained base, frozen (NF4 under "qlora"), a fresh LoRA and a fresh head.
     common.set_seed(args.seed)
@@ -264,7 +265,7 @@ def main(args: Args) -> None:
     if common.rank() == 0:
         place, record = Path(args.results) / "rm" / run.record["name"], run.record
         kept = {k: record[k] for k in ("name", "model", "config_hash", "family", "seed", "train_invariants",
-                                       "adapter_sha256", "data", "command", "args")}
+                                       "adapter_sha256", "data", "data_sources", "command", "args")}
         common.write_json(f"{place}.json", {"schema_version": 1, **common.without_places(kept), **found})
         common.write_atomic(f"{place}.png", lambda p: plot(scores, lengths, found, record["name"], p))
     metrics = {**counts, "heldout_pairs": len(heldout), "heldout_loss": found["loss"],

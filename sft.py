@@ -194,6 +194,7 @@ def main(args: Args) -> None:
     counts = common.preflight(tokenizer, examples, [c.text for c in split.train], split.dropped,
                               sum(c.cut for c in split.train), args.eval_data, args.preview)
     run = common.Run("sft", args, invariants, split.fingerprints, parent, adapter)
+    run.record["data_sources"] = split.sources
 
     # 2. The policy: the pretrained base (NF4 under "qlora") or base + SFT merged, frozen, and a fresh LoRA.
     common.set_seed(args.seed)

@@ -306,6 +306,15 @@ def loaded(sft_args, tiny_model, data, **changes):
     return common.load_split(args, ["chat", "pair"], sft.conversation, build)
 
 
+def test_the_sources_of_the_used_rows_are_counted(sft_args, tiny_model, tmp_path):
+    """Of the rows that are trained on, by their column `source`: none for a row without it, none of what was left out."""
+    train = [row | source for row, source in zip(chats(6), [{"source": "a"}] * 2 + [{"source": "b"}] * 3 + [{}])]
+    train += [{"messages": [user("why 100"), assistant("so")], "source": "left out"}]
+    write_jsonl(tmp_path / "x_heldout.jsonl", [{"messages": [user("why 100"), assistant("no")], "source": "c"}])
+    split = loaded(sft_args, tiny_model, write_jsonl(tmp_path / "x.jsonl", train))
+    assert split.sources == {"train": {"a": 2, "b": 3}, "heldout": {"c": 1}}
+
+
 def test_training_rows_with_a_held_out_prompt_are_left_out(sft_args, tiny_model, tmp_path, capsys):
     """By the prompt before any of its answers, under any system message; also where the file itself is given again."""
     train = chats(30) + [{"messages": [{"role": "system", "content": "Be brief."}, user("why 100"), assistant("so")]},

@@ -357,7 +357,8 @@ def test_moved_weights_are_those_of_the_dense_difference(run, request, tiny_mode
 
 
 def test_plain_peft_adapters_are_judged_like_runs(judge_args, tiny_model, dpo_run, generated, tmp_path):
-    """DPO's adapter without its run.json: the same figures, under the record of its content. First or last, or alone."""
+    """DPO's adapter without its run.json: the same figures, under the record of its content. First or last, or
+    alone."""
     plain = Path(shutil.copytree(dpo_run, tmp_path / "theirs"))
     (plain / "run.json").unlink()
     results = tmp_path / "results"
@@ -597,7 +598,8 @@ def run_directory(directory, prompts, parent=None, reward=None):
 
 
 def test_what_a_row_learned_from_is_its_own_its_parents_and_its_reward_models_prompts(tmp_path):
-    """Sets of letters: PPO on "pq" from SFT on "st", against a reward model on "ab"; a directory that is gone is unknown."""
+    """Sets of letters: PPO on "pq" from SFT on "st", against a reward model on "ab"; a directory that is gone is
+    unknown."""
     run_directory(tmp_path / "sft", "st")
     run_directory(tmp_path / "rm", "ab")
     ppo = run_directory(tmp_path / "ppo", "pq", tmp_path / "sft", tmp_path / "rm")
@@ -628,7 +630,8 @@ def test_independence_is_computed_from_the_prompts(tmp_path, of_judge, of_row, o
 
 
 def test_prompts_that_a_training_set_holds_are_not_asked(judge_args, results, dpo_run, tmp_path, capsys):
-    """Two of the six prompts are among a copy of the row's training prompts: four are asked, and the record counts two."""
+    """Two of the six prompts are among a copy of the row's training prompts: four are asked, and the record counts
+    two."""
     copy = Path(shutil.copytree(dpo_run, tmp_path / "trained"))
     names = [common.prompt_id(common.as_prompt({"prompt": p}, "")) for p in PROMPTS]
     (copy / "prompts.json").write_text(json.dumps({"train": names[:2], "heldout": names[2:]}))
@@ -654,8 +657,8 @@ def test_a_judge_is_evidence_by_its_own_held_out_pairs(tmp_path):
 
 
 def test_best_of_n_is_the_argmax(results, judge_args, tiny_model, reward_run, sft_run):
-    """Of four samples a prompt the best by plain PEFT's scores among those that ended, none of them the reference's own.
-    Its KL is a bound, and the reward model that chose is no independent judge of it."""
+    """Of four samples a prompt the best by plain PEFT's scores among those that ended, none of them the reference's
+    own. Its KL is a bound, and the reward model that chose is no independent judge of it."""
     args = judge_args | {"rows": (), "results": str(results), "judge_model": reward_run, "best_of": 4,
                          "reward_adapter": reward_run}
     own = completions(results)
@@ -873,7 +876,8 @@ def test_an_api_is_asked_in_both_orders(api, proxy, results, capsys):
                                           (["slow", "html"], 2.3)])
 def test_what_passes_is_tried_again(api, proxy, results, faults, wait):
     """Busy with Retry-After, an error, a cut connection, a reply that takes too long, a page that is no JSON: one try
-    more each, not before the wait that was asked for (or the client's first, 0.375 to 0.5 s), and a verdict in the end."""
+    more each, not before the wait that was asked for (or the client's first, 0.375 to 0.5 s), and a verdict in the
+    end."""
     proxy.faults = list(faults)
     found = api(judge_parallel=1, judge_timeout=2.0 if "slow" in faults else 30.0, prompts=1)
     assert found["summary"]["n"] == 1 and found["summary"]["unparsable"] == 0

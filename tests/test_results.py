@@ -1,4 +1,5 @@
-"""results/metrics.json (schema, keys, concurrent and killed writers); report.py (numbers, refusals, generated files)."""
+"""results/metrics.json (schema, keys, concurrent and killed writers); report.py (numbers, refusals, generated
+files)."""
 
 import copy
 import gzip
@@ -329,8 +330,8 @@ def test_another_config_of_the_same_name_is_no_rerun(here):
 
 
 def test_a_method_is_compared_with_its_own_parent(here):
-    """The row whose adapter it names; a method that started from the base has only that, and one whose parent has no row is
-    left out, with a note."""
+    """The row whose adapter it names; a method that started from the base has only that, and one whose parent has no
+    row is left out, with a note."""
     base, sft, dpo = three_rows()
     other = make_row("sft_v2", 1, "sft", "9", config="other", mmlu=(0.40, 0.004))
     run([base, sft, other, dpo])
@@ -876,8 +877,8 @@ def seeds_of(name, phase, method, parents=None, **right):
 
 
 def test_seeds_of_a_family_are_one_comparison_each_with_its_own_parent(here):
-    """Three seeds of DPO, each from its own SFT row: of 300 IFEval prompts 100 more are right, less the one by which a seed
-    differs. By hand: point, s^2 of the seeds' means and of the seed-averaged items, t."""
+    """Three seeds of DPO, each from its own SFT row: of 300 IFEval prompts 100 more are right, less the one by which a
+    seed differs. By hand: point, s^2 of the seeds' means and of the seed-averaged items, t."""
     base = scored(make_row("base"), 300)
     sft = seeds_of("sft_v2", 1, "sft")
     dpo = seeds_of("dpo_v1", 2, "dpo", sft, ifeval=lambda i: int(i % 3 < 2))
@@ -1148,8 +1149,8 @@ CONTROLLED = "(length-controlled 60.1 [53.0, 67.0]), says judge-70b, whose train
     ({"judge": {"independent": True}}, "met: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts "
      "(length-controlled 60.1 [53.0, 67.0]), says judge-70b, independent"),
     ({"judge": {"independent": False, "shared_prompts": {"dpo_v1": {"prompts": 85, "share": 0.85}}}},
-     "open, no independent judge: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts (length-controlled 60.1 [53.0, 67.0]), "
-     "says judge-70b, not independent: it shares training prompts, 85 % with dpo_v1"),
+     "open, no independent judge: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts (length-controlled 60.1 [53.0, "
+     "67.0]), says judge-70b, not independent: it shares training prompts, 85 % with dpo_v1"),
     ({"win_rate_ci95": [0.5, 0.72]}, f"not met: beats SFT in 65.4 [50.0, 72.0] % of 199 prompts {CONTROLLED}"),  # above, not at
     ({"n": 2, "unparsable": 0, "win_rate": 1.0, "win_rate_ci95": [1.0, 1.0]},
      f"open, too few: beats SFT in 100.0 [100.0, 100.0] % of 2 prompts {CONTROLLED}"),
