@@ -1800,7 +1800,7 @@ def resolve_adapter(adapter: str | Path) -> Path:
     organisation = Path(name).parts[0] if name.count("/") == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
     if organisation in (None, ".", "..", "runs") or Path(organisation).exists():
         return Path(adapter)
-    return from_hub(name, revision, ["adapter_*", "run.json"], "adapter")
+    return from_hub(name, revision, ["adapter_*", "run.json", "prompts.json", "chat_template.jinja"], "adapter")
 
 
 def read_policy(adapter: str | Path) -> tuple[dict[str, Any], Path]:
@@ -1914,6 +1914,10 @@ def read_start(adapter: str | None, model: str | None = None, other_base: bool =
             fail(f"{adapter} was trained under other invariants; they differ in "
                  + ", ".join(k for k in now if now[k] != trained_under.get(k)))
         run = {**run, "model": model}
+        template = directory / "chat_template.jinja"
+        if not trained_under and template.is_file() and template.read_text(encoding="utf-8") != tokenizer.chat_template:
+            say(f"note: {adapter} brings a chat template that differs from the one used here; the base's tokenizer decides: "
+                f"{tokenizer.template_note or 'its own template'}")
     return Start(run, directory, model, model_dir, tokenizer, invariants)
 
 
@@ -1974,6 +1978,8 @@ def save_model(model: nn.Module, tokenizer, directory: Path) -> None:
     config = read_json(temporary / "config.json")
     write_json(temporary / "config.json", config | old_rope_fields(config))
     save_tokenizer(tokenizer, temporary)
+    for file in temporary.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner reads
     os.rename(temporary, directory)
 
 

@@ -255,6 +255,16 @@ def test_sft_goes_on_from_a_plain_adapter(tiny_model, adapter, sft_args, tmp_pat
     assert abs(run["metrics"]["kl_merge"]) < 1e-5
 
 
+def test_a_plain_adapter_with_another_template_is_said(tiny_model, adapter, capsys):
+    """Trained with its template, it would be continued with ours without a word."""
+    (adapter / "chat_template.jinja").write_text(common.load_tokenizer(tiny_model).chat_template)
+    common.read_start(str(adapter), tiny_model)
+    assert "chat template" not in capsys.readouterr().out
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    common.read_start(str(adapter), tiny_model)
+    assert f"{adapter} brings a chat template that differs" in capsys.readouterr().out
+
+
 def test_an_unfinished_run_is_no_plain_adapter(adapter, capsys):
     (adapter / "checkpoint").mkdir()
     with pytest.raises(SystemExit):
@@ -332,6 +342,7 @@ def test_a_merged_model_loads_alone(tiny_model, dpo_run, tmp_path, capsys):
         merge.main(merge.Args(dpo_run, str(tmp_path / dtype), dtype=dtype))
         model = AutoModelForCausalLM.from_pretrained(tmp_path / dtype)
         assert model.dtype == getattr(torch, dtype) and model.config.use_cache
+        assert (tmp_path / dtype / "model.safetensors").stat().st_mode & 0o044
         rounding = update = 0.0
         for name, p in model.named_parameters():
             exact = dict(expected.named_parameters())[name].detach()
