@@ -1,16 +1,25 @@
-"""Which models load: the files of their weights, their configuration, and what the fast code serves."""
+"""Which models load: the files of their weights, what the fast engine serves, and each architecture against the libraries.
+
+table() is the table of docs/models.md.
+"""
 import json
+import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from conftest import make_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import common
+import dpo
 import fast
+import sft
+from common import Example
 
 IDS = torch.tensor([[5, 9, 200, 17, 33, 64, 101, 8, 250, 3, 77]])
 
@@ -165,3 +174,138 @@ def test_older_layouts_of_the_positions_are_understood(tiny_model):
         assert "dynamic" in fast.unsupported({**config, "rope_scaling": scaling})
     assert fast.unsupported({**config, "rope_scaling": {"type": "linear", "factor": 2.0}}) is None
     assert "gemma3_text" in fast.unsupported({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
+
+
+# -- architectures: each is trained, sampled and saved as plain transformers and PEFT do it
+
+SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=16, max_position_embeddings=256, initializer_range=0.1, eos_token_id=2, bos_token_id=1, pad_token_id=0)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+ARCHITECTURES = {  # name in docs/models.md -> tiny configuration; every special trait of it is on
+    "Llama 3, SmolLM 2": transformers.LlamaConfig(vocab_size=400, **SHAPE),
+    "Llama 3.1 (scaled positions)": transformers.LlamaConfig(vocab_size=400, rope_parameters=LLAMA3, **SHAPE),
+    "Qwen 2 and 2.5": transformers.Qwen2Config(vocab_size=400, **SHAPE),
+    "Qwen 2.5 (positions by yarn)": transformers.Qwen2Config(vocab_size=400, rope_parameters=YARN, **SHAPE),
+    "Qwen 2 with sliding windows": transformers.Qwen2Config(vocab_size=400, use_sliding_window=True, sliding_window=8,
+                                                            max_window_layers=2, **SHAPE),
+    "Qwen 3": transformers.Qwen3Config(vocab_size=400, **SHAPE),
+    "Gemma 2": transformers.Gemma2Config(vocab_size=400, sliding_window=8, query_pre_attn_scalar=16,
+                                         final_logit_softcapping=5.0, attn_logit_softcapping=2.0, **SHAPE),
+    "Gemma 3 (text)": transformers.Gemma3TextConfig(vocab_size=400, sliding_window=8, query_pre_attn_scalar=16,
+                                                    layer_types=["sliding_attention", "full_attention"] * 2, **SHAPE),
+    "Mistral": transformers.MistralConfig(vocab_size=400, sliding_window=8, **SHAPE),
+    "Phi 3": transformers.Phi3Config(vocab_size=400, **SHAPE),
+    "SmolLM 3": transformers.SmolLM3Config(vocab_size=400, no_rope_layer_interval=2, **SHAPE),
+    "OLMo 2": transformers.Olmo2Config(vocab_size=400, **SHAPE),
+    "Granite": transformers.GraniteConfig(vocab_size=400, logits_scaling=2.0, embedding_multiplier=3.0, residual_multiplier=0.5,
+                                          attention_multiplier=0.1, **SHAPE),
+    "LFM 2": transformers.Lfm2Config(vocab_size=400, layer_types=["conv", "full_attention"] * 2, **SHAPE),
+}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """{name: directory} of tiny random models, their vocabularies padded beyond the tokenizer's 364 tokens."""
+    directories = {}
+    for name, config in ARCHITECTURES.items():
+        directories[name] = directory = tmp_path_factory.mktemp("model")
+        make_tokenizer(directory)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    return directories
+
+
+def examples(seed=0):
+    """Sequences of 3 to 40 tokens, longer than the windows, with some tokens predicted."""
+    g = random.Random(seed)
+    return [Example.masked(ids, [False] + [g.random() < 0.6 for _ in ids[2:]] + [True]) for ids in
+            ([g.randrange(3, 360) for _ in range(g.randrange(3, 40))] for _ in range(7))]
+
+
+def randomised(policy, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    for p in common.trainable(policy):
+        p.data = 0.05 * torch.randn(p.shape, generator=g)
+    return policy
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_is_trained_sampled_and_saved_like_the_libraries_do(built, tmp_path, name):
+    """Loss, gradient, greedy tokens and the reloaded adapter equal those of transformers and plain PEFT, a sequence at a
+    time without padding, at 1e-5 in fp32."""
+    directory = common.resolve_model(str(built[name]))
+    tokenizer, rows = common.load_tokenizer(directory), examples()
+    ours = randomised(common.add_lora(common.load_model(directory, dtype=torch.float32)))
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    theirs = randomised(get_peft_model(theirs, LoraConfig(
+        r=16, lora_alpha=32, task_type="CAUSAL_LM", target_modules=list(common.lora_targets(theirs)))))
+
+    n = sum(len(e.targets) for e in rows)
+    loss = expected = 0.0
+    for batch in common.micro_batches(ours, rows, 128):
+        part = -common.token_logprobs(ours, batch).sum() / n
+        part.backward()
+        loss += part.item()
+    for e in rows:
+        logprobs = theirs(torch.tensor([e.ids])).logits[0].log_softmax(-1)
+        part = -logprobs[list(e.predict), list(e.targets)].sum() / n
+        part.backward()
+        expected += part.item()
+    assert loss == pytest.approx(expected, abs=1e-5)
+    for (where, mine), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        if mine.requires_grad:
+            assert torch.allclose(mine.grad, other.grad, atol=1e-5, rtol=1e-4), where
+
+    for policy in (ours, theirs):  # a step of training
+        torch.optim.Adam(common.trainable(policy), lr=1e-3).step()
+    prompts = [e.ids for e in rows]
+    done = common.Sampler(ours, tokenizer).sample(prompts, 12)
+    for prompt, completion in zip(prompts, done):
+        out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False,
+                              eos_token_id=list(tokenizer.stop_ids), pad_token_id=0)
+        assert completion.ids == out[0, len(prompt):].tolist()
+
+    common.save_policy(ours, None, tmp_path / "run", tokenizer, str(directory))
+    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), tmp_path / "run")
+    merged = common.load_model(directory, tmp_path / "run", dtype=torch.float32)
+    ids, before = torch.tensor([rows[0].ids]), None
+    with torch.no_grad():
+        before = ours(ids).logits
+        for model in (reloaded.eval(), merged):
+            assert torch.allclose(model(ids).logits, before, atol=1e-5)
+        assert (before - common.load_model(directory, dtype=torch.float32)(ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["Gemma 3 (text)", "Phi 3", "LFM 2"])
+def test_a_run_records_the_layers_that_it_adapts(built, sft_args, dpo_args, tmp_path, name):
+    """Fused projections and convolutions: all linear layers of the decoder, in the invariants and in the adapter; and DPO on
+    top of SFT is one adapter of both."""
+    directory = built[name]
+    sft.main(sft.Args(**{**sft_args, "model": str(directory), "rows": 8, "out": str(tmp_path / "sft_v2")}))
+    dpo.main(dpo.Args(**{**dpo_args, "rows": 8, "sft_adapter": str(tmp_path / "sft_v2"), "out": str(tmp_path / "dpo_v1")}))
+    targets = common.lora_targets(common.skeleton(directory))
+    for run, r in (("sft_v2", 16), ("dpo_v1", 32)):
+        config = json.loads((tmp_path / run / "adapter_config.json").read_text())
+        invariants = json.loads((tmp_path / run / "run.json").read_text())["invariants"]
+        assert (sorted(config["target_modules"]), config["r"]) == (sorted(targets), r)
+        assert invariants["target_modules"] == list(targets)
+    start = common.read_start(str(tmp_path / "dpo_v1"))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), start.adapter).eval()
+    assert torch.allclose(logits(theirs), logits(common.load_model(directory, start.adapter, dtype=torch.float32)), atol=1e-5)
+
+
+def table() -> str:
+    """The table of docs/models.md: the architectures above, the engine that serves each, and the layers that LoRA adapts."""
+    lines = ["| architecture | `model_type` | engine | LoRA on |", "|---|---|---|---|"]
+    for name, config in ARCHITECTURES.items():
+        with torch.device("meta"):
+            targets = common.lora_targets(AutoModelForCausalLM.from_config(config))
+        layers = "the seven projections" if targets == common.TARGET_MODULES else ", ".join(targets)
+        lines.append(f"| {name} | {config.model_type} | {'plain' if fast.unsupported(config.to_dict()) else 'fast'} | {layers} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_the_docs_is_that_of_the_test():
+    assert table() in (Path(__file__).parent.parent / "docs" / "models.md").read_text()
