@@ -133,14 +133,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def to_json(obj: Any, indent: int | None = None) -> str:
-    """JSON text. Infinity and NaN, which JSON doesn't have and other readers refuse, are an error that names their place."""
+    """JSON text. Infinity and NaN, which JSON doesn't have, are an error that names their place."""
     try:
         return json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        place = next(((at, value) for at, value in leaves(obj) if isinstance(value, float) and not math.isfinite(value)), None)
-        if place is None:
+        broken = [(at, x) for at, x in leaves(obj) if isinstance(x, float) and not math.isfinite(x)]
+        if not broken:
             raise
-        raise FloatingPointError(f"{place[0]} is {place[1]}, which JSON can't hold") from None
+        raise FloatingPointError(f"{broken[0][0]} is {broken[0][1]}, which JSON can't hold") from None
 
 
 def leaves(obj: Any, at: str = "") -> Iterable[tuple[str, Any]]:
@@ -245,7 +245,7 @@ def setup_device(device: str = "auto") -> torch.device:
 
 
 def computes_bfloat16(kind: str) -> bool:
-    """Whether a device ("cuda", "cpu" or "mps") multiplies bfloat16 matrices natively; emulation is slower than float32."""
+    """Whether a device ("cuda", "cpu", "mps") multiplies bfloat16 matrices natively; emulation is slower than float32."""
     if kind == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     if kind == "cpu":  # avx512_bf16 and amx_bf16 on x86, their like on Arm
@@ -380,7 +380,7 @@ class EvalProtocol:
 
 
 # Fields of a script's Args that name a place or change speed, never the mathematics. What `model`, `data`, `task`,
-# `quantization` and an adapter's flag give enters config_hash by content: invariants, data fingerprints, the parent's hash.
+# `quantization` and an adapter's flag give enters config_hash by content: invariants, data fingerprints, parent's hash.
 RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "other_base", "quantization", "eval_data", "out",
                        "results", "overwrite", "reward_adapter", "watch_adapter", "task",
                        "max_dropped", "max_overlong", "preview", "max_gap", "micro_tokens", "engine", "device",
@@ -1478,8 +1478,9 @@ def skeleton(model_dir: str | Path) -> nn.Module:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
     except Exception as e:  # each configuration class has errors of its own; the first line says what is wrong
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         fail(f"{model_dir}: transformers {transformers.__version__} makes no causal language model of its config.json "
-             f"(model_type {config.get('model_type')}): {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}")
+             f"(model_type {config.get('model_type')}): {reason}")
     if any(isinstance(module, Conv1D) for module in model.modules()):
         fail(f"{model_dir}: the projections of {config['model_type']} are transposed (Conv1D), which LoRA here doesn't "
              f"serve; choose a model with ordinary linear layers")
@@ -1496,11 +1497,11 @@ def weight_files(model_dir: str | Path) -> list[Path]:
         return sorted(model_dir / name for name in {*read_json(index).get("weight_map", {}).values()})
     others = sorted(p.name for p in model_dir.glob("*.bin")) + sorted(p.name for p in model_dir.glob("*.gguf"))
     fail(f"{model_dir}: no model.safetensors and no model.safetensors.index.json"
-         + (f"; {others[0]} is not read: convert it (GGUF: tools/convert_gguf.py; else save_pretrained)" if others else ""))
+         + (f"; {others[0]} is not read: convert it (tools/convert_gguf.py, or save_pretrained)" if others else ""))
 
 
 def check_weights(model_dir: Path, model: nn.Module) -> None:
-    """Fail unless the files of the weights are whole and hold what `model` (a skeleton) needs, in a plain floating type."""
+    """Fail unless the weights' files are whole and hold what `model` (a skeleton) needs, in a plain floating type."""
     entries: dict[str, dict] = {}
     for file in weight_files(model_dir):
         if not file.is_file():
@@ -1620,7 +1621,7 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
 # ------------------------------------------------------------------------------------------------
 
 def lora_targets(model: nn.Module) -> tuple[str, ...]:
-    """Names of the linear layers that LoRA adapts: the seven projections, or in a decoder that is built otherwise (fused
+    """Names of the linear layers that LoRA adapts: the seven projections, or in a decoder that lacks some (fused
     projections, convolutions) every linear layer but the LM head."""
     head = model.get_output_embeddings()
     names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -1754,13 +1755,16 @@ def read_factors(adapter: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
             scale, b = lora_scale(config, name), tensors[key.replace(".lora_A.", ".lora_B.")].float()
             factors[name] = a.float(), b if scale == LORA_SCALE else b * (scale / LORA_SCALE)
     rank = max(len(a) for a, _ in factors.values())
-    return {name: (F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a)))) for name, (a, b) in factors.items()}
+    return {name: (F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a))))
+            for name, (a, b) in factors.items()}
 
 
 def lora_scale(config: dict[str, Any], module: str) -> float:
     """The factor of B A at a module, from an adapter_config.json."""
-    r, alpha = (patterns.get(get_pattern_key(patterns.keys(), module), default) for patterns, default in
-                ((config.get("rank_pattern") or {}, config["r"]), (config.get("alpha_pattern") or {}, config["lora_alpha"])))
+    def value(field: str, pattern: str) -> float:
+        by_module = config.get(pattern) or {}
+        return by_module.get(get_pattern_key(by_module.keys(), module), config[field])
+    r, alpha = value("r", "rank_pattern"), value("lora_alpha", "alpha_pattern")
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
@@ -1774,12 +1778,13 @@ ADAPTER_FIELDS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_patter
 def check_plain_adapter(adapter: Path) -> None:
     """Fail on a PEFT adapter that is not a plain LoRA (B A added to linear layers), naming the field or the tensor."""
     if not (adapter / "adapter_model.safetensors").is_file():
-        fail(f"{adapter}: no adapter_model.safetensors" + ("; adapter_model.bin is not read, since unpickling runs code: "
-             "load it with PEFT and save it with save_pretrained" if (adapter / "adapter_model.bin").is_file() else ""))
+        pickled = "; adapter_model.bin is not read, since unpickling runs code: load it with PEFT, then save_pretrained"
+        fail(f"{adapter}: no adapter_model.safetensors" + pickled * (adapter / "adapter_model.bin").is_file())
     config = read_json(adapter / "adapter_config.json")
     default = LoraConfig().to_dict()
     for field, value in config.items():
-        harmless = field == "init_lora_weights" and value in (True, False, "gaussian")  # others change the base's weights
+        # other ways to initialise change the base's weights
+        harmless = field == "init_lora_weights" and value in (True, False, "gaussian")
         if field not in ADAPTER_FIELDS and value and value != default.get(field) and not harmless:
             fail(f"{adapter}: adapter_config.json sets {field} to {json.dumps(value)[:60]}; only plain LoRA is read "
                  f"(factors A and B added to linear layers)")
@@ -1804,21 +1809,22 @@ def resolve_adapter(adapter: str | Path) -> Path:
 
 
 def read_policy(adapter: str | Path) -> tuple[dict[str, Any], Path]:
-    """(record, directory) of a policy's adapter: the run.json of a run of ours, or of a plain PEFT LoRA adapter a record of
-    the same keys, known by its content; its base is checked by check_base."""
+    """(record, directory) of a policy's adapter: the run.json of a run of ours, or a record of the same keys of a plain PEFT
+    LoRA adapter, which is known by its content. check_base checks its base."""
     directory = resolve_adapter(adapter)
     if not (directory / "adapter_config.json").is_file() or \
             any((directory / name).exists() for name in ("run.json", "checkpoint")):
         return read_adapter(directory), directory
     check_plain_adapter(directory)
-    config, digest = read_json(directory / "adapter_config.json"), tensors_sha256([directory / "adapter_model.safetensors"])
+    config = read_json(directory / "adapter_config.json")
+    digest = tensors_sha256([directory / "adapter_model.safetensors"])
     scales = {k: config.get(k) for k in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")}
     content = sha256_json([digest, scales])[:8]
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     return {"method": "peft", "name": Path(split_model(str(adapter))[0]).resolve().name, "config_hash": content,
             "family": content, "adapter_sha256": digest, "model": f"{base}@{revision}" if base and revision else base,
-            "weights_sha256": None, "invariants": None, "train_invariants": None, "seed": None, "parent": None, "data": None,
-            "args": {}, "metrics": {}, "wall_time_s": None}, directory
+            "weights_sha256": None, "invariants": None, "train_invariants": None, "seed": None, "parent": None,
+            "data": None, "args": {}, "metrics": {}, "wall_time_s": None}, directory
 
 
 def read_adapter(adapter: str | Path, reward: bool = False) -> dict[str, Any]:
@@ -1906,7 +1912,8 @@ def read_start(adapter: str | None, model: str | None = None, other_base: bool =
     model_dir = resolve_model(model)
     tokenizer = load_tokenizer(model_dir)
     trained_under = run and run["invariants"]
-    invariants = TrainInvariants.of(model, model_dir, tokenizer, (trained_under or {}).get("quantization", quantization))
+    policy = trained_under["quantization"] if trained_under else quantization
+    invariants = TrainInvariants.of(model, model_dir, tokenizer, policy)
     if run:
         check_base(directory, run, model, model_dir, invariants.weights_sha256, other_base)
         if trained_under and invariants.hash != run["train_invariants"]:
@@ -1984,7 +1991,7 @@ def save_model(model: nn.Module, tokenizer, directory: Path) -> None:
 
 
 def old_rope_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary positions of a config.json of transformers 5 (rope_parameters) as 4.57 reads them; 5 reads both alike."""
+    """The rotary positions of a config.json of transformers 5 (rope_parameters) as 4.57 reads them; 5 reads both."""
     rope = config.get("rope_parameters") or {}
     full, local = rope.get("full_attention", rope), rope.get("sliding_attention")  # Gemma 3 has one of each
     scaling = {k: v for k, v in full.items() if k != "rope_theta"}

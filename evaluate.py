@@ -85,8 +85,8 @@ class Args:
     """Base model: a local directory or a hub id[@revision]. By default the one the adapter was trained on, or
     Qwen2.5-0.5B."""
     adapter: str | None = None
-    """Adapter to evaluate on the base model: a run directory (runs/dpo_v1), or any plain PEFT LoRA (directory or hub id).
-    Without it, the base model is evaluated."""
+    """Adapter to evaluate on the base model: a run directory (runs/dpo_v1), or any plain PEFT LoRA (a directory or hub
+    id). Without it, the base model is evaluated."""
     other_base: bool = False
     """Accept a plain PEFT adapter that names another base than --model."""
     name: str | None = None
@@ -566,7 +566,9 @@ def score_columns(lines: list[dict]) -> dict[str, list]:
     response "characters", without whitespace around it}."""
 
     def plain(x):  # true and 1.0 -> 1
-        return [plain(y) for y in x] if isinstance(x, list) else int(x) if x is not None and float(x).is_integer() else x
+        if isinstance(x, list):
+            return [plain(y) for y in x]
+        return int(x) if x is not None and float(x).is_integer() else x
 
     columns = {"task": [line["task"] for line in lines], "doc_id": [line["doc_id"] for line in lines],
                "doc_hash": [line["doc_hash"][:8] for line in lines]}  # fmt: skip
@@ -634,7 +636,7 @@ def main(args: Args) -> dict:
     name = args.name or (Path(args.adapter).resolve().name if args.adapter else "base")
     if not re.fullmatch(r"[\w.+-]+", name):
         fail(f"--name {name!r}: only letters, digits and . _ + - (it names a directory)")
-    ours = run is not None and run["method"] != "peft"  # what we trained states its invariants; a start takes on the table's
+    ours = run is not None and run["method"] != "peft"  # a plain PEFT adapter has no invariants; it takes the base row's
     policy = run["invariants"]["quantization"] if ours else args.quantization or ("none" if run else "qlora")
     if args.quantization and args.quantization != policy:
         fail(f"--quantization {args.quantization}, but {args.adapter} was trained under {policy!r}; leave the flag out")

@@ -985,7 +985,8 @@ def main(args: Args) -> None:
     if not os.environ.get(args.judge_key_env, "").isascii():
         fail(f"{args.judge_key_env} holds characters that no HTTP header can")
     device = common.setup_device(args.device)
-    args = replace(args, dtype=str(common.setup_dtype(args.dtype, device)).removeprefix("torch."))  # stated in the results
+    dtype = str(common.setup_dtype(args.dtype, device)).removeprefix("torch.")
+    args = replace(args, dtype=dtype)  # the results state it
     rows, reference, start = read_rows(args)
     model_dir, tokenizer, invariants = start.model_dir, start.tokenizer, start.invariants
     scorer = None

@@ -1,4 +1,4 @@
-"""Which models load: the files of their weights, what the fast engine serves, and each architecture against the libraries.
+"""Which models load: the files of their weights, what the fast engine serves, each architecture against the libraries.
 
 table() is the table of docs/models.md.
 """
@@ -37,17 +37,20 @@ def model(tmp_path, tiny_model):
 
 def edit_config(directory, drop=(), **changes):
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({k: v for k, v in {**config, **changes}.items() if k not in drop}))
+    config = {k: v for k, v in {**config, **changes}.items() if k not in drop}
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 def edit_weights(directory, change):
-    tensors = change(load_file(directory / "model.safetensors"))
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    """change: (name, tensor) -> the same changed, or None to leave it out."""
+    tensors = (change(name, tensor) for name, tensor in load_file(directory / "model.safetensors").items())
+    save_file(dict(filter(None, tensors)), directory / "model.safetensors", {"format": "pt"})
 
 
 def shard(directory):
     """The same weights in several files and an index."""
-    AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).save_pretrained(directory, max_shard_size="60KB")
+    whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    whole.save_pretrained(directory, max_shard_size="60KB")
     (directory / "model.safetensors").unlink()
     return sorted(directory.glob("model-*.safetensors"))
 
@@ -56,10 +59,10 @@ def shard(directory):
 
 FORMS = {
     "shards": shard,
-    "float16": lambda d: edit_weights(d, lambda ts: {k: t.half() for k, t in ts.items()}),
-    "bfloat16": lambda d: edit_weights(d, lambda ts: {k: t.bfloat16() for k, t in ts.items()}),
+    "float16": lambda d: edit_weights(d, lambda name, t: (name, t.half())),
+    "bfloat16": lambda d: edit_weights(d, lambda name, t: (name, t.bfloat16())),
     "no dtype in the config": lambda d: edit_config(d, drop=("dtype", "torch_dtype")),
-    "the names of a bare decoder": lambda d: edit_weights(d, lambda ts: {k.removeprefix("model."): t for k, t in ts.items()}),
+    "the names of a bare decoder": lambda d: edit_weights(d, lambda name, t: (name.removeprefix("model."), t)),
     "a second copy in another layout": lambda d: save_file({"x": torch.ones(1)}, d / "consolidated.safetensors"),
 }
 
@@ -91,7 +94,7 @@ def cut_a_shard(directory):
 
 
 def drop(name):
-    return lambda d: edit_weights(d, lambda ts: {k: t for k, t in ts.items() if k != name})
+    return lambda d: edit_weights(d, lambda k, t: (k, t) if k != name else None)
 
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -100,13 +103,13 @@ FAULTS = {  # what is wrong -> (how it comes about, parts of the error)
     "a shard is an LFS pointer": (point_at_lfs, ["model-00002-of-", "LFS pointer"]),
     "a shard is cut short": (cut_a_shard, ["model-00002-of-", "is truncated"]),
     "a tensor is missing": (drop(NORM), [NORM, "1 of 20 tensors"]),
-    "another shape": (lambda d: edit_config(d, intermediate_size=96), ["mlp.gate_proj.weight", "[128, 64]", "[96, 64]"]),
-    "8-bit floats": (lambda d: edit_weights(d, lambda ts: {k: t.to(torch.float8_e4m3fn) for k, t in ts.items()}), ["F8_E4M3"]),
-    "quantised": (lambda d: edit_config(d, quantization_config={"quant_method": "awq", "bits": 4}), ["quantised", "awq"]),
+    "another shape": (lambda d: edit_config(d, intermediate_size=96), ["gate_proj.weight", "[128, 64]", "[96, 64]"]),
+    "8-bit floats": (lambda d: edit_weights(d, lambda name, t: (name, t.to(torch.float8_e4m3fn))), ["F8_E4M3"]),
+    "quantised": (lambda d: edit_config(d, quantization_config={"quant_method": "awq"}), ["quantised", "awq"]),
     "an unknown type": (lambda d: edit_config(d, model_type="llama9"), ["llama9", transformers.__version__]),
-    "code of its own": (lambda d: edit_config(d, model_type="mine", auto_map={"AutoModelForCausalLM": "m.M"}), ["mine"]),
+    "code of its own": (lambda d: edit_config(d, model_type="mine", auto_map={"AutoModel": "m.M"}), ["mine"]),
     "an encoder": (lambda d: edit_config(d, model_type="vit"), ["vit"]),
-    "GGUF only": (lambda d: (d / "model.safetensors").rename(d / "model.gguf"), ["model.gguf is not read", "convert_gguf"]),
+    "GGUF only": (lambda d: (d / "model.safetensors").rename(d / "m.gguf"), ["m.gguf is not read", "convert_gguf"]),
 }
 
 
@@ -149,10 +152,11 @@ SERVED = {
                                                        max_window_layers=4), None),
     "a window": (transformers.Qwen3Config(use_sliding_window=True, sliding_window=64, num_hidden_layers=4,
                                           max_window_layers=1), "window of 64 tokens"),
-    "dynamic": (transformers.LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}), "dynamic"),
+    "dynamic": (transformers.LlamaConfig(rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}), "dynamic"),
     "longrope": (transformers.LlamaConfig(rope_parameters={
-        "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}),
-        "longrope"),
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 64,
+        "long_factor": [2.0] * 64}), "longrope"),
     "gelu": (transformers.LlamaConfig(hidden_act="gelu"), "gelu"),
     "gemma2": (transformers.Gemma2Config(), "gemma2"),
     "mistral": (transformers.MistralConfig(), "mistral"),
@@ -179,7 +183,8 @@ def test_older_layouts_of_the_positions_are_understood(tiny_model):
 # -- architectures: each is trained, sampled and saved as plain transformers and PEFT do it
 
 SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-             head_dim=16, max_position_embeddings=256, initializer_range=0.1, eos_token_id=2, bos_token_id=1, pad_token_id=0)
+             head_dim=16, max_position_embeddings=256, initializer_range=0.1, eos_token_id=2, bos_token_id=1,
+             pad_token_id=0)
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -199,8 +204,8 @@ ARCHITECTURES = {  # name in docs/models.md -> tiny configuration; every special
     "Phi 3": transformers.Phi3Config(vocab_size=400, **SHAPE),
     "SmolLM 3": transformers.SmolLM3Config(vocab_size=400, no_rope_layer_interval=2, **SHAPE),
     "OLMo 2": transformers.Olmo2Config(vocab_size=400, **SHAPE),
-    "Granite": transformers.GraniteConfig(vocab_size=400, logits_scaling=2.0, embedding_multiplier=3.0, residual_multiplier=0.5,
-                                          attention_multiplier=0.1, **SHAPE),
+    "Granite": transformers.GraniteConfig(vocab_size=400, logits_scaling=2.0, embedding_multiplier=3.0,
+                                          residual_multiplier=0.5, attention_multiplier=0.1, **SHAPE),
     "LFM 2": transformers.Lfm2Config(vocab_size=400, layer_types=["conv", "full_attention"] * 2, **SHAPE),
 }
 
@@ -233,8 +238,8 @@ def randomised(policy, seed=1):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_is_trained_sampled_and_saved_like_the_libraries_do(built, tmp_path, name):
-    """Loss, gradient, greedy tokens and the reloaded adapter equal those of transformers and plain PEFT, a sequence at a
-    time without padding, at 1e-5 in fp32."""
+    """Loss, gradient, greedy tokens and the reloaded adapter equal those of transformers and plain PEFT, one sequence
+    at a time without padding, at 1e-5 in fp32."""
     directory = common.resolve_model(str(built[name]))
     tokenizer, rows = common.load_tokenizer(directory), examples()
     ours = randomised(common.add_lora(common.load_model(directory, dtype=torch.float32)))
@@ -263,14 +268,15 @@ def test_an_architecture_is_trained_sampled_and_saved_like_the_libraries_do(buil
     prompts = [e.ids for e in rows]
     done = common.Sampler(ours, tokenizer).sample(prompts, 12)
     for prompt, completion in zip(prompts, done):
-        out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False,
-                              eos_token_id=list(tokenizer.stop_ids), pad_token_id=0)
+        out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12,
+                              do_sample=False, eos_token_id=list(tokenizer.stop_ids), pad_token_id=0)
         assert completion.ids == out[0, len(prompt):].tolist()
 
     common.save_policy(ours, None, tmp_path / "run", tokenizer, str(directory))
-    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), tmp_path / "run")
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    reloaded = PeftModel.from_pretrained(base, tmp_path / "run")
     merged = common.load_model(directory, tmp_path / "run", dtype=torch.float32)
-    ids, before = torch.tensor([rows[0].ids]), None
+    ids = torch.tensor([rows[0].ids])
     with torch.no_grad():
         before = ours(ids).logits
         for model in (reloaded.eval(), merged):
@@ -280,11 +286,11 @@ def test_an_architecture_is_trained_sampled_and_saved_like_the_libraries_do(buil
 
 @pytest.mark.parametrize("name", ["Gemma 3 (text)", "Phi 3", "LFM 2"])
 def test_a_run_records_the_layers_that_it_adapts(built, sft_args, dpo_args, tmp_path, name):
-    """Fused projections and convolutions: all linear layers of the decoder, in the invariants and in the adapter; and DPO on
-    top of SFT is one adapter of both."""
+    """Fused projections and convolutions: all linear layers of the decoder, in the invariants and in the adapter; and
+    DPO on top of SFT is one adapter of both."""
     directory = built[name]
     sft.main(sft.Args(**{**sft_args, "model": str(directory), "rows": 8, "out": str(tmp_path / "sft_v2")}))
-    dpo.main(dpo.Args(**{**dpo_args, "rows": 8, "sft_adapter": str(tmp_path / "sft_v2"), "out": str(tmp_path / "dpo_v1")}))
+    dpo.main(dpo.Args(**{**dpo_args, "rows": 8, "out": str(tmp_path / "dpo_v1")}, sft_adapter=str(tmp_path / "sft_v2")))
     targets = common.lora_targets(common.skeleton(directory))
     for run, r in (("sft_v2", 16), ("dpo_v1", 32)):
         config = json.loads((tmp_path / run / "adapter_config.json").read_text())
@@ -293,17 +299,19 @@ def test_a_run_records_the_layers_that_it_adapts(built, sft_args, dpo_args, tmp_
         assert invariants["target_modules"] == list(targets)
     start = common.read_start(str(tmp_path / "dpo_v1"))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), start.adapter).eval()
-    assert torch.allclose(logits(theirs), logits(common.load_model(directory, start.adapter, dtype=torch.float32)), atol=1e-5)
+    merged = common.load_model(directory, start.adapter, dtype=torch.float32)
+    assert torch.allclose(logits(theirs), logits(merged), atol=1e-5)
 
 
 def table() -> str:
-    """The table of docs/models.md: the architectures above, the engine that serves each, and the layers that LoRA adapts."""
+    """The table of docs/models.md: the architectures above, the engine of each, the layers that LoRA adapts."""
     lines = ["| architecture | `model_type` | engine | LoRA on |", "|---|---|---|---|"]
     for name, config in ARCHITECTURES.items():
         with torch.device("meta"):
             targets = common.lora_targets(AutoModelForCausalLM.from_config(config))
         layers = "the seven projections" if targets == common.TARGET_MODULES else ", ".join(targets)
-        lines.append(f"| {name} | {config.model_type} | {'plain' if fast.unsupported(config.to_dict()) else 'fast'} | {layers} |")
+        engine = "plain" if fast.unsupported(config.to_dict()) else "fast"
+        lines.append(f"| {name} | {config.model_type} | {engine} | {layers} |")
     return "\n".join(lines) + "\n"
 
 

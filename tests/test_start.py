@@ -70,7 +70,7 @@ def dpo_from_base(tiny_model, dpo_args, tmp_path_factory):
     return out
 
 
-def test_every_method_starts_from_the_model_itself(tiny_model, sft_run, dpo_from_base, dpo_run, kto_args, ppo_args, grpo_args,
+def test_every_method_starts_from_the_model_itself(tiny_model, dpo_from_base, dpo_run, kto_args, ppo_args, grpo_args,
                                                    tmp_path):
     start = {"sft_adapter": "none", "model": tiny_model}
     kto.main(kto.Args(**{**kto_args, **start, "rows": 8}, out=str(tmp_path / "kto")))
@@ -97,13 +97,14 @@ def test_the_start_is_in_the_hash(tiny_model, sft_run, adapter, dpo_args):
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
 
 
-def test_ppo_from_the_model_itself_takes_the_policy_of_its_reward_model(tiny_model, ppo_args, reward_run, tmp_path, capsys):
+def test_ppo_from_the_model_itself_takes_its_reward_models_policy(tiny_model, ppo_args, reward_run, tmp_path, capsys):
     changed = shutil.copytree(reward_run, tmp_path / "rm")
     run = json.loads((changed / "run.json").read_text())
     invariants = common.TrainInvariants(**{**run["invariants"], "quantization": "qlora",
                                            "target_modules": tuple(run["invariants"]["target_modules"])})
     edit_json(changed / "run.json", invariants=dataclasses.asdict(invariants), train_invariants=invariants.hash)
-    settings = {**ppo_args, "model": tiny_model, "updates": 1, "reward_adapter": str(changed), "out": str(tmp_path / "ppo")}
+    settings = {**ppo_args, "model": tiny_model, "updates": 1, "reward_adapter": str(changed),
+                "out": str(tmp_path / "ppo")}
     with pytest.raises(SystemExit):
         ppo.main(ppo.Args(**settings))
     assert "quantisation qlora / none" in capsys.readouterr().err
@@ -116,7 +117,8 @@ def test_ppo_from_the_model_itself_takes_the_policy_of_its_reward_model(tiny_mod
 KINDS = {
     "another scale": {"lora_alpha": 32},
     "rslora": {"use_rslora": True},
-    "ranks of their own": {"rank_pattern": {"q_proj": 7, r"layers\.1\.self_attn\.v_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    "ranks of their own": {"rank_pattern": {"q_proj": 7, r"layers\.1\.self_attn\.v_proj": 2},
+                           "alpha_pattern": {"v_proj": 3}},
     "rslora with ranks of their own": {"use_rslora": True, "rank_pattern": {"v_proj": 9}},
     "all seven": {"target_modules": list(common.TARGET_MODULES)},
     "one layer's": {"target_modules": r"model\.layers\.1\.mlp\.(up|down)_proj"},
@@ -126,7 +128,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plain_adapter_is_merged_and_composed(tiny_model, tmp_path, kind):
-    """Merged it gives PEFT's logits; with a fresh LoRA on top, the saved sum loads in plain PEFT as the whole policy."""
+    """Merged it gives PEFT's logits; with a fresh LoRA on top, the saved sum loads in plain PEFT as the policy."""
     directory = write_adapter(tiny_model, tmp_path / "adapter", **KINDS[kind])
     start = common.read_start(directory, tiny_model)
     assert start.parent["method"] == "peft" and start.adapter == Path(directory)
@@ -141,7 +143,8 @@ def test_a_plain_adapter_is_merged_and_composed(tiny_model, tmp_path, kind):
     config = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
     rank = max(len(t) for name, t in load_file(f"{directory}/adapter_model.safetensors").items() if "lora_A" in name)
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (rank + 16, 2 * (rank + 16), False)
-    assert torch.allclose(logits(PeftModel.from_pretrained(plain_base(tiny_model), tmp_path / "sum")), logits(policy), atol=1e-5)
+    reloaded = PeftModel.from_pretrained(plain_base(tiny_model), tmp_path / "sum")
+    assert torch.allclose(logits(reloaded), logits(policy), atol=1e-5)
 
 
 REFUSED = {
@@ -170,16 +173,17 @@ def break_tensors(adapter, change):
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 BROKEN = {  # what is wrong -> (how it comes about, what the error says)
-    "a pickle": (lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"), "adapter_model.bin is not read"),
+    "a pickle": (lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"), ".bin is not read"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     "half a pair": (lambda d: break_tensors(d, lambda t: t.pop(FIRST + "B.weight")), FIRST),
-    "a magnitude": (lambda d: break_tensors(d, lambda t: t.update({FIRST + "magnitude_vector": torch.ones(3)})), "magnitude"),
+    "a magnitude": (lambda d: break_tensors(d, lambda t: t.update({FIRST + "magnitude": torch.ones(3)})), "magnitude"),
     "a saved head": (lambda d: break_tensors(d, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(3)})),
                      "lm_head"),
     "another module": (lambda d: break_tensors(d, lambda t: t.update(
         {n.replace("q_proj", "router"): t.pop(n) for n in [FIRST + "A.weight", FIRST + "B.weight"]})),
         "model.layers.0.self_attn.router"),
-    "another shape": (lambda d: break_tensors(d, lambda t: t.update({FIRST + "A.weight": torch.ones(4, 48)})), "(64, 48)"),
+    "another shape": (lambda d: break_tensors(d, lambda t: t.update({FIRST + "A.weight": torch.ones(4, 48)})),
+                      "(64, 48)"),
 }
 
 
@@ -223,7 +227,8 @@ def test_an_adapter_is_known_by_its_content(tiny_model, adapter, tmp_path):
     edit_json(moved / "adapter_config.json", lora_alpha=16)
     scaled, _ = common.read_policy(str(moved))
     assert record["config_hash"] == again["config_hash"] != scaled["config_hash"]
-    assert record["adapter_sha256"] == scaled["adapter_sha256"] == common.tensors_sha256([adapter / "adapter_model.safetensors"])
+    weights = common.tensors_sha256([adapter / "adapter_model.safetensors"])
+    assert record["adapter_sha256"] == scaled["adapter_sha256"] == weights
 
 
 def test_dpo_from_a_plain_adapter_and_again(tiny_model, adapter, dpo_args, tmp_path, capsys):
@@ -283,8 +288,8 @@ def test_an_adapter_of_the_hub(tiny_model, adapter, tmp_path, monkeypatch, capsy
     start = common.read_start("org/name", tiny_model)
     assert start.adapter == snapshot and start.parent["name"] == "name"
     assert start.parent["config_hash"] == common.read_policy(str(adapter))[0]["config_hash"]
-    for name, part in (("org/other", "can't get the adapter org/other from the hub"), ("runs/sft_v2", "is not a trained adapter"),
-                       ("cache/other", "is not a trained adapter")):
+    for name, part in (("org/other", "can't get the adapter org/other from the hub"),
+                       ("runs/sft_v2", "is not a trained adapter"), ("cache/other", "is not a trained adapter")):
         with pytest.raises(SystemExit):
             common.read_start(name, tiny_model)
         assert part in capsys.readouterr().err
@@ -295,7 +300,8 @@ def test_an_adapter_of_the_hub(tiny_model, adapter, tmp_path, monkeypatch, capsy
 def test_auto_is_bfloat16_where_the_device_computes_it(monkeypatch, capsys):
     """What "auto" means enters config_hash and run.json, never the word itself."""
     invariants = common.TrainInvariants("org/base", "abc", "0" * 64, "", "none")
-    hashes = {dtype: common.config_hash("dpo", dpo.Args(dtype=dtype), invariants, {}, None) for dtype in ("bfloat16", "float32")}
+    hashes = {dtype: common.config_hash("dpo", dpo.Args(dtype=dtype), invariants, {}, None)
+              for dtype in ("bfloat16", "float32")}
     for native, resolved in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(common, "computes_bfloat16", lambda kind, native=native: native)
         args = dpo.Args(device="cpu")
@@ -306,8 +312,8 @@ def test_auto_is_bfloat16_where_the_device_computes_it(monkeypatch, capsys):
         assert common.setup_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16 and not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("names, native", [({"avx512_bf16": True, "avx2": True}, True), ({"amx_bf16": True}, True), ({}, False),
-                                           ({"avx512_f": True, "avx512_bf16": False}, False)])
+@pytest.mark.parametrize("names, native", [({"avx512_bf16": True, "avx2": True}, True), ({"amx_bf16": True}, True),
+                                           ({"avx512_f": True, "avx512_bf16": False}, False), ({}, False)])
 def test_bfloat16_is_a_capability_of_the_cpu(monkeypatch, names, native):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: names)
     assert common.computes_bfloat16("cpu") == native and not common.computes_bfloat16("mps")
@@ -335,7 +341,7 @@ def test_mps_has_no_nf4(monkeypatch, capsys):
 # -- written for other tools
 
 def test_a_merged_model_loads_alone(tiny_model, dpo_run, tmp_path, capsys):
-    """The directory that tools/merge.py writes has PEFT's merged weights, rounded once; the size of the rounding is printed."""
+    """tools/merge.py writes the weights that PEFT merges, rounded once, and prints the size of the rounding."""
     expected = PeftModel.from_pretrained(plain_base(tiny_model), dpo_run).merge_and_unload()
     base = {name: p for name, p in plain_base(tiny_model).named_parameters()}
     for dtype in ("float32", "bfloat16"):
@@ -346,14 +352,16 @@ def test_a_merged_model_loads_alone(tiny_model, dpo_run, tmp_path, capsys):
         rounding = update = 0.0
         for name, p in model.named_parameters():
             exact = dict(expected.named_parameters())[name].detach()
-            assert ((p.float() - exact.to(p.dtype).float()).abs() <= 1e-6 + (dtype == "bfloat16") * 2**-7 * exact.abs()).all()
+            bound = 1e-6 + (dtype == "bfloat16") * 2**-7 * exact.abs()
+            assert ((p.float() - exact.to(p.dtype).float()).abs() <= bound).all()
             assert (p == exact.to(p.dtype)).float().mean() > 0.99 or dtype == "float32"
             if any(target in name for target in common.TARGET_MODULES):
                 rounding += (exact.to(p.dtype).double() - exact.double()).square().sum().item()
                 update += (exact - base[name]).double().square().sum().item()
         printed = capsys.readouterr().out
         assert f"{(rounding / update) ** 0.5:.1%}" in printed and ("0.0%" in printed) == (dtype == "float32")
-    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "float32")), logits(expected), atol=1e-5)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "float32")
+    assert torch.allclose(logits(alone), logits(expected), atol=1e-5)
     with pytest.raises(SystemExit):
         merge.main(merge.Args(dpo_run, str(tmp_path / "float32")))
     assert "exists and is not an empty directory" in capsys.readouterr().err
@@ -372,7 +380,8 @@ def test_a_saved_tokenizer_is_read_by_older_versions(sft_run, tiny_model):
     """No class and no field that transformers 4.57 doesn't know; read back, it is the same tokenizer."""
     config = json.loads((Path(sft_run) / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert not isinstance(config.get("extra_special_tokens"), list) and not {"is_local", "local_files_only"} & config.keys()
+    assert not isinstance(config.get("extra_special_tokens"), list)
+    assert not {"is_local", "local_files_only"} & config.keys()
     ours, base = (AutoTokenizer.from_pretrained(d) for d in (sft_run, tiny_model))
     text = "why is <|im_start|>the sky<|im_end|> blue<|endoftext|>"
     assert ours(text)["input_ids"] == base(text)["input_ids"] and ours.all_special_ids == base.all_special_ids

