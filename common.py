@@ -1531,9 +1531,18 @@ def weights_sha256(model_dir: str | Path) -> str:
 
 
 def max_positions(model_dir: Path) -> int:
-    """Positions the model was made for; a large number when its config doesn't say."""
+    """Positions that a sequence may have; a large number when the config doesn't say.
+
+    With longrope, those before the rotary factors change: beyond, the longest sequence of a micro-batch would decide
+    them for all others in it.
+    """
     config = read_json(model_dir / "config.json")
-    return (config.get("text_config") or config).get("max_position_embeddings") or 1 << 30
+    config = config.get("text_config") or config
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    limit = config.get("max_position_embeddings") or 1 << 30
+    if rope.get("rope_type", rope.get("type")) == "longrope":
+        limit = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or limit
+    return limit
 
 
 def check_max_length(model_dir: Path, max_length: int, micro_tokens: int, unit: int = 1) -> None:

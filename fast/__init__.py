@@ -34,7 +34,7 @@ ROPE_TYPES = (None, "default", "linear", "llama3", "yarn")  # positions whose sc
 def unsupported(config: dict) -> str | None:
     """Why this engine can't serve a model, from its config.json; None if it can."""
     config = config.get("text_config") or config
-    kind, rope = config.get("model_type"), config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind, rope = config.get("model_type"), config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type"))
     if kind not in ARCHITECTURES:
         return f"architecture {kind} (it knows {', '.join(ARCHITECTURES)})"

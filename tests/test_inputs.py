@@ -709,16 +709,14 @@ def test_model_of_another_architecture(refused, tmp_path):
     refused("sft", {"model": str(tmp_path / "gpt2")}, "gpt2 are transposed (Conv1D)")
 
 
-def test_model_that_sampling_does_not_know(refused, own_model):
+@pytest.mark.parametrize("change, reason", [({"model_type": "gemma"}, "gemma"), ({"hidden_act": "gelu"}, "gelu"),
+                                            ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "dynamic")])
+def test_model_that_the_fast_engine_does_not_serve(refused, accepted, own_model, change, reason):
+    """Asked for, it is refused before a model loads; by default the plain engine takes it."""
     config = json.loads((own_model / "config.json").read_text())
-    (own_model / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
-    refused("sft", {"model": str(own_model)}, "gemma with silu", "llama")
-
-
-def test_model_that_rescales_its_logits(refused, own_model):
-    config = json.loads((own_model / "config.json").read_text())
-    (own_model / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
-    refused("sft", {"model": str(own_model)}, "rescales logits", "final_logit_softcapping")
+    (own_model / "config.json").write_text(json.dumps({**config, **change}))
+    refused("sft", {"model": str(own_model), "engine": "fast"}, "--engine fast", reason, "--engine auto or plain")
+    accepted("sft", {"model": str(own_model)})
 
 
 def test_evaluation_data_without_prompts(refused, tmp_path):

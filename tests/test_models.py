@@ -317,3 +317,15 @@ def table() -> str:
 
 def test_the_table_of_the_docs_is_that_of_the_test():
     assert table() in (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+
+
+def test_positions_end_where_the_rotary_factors_change(tmp_path):
+    """With longrope a sequence's log-probabilities would depend on the lengths of its neighbours beyond that."""
+    longrope = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    whole = {"max_position_embeddings": 512}
+    for config, positions in ((whole, 512), ({}, 1 << 30), ({"text_config": {"max_position_embeddings": 64}}, 64),
+                              ({**whole, "original_max_position_embeddings": 64, "rope_scaling": longrope}, 64),
+                              ({**whole, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
+                                                             "original_max_position_embeddings": 32}}, 32)):
+        common.write_json(tmp_path / "config.json", config)
+        assert common.max_positions(tmp_path) == positions
