@@ -45,7 +45,7 @@ against SFT is above 50 %, by a judge that shares no training prompt with it.
 4. What is missing is shown as missing, never as zero: a row as "planned", a score as "–", a standard error as "?".
 5. A reward model scores answers and has no benchmark row: its own table comes from rm/*.json, beside the baseline "the
    longer answer wins". What PPO and GRPO say of themselves comes from ppo/*.json and grpo/*.json, what a judge says of
-   held-out answers from judge/*.json, speed from bench/*.json. A record of other train_invariants than the rows' is
+   held-out answers from judge/*.json, README.md's line on speed from bench/*.json. A record of other train_invariants than the rows' is
    listed with ‡ and both hashes, and left out where --group names theirs.
 
     python report.py            print what was learned and the verdicts; write results/README.md, a page per run in
@@ -1346,36 +1346,18 @@ def guardrails_table(record: dict, rows: list[dict]) -> Table:
     return Table(["row", "tokens", *GUARDRAILS, f"KL to {reference}", "‖ΔW‖ / ‖W‖,\n%"], lines, 1, notes)
 
 
-def settings_of(case: dict) -> str:
-    """A benchmark case's settings in a few words: what isn't the default."""
-    found = case.get("settings")
-    if isinstance(found, dict):
-        known = ("script", "shape", "device", "torch")  # from the file and the workload
-        found = ", ".join(f"{k}={v}" for k, v in found.items() if k not in known and v not in (None, ""))
-    return str(found or "default")
-
-
-def bench_tables(results: Path) -> list[str | Table]:
-    """bench/*.json: a table a file, its workloads one after the other, ours first."""
-    blocks = []
+def speed_line(results: Path, directory: str) -> str:
+    """One sentence on SFT's speed and memory beside the fastest peer's, from the first bench/*.json that has both."""
     for path in sorted((results / "bench").glob("*.json")):
-        record, lines = read_json(path), []
-        cases = [case for case in record.get("cases") or [] if isinstance(case, dict)]
-        for workload in dict.fromkeys(case.get("workload") for case in cases):
-            of = [case for case in cases if case.get("workload") == workload]
-            speeds = [finite(case.get("tokens_per_s")) or 0 for case in of if case.get("system") == "rungs"]
-            ours = max(speeds, default=0)
-            for case in sorted(of, key=lambda case: case.get("system") != "rungs"):
-                speed = finite(case.get("tokens_per_s"))
-                ratio = f"{ours / speed:.2f}×" if ours and speed and case["system"] != "rungs" else ""
-                about = [str(case.get("workload") or "–"), str(case.get("system") or "–"), settings_of(case)]
-                figures = [number(speed, 0), ratio, number(case.get("peak_gib"), 1), number(case.get("mfu"), 1, 100)]
-                lines.append(about + figures)
-        header = ["workload", "system", "settings", "tokens/s", "rungs is", "peak GiB", "MFU, %"]
-        notes = ["rungs is: the tokens/s of rungs on one GPU over those of the line. MFU is of one GPU."]
-        notes += [f"{case['workload']}, {case['system']}: {case['note']}" for case in cases if case.get("note")]
-        blocks += [f"## Speed: {record.get('device') or path.stem}", Table(header, lines, 3, notes)]
-    return blocks
+        record = read_json(path)
+        cases = {case["system"]: case for case in record["cases"] if case["workload"] == "sft-bf16" and case.get("tokens_per_s")}
+        if {"rungs", "trl-best"} <= cases.keys():
+            ours, peer = cases["rungs"], cases["trl-best"]
+            speed, ratio = ours["tokens_per_s"], ours["tokens_per_s"] / peer["tokens_per_s"]
+            device = (re.findall(r"\b[A-Z]+\d{2,}\b", record["device"]) or [record["device"]])[0]  # NVIDIA H100 80GB HBM3
+            return (f"**Speed**: SFT {float(f'{speed:.3g}'):,.0f} tokens/s on one {device}, {ratio:.0f} × TRL's best, in "
+                    f"{ours['peak_gib']:.0f} GiB; [all methods]({directory}/bench/README.md).")
+    return ""
 
 
 # ------------------------------------------------------------------ plots
@@ -1667,7 +1649,7 @@ def first_answers(results: Results) -> list[str | Table]:
 
 
 def full_report(results: Results, pages: list[str]) -> list[str | Table]:
-    """Blocks of text and tables, for results/README.md and the terminal, without the speed and the legend."""
+    """Blocks of text and tables, for results/README.md and the terminal, without the legend."""
     tables, records, plots = results.tables, results.records, results.plots
     answers = first_answers(results)
     third = next((i for i, block in enumerate(answers) if str(block).startswith("## 3")), len(answers))
@@ -1900,10 +1882,10 @@ def main(args: Args) -> None:
     given = [f"{flag} {value}" for flag, value in flags.items() if value and value != defaults[flag]]
     command = " ".join(["python report.py", *given])
     report = Results(tables, records, compared, protocols, verdicts_of(compared, tables, protocols), list(figures))
-    stamp, speed = f"{STAMP}{command}`; edits are lost -->\n\n", bench_tables(results)
+    stamp = f"{STAMP}{command}`; edits are lost -->\n\n"
     own_rewards = [record for record in records["rm"] if not record["note"] and record["name"] not in runs]
     pages = [*runs, *(record["name"] for record in own_rewards)]
-    full = [*full_report(report, pages), LEGEND, *speed]
+    full = [*full_report(report, pages), LEGEND]
     texts = {results / "README.md": stamp + markdown(full)}
     for label, own in runs.items():
         texts[results / "runs" / f"{label}.md"] = stamp + markdown(page(label, own, report))
@@ -1913,7 +1895,7 @@ def main(args: Args) -> None:
     if chosen != "none":
         readme = Path(chosen)
         directory = Path(os.path.relpath(results, readme.parent)).as_posix()
-        compact = [*compact_report(report, directory), LEGEND, *speed]
+        compact = [*compact_report(report, directory), *filter(None, [speed_line(results, directory)]), LEGEND]
         texts[readme] = with_section(readme, stamp + markdown(compact) + "\n")
     names = [str(path) for path in texts if path.parent != results / "runs"]
     names += [f"pages of {len(pages)} runs"] * bool(pages) + [f"plots: {len(figures)}"] * bool(figures)

@@ -21,7 +21,7 @@ sampling, reference, one with backward; ppo-step sampling, old, reference and fo
 head) scores, old values and four epochs.
 
 Results go to --out, results/bench/<device>.json: a case that is run again replaces its former self, one that fails is kept
-with its error.
+with its error. README.md beside it has the tables of all such files; `--only` with no workload only writes that.
 """
 import dataclasses
 import functools
@@ -258,19 +258,40 @@ def flops_a_token(case: str, config, sizes: dict, completion_tokens: int) -> flo
     return flops(found["lengths"], found["shared"], found["predicted"], backward=1, **passes) / sum(found["lengths"])
 
 
+def settings_of(case: dict) -> str:
+    """A case's settings in a few words: what isn't the default."""
+    settings = case.get("settings") or {}
+    if isinstance(settings, dict):
+        known = ("script", "shape", "device", "torch")  # from the file and the workload
+        settings = ", ".join(f"{k}={v}" for k, v in settings.items() if k not in known and v not in (None, ""))
+    return settings or "default"
+
+
 def table(cases: list[dict]) -> str:
-    """Markdown: a line a case, with its speed over that of TRL's best (of sampling: transformers' generate)."""
-    def cell(value, form: str) -> str:
-        return "" if value is None else format(value, form)
-    peers = {c["workload"]: c["tokens_per_s"] for c in cases
-             if c["system"] in ("trl-best", "transformers-generate") and "tokens_per_s" in c}
-    lines = ["| workload | system | tokens/s | ratio | peak GiB | MFU | |", "| :-- | :-- | --: | --: | --: | --: | :-- |"]
+    """Markdown: one line per case, beside it how many times its speed is that of rungs on one GPU; notes below."""
+    def cell(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+    ours = {c["workload"]: c["tokens_per_s"] for c in cases if c["system"] == "rungs" and c.get("tokens_per_s")}
+    lines = ["| workload | system | settings | tokens/s | rungs is | peak GiB | MFU | |",
+             "| :-- | :-- | :-- | --: | --: | --: | --: | :-- |"]
     for c in cases:
-        speed, peer = c.get("tokens_per_s"), peers.get(c["workload"])
+        speed, own = c.get("tokens_per_s"), ours.get(c["workload"])
+        ratio = f"{own / speed:.2f} ×" if own and speed and c["system"] != "rungs" else ""
         apart = f"rollout {c['rollout_s']} s, update {c['update_s']} s" if "rollout_s" in c else ""
-        lines.append(f"| {c['workload']} | {c['system']} | {cell(speed, ',')} | {cell(speed / peer if speed and peer else None, '.2f')} "
+        lines.append(f"| {c['workload']} | {c['system']} | {settings_of(c)} | {cell(speed, ',.0f')} | {ratio} "
                      f"| {cell(c.get('peak_gib'), '.1f')} | {cell(c.get('mfu'), '.1%')} | {c.get('error', apart)[:120]} |")
-    return "\n".join(lines)
+    notes = [f"{c['workload']}, {c['system']}: {c['note']}" for c in cases if c.get("note")]
+    return "\n\n".join(["\n".join(lines), *notes])
+
+
+def write_tables(out: Path) -> None:
+    """<out>/README.md: the table of every <device>.json there."""
+    records = [common.read_json(path) for path in sorted(out.glob("*.json"))]
+    tables = [f"## {record['device']}\n\n{table(record['cases'])}" for record in records]
+    explained = ("Tokens per second of training and sampling, written by `python bench/train.py`. \"rungs is\": the speed of "
+                 "rungs on one GPU over that of the line. MFU is of one GPU. How a case is run: the docstring of "
+                 "bench/train.py.")
+    common.write_text(out / "README.md", "\n\n".join(["# Speed", explained, *tables]) + "\n")
 
 
 def best_of(cases: list[dict]) -> list[dict]:
@@ -291,10 +312,13 @@ def merge(path: Path, new: list[dict], device: str) -> list[dict]:
     cases = [c for c in old if (c["workload"], c["system"]) not in again] + new
     cases.sort(key=order)
     common.write_json(path, {"device": device, "cases": cases})
+    write_tables(path.parent)
     return cases
 
 
 def main(args: Args) -> None:
+    if not args.only:
+        return write_tables(Path(args.out))
     if not 0 < args.warm < args.steps:
         common.fail(f"--warm {args.warm} must be at least 1, and less than --steps {args.steps}")
     if not 0 < args.peer_warm < args.peer_steps:

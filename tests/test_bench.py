@@ -280,6 +280,31 @@ def test_the_benchmark_runs(tmp_path):
     assert [c["system"] for c in cases] == ["rungs", "rungs-x2", "trl-best"] and cases[1]["tokens_per_s"] > 0, cases
 
 
+def test_the_table_of_speeds(tmp_path, monkeypatch):
+    """Without a workload nothing is measured, and README.md beside the records is written again; ratios by hand."""
+    monkeypatch.syspath_prepend(str(REPO / "bench"))
+    import train
+    sft = {"workload": "sft-bf16", "mfu": 0.41}
+    cases = [sft | {"system": "rungs", "tokens_per_s": 100_000.4, "peak_gib": 12, "settings": {"script": "sft", "flags": ""}},
+             sft | {"system": "trl-default", "tokens_per_s": 20_000, "peak_gib": 30.14, "mfu": 0.081,
+                    "settings": {"batch": 8, "use_liger": False}, "note": "of another day"},
+             {"workload": "dpo", "system": "trl-best", "error": "no trainer"}]
+    common.write_json(tmp_path / "h100.json", {"device": "an H100", "cases": cases})
+    train.main(train.Args(only=(), out=str(tmp_path)))
+    text = (tmp_path / "README.md").read_text()
+    assert [line for line in text.split("## an H100")[1].splitlines() if line.startswith("| ")][2:] == [
+        "| sft-bf16 | rungs | default | 100,000 |  | 12.0 | 41.0% |  |",
+        "| sft-bf16 | trl-default | batch=8, use_liger=False | 20,000 | 5.00 × | 30.1 | 8.1% |  |",
+        "| dpo | trl-best | default | – |  | – | – | no trainer |"]
+    assert text.endswith("\n\nsft-bf16, trl-default: of another day\n")
+    train.write_tables(tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
+    committed = REPO / "results" / "bench"
+    copied = [common.write_json(tmp_path / "again" / path.name, common.read_json(path)) for path in committed.glob("*.json")]
+    train.write_tables(tmp_path / "again")
+    assert copied and (tmp_path / "again" / "README.md").read_text() == (committed / "README.md").read_text()
+
+
 def test_the_chart_of_costs_is_drawn(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPO / "bench"))
     monkeypatch.chdir(tmp_path)
