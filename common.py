@@ -816,6 +816,11 @@ def as_prompts(row: dict, where: str) -> list[list[dict]]:
     return [messages[:i] for i, m in enumerate(messages) if m["role"] == "assistant"]
 
 
+def count_sources(rows: Iterable[dict]) -> dict[str, int]:
+    """{source: its rows}, by their column `source`; empty where no row has one. For run.json's data_sources."""
+    return dict(Counter(str(row["source"]) for row in rows if row.get("source")))
+
+
 def say_ignored(rows: Iterable[dict], source: str) -> None:
     """One line on what changes a row's meaning and isn't used, with the number of rows that have it."""
     counts = Counter()
@@ -1072,8 +1077,7 @@ def load_split(args: Any, kinds: Sequence[str], read: Callable[[dict, str], Any]
                                       args.max_dropped, max_overlong=1.0)
     prompts = {name: sorted({prompt_id(p) for i in used for p in as_prompts(source[i], "")})
                for name, source, used in (("train", rows, kept), ("heldout", held.rows, held_kept))}
-    sources = {name: dict(Counter(str(value) for i in used if (value := source[i].get("source"))))
-               for name, source, used in (("train", rows, kept), ("heldout", held.rows, held_kept))}
+    sources = {"train": count_sources(rows[i] for i in kept), "heldout": count_sources(held.rows[i] for i in held_kept)}
     return Split(train, heldout, kept, dropped, {"train": fingerprint, "heldout": held.fingerprint}, prompts, sources)
 
 

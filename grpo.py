@@ -359,6 +359,8 @@ def main(args: Args) -> None:
     counts = common.preflight_prompts(tokenizer, [p.ids for p in problems], [p.text for p in problems], dropped,
                                       args.eval_data, args.preview)
     run = common.Run("grpo", args, invariants, data, parent, adapter)
+    run.record["data_sources"] = {name: common.count_sources(p.row for p in items)
+                                  for name, items in (("train", problems), ("heldout", heldout))}
 
     # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference.
     common.set_seed(args.seed)

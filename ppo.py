@@ -233,8 +233,8 @@ class Prompt:
 
 
 def load_prompts(tokenizer, args: Args,
-                 taken: dict[str, str]) -> tuple[list[Prompt], Counter, list[int], dict[str, str]]:
-    """(prompts, dropped reasons, their rows, fingerprints): part B's prompts, each once, without the held-out ones.
+                 taken: dict[str, str]) -> tuple[list[Prompt], Counter, list[int], dict[str, str], dict[str, int]]:
+    """(prompts, dropped reasons, their rows, fingerprints, sources): part B's prompts, each once, no held-out one.
 
     taken: {prompt id: whose} of the reward models' prompts; one of them in part B is an error.
     """
@@ -271,7 +271,7 @@ def load_prompts(tokenizer, args: Args,
     if left_out:
         common.say(f"note: {len(left_out)} prompts of part B are held out ({held.source}) and left out of training")
     common.say_ignored((rows[i] for i in usable[2]), args.data)
-    return *usable, {"prompts": data, "heldout": held.fingerprint}
+    return *usable, {"prompts": data, "heldout": held.fingerprint}, common.count_sources(rows[i] for i in usable[2])
 
 
 def fit(args: Args, n: int) -> Args:
@@ -376,7 +376,7 @@ def main(args: Args) -> None:
     nf4 = invariants.quantization == "qlora"
     if nf4:
         common.check_nf4(device)
-    prompts, dropped, kept, data = load_prompts(tokenizer, args, taken)
+    prompts, dropped, kept, data, sources = load_prompts(tokenizer, args, taken)
     args = fit(args, len(prompts)) if len(prompts) < args.fixed_prompts + args.batch_size else args
     fixed, prompts = prompts[:args.fixed_prompts], prompts[args.fixed_prompts:]
     passes = math.ceil(args.updates / (len(prompts) // args.batch_size))
@@ -384,6 +384,7 @@ def main(args: Args) -> None:
     counts = common.preflight_prompts(tokenizer, [p.ids for p in prompts], [p.text for p in prompts], dropped,
                                       args.eval_data, args.preview)
     run = common.Run("ppo", args, invariants, data, parent, adapter, scorer_runs)
+    run.record["data_sources"] = {"prompts": sources}
 
     # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference. On another copy of
     # the base: the reward model, the critic (its adapter again, a head of zeros) and the second scorer.

@@ -571,6 +571,7 @@ def test_run_directory_and_results(grpo_run, grpo_args, sft_run):
     run, lines = record(grpo_run), log(grpo_run)
     assert run["parent"]["config_hash"] == record(sft_run)["config_hash"]
     assert run["data"].keys() == {"task", "train"} and run["data"]["task"].startswith("sha256:")
+    assert run["data_sources"] == {"train": {}, "heldout": {}}  # the task's rows name no source
     assert [line["step"] for line in lines] == [0, 1, 2]
     results = json.loads((Path(grpo_args["results"]) / "grpo" / "grpo_v1.json").read_text())
     assert results["curves"]["kl"] == [line["kl"] for line in lines] and results["updates"] == 3

@@ -194,11 +194,13 @@ def loaded(tiny_model, ppo_args, path, rows):
 
 def test_prompts_are_those_of_part_b_once_each(tiny_model, data_dir, ppo_args, tmp_path):
     rows = [json.loads(line) for line in (data_dir / "preference.jsonl").read_text().splitlines()]
+    rows = [row | {"source": "even" if i % 2 == 0 else None} for i, row in enumerate(rows)]
     rows += rows[:30]  # some twice
     tokenizer = common.load_tokenizer(tiny_model)
-    prompts, _, kept, _ = loaded(tiny_model, ppo_args, tmp_path / "x.jsonl", rows)
+    prompts, _, kept, _, sources = loaded(tiny_model, ppo_args, tmp_path / "x.jsonl", rows)
     part_b = {row["prompt"][0]["content"] for row in rows if part_of(row["prompt"]) == "B"}
     assert sorted(p.text for p in prompts) == sorted(part_b) and len(prompts) == len(part_b) > 10
+    assert sources == {"even": sum(i % 2 == 0 for i in kept)}
     for i, p in zip(kept, prompts):
         whole, _ = common.render(tokenizer, rows[i]["prompt"] + rows[i]["chosen"])
         assert whole[:len(p.ids)] == p.ids and tokenizer.decode(p.ids).endswith("assistant\n")
@@ -424,6 +426,7 @@ def test_run_directory_and_results(ppo_run, ppo_args, reward_run, sft_run):
     run, scorer = record(ppo_run), record(reward_run)
     assert run["parent"]["config_hash"] == record(sft_run)["config_hash"]
     assert run["scorers"] == {"reward": {k: scorer[k] for k in ("name", "method", "config_hash", "adapter_sha256", "family")}}
+    assert run["data_sources"] == {"prompts": {}}  # the rows name no source
     lines = log(ppo_run)
     assert [line["step"] for line in lines] == [0, 1, 2]
     results = json.loads((Path(ppo_args["results"]) / "ppo" / "ppo_v1.json").read_text())
