@@ -35,6 +35,7 @@ import tyro
 from torch import Tensor
 
 import common
+import inputs
 from common import Example
 
 
@@ -185,7 +186,7 @@ def evaluate_pairs(policy, pairs: list[Pair], args: Args, device) -> dict[str, f
     sides = [e for i in mine for e in (pairs[i].chosen, pairs[i].rejected)]
     for micro in common.micro_batches(policy, sides, args.micro_tokens, unit=2):
         values[:, [mine[i // 2] for i in micro.examples[::2]]] = pair_metrics(policy, micro, args)[1].double()
-    values, prompts = common.all_reduce_(values).cpu(), [common.prompt_id(p.prompt) for p in pairs]
+    values, prompts = common.all_reduce_(values).cpu(), [inputs.prompt_id(p.prompt) for p in pairs]
     return {**dict(zip(METRICS, values.mean(1).tolist())),
             **{f"{k}_interval": common.interval(v, prompts) for k, v in zip(METRICS[:3], values)}}
 
@@ -204,11 +205,11 @@ def main(args: Args) -> None:
         args.sft_adapter, args.model, args.other_base)
     engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
-    split = common.load_split(args, ["pair"], common.as_pair, build_pairs(tokenizer, args))
+    split = inputs.load_split(args, ["pair"], inputs.as_pair, build_pairs(tokenizer, args))
     pairs, heldout = split.train, split.heldout
     prompts = [ids for p in heldout[:args.eos_prompts] if len(ids := common.render_prompt(tokenizer, p.prompt))
                + args.eos_tokens <= common.max_positions(model_dir)]
-    counts = common.preflight(tokenizer, [e for p in pairs for e in (p.chosen, p.rejected)], [p.text for p in pairs],
+    counts = inputs.preflight(tokenizer, [e for p in pairs for e in (p.chosen, p.rejected)], [p.text for p in pairs],
                               split.dropped, 0, args.eval_data, args.preview)
     run = common.Run("dpo", args, invariants, split.fingerprints, parent, adapter)
     run.record["data_sources"] = split.sources

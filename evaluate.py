@@ -75,6 +75,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import common
+import inputs
 from common import EvalProtocol, Example, Sampler, TrainInvariants, fail
 
 
@@ -642,7 +643,7 @@ def main(args: Args) -> dict:
         fail(f"--quantization {args.quantization}, but {args.adapter} was trained under {policy!r}; leave the flag out")
     tokenizer = common.load_tokenizer(model_dir)
     if args.protocol == "chat":
-        common.say_template(tokenizer)
+        inputs.say_template(tokenizer)
     invariants = TrainInvariants.of(model_name, model_dir, tokenizer, policy)
     weights = invariants.weights_sha256
     if run:

@@ -60,6 +60,7 @@ import tyro
 from torch import Tensor
 
 import common
+import inputs
 from common import Completion, Example
 
 GSM8K = "openai/gsm8k@e53f048856ff4f594e959d75785d2c2d37b678ee:main/train"
@@ -221,7 +222,7 @@ def learning_rate(step: int, total: int, args: Args) -> float:
 @dataclass(frozen=True)
 class Problem:
     index: int       # of its row
-    id: str          # common.prompt_id of the prompt
+    id: str          # inputs.prompt_id of the prompt
     ids: list[int]   # the prompt, which ends where the assistant's answer begins
     text: str        # the prompt's last turn
     row: dict        # what reward() sees
@@ -249,7 +250,7 @@ class Task:
 def usable(index: int, item: tuple | str | None) -> tuple | None:
     """An item of `read_data` with its row's index; None: not in this part. Raises Degenerate where it is a reason."""
     if isinstance(item, str):
-        raise common.Degenerate(item)
+        raise inputs.Degenerate(item)
     return item and (index, *item)
 
 
@@ -259,7 +260,7 @@ def build(tokenizer, args: Args):
         ids = common.render_prompt(tokenizer, prompt, name)
         return "empty prompt" if not prompt[-1]["content"].strip() else \
             "too long" if len(ids) > args.prompt_tokens else \
-            Problem(index, common.prompt_id(prompt), ids, prompt[-1]["content"], row)
+            Problem(index, inputs.prompt_id(prompt), ids, prompt[-1]["content"], row)
     return lambda items, names: [problem(name, *item) for name, item in zip(names, items)]
 
 
@@ -350,16 +351,16 @@ def main(args: Args) -> None:
     common.check_max_length(model_dir, args.prompt_tokens + args.completion_tokens, args.micro_tokens)
     task = load_task(args)
     source, rows, held, data = read_data(task, args)
-    heldout, _, _ = common.take_rows(held, min(args.heldout_rows, len(held) - held.count(None)), args.seed, usable,
+    heldout, _, _ = inputs.take_rows(held, min(args.heldout_rows, len(held) - held.count(None)), args.seed, usable,
                                      build(tokenizer, args), f"{source} (held out)", args.max_dropped)
     wanted = min(args.updates * args.batch_size * (ROUNDS if args.resample_groups else 1), len(rows) - rows.count(None))
-    problems, dropped, _ = common.take_rows(rows, wanted, args.seed, usable, build(tokenizer, args), source,
+    problems, dropped, _ = inputs.take_rows(rows, wanted, args.seed, usable, build(tokenizer, args), source,
                                              args.max_dropped, preview=args.preview)
-    common.say_ignored((p.row for p in problems), source)
-    counts = common.preflight_prompts(tokenizer, [p.ids for p in problems], [p.text for p in problems], dropped,
+    inputs.say_ignored((p.row for p in problems), source)
+    counts = inputs.preflight_prompts(tokenizer, [p.ids for p in problems], [p.text for p in problems], dropped,
                                       args.eval_data, args.preview)
     run = common.Run("grpo", args, invariants, data, parent, adapter)
-    run.record["data_sources"] = {name: common.count_sources(p.row for p in items)
+    run.record["data_sources"] = {name: inputs.count_sources(p.row for p in items)
                                   for name, items in (("train", problems), ("heldout", heldout))}
 
     # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference.
@@ -609,7 +610,7 @@ def read_question(row: dict, where: str, task: str) -> tuple[list[dict], dict]:
     answer = answer if "####" in answer else f"#### {answer}"
     if final_number(answer) is None:
         common.fail(f"{where}: no answer: want a number, alone or after ####, got {str(row.get('answer'))[-80:]!r}")
-    *before, last = common.as_prompt(row if row.get("question") is None else {"prompt": row["question"]}, where)
+    *before, last = inputs.as_prompt(row if row.get("question") is None else {"prompt": row["question"]}, where)
     worked = [{"role": role, "content": text} for question, solved in WORKED[task]
               for role, text in (("user", question + ASK), ("assistant", solved))]
     system = int(bool(before) and before[0]["role"] == "system")
@@ -669,7 +670,7 @@ def load_task(args: Args) -> Task:
             common.fail(f"{where}: no {missing[0]}, which --task {args.task} needs")
         if "solution_str" in parameters and ground_truth(row) is None:
             common.fail(f"{where}: no ground_truth, nor a ground_truth in reward_model, which --task {args.task} needs")
-        return common.as_prompt(row, where), row
+        return inputs.as_prompt(row, where), row
     return Task(path.stem, "sha256:" + common.file_sha256(path), read, rewards, getattr(module, "rows", None))
 
 
@@ -768,7 +769,7 @@ def read_data(task: Task, args: Args) -> tuple[str, list, list, dict[str, str]]:
     if not (task.rows or args.data or task.name == "gsm8k"):
         common.fail(f"--task {args.task} has no rows(); give its rows with --data")
     source = args.task if task.rows else args.data or GSM8K
-    held_source = args.heldout_data or (None if task.rows else common.heldout_beside(source))
+    held_source = args.heldout_data or (None if task.rows else inputs.heldout_beside(source))
     if tests := [s for s in (source, held_source) if s and re.search(r":(.*/)?test", s)]:
         common.fail(f"{tests[0]} is a test split, which is evaluate.py's; train on, and hold out, rows of another")
 
@@ -777,23 +778,23 @@ def read_data(task: Task, args: Args) -> tuple[str, list, list, dict[str, str]]:
         for i, row in enumerate(rows):
             try:
                 items.append(task.read(row, f"{source}, row {i}"))
-            except common.Degenerate as e:
+            except inputs.Degenerate as e:
                 items.append(str(e))
         return items, fingerprint
 
     data = {"task": task.identity}
-    rows, data["train"] = read(*(own_rows(task) if task.rows else common.load_rows(source)), source)
+    rows, data["train"] = read(*(own_rows(task) if task.rows else inputs.load_rows(source)), source)
     common.say(f"{source}: {len(rows):,} rows for the task {task.name}")
-    keys = [None if isinstance(item, str) else common.prompt_key(item[0]) for item in rows]
+    keys = [None if isinstance(item, str) else inputs.prompt_key(item[0]) for item in rows]
     if held_source:
-        held, data["heldout"] = read(*common.load_rows(held_source), held_source)
+        held, data["heldout"] = read(*inputs.load_rows(held_source), held_source)
     else:  # the prompts with the smallest sha256, each once: a split that no seed and no order moves
         place = {key: i for i, key in enumerate(keys) if key}
         chosen = sorted(place, key=lambda key: (common.bucket(key), key))[:min(args.heldout_rows, max(1, len(place) // 10))]
         held: list = [None] * len(rows)
         for key in chosen:
             held[place[key]] = rows[place[key]]
-    apart = {common.prompt_key(item[0]) for item in held if isinstance(item, tuple)}
+    apart = {inputs.prompt_key(item[0]) for item in held if isinstance(item, tuple)}
     return source, [None if key in apart else item for key, item in zip(keys, rows)], held, data
 
 

@@ -66,6 +66,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 import common
+import inputs
 from common import Example, fail
 
 
@@ -386,7 +387,7 @@ def read_rows(args: Args):
     first = next((place for place in adapters if read[place][0]["invariants"]), adapters[0])
     start = common.read_start(first, args.model, other_base=args.other_base)
     invariants = start.invariants
-    common.say_template(start.tokenizer)
+    inputs.say_template(start.tokenizer)
     base = {"name": "base", "config_hash": common.sha256_json(["base", invariants.hash])[:8], "adapter_sha256": None,
             "train_invariants": invariants.hash}
     rows = []
@@ -426,11 +427,11 @@ def check_same(adapter: str, run: dict[str, Any], start: common.Start, args: Arg
 def read_prompts(args: Args, tokenizer, limit: int, trained_on: Set[str] = frozenset()) -> tuple[list[Prompt], dict]:
     """The prompts, different ones of at most `limit` tokens and none of `trained_on`, and what identifies them."""
     source, seen, left_out = args.data or args.pref_data, set(), set()
-    rows, fingerprint = common.load_rows(source)
+    rows, fingerprint = inputs.load_rows(source)
     if not args.data:
-        held = common.load_heldout(args.pref_data, args.heldout_data, rows)
+        held = inputs.load_heldout(args.pref_data, args.heldout_data, rows)
         source, rows, fingerprint = held.source, held.rows, held.fingerprint
-        judged = [p is not None and common.is_judge_prompt(p) for p in held.prompts]
+        judged = [p is not None and inputs.is_judge_prompt(p) for p in held.prompts]
         if not any(judged):
             common.say(f"note: {source}: none of {len(rows)} held-out prompts is the judge's by hash: all are judged")
             judged = [True] * len(rows)
@@ -440,8 +441,8 @@ def read_prompts(args: Args, tokenizer, limit: int, trained_on: Set[str] = froze
             return None
         if row.get("prompt") is None and row.get("turns"):
             row = {"prompt": row["turns"][0]}
-        messages = common.as_prompt(row, f"{source}, row {i}")
-        name = common.prompt_id(messages)
+        messages = inputs.as_prompt(row, f"{source}, row {i}")
+        name = inputs.prompt_id(messages)
         if name in seen:
             return None
         seen.add(name)
@@ -453,8 +454,8 @@ def read_prompts(args: Args, tokenizer, limit: int, trained_on: Set[str] = froze
     def build(prompts: list[list[dict]], names: list[str]) -> list[Prompt | str]:
         rendered = [common.render_prompt(tokenizer, messages, name) for messages, name in zip(prompts, names)]
         return ["empty prompt" if not messages[-1]["content"].strip() else "too long" if len(ids) > limit else
-                Prompt(common.prompt_id(messages), messages, ids) for messages, ids in zip(prompts, rendered)]
-    prompts, _, _ = common.take_rows(rows, args.prompts, args.seed, read, build, source, args.max_dropped)
+                Prompt(inputs.prompt_id(messages), messages, ids) for messages, ids in zip(prompts, rendered)]
+    prompts, _, _ = inputs.take_rows(rows, args.prompts, args.seed, read, build, source, args.max_dropped)
     chosen = "sha256:" + common.sha256_json([p.id for p in prompts])
     if left_out:
         common.say(f"{len(left_out)} prompts of {source} stand in a training set of the rows or of the judge: left out")

@@ -47,6 +47,7 @@ import tyro
 from torch import Tensor
 
 import common
+import inputs
 from common import Example
 
 
@@ -170,11 +171,11 @@ class Row:
 def answers_of(row: dict, where: str) -> tuple[list[dict], list[tuple[str, bool]]]:
     """(prompt messages, [(answer, is it desirable)]): one answer of a row with a label, chosen and rejected of a pair."""
     if "label" not in row:
-        prompt, chosen, rejected = common.as_pair(row, where)
+        prompt, chosen, rejected = inputs.as_pair(row, where)
         return prompt, [(chosen, True), (rejected, False)]
-    *prompt, answer = common.as_conversation(row, where)
+    *prompt, answer = inputs.as_conversation(row, where)
     if row["label"] is None:
-        raise common.Degenerate("null label")
+        raise inputs.Degenerate("null label")
     label = {"true": True, "false": False}.get(str(row["label"]).lower())  # in a csv file it is a text
     if label is None:
         common.fail(f"{where}: label must be true or false, got {row['label']!r}")
@@ -198,7 +199,7 @@ def build_rows(tokenizer, args: Args):
             elif max(len(e.ids) for e in examples) > args.max_length:
                 out.append("too long")
             else:
-                out.append([Row(e, desirable, prompt, common.prompt_id(prompt), text)
+                out.append([Row(e, desirable, prompt, inputs.prompt_id(prompt), text)
                             for e, (text, desirable) in zip(examples, answers)])
         return out
     return build
@@ -331,7 +332,7 @@ def main(args: Args) -> None:
         args.sft_adapter, args.model, args.other_base)
     engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
-    split = common.load_split(args, ["label", "pair"], answers_of, build_rows(tokenizer, args))
+    split = inputs.load_split(args, ["label", "pair"], answers_of, build_rows(tokenizer, args))
     rows, heldout = (one_answer_each(items, args.seed) for items in (split.train, split.heldout))
     steps = arrange([r.prompt_id for r in rows], args.batch_size, args.epochs, args.seed)
     paired = [len(mismatched([rows[i] for i in step], args.max_length)) for step in steps]
@@ -340,7 +341,7 @@ def main(args: Args) -> None:
                if len(ids := common.render_prompt(tokenizer, prompt)) + args.eos_tokens <= common.max_positions(model_dir)]
     prompts = prompts[:args.eos_prompts]
     texts = ["\n".join([*(m["content"] for m in r.prompt), r.answer]) for r in rows]
-    counts = common.preflight(tokenizer, [r.example for r in rows], texts, split.dropped, 0, args.eval_data,
+    counts = inputs.preflight(tokenizer, [r.example for r in rows], texts, split.dropped, 0, args.eval_data,
                               args.preview)
     counts |= {"desirable": sum(r.desirable for r in rows), "left_out_of_z0": sum(map(len, steps)) - sum(paired)}
     if advice := weights_advice(counts["desirable"], len(rows) - counts["desirable"], args):

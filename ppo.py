@@ -57,6 +57,7 @@ import tyro
 from torch import Tensor
 
 import common
+import inputs
 from common import Example
 
 
@@ -229,7 +230,7 @@ def learning_rate(step: int, total: int, args: Args) -> float:
 class Prompt:
     ids: list[int]   # ends where the assistant's answer begins
     text: str
-    id: str          # common.prompt_id
+    id: str          # inputs.prompt_id
 
 
 def load_prompts(tokenizer, args: Args,
@@ -238,17 +239,17 @@ def load_prompts(tokenizer, args: Args,
 
     taken: {prompt id: whose} of the reward models' prompts; one of them in part B is an error.
     """
-    rows, data = common.load_rows(args.data)
-    common.recognise(rows, args.data, "pair", "label", "chat", "prompt")
-    held = common.load_heldout(args.data, args.heldout_data, rows)
-    prompts = [common.prompts_if_any(row, f"{args.data}, row {i}") for i, row in enumerate(rows)]
-    parts = common.preference_parts([several[-1] if several else None for several in prompts])
+    rows, data = inputs.load_rows(args.data)
+    inputs.recognise(rows, args.data, "pair", "label", "chat", "prompt")
+    held = inputs.load_heldout(args.data, args.heldout_data, rows)
+    prompts = [inputs.prompts_if_any(row, f"{args.data}, row {i}") for i, row in enumerate(rows)]
+    parts = inputs.preference_parts([several[-1] if several else None for several in prompts])
     seen, left_out = set(), []
 
     def read(i: int, row: dict) -> list[dict] | None:
-        several = common.as_prompts(row, f"{args.data}, row {i}")
+        several = inputs.as_prompts(row, f"{args.data}, row {i}")
         prompt = several[-1]
-        name = common.prompt_id(prompt)
+        name = inputs.prompt_id(prompt)
         if parts[i] != "B" or name in seen:
             return None
         seen.add(name)
@@ -264,14 +265,14 @@ def load_prompts(tokenizer, args: Args,
         rendered = [common.render_prompt(tokenizer, prompt, name) for prompt, name in zip(prompts, names)]
         return ["empty prompt" if not prompt[-1]["content"].strip() else
                 "too long" if len(ids) > args.prompt_tokens else
-                Prompt(ids, "\n".join(m["content"] for m in prompt), common.prompt_id(prompt))
+                Prompt(ids, "\n".join(m["content"] for m in prompt), inputs.prompt_id(prompt))
                 for prompt, ids in zip(prompts, rendered)]
     wanted = args.updates * args.batch_size + args.fixed_prompts
-    usable = common.take_rows(rows, wanted, args.seed, read, build, args.data, args.max_dropped, preview=args.preview)
+    usable = inputs.take_rows(rows, wanted, args.seed, read, build, args.data, args.max_dropped, preview=args.preview)
     if left_out:
         common.say(f"note: {len(left_out)} prompts of part B are held out ({held.source}) and left out of training")
-    common.say_ignored((rows[i] for i in usable[2]), args.data)
-    return *usable, {"prompts": data, "heldout": held.fingerprint}, common.count_sources(rows[i] for i in usable[2])
+    inputs.say_ignored((rows[i] for i in usable[2]), args.data)
+    return *usable, {"prompts": data, "heldout": held.fingerprint}, inputs.count_sources(rows[i] for i in usable[2])
 
 
 def fit(args: Args, n: int) -> Args:
@@ -381,7 +382,7 @@ def main(args: Args) -> None:
     fixed, prompts = prompts[:args.fixed_prompts], prompts[args.fixed_prompts:]
     passes = math.ceil(args.updates / (len(prompts) // args.batch_size))
     batches = [b for b in common.batches(len(prompts), args.batch_size, passes, args.seed) if len(b) == args.batch_size]
-    counts = common.preflight_prompts(tokenizer, [p.ids for p in prompts], [p.text for p in prompts], dropped,
+    counts = inputs.preflight_prompts(tokenizer, [p.ids for p in prompts], [p.text for p in prompts], dropped,
                                       args.eval_data, args.preview)
     run = common.Run("ppo", args, invariants, data, parent, adapter, scorer_runs)
     run.record["data_sources"] = {"prompts": sources}

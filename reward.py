@@ -43,6 +43,7 @@ from scipy import stats
 from torch import Tensor
 
 import common
+import inputs
 from common import Example
 
 
@@ -180,7 +181,7 @@ def build_pairs(tokenizer, args: Args):
             elif max(len(w), len(l)) > args.max_length:
                 out.append("too long")
             else:
-                out.append(Pair(at_eos(w), at_eos(l), (sum(w_mask), sum(l_mask)), common.prompt_id(prompt),
+                out.append(Pair(at_eos(w), at_eos(l), (sum(w_mask), sum(l_mask)), inputs.prompt_id(prompt),
                                 "\n".join([*(m["content"] for m in prompt), chosen, rejected])))
         return out
     return build
@@ -209,10 +210,10 @@ def main(args: Args) -> None:
     if args.quantization == "qlora":
         common.check_nf4(device)
     tokenizer = common.load_tokenizer(model_dir)
-    split = common.load_split(args, ["pair"], common.as_pair, build_pairs(tokenizer, args), args.part)
+    split = inputs.load_split(args, ["pair"], inputs.as_pair, build_pairs(tokenizer, args), args.part)
     pairs, heldout = split.train, split.heldout
     invariants = common.TrainInvariants.of(args.model, model_dir, tokenizer, args.quantization)
-    counts = common.preflight(tokenizer, sides(pairs), [p.text for p in pairs], split.dropped, 0, args.eval_data,
+    counts = inputs.preflight(tokenizer, sides(pairs), [p.text for p in pairs], split.dropped, 0, args.eval_data,
                               args.preview)
     run = common.Run("reward", args, invariants, split.fingerprints)
     run.record["data_sources"] = split.sources
@@ -372,12 +373,12 @@ def score_file(args: Args) -> None:
     device = common.setup_device(args.device)
     run, _, _, model_dir, tokenizer, _ = common.read_start(
         args.adapter, args.model if args.model != Args.model else None, reward=True)
-    rows = list(common.load_rows(args.score, ["prompt", "completion"])[0])
+    rows = list(inputs.load_rows(args.score, ["prompt", "completion"])[0])
     conversations = []
     for i, row in enumerate(rows):
         try:
-            conversations.append(common.as_conversation(row, f"{args.score}, row {i}"))
-        except common.Degenerate as e:
+            conversations.append(inputs.as_conversation(row, f"{args.score}, row {i}"))
+        except inputs.Degenerate as e:
             common.fail(f"{args.score}, row {i}: {e}: it can't be scored")
     names = [f"{args.score}, row {i}" for i in range(len(rows))]
     examples = [at_eos(ids) for ids, _ in common.render_many(tokenizer, conversations, "last", names)]

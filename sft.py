@@ -33,6 +33,7 @@ import tyro
 from torch import Tensor
 
 import common
+import inputs
 from common import Example
 
 
@@ -130,8 +131,8 @@ class Conversation:
 def conversation(row: dict, where: str) -> tuple[list[dict], str]:
     """(messages, which answers are trained) of a row: all of a conversation's; of a preference pair, the chosen one."""
     if "chosen" not in row:
-        return common.as_conversation(row, where), "all"
-    prompt, chosen, _ = common.as_pair(row, where)
+        return inputs.as_conversation(row, where), "all"
+    prompt, chosen, _ = inputs.as_pair(row, where)
     return [*prompt, {"role": "assistant", "content": chosen}], "last"
 
 
@@ -187,11 +188,11 @@ def main(args: Args) -> None:
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
     if nf4:
         common.check_nf4(device)
-    split = common.load_split(args, ["chat", "pair"], conversation, build_examples(tokenizer, args))
+    split = inputs.load_split(args, ["chat", "pair"], conversation, build_examples(tokenizer, args))
     examples, heldout = ([c.example for c in rows] for rows in (split.train, split.heldout))
     prompts = [ids for c in split.heldout[:args.eos_prompts] if len(ids := common.render_prompt(tokenizer, c.prompt))
                + args.eos_tokens <= common.max_positions(model_dir)]
-    counts = common.preflight(tokenizer, examples, [c.text for c in split.train], split.dropped,
+    counts = inputs.preflight(tokenizer, examples, [c.text for c in split.train], split.dropped,
                               sum(c.cut for c in split.train), args.eval_data, args.preview)
     run = common.Run("sft", args, invariants, split.fingerprints, parent, adapter)
     run.record["data_sources"] = split.sources

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import inputs
 import fast
 
 SHAPES = {
@@ -95,7 +96,7 @@ def in_part(part: str, n: int, shorter: int, first: int = 0) -> list[dict]:
     found, i = [], first
     while len(found) < n:
         row, i = pair(i, shorter), i + 1
-        if common.preference_parts([row["prompt"]]) == [part] and not common.is_judge_prompt(row["prompt"]):
+        if inputs.preference_parts([row["prompt"]]) == [part] and not inputs.is_judge_prompt(row["prompt"]):
             found.append(row)
     return found
 

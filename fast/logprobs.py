@@ -54,7 +54,7 @@ def token_logprobs(base: nn.Module, pack: Pack, temperature: float = 1.0, extras
     with torch.no_grad():
         for h, t in zip(hidden.tensor_split(chunks), pack.targets.tensor_split(chunks)):
             logprobs, slope, values = choose_targets(head(h), t, temperature, tuple(extras), slopes)
-            parts.append((logprobs, slope @ head.weight if slopes else None, values))
+            parts.append((logprobs, slope.to(head.weight.dtype) @ head.weight if slopes else None, values))
     logprobs = torch.cat([lp for lp, _, _ in parts])
     if slopes:
         logprobs = KnownSlope.apply(hidden, logprobs, torch.cat([slope for _, slope, _ in parts]))

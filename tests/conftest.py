@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import common
+import inputs
 
 torch.set_num_threads(1)
 
@@ -107,7 +108,7 @@ def sentence(generator, n):
 
 def part_of(prompt):
     """The part of the preference data that a prompt without company is in."""
-    return common.preference_parts([prompt])[0]
+    return inputs.preference_parts([prompt])[0]
 
 
 def built(build, read, rows):

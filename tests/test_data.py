@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 import common
+import inputs
 import dpo
 import grpo
 import kto
@@ -45,29 +46,29 @@ def test_rows_are_what_the_file_says(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-    rows, _ = common.load_rows(str(path))
+    rows, _ = inputs.load_rows(str(path))
     assert list(rows) == ODD
     assert [[type(v) for v in row.values()] for row in rows] == [[type(v) for v in row.values()] for row in ODD]
     if "[" in name:
-        assert list(common.load_rows(f"{path.parent}:train")[0]) == ODD
+        assert list(inputs.load_rows(f"{path.parent}:train")[0]) == ODD
 
 
 def test_a_large_file_whose_columns_drift(tmp_path):
     long = "why read books " * 100
     rows = [{"messages": [user(f"{i} {long}"), assistant("x")], "source": None} for i in range(9000)]
     rows[8000]["messages"][1]["name"], rows[8500]["source"], rows[8999]["meta"] = "bob", "web", {"a": 1}
-    loaded, _ = common.load_rows(write_jsonl(tmp_path / "x.jsonl", rows))
+    loaded, _ = inputs.load_rows(write_jsonl(tmp_path / "x.jsonl", rows))
     assert os.path.getsize(tmp_path / "x.jsonl") > 10 << 20
     assert len(loaded) == 9000 and all(loaded[i] == rows[i] for i in (0, 8000, 8500, 8999))
 
 
 def test_values_of_csv_are_text_and_of_parquet_what_they_are(tmp_path):
     (tmp_path / "x.csv").write_text('prompt,answer\r\n"why,\nindeed",007\r\nhow,2024-01-05\r\n')
-    assert list(common.load_rows(str(tmp_path / "x.csv"))[0]) == [
+    assert list(inputs.load_rows(str(tmp_path / "x.csv"))[0]) == [
         {"prompt": "why,\nindeed", "answer": "007"}, {"prompt": "how", "answer": "2024-01-05"}]
     table = {"day": [datetime.date(2024, 1, 5), None], "n": [1, 2], "x": [0.5, float("nan")], "m": [[user("a")], []]}
     datasets.Dataset.from_dict(table).to_parquet(str(tmp_path / "x.parquet"))
-    assert list(common.load_rows(str(tmp_path / "x.parquet"))[0]) == [
+    assert list(inputs.load_rows(str(tmp_path / "x.parquet"))[0]) == [
         {"day": "2024-01-05", "n": 1, "x": 0.5, "m": [user("a")]}, {"day": None, "n": 2, "x": None, "m": []}]
 
 
@@ -82,7 +83,7 @@ def test_a_replaced_file_of_the_same_time_is_read_anew(tmp_path, suffix):
         else:
             path.write_text(f"prompt\n{word}\n" if suffix == ".csv" else json.dumps({"prompt": word}))
         os.utime(path, (1_700_000_000, 1_700_000_000))
-        rows, fingerprint = common.load_rows(str(path))
+        rows, fingerprint = inputs.load_rows(str(path))
         assert list(rows) == [{"prompt": word}]
         seen.append(fingerprint)
     assert len({*seen}) == 2
@@ -110,12 +111,12 @@ def test_splits_of_a_directory(tmp_path, capsys, kind):
     for name in files:
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(tmp_path / "set" / name, [{"prompt": name}, {"prompt": name + "!"}])
-    rows, fingerprint = common.load_rows(f"{tmp_path}/set{split}")
+    rows, fingerprint = inputs.load_rows(f"{tmp_path}/set{split}")
     assert [row["prompt"] for row in rows] == [name + end for name in wanted for end in ("", "!")]
     assert f"{tmp_path}/set{split}: {', '.join(wanted)}\n" == capsys.readouterr().out
     for name in {*files} - {*wanted}:
         (tmp_path / "set" / name).unlink()
-    assert common.load_rows(f"{tmp_path}/set{split}")[1] == fingerprint  # of nothing but what is read
+    assert inputs.load_rows(f"{tmp_path}/set{split}")[1] == fingerprint  # of nothing but what is read
 
 
 def test_the_held_out_split_of_a_directory(tmp_path):
@@ -125,8 +126,8 @@ def test_the_held_out_split_of_a_directory(tmp_path):
         directory.mkdir()
         for name in files:
             write_jsonl(directory / name, [{}])
-        assert common.heldout_source(str(directory), None) == (wanted and f"{directory}:{wanted}")
-    assert common.heldout_source("org/name:main/train_sft", None) == "org/name:main/test_sft"
+        assert inputs.heldout_source(str(directory), None) == (wanted and f"{directory}:{wanted}")
+    assert inputs.heldout_source("org/name:main/train_sft", None) == "org/name:main/test_sft"
 
 
 # -- layouts --------------------------------------------------------------------------------------
@@ -148,10 +149,10 @@ CONVERSATIONS = {  # name in the printed line: a row that gives CHAT
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_layouts_of_conversations(capsys, name):
     row = CONVERSATIONS[name]
-    assert common.recognise([row], "x", "chat") == "chat"
+    assert inputs.recognise([row], "x", "chat") == "chat"
     assert capsys.readouterr().out.startswith(f"x: 1 rows, {name}")
     assert sft.conversation(row, "") == (CHAT, "all")
-    assert common.as_prompts(row, "") == [CHAT[:1]] and common.as_prompt(row, "") == CHAT[:1]
+    assert inputs.as_prompts(row, "") == [CHAT[:1]] and inputs.as_prompt(row, "") == CHAT[:1]
     given = {**row, "system": "Be brief."}
     assert sft.conversation(given, "")[0] == [{"role": "system", "content": "Be brief."}, *CHAT]
     assert given == {**row, "system": "Be brief."}  # not changed
@@ -159,7 +160,7 @@ def test_layouts_of_conversations(capsys, name):
 
 def test_alpaca_joins_its_input():
     row = {"instruction": "Name the colour.", "input": "the sky", "output": "Blue."}
-    assert common.as_conversation(row, "")[0]["content"] == "Name the colour.\n\nthe sky"
+    assert inputs.as_conversation(row, "")[0]["content"] == "Name the colour.\n\nthe sky"
 
 
 PAIR = (CHAT[:1], "Blue.", "Green.")
@@ -182,16 +183,16 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_layouts_of_pairs(capsys, name):
     row = PAIRS[name]
-    assert common.recognise([row], "x", "pair") == "pair"
+    assert inputs.recognise([row], "x", "pair") == "pair"
     assert capsys.readouterr().out.startswith(f"x: 1 rows, {name}")
-    prompt, chosen, rejected = common.as_pair(row, "")
+    prompt, chosen, rejected = inputs.as_pair(row, "")
     if isinstance(row["chosen"], str) and "prompt" not in row and "instruction" not in row:  # the space is the answer's
         chosen, rejected = chosen.removeprefix(" "), rejected.removeprefix(" ")
     assert (prompt, chosen, rejected) == PAIR
-    assert kto.answers_of(row, "")[0] == common.as_prompt(row, "") == CHAT[:1]
+    assert kto.answers_of(row, "")[0] == inputs.as_prompt(row, "") == CHAT[:1]
     assert sft.conversation(row, "")[1] == "last"
     if "both answers" not in name:  # whose texts have no place for it
-        prompt, *answers = common.as_pair({**row, "system": "Be brief."}, "")
+        prompt, *answers = inputs.as_pair({**row, "system": "Be brief."}, "")
         assert prompt == [{"role": "system", "content": "Be brief."}, *CHAT[:1]] and answers == ["Blue.", "Green."]
 
 
@@ -202,11 +203,11 @@ def test_documented_rows_are_read():
     for section in text.split("\n## ")[1:]:
         for block in re.findall(r"```json\n(.*?)```", section, re.S):
             for row in map(json.loads, block.splitlines()):
-                kind = common.recognise([row], "x", "chat", "pair", "label", "prompt")
+                kind = inputs.recognise([row], "x", "chat", "pair", "label", "prompt")
                 counts[kind] = counts.get(kind, 0) + 1
-                common.as_prompt(row, "")
-                {"chat": sft.conversation, "pair": common.as_pair, "label": kto.answers_of,
-                 "prompt": common.as_prompts}[kind](row, "")
+                inputs.as_prompt(row, "")
+                {"chat": sft.conversation, "pair": inputs.as_pair, "label": kto.answers_of,
+                 "prompt": inputs.as_prompts}[kind](row, "")
     assert counts == {"chat": 4, "pair": 6, "label": 1, "prompt": 2}
 
 
@@ -284,11 +285,11 @@ def test_fifty_pairs_are_enough(sft_run, tiny_model, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "note: no held-out rows beside" in out and "4 of its 50 rows are held out" in out
     assert re.search(r"note: \d+ usable prompts: \d fixed prompts, not 64, and \d+ completions per update, not 64", out)
-    ids = {i: common.prompt_id([user(f"why {i}")]) for i in range(50)}
-    held = common.load_heldout(str(data), None, common.load_rows(str(data))[0]).prompts
-    heldout = {common.prompt_id(p) for p in held}
+    ids = {i: inputs.prompt_id([user(f"why {i}")]) for i in range(50)}
+    held = inputs.load_heldout(str(data), None, inputs.load_rows(str(data))[0]).prompts
+    heldout = {inputs.prompt_id(p) for p in held}
     for name in ("dpo", "kto", "rm_v1", "rm_watch"):
-        assert {*prompts[name]["heldout"]} == {common.prompt_id(p) for p in held if not common.is_judge_prompt(p)}
+        assert {*prompts[name]["heldout"]} == {inputs.prompt_id(p) for p in held if not inputs.is_judge_prompt(p)}
     parts = {part: {ids[i] for i in range(50) if part_of([user(f"why {i}")]) == part} - heldout for part in "AJB"}
     assert {*prompts["dpo"]["train"]} == {*prompts["rm_v1"]["train"]} == {*prompts["kto"]["train"]} == parts["A"]
     assert {*prompts["rm_watch"]["train"]} == parts["J"]
@@ -303,7 +304,7 @@ def chats(n, text="because"):
 def loaded(sft_args, tiny_model, data, **changes):
     args = sft.Args(**{**sft_args, "data": data, "rows": 1000, "heldout_rows": 1000, **changes})
     build = sft.build_examples(common.load_tokenizer(tiny_model), args)
-    return common.load_split(args, ["chat", "pair"], sft.conversation, build)
+    return inputs.load_split(args, ["chat", "pair"], sft.conversation, build)
 
 
 def test_the_sources_of_the_used_rows_are_counted(sft_args, tiny_model, tmp_path):
@@ -342,7 +343,7 @@ def test_prompts_that_all_share_a_turn_leave_parts_empty(sft_args, tiny_model, t
     failed = 0
     for part in "AJB":
         try:
-            common.load_split(args, ["pair"], common.as_pair, lambda pairs, names: pairs, part)
+            inputs.load_split(args, ["pair"], inputs.as_pair, lambda pairs, names: pairs, part)
         except SystemExit:
             failed += f"no row is in part {part}: prompts that share a user turn" in capsys.readouterr().err
     assert failed == 2
@@ -391,7 +392,7 @@ def scores(path, source, rows, texts, **stopped):
     for i, (row, text) in enumerate(zip(rows, texts)):
         prompt, seen = task.read(row, f"row {i}")
         completion = common.Completion([5, 6], [0.0] * 2, stopped.get(f"row{i}", "eos"), text)
-        answered.append((grpo.Problem(i, common.prompt_id(prompt), [1], "", seen), completion))
+        answered.append((grpo.Problem(i, inputs.prompt_id(prompt), [1], "", seen), completion))
     return grpo.score(task, answered)
 
 

@@ -291,7 +291,7 @@ def test_one_item_of_four_letters_is_one_sequence(place, monkeypatch):
         tokens.extend(len(example.ids) for example in examples)
         return pack(examples, *a, **k)
 
-    monkeypatch.setattr(common, "pack", record)
+    monkeypatch.setattr(fast, "pack", record)
     lm.loglikelihood(instances("loglikelihood", [("the cat sat\nAnswer:", f" {x}") for x in "ABCD"]), disable_tqdm=True)
     assert tokens == [len(lm.tok_encode("the cat sat\nAnswer:"))]
 

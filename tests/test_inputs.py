@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import common
+import inputs
 import dpo
 import sft
 from conftest import CHATML, make_model, part_of, write_jsonl
@@ -70,13 +71,13 @@ def refused(base_args, tmp_path, capsys):
 def accepted(base_args, monkeypatch, capsys):
     """accepted(script, {argument: value}): the examples and counts of preflight, when the checks let a model load."""
     def check(script, changes):
-        seen, preflight = {}, common.preflight
+        seen, preflight = {}, inputs.preflight
 
         def keep(tokenizer, examples, *args):
             seen.update(examples=list(examples), counts=preflight(tokenizer, examples, *args))
             return seen["counts"]
         with monkeypatch.context() as patch, pytest.raises(ModelLoads):
-            patch.setattr(common, "preflight", keep)
+            patch.setattr(inputs, "preflight", keep)
             SCRIPT[script].main(SCRIPT[script].Args(**{**base_args[script], **changes}))
         seen["printed"] = capsys.readouterr().out
         return seen
@@ -729,7 +730,7 @@ def test_fingerprint_of_a_directory_is_of_its_content(tmp_path):
     for n, text in enumerate(("a,b\n1,2\n", "a,b\n1,3\n")):
         (tmp_path / str(n)).mkdir()
         (tmp_path / str(n) / "train.csv").write_text(text)
-        prints.append(common.load_rows(str(tmp_path / str(n)), ["a"])[1])
+        prints.append(inputs.load_rows(str(tmp_path / str(n)), ["a"])[1])
     assert prints[0] != prints[1]
 
 

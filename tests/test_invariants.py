@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 import common
+import inputs
 import fast
 import dpo
 import sft
@@ -321,7 +322,7 @@ def test_empty_answers_are_dropped(tokenizer):
     items = built(sft.build_examples(tokenizer, sft.Args()), sft.conversation, rows)
     assert items[0] == "empty answer" and isinstance(items[1], sft.Conversation)
     pairs = [{"prompt": "a", "chosen": c, "rejected": r} for c, r in (("x", ""), ("x", "x"), ("x " * 50, "y"), ("x", "y"))]
-    items = built(dpo.build_pairs(tokenizer, dpo.Args(max_length=40)), common.as_pair, pairs)
+    items = built(dpo.build_pairs(tokenizer, dpo.Args(max_length=40)), inputs.as_pair, pairs)
     assert items[:3] == ["empty answer", "chosen equals rejected", "too long"]
     pair = items[3]
     assert pair.prompt == [user("a")]
@@ -331,7 +332,7 @@ def test_empty_answers_are_dropped(tokenizer):
 
 def test_builders_leave_rows_alone(tokenizer, data_dir):
     for file, read, build in (("sft", sft.conversation, sft.build_examples(tokenizer, sft.Args(max_length=45))),
-                              ("preference", common.as_pair, dpo.build_pairs(tokenizer, dpo.Args()))):
+                              ("preference", inputs.as_pair, dpo.build_pairs(tokenizer, dpo.Args()))):
         rows = rows_of(data_dir / f"{file}.jsonl")
         given = copy.deepcopy(rows)
         first = built(build, read, rows)
@@ -346,15 +347,15 @@ def test_builders_leave_rows_alone(tokenizer, data_dir):
 ])
 def test_preference_split_is_fixed(text, part, judge):
     assert part_of([user(text)]) == part
-    assert common.is_judge_prompt([user(text)]) is judge
+    assert inputs.is_judge_prompt([user(text)]) is judge
     with_system = [{"role": "system", "content": ""}, user(text)]
-    assert common.bucket(common.prompt_key(with_system)) != common.bucket(common.prompt_key([user(text)]))
+    assert common.bucket(inputs.prompt_key(with_system)) != common.bucket(inputs.prompt_key([user(text)]))
 
 
 def test_preference_split_shares():
     """20,000 prompts: 50 % A, 20 % J, 30 % B, and 10 % of each the judge's, within three standard errors."""
     prompts = [[user(f"question {i}")] for i in range(20_000)]
-    parts, judged = common.preference_parts(prompts), [common.is_judge_prompt(p) for p in prompts]
+    parts, judged = inputs.preference_parts(prompts), [inputs.is_judge_prompt(p) for p in prompts]
     for part, share in (("A", 0.5), ("J", 0.2), ("B", 0.3)):
         n = parts.count(part)
         assert abs(n / 20_000 - share) < 3 * (share * (1 - share) / 20_000) ** 0.5
@@ -370,11 +371,11 @@ def test_prompts_that_share_a_long_turn_are_in_one_part():
     alone = [[{"role": "system", "content": a}, user(f"short {i}")] for i in range(40)] + [
         [user("short"), assistant(a), user(f"and {i}")] for i in range(40)]
     prompts = [*chain, None, *alone]
-    parts = common.preference_parts(prompts)
-    smallest = min(chain, key=common.prompt_key)
+    parts = inputs.preference_parts(prompts)
+    smallest = min(chain, key=inputs.prompt_key)
     assert parts[:4] == [part_of(smallest)] * 3 + [None]
     assert parts[4:] == [part_of(p) for p in alone] and {*parts[4:44]} == {*parts[44:]} == {"A", "J", "B"}
-    assert common.preference_parts(prompts[::-1]) == parts[::-1]
+    assert inputs.preference_parts(prompts[::-1]) == parts[::-1]
     assert len({part_of(p) for p in chain}) > 1  # so that company counts
 
 
@@ -1138,11 +1139,11 @@ def test_data_fingerprint_is_content_and_order(tmp_path):
     rows = [{"messages": [user(f"q{i}"), assistant(f"a{i}")]} for i in range(4)]
 
     def fingerprint(name, rows):
-        return common.load_rows(write_jsonl(tmp_path / name, rows), ["messages"])[1]
+        return inputs.load_rows(write_jsonl(tmp_path / name, rows), ["messages"])[1]
     first = fingerprint("a.jsonl", rows)
     assert fingerprint("b.jsonl", rows) == first  # not the file's name
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
-    assert common.load_rows(str(tmp_path / "c.jsonl.gz"), ["messages"])[1] == first  # nor its compression
+    assert inputs.load_rows(str(tmp_path / "c.jsonl.gz"), ["messages"])[1] == first  # nor its compression
     edited = copy.deepcopy(rows)
     edited[2]["messages"][1]["content"] = "a2."
     others = [fingerprint("d.jsonl", rows[1:] + rows[:1]), fingerprint("e.jsonl", edited), fingerprint("f.jsonl", rows[:3])]

@@ -26,6 +26,7 @@ from scipy.optimize import minimize
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import common
+import inputs
 import judge
 from conftest import make_model, make_tokenizer, write_jsonl
 
@@ -320,8 +321,8 @@ def test_kl_is_that_of_dense_forwards(generated, judge_args, tiny_model, dpo_run
     """transformers and PEFT alone, one completion and one position at a time, at the sampling temperature."""
     tokenizer = common.load_tokenizer(tiny_model)
     policy, reference = plain(tiny_model, dpo_run), plain(tiny_model, sft_run)
-    prompts = {common.prompt_id(m): common.render_prompt(tokenizer, m) for m in (
-        common.as_prompt({"prompt": p}, "") for p in PROMPTS)}
+    prompts = {inputs.prompt_id(m): common.render_prompt(tokenizer, m) for m in (
+        inputs.as_prompt({"prompt": p}, "") for p in PROMPTS)}
     key = common.sha256_json([read(generated, "guardrails")["rows"][1]["train_invariants"],
                               guardrail_rows(generated)["dpo_v1"]["adapter_sha256"],
                               read(generated, "guardrails")["prompts_fingerprint"],
@@ -427,7 +428,7 @@ def test_equal_policies_say_the_same(judge_args, dpo_run, tmp_path, says_a):
 def test_the_prompts_are_the_judges_share_of_the_held_out_rows(judge_args, data_dir, tmp_path, capsys):
     """From preference data: those of its held-out file that no training script evaluates on, each once."""
     rows = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(60)]
-    own = [r["prompt"] for r in rows if common.is_judge_prompt([{"role": "user", "content": r["prompt"]}])]
+    own = [r["prompt"] for r in rows if inputs.is_judge_prompt([{"role": "user", "content": r["prompt"]}])]
     assert 2 <= len(own) < 15
     write_jsonl(tmp_path / "pairs.jsonl", [{**rows[0], "prompt": "another"}])
     write_jsonl(tmp_path / "pairs_heldout.jsonl", rows + rows)
@@ -633,7 +634,7 @@ def test_prompts_that_a_training_set_holds_are_not_asked(judge_args, results, dp
     """Two of the six prompts are among a copy of the row's training prompts: four are asked, and the record counts
     two."""
     copy = Path(shutil.copytree(dpo_run, tmp_path / "trained"))
-    names = [common.prompt_id(common.as_prompt({"prompt": p}, "")) for p in PROMPTS]
+    names = [inputs.prompt_id(inputs.as_prompt({"prompt": p}, "")) for p in PROMPTS]
     (copy / "prompts.json").write_text(json.dumps({"train": names[:2], "heldout": names[2:]}))
     judge.main(judge.Args(**judge_args | {"rows": (str(copy),)}, results=str(tmp_path / "r")))
     record = read(tmp_path / "r", "guardrails")
@@ -712,7 +713,7 @@ def test_the_record_has_what_was_agreed(results, judge_args, reward_run, dpo_run
     assert found["rows"]["a"] == {"name": "dpo_v1", **{k: run[k] for k in hashes}}
     assert found["cost"].keys() == {"requests", "prompt_tokens", "completion_tokens", "seconds"}
     assert {e["id"]: e["prompt"] for e in found["prompts"]} == {
-        common.prompt_id(m): m for m in (common.as_prompt({"prompt": p}, "") for p in PROMPTS)}
+        inputs.prompt_id(m): m for m in (inputs.as_prompt({"prompt": p}, "") for p in PROMPTS)}
     guardrails = read(results, "guardrails")
     assert guardrails["n_prompts"] == len(PROMPTS) and guardrails["sampling"] == found["sampling"]
     published = [read(results, "summaries/dpo_v1_vs_sft_v2"), guardrails]  # what git takes: no text

@@ -21,6 +21,7 @@ from torch import tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import inputs
 import conftest
 import fast
 import dpo
@@ -385,7 +386,7 @@ def test_steps_are_the_loop_over_single_rows(tiny_model, sft_run, kto_args, tmp_
 
     # What is measured at the end, from the saved adapter under plain PEFT: one z0 of all held-out rows.
     trained = PeftModel.from_pretrained(plain(tiny_model), out).eval()
-    assert all(not common.is_judge_prompt(r.prompt) for r in heldout) and len(heldout) == record(out)["metrics"]["heldout_rows"]
+    assert all(not inputs.is_judge_prompt(r.prompt) for r in heldout) and len(heldout) == record(out)["metrics"]["heldout_rows"]
     with torch.no_grad():
         kl, found = measured(trained, heldout)
     assert_is(record(out)["metrics"], kl, found, "heldout_")
@@ -520,7 +521,7 @@ def test_pairs_give_one_answer_each_of_dpos_pairs(kto_args, dpo_args, data_dir, 
     pairs = {r["prompt"][0]["content"]: r for r in read(data_dir / "preference.jsonl")}
     args = dpo.Args(**{**dpo_args, "rows": 23})
     tokenizer = common.load_tokenizer(record(kto_args["sft_adapter"])["model"])
-    items = common.load_split(args, ["pair"], common.as_pair, dpo.build_pairs(tokenizer, args)).train
+    items = inputs.load_split(args, ["pair"], inputs.as_pair, dpo.build_pairs(tokenizer, args)).train
     train(tmp_path / "a", **kto_args)
     rows = [r for batch in batches[:-1] for r in batch]
     assert Counter(r.prompt[0]["content"] for r in rows) == Counter(p.prompt[0]["content"] for p in items)
@@ -533,7 +534,7 @@ def test_pairs_give_one_answer_each_of_dpos_pairs(kto_args, dpo_args, data_dir, 
     assert [p.prompt for p in items] != sorted([p.prompt for p in items], key=str)
     items = [[row(p.prompt[0]["content"], "a"), row(p.prompt[0]["content"], "b", False)] for p in items]
     assert [r.desirable for r in kto.one_answer_each(items, 42)] == [
-        sides[common.prompt_id(user(x.prompt_id))] for x, _ in items]
+        sides[inputs.prompt_id(user(x.prompt_id))] for x, _ in items]
     assert [r.desirable for r in kto.one_answer_each(items, 43)] != [r.desirable for r in kto.one_answer_each(items, 42)]
 
 

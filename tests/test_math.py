@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import inputs
 import fast
 import dpo
 import sft
@@ -339,7 +340,7 @@ def test_dpo_loss_is_trls(tmp_path, epsilon):
         loss_trl += share.item() * len(batch) / 5
     metrics_trl = {k: sum(v) / len(v) for k, v in trainer._metrics["train"].items()}
 
-    pairs = built(dpo.build_pairs(common.load_tokenizer(directory), args), common.as_pair, rows)
+    pairs = built(dpo.build_pairs(common.load_tokenizer(directory), args), inputs.as_pair, rows)
     totals = torch.zeros(len(dpo.METRICS))
     packs = fast.pack([e for p in pairs for e in (p.chosen, p.rejected)], 150, unit=2)
     assert len(packs) > 1

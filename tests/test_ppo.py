@@ -18,6 +18,7 @@ from torch import tensor
 from transformers import AutoModelForCausalLM
 
 import common
+import inputs
 import fast
 import ppo
 import reward
@@ -204,7 +205,7 @@ def test_prompts_are_those_of_part_b_once_each(tiny_model, data_dir, ppo_args, t
     for i, p in zip(kept, prompts):
         whole, _ = common.render(tokenizer, rows[i]["prompt"] + rows[i]["chosen"])
         assert whole[:len(p.ids)] == p.ids and tokenizer.decode(p.ids).endswith("assistant\n")
-        assert p.id == common.prompt_id(rows[i]["prompt"])
+        assert p.id == inputs.prompt_id(rows[i]["prompt"])
 
 
 def test_layouts_of_a_prompt(tiny_model, ppo_args, tmp_path):
@@ -621,7 +622,7 @@ def test_prompts_of_the_reward_model(refused, reward_run, ppo_args, tmp_path, ro
     at, row = next((i, r) for i, r in enumerate(rows) if part_of(r["prompt"]) == "B")
     copy = shutil.copytree(reward_run, tmp_path / "rm")
     listed = json.loads((copy / "prompts.json").read_text())
-    listed[role].append(common.prompt_id(row["prompt"]))
+    listed[role].append(inputs.prompt_id(row["prompt"]))
     (copy / "prompts.json").write_text(json.dumps(listed))
     refused(f"row {at}", f"the {role} prompts of {copy}", reward_adapter=str(copy))
 
@@ -631,8 +632,8 @@ def test_a_reward_model_lists_its_prompts(reward_run, reward_args, refused, tmp_
     heldout = [json.loads(line) for line in Path(reward_args["data"].replace(".jsonl", "_heldout.jsonl")).read_text().splitlines()]
     listed = json.loads((Path(reward_run) / "prompts.json").read_text())
     assert len(listed["train"]) == reward_args["rows"] and len(listed["heldout"]) == record(reward_run)["metrics"]["heldout_pairs"]
-    assert set(listed["train"]) < {common.prompt_id(r["prompt"]) for r in rows if part_of(r["prompt"]) == "A"}
-    assert set(listed["heldout"]) <= {common.prompt_id(r["prompt"]) for r in heldout}
+    assert set(listed["train"]) < {inputs.prompt_id(r["prompt"]) for r in rows if part_of(r["prompt"]) == "A"}
+    assert set(listed["heldout"]) <= {inputs.prompt_id(r["prompt"]) for r in heldout}
     copy = shutil.copytree(reward_run, tmp_path / "rm")
     (copy / "prompts.json").unlink()
     refused("no prompts.json", "train it again", reward_adapter=str(copy))

@@ -23,6 +23,7 @@ from scipy import stats
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+import inputs
 import fast
 import dpo
 import evaluate
@@ -262,7 +263,7 @@ def test_heldout_figures_are_those_of_the_reloaded_model(tiny_model, reward_run,
     rows = [json.loads(line) for line in Path(reward_args["data"]).with_name(
         "preference_heldout.jsonl").read_text().splitlines()]
     rows = [rows[i] for i in common.permutation(len(rows), 42, "rows")]
-    rows = [r for r in rows if common.bucket("judge " + common.prompt_key(r["prompt"])) >= 0.1][:16]  # not the judge's
+    rows = [r for r in rows if common.bucket("judge " + inputs.prompt_key(r["prompt"])) >= 0.1][:16]  # not the judge's
     model = common.load_reward(tiny_model, reward_run, dtype=torch.float32)
     r = [[common.score_examples(model, [reward.at_eos(common.render(tokenizer, row["prompt"] + row[side])[0])], 512)
           .item() for side in ("chosen", "rejected")] for row in rows]
@@ -568,7 +569,7 @@ def test_each_part_trains_on_its_own_prompts(reward_args, tmp_path, capsys, part
     training(reward_args, tmp_path, data=pairs_file(tmp_path, rows, heldout), part=part, rows=100)()
     listed = json.loads((tmp_path / "new" / "run" / "prompts.json").read_text())
     prompts = [[{"role": "user", "content": r["prompt"]}] for r in rows if r not in shared]
-    assert listed["train"] == sorted(common.prompt_id(p) for p in prompts if part_of(p) == part)
+    assert listed["train"] == sorted(inputs.prompt_id(p) for p in prompts if part_of(p) == part)
     assert "note: 1 rows of" in capsys.readouterr().out
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import inputs
 import dpo
 import sft
 from conftest import WORDS, part_of, write_jsonl
@@ -274,7 +275,7 @@ def test_plain_peft_gives_the_dpo_policy(tiny_model, sft_run, dpo_args, data_dir
     policy, reference = plain_peft(tiny_model, out), plain_peft(tiny_model, sft_run)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     rows = [json.loads(line) for line in (data_dir / "preference_heldout.jsonl").read_text().splitlines()]
-    rows = [r for r in rows if not common.is_judge_prompt(r["prompt"])]
+    rows = [r for r in rows if not inputs.is_judge_prompt(r["prompt"])]
     expected = dict.fromkeys(("loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected", "logprobs_chosen",
                               "logprobs_rejected"), 0.0)
     for row in rows:
@@ -360,7 +361,7 @@ def test_sft_goes_on_with_the_chosen_answers(sft_run, sft_args, data_dir, tmp_pa
     def heldout_loss(directory):
         model, total, count = plain_peft(sft_args["model"], directory), 0.0, 0
         held = [json.loads(line) for line in (data_dir / "preference_heldout.jsonl").read_text().splitlines()]
-        kept = [held[i] for i in common.permutation(len(held), 42, "rows") if not common.is_judge_prompt(held[i]["prompt"])]
+        kept = [held[i] for i in common.permutation(len(held), 42, "rows") if not inputs.is_judge_prompt(held[i]["prompt"])]
         for r in kept[:args["heldout_rows"]]:
             found = answer_logprobs(model, tokenizer, r["prompt"], r["chosen"][0]["content"])
             total, count = total - found.sum().item(), count + len(found)

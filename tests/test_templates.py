@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import common
+import inputs
 import reward
 import sft
 
@@ -172,7 +173,7 @@ def test_each_kind_of_template(tmp_path, kind, capsys):
     end = end or options["eos"]
     bos, end_id = tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids(end)
     assert end_id == tokenizer.end_id and end_id in tokenizer.stop_ids
-    common.say_template(tokenizer)
+    inputs.say_template(tokenizer)
     line = capsys.readouterr().out
     assert ("WARNING" in line) == (tokenizer.chat_template == common.PLAIN_TEMPLATE) and (note or end) in line
     for before in ([], [SYSTEM]):
