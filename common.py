@@ -369,22 +369,6 @@ class TrainInvariants:
         return sha256_json(dataclasses.asdict(self))[:8]
 
 
-@dataclass(frozen=True)
-class EvalProtocol:
-    """What must be equal for two evaluations to be compared. Its hash is `eval_hash`; training never sees it."""
-    protocol: str                                   # "plain": no chat template; "chat": template, few-shot as turns
-    tasks: tuple[tuple[str, int, int | None], ...]  # (task, num_fewshot, limit; per subject for MMLU)
-    data: str                                       # fingerprint of the evaluation data
-    max_gen_toks: int | None                        # None: each task's own
-    dtype: str
-    quantization: str = "none"
-    adapter_merged: bool = False
-
-    @property
-    def hash(self) -> str:
-        return sha256_json(dataclasses.asdict(self))[:8]
-
-
 # Fields of a script's Args that name a place or change speed, never the mathematics. What `model`, `data`, `task`,
 # `quantization` and an adapter's flag give enters config_hash by content: invariants, data fingerprints, parent's hash.
 RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "other_base", "quantization", "eval_data", "out",
@@ -1390,6 +1374,7 @@ def old_rope_fields(config: dict[str, Any]) -> dict[str, Any]:
 # the predicted positions. It serves any causal LM. fast/ computes the same sooner for the architectures that it knows, and is
 # held to it by tests; where `is_fast`, a call is handed over to it.
 
+@functools.cache  # said once
 def choose_engine(engine: str, model_dir: str | Path, device: torch.device) -> str:
     """"fast" or "plain" for --engine auto, fast or plain; says which, and why. Fails where fast is asked for and can't serve.
 

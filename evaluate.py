@@ -76,7 +76,7 @@ from transformers import AutoConfig
 
 import common
 import inputs
-from common import EvalProtocol, Example, Sampler, TrainInvariants, fail
+from common import Example, Sampler, TrainInvariants, fail
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ class Args:
     """Tokens of a packed forward at most; a longer sequence makes a pack of its own."""
     max_batch: int | None = None
     """Rows decoded at the same time at most; by default as many as memory holds."""
+    engine: Literal["auto", "fast", "plain"] = "auto"
+    """auto: the fast engine where it serves the model, else the plain one (any model, slower)."""
     device: str = "auto"
     """Torch device; "auto" takes the GPU if there is one."""
 
@@ -141,6 +143,22 @@ HEADLINE = {  # the printed table
     "IFEval prompt strict": "ifeval/prompt_level_strict_acc,none",
     "IFEval instruction strict": "ifeval/inst_level_strict_acc,none",
 }
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """What must be equal for two evaluations to be compared. Its hash is `eval_hash`; training never sees it."""
+    protocol: str                                   # "plain": no chat template; "chat": template, few-shot as turns
+    tasks: tuple[tuple[str, int, int | None], ...]  # (task, num_fewshot, limit; per subject for MMLU)
+    data: str                                       # fingerprint of the evaluation data
+    max_gen_toks: int | None                        # None: each task's own
+    dtype: str
+    quantization: str = "none"
+    adapter_merged: bool = False
+
+    @property
+    def hash(self) -> str:
+        return common.sha256_json(asdict(self))[:8]
 
 
 # ------------------------------------------------------------------ the model, as lm-eval sees it
@@ -690,7 +708,8 @@ def main(args: Args) -> dict:
 
     # 3. The model, and one lm-eval call a task.
     if loaded:
-        model = common.load_model(model_dir, None, "none", dtype, device)
+        engine = common.choose_engine(args.engine, model_dir, device)
+        model = common.load_model(model_dir, None, "none", dtype, device, engine)
         if adapter:
             model = common.attach_adapter(model, adapter)
         if dtype == torch.bfloat16:

@@ -128,6 +128,8 @@ class Args:
     """Where judge/<a>_vs_<b>.json, the same without text in judge/summaries/, judge/guardrails.json and the page go."""
     micro_tokens: int = 16384
     """Tokens of one forward: memory and speed, not the figures; a longer sequence makes a pack of its own."""
+    engine: Literal["auto", "fast", "plain"] = "auto"
+    """auto: the fast engine where it serves a model, else the plain one (any model, slower)."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
@@ -464,7 +466,8 @@ def read_prompts(args: Args, tokenizer, limit: int, trained_on: Set[str] = froze
 
 def load_policy(row: Row, model_dir: Path, args: Args, device):
     """The row's policy, its adapter beside the base's weights, as in the evaluation."""
-    model = common.load_model(model_dir, None, "none", getattr(torch, args.dtype), device)
+    engine = common.choose_engine(args.engine, model_dir, device)
+    model = common.load_model(model_dir, None, "none", getattr(torch, args.dtype), device, engine)
     return common.attach_adapter(model, row.adapter) if row.adapter else model
 
 
@@ -495,7 +498,8 @@ def reward_scores(adapter: str, run: dict, model_dir: Path, pairs: Sequence[tupl
     keys = [common.sha256_json(e.ids)[:16] for e in examples]
     if todo := {key: e for key, e in zip(keys, examples) if key not in lines.found}:
         quantization = "nf4" if run["invariants"]["quantization"] == "qlora" else "none"
-        model = common.load_reward(model_dir, adapter, quantization, getattr(torch, run["args"]["dtype"]), device)
+        model = common.load_reward(model_dir, adapter, quantization, getattr(torch, run["args"]["dtype"]), device,
+                                   common.choose_engine(args.engine, model_dir, device))
         micro_tokens = max(args.micro_tokens, *(len(e.ids) for e in todo.values()))
         scores = common.score_examples(model, list(todo.values()), micro_tokens)
         if not scores.isfinite().all():

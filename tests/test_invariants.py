@@ -427,11 +427,15 @@ def test_pack_refuses_what_does_not_fit():
     assert fast.pack([], 50) == []
 
 
+ENGINES = pytest.mark.parametrize("engine", ["fast", "plain"])
+
+
+@ENGINES
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_packed_equals_unpacked(tmp_path, kind):
-    """Packed through the attention in use, against plain eager attention one sequence at a time, with a LoRA."""
+def test_a_micro_batch_equals_single_sequences(tmp_path, kind, engine):
+    """Packed or padded, through the attention in use, against eager attention one sequence at a time, with a LoRA."""
     directory = make_model(tmp_path, seed=1, kind=kind)
-    policy = randomise(common.add_lora(common.load_model(directory, dtype=torch.float32)))
+    policy = randomise(common.add_lora(common.load_model(directory, dtype=torch.float32, engine=engine)))
     plain = plain_lora(plain_model(directory))
     plain.load_state_dict(policy.state_dict())
     sequences = random_examples(20, seed=3)
@@ -439,8 +443,8 @@ def test_packed_equals_unpacked(tmp_path, kind):
     seen = 0
     with torch.no_grad():
         expected = [plain_logprobs(plain, *s) for s in sequences]
-        for micro_tokens in (30, 120, 1000):
-            packs = fast.pack(examples, micro_tokens)
+        for micro_tokens in (30 if engine == "fast" else 60, 120, 1000):
+            packs = common.micro_batches(policy, examples, micro_tokens)
             assert max(len(p.examples) for p in packs) > 1
             for p in packs:
                 found = common.token_logprobs(policy, p).split([len(examples[i].targets) for i in p.examples])
@@ -450,15 +454,16 @@ def test_packed_equals_unpacked(tmp_path, kind):
     assert seen == 3 * 20
 
 
+@ENGINES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_changed_neighbour_changes_nothing(tiny_model, dtype):
-    """Every sequence of a pack in turn gets other tokens: its own log-probs change, all others stay bit-identical."""
-    policy = randomise(common.add_lora(common.load_model(tiny_model, dtype=dtype)))
+def test_a_changed_neighbour_changes_nothing(tiny_model, dtype, engine):
+    """Every sequence in turn gets other tokens: its own log-probs change, all others stay bit-identical."""
+    policy = randomise(common.add_lora(common.load_model(tiny_model, dtype=dtype, engine=engine)))
     sequences = random_examples(6, seed=4, low=4)
     whole = [Example.masked(*s) for s in sequences]
 
     def logprobs(examples):
-        (p,) = fast.pack(examples, 1000)
+        (p,) = common.micro_batches(policy, examples, 1000)
         with torch.no_grad():
             parts = common.token_logprobs(policy, p).split([len(examples[i].targets) for i in p.examples])
         return dict(zip(p.examples, parts))
@@ -471,12 +476,14 @@ def test_a_changed_neighbour_changes_nothing(tiny_model, dtype):
             assert torch.equal(after[j], before[j]) == (i != j)
 
 
+@ENGINES
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "nf4"])
-def test_a_fresh_adapter_is_exactly_the_disabled_one(tiny_model, kind):
+def test_a_fresh_adapter_is_exactly_the_disabled_one(tiny_model, kind, engine):
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-    policy = common.add_lora(common.load_model(tiny_model, None, "nf4" if kind == "nf4" else "none", dtype))
+    model = common.load_model(tiny_model, None, "nf4" if kind == "nf4" else "none", dtype, engine=engine)
+    policy = common.add_lora(model)
     assert all(p.dtype == torch.float32 for p in common.trainable(policy))
-    (p,) = fast.pack([Example.masked(*s) for s in random_examples(4)], 1000)
+    (p,) = common.micro_batches(policy, [Example.masked(*s) for s in random_examples(4)], 1000)
     with torch.no_grad():
         on = common.token_logprobs(policy, p)
         with common.reference(policy):
@@ -713,15 +720,15 @@ def assert_same_tensors(found, expected, tolerance=1e-5):
     assert max((f - e).abs().max().item() for f, e in zip(found, expected)) <= tolerance * scale
 
 
-@pytest.mark.parametrize("micro_tokens", [128, 700, 100_000])
-def test_sft_step_is_the_loop_over_single_conversations(sft_args, tokenizer, tmp_path, steps, micro_tokens):
-    """Two steps on all 40 rows: loss, accuracy, gradient norm and gradient, whatever the micro-batches.
+@pytest.mark.parametrize("micro_tokens, engine", [(128, "fast"), (700, "plain"), (100_000, "fast")])
+def test_sft_step_is_the_loop_over_single_conversations(sft_args, tokenizer, tmp_path, steps, micro_tokens, engine):
+    """Two steps on all 40 rows: loss, accuracy, gradient norm and gradient, whatever the micro-batches and the engine.
 
     The reference sums the NLL of each conversation alone and divides once by the step's trained tokens.
     """
     out = tmp_path / "run"
-    sft.main(sft.Args(**{**sft_args, "batch_size": 40, "epochs": 2, "heldout_rows": 12, "micro_tokens": micro_tokens},
-                      out=str(out)))
+    sft.main(sft.Args(**{**sft_args, "batch_size": 40, "epochs": 2, "heldout_rows": 12, "micro_tokens": micro_tokens,
+                        "engine": engine}, out=str(out)))
     log, conversations = rows_of(out / "log.jsonl"), [chatml(tokenizer, r["messages"]) for r in rows_of(sft_args["data"])]
     n = sum(sum(mask) for _, mask in conversations)
     policy = plain_lora(plain_model(sft_args["model"]))
@@ -752,16 +759,16 @@ def test_sft_step_is_the_loop_over_single_conversations(sft_args, tokenizer, tmp
     assert metrics["heldout_loss"] < metrics["heldout_loss_base"] - 0.1
 
 
-@pytest.mark.parametrize("micro_tokens, smoothing", [(256, 0.0), (600, 0.2), (100_000, 0.0)])
+@pytest.mark.parametrize("micro_tokens, smoothing, engine", [(256, 0.0, "fast"), (600, 0.2, "plain"), (100_000, 0.0, "fast")])
 def test_dpo_step_is_the_loop_over_single_pairs(sft_args, sft_run, dpo_args, tokenizer, tmp_path, steps, micro_tokens,
-                                                smoothing):
+                                                smoothing, engine):
     """Two steps on all pairs of part A: loss, margin and gradient, whatever the micro-batches.
 
     The reference is SFT merged by PEFT in a model of its own; the policy a second copy with a LoRA.
     """
     out, beta = tmp_path / "run", 0.3
     dpo.main(dpo.Args(**{**dpo_args, "rows": 60, "batch_size": 60, "epochs": 2, "heldout_rows": 50,
-                         "micro_tokens": micro_tokens}, beta=beta, label_smoothing=smoothing, sft_adapter=sft_run,
+                         "micro_tokens": micro_tokens, "engine": engine}, beta=beta, label_smoothing=smoothing, sft_adapter=sft_run,
                       out=str(out)))
     log = rows_of(out / "log.jsonl")
     sides = [[chatml(tokenizer, row["prompt"] + row[side], train="last") for side in ("chosen", "rejected")]

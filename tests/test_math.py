@@ -176,13 +176,17 @@ def test_learning_rate(script):
 
 # -- log-probabilities ------------------------------------------------------------------------------
 
+ENGINES = pytest.mark.parametrize("engine", ["fast", "plain"])
+
+
+@ENGINES
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_token_logprobs_are_shifted_log_softmax(tmp_path, kind, temperature):
+def test_token_logprobs_are_shifted_log_softmax(tmp_path, kind, temperature, engine):
     directory = make_model(tmp_path, seed=3, kind=kind)
-    model, plain = common.load_model(directory, dtype=torch.float32), plain_model(directory)
+    model, plain = common.load_model(directory, dtype=torch.float32, engine=engine), plain_model(directory)
     sequences = random_sequences(9)
-    packs = fast.pack([Example.masked(*s) for s in sequences], 90)
+    packs = common.micro_batches(model, [Example.masked(*s) for s in sequences], 90)
     assert len(packs) > 1
     seen = Counter()
     for pack in packs:
@@ -202,35 +206,39 @@ def test_token_logprobs_are_shifted_log_softmax(tmp_path, kind, temperature):
     assert seen == Counter(range(9))
 
 
-def test_correct_marks_the_models_own_choices(tiny_model):
+@ENGINES
+def test_correct_marks_the_models_own_choices(tiny_model, engine):
     """A sequence of the model's greedy choices is all correct; changing one token makes that one wrong."""
-    plain, model = plain_model(tiny_model), common.load_model(tiny_model, dtype=torch.float32)
+    plain, model = plain_model(tiny_model), common.load_model(tiny_model, dtype=torch.float32, engine=engine)
     ids = [5, 9]
     with torch.no_grad():
         for _ in range(6):
             ids.append(int(plain(torch.tensor([ids])).logits[0, -1].argmax()))
     ids[-1] = ids[-1] - 1
-    (pack,) = fast.pack([Example.masked(ids, [False] * 2 + [True] * 6)], 64)
+    (pack,) = common.micro_batches(model, [Example.masked(ids, [False] * 2 + [True] * 6)], 64)
     _, extra = common.token_logprobs(model, pack, extras=("correct",))
     assert extra["correct"].tolist() == [True] * 5 + [False]
 
 
-def test_chunked_loss_is_the_full_loss_in_value_and_gradient(tiny_model, monkeypatch):
+@ENGINES
+def test_chunked_loss_is_the_full_loss_in_value_and_gradient(tiny_model, monkeypatch, engine):
     """Seven trained tokens at a time against one full [T, V] computation; the head never sees more than seven."""
-    monkeypatch.setattr(fast.logprobs, "HEAD_CHUNK", 7)
+    monkeypatch.setattr(fast.logprobs if engine == "fast" else common, "HEAD_CHUNK", 7)
     ours, plain = two_policies(tiny_model)
+    common.base_of(ours).__dict__["engine"] = engine
     sequences = random_sequences(6, seed=1)
     n = sum(sum(mask) for _, mask in sequences)
     widths = []
     hook = common.base_of(ours).get_output_embeddings().register_forward_hook(
         lambda module, inputs, output: widths.append(inputs[0].shape[0]))
-    (pack,) = fast.pack([Example.masked(*s) for s in sequences], 10_000)
+    (pack,) = common.micro_batches(ours, [Example.masked(*s) for s in sequences], 10_000)
     logprobs = common.token_logprobs(ours, pack)
     loss = sft.sft_loss(logprobs, n)
     loss.backward()
     hook.remove()
     assert len(pack.targets) == n > 3 * 7
-    assert max(widths) == 7 and sum(widths) == n  # once: the backward needs no logits
+    # fast: once, since the backward needs no logits; plain computes them again in the backward
+    assert max(widths) == 7 and sum(widths) == (n if engine == "fast" else 2 * n)
 
     full = -sum(plain_logprobs(plain, ids)[torch.tensor(mask)].sum() for ids, mask in sequences) / n
     full.backward()
@@ -238,9 +246,10 @@ def test_chunked_loss_is_the_full_loss_in_value_and_gradient(tiny_model, monkeyp
     assert_same_gradients(ours, plain)
 
 
-def test_no_predicted_token_gives_an_empty_tensor(tiny_model):
-    model = common.load_model(tiny_model, dtype=torch.float32)
-    (pack,) = fast.pack([Example([5, 6, 7], [], [])], 10)
+@ENGINES
+def test_no_predicted_token_gives_an_empty_tensor(tiny_model, engine):
+    model = common.load_model(tiny_model, dtype=torch.float32, engine=engine)
+    (pack,) = common.micro_batches(model, [Example([5, 6, 7], [], [])], 10)
     logprobs, extra = common.token_logprobs(model, pack, extras=("correct",))
     assert logprobs.shape == (0,) and extra["correct"].shape == (0,)
     assert pack.sum_by_sequence(logprobs).tolist() == [0.0]

@@ -104,9 +104,9 @@ def uses_run(path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_field_is_read(script):
-    """In the script, or in common.py where the script hands its Args to common.Run."""
+    """In the script, or in common.py and inputs.py where the script hands its Args to common.Run."""
     path = REPO / f"{script}.py"
-    read = reads(path) | (reads(REPO / "common.py") if uses_run(path) else set())
+    read = reads(path) | (reads(REPO / "common.py") | reads(REPO / "inputs.py") if uses_run(path) else set())
     fields = {f.name for f in dataclasses.fields(importlib.import_module(script).Args)}
     assert fields - read == set(), "fields that nothing reads"
     assert reads(path) - fields == set(), "reads of fields that Args doesn't have"
@@ -128,7 +128,9 @@ def imports(path):
 def test_scripts_import_common_and_libraries_only():
     ours = {p.stem for p in REPO.glob("*.py")}
     for name in ours:
-        assert imports(REPO / f"{name}.py") & (ours | {".", "tests", "conftest"}) <= {"common"} - {name}, name
+        assert imports(REPO / f"{name}.py") & (ours | {".", "tests", "conftest"}) <= {"common", "inputs"} - {name}, name
+    assert "inputs" not in imports(REPO / "common.py") and not any("fast" in imports(REPO / f"{s}.py") for s in [*SCRIPTS, "inputs"])
+    assert not any("common" in imports(path) for path in (REPO / "fast").glob("*.py"))
     assert all("common" in imports(REPO / f"{s}.py") for s in SCRIPTS)
 
 

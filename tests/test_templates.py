@@ -280,13 +280,13 @@ def test_a_template_whose_prompt_depends_on_content(tmp_path, capsys):
 def test_a_refused_row_is_named_by_the_script(tmp_path, capsys, script):
     tokenizer = common.load_tokenizer(save_tokenizer(tmp_path, template=RAISES_ON_SYSTEM, **MISTRAL))
     if script == "sft":
-        build = sft.build_examples(tokenizer, sft.Args(), "x.jsonl")
-        rows = [{"messages": TURNS}, {"messages": [SYSTEM, *TURNS]}]
+        build = sft.build_examples(tokenizer, sft.Args())
+        rows = [(TURNS, "all"), ([SYSTEM, *TURNS], "all")]
     else:
-        build = reward.build_pairs(tokenizer, reward.Args(), "x.jsonl", lambda prompt: True)
-        rows = [{"prompt": [*before, *TURNS[:1]], "chosen": "rain", "rejected": "books"} for before in ([], [SYSTEM])]
+        build = reward.build_pairs(tokenizer, reward.Args())
+        rows = [([*before, *TURNS[:1]], "rain", "books") for before in ([], [SYSTEM])]
     with pytest.raises(SystemExit) as stop:
-        build(list(enumerate(rows)))
+        build(rows, ["x.jsonl, row 0", "x.jsonl, row 1"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "error: x.jsonl, row 1: the chat template takes no system message" in error
 
