@@ -301,13 +301,15 @@ def roll_out(sampler, task: Task, problems: Sequence[Problem], n: int, temperatu
     return [Group(p, done[i * n:(i + 1) * n], scores[i * n:(i + 1) * n]) for i, p in enumerate(problems)]
 
 
-def evaluate(sampler, task: Task, heldout: list[Problem], args: Args, run) -> tuple[dict[str, float], list[Group]]:
-    """Held-out figures: greedy pass@1, pass@k from 2k samples, and means over these; and the greedy answers."""
+def evaluate(sampler, task: Task, heldout: list[Problem], args: Args,
+             run) -> tuple[dict[str, float], list[Group], dict[str, list[float]]]:
+    """Held-out figures: greedy pass@1, pass@k from 2k samples, and means over these; the greedy answers; and both rates
+    problem by problem."""
     greedy = roll_out(sampler, task, heldout, 1, 0.0, args, run, "heldout")
     sampled = roll_out(sampler, task, heldout, 2 * args.pass_k, args.temperature, args, run, "heldout")
-    return {"pass_1": sum(g.solved for g in greedy) / len(greedy),
-            "pass_k": sum(pass_at_k(2 * args.pass_k, g.solved, args.pass_k) for g in sampled) / len(sampled),
-            **means(sampled)}, greedy
+    rates = {"pass_1": [float(g.solved) for g in greedy],
+             "pass_k": [pass_at_k(2 * args.pass_k, g.solved, args.pass_k) for g in sampled]}
+    return {**{k: sum(v) / len(v) for k, v in rates.items()}, **means(sampled)}, greedy, rates
 
 
 def means(groups: list[Group]) -> dict[str, float]:
@@ -377,8 +379,8 @@ def main(args: Args) -> None:
     # Before the first update the policy is the reference: what it can do, to compare with.
     first = run.resume(optimizer, args.updates)
     if not run.state:
-        before, greedy = evaluate(sampler, task, heldout, args, run)
-        run.state = {"drawn": 0, "before": before, "answers": answers(greedy)}
+        before, greedy, rates = evaluate(sampler, task, heldout, args, run)
+        run.state = {"drawn": 0, "before": before, "answers": answers(greedy), "rates": rates}
 
     # 3. Train.
     for update in range(first, args.updates):
@@ -386,7 +388,7 @@ def main(args: Args) -> None:
         sampler.refresh(policy)
         found = run.state["before"] if update == 0 else {}
         if update and args.eval_every and update % args.eval_every == 0:
-            found, _ = evaluate(sampler, task, heldout, args, run)
+            found, _, _ = evaluate(sampler, task, heldout, args, run)
         began, drawn, groups = time.time(), [], []
         for turn in range(ROUNDS if args.resample_groups else 1):
             places = range(run.state["drawn"], run.state["drawn"] + P - len(groups))
@@ -502,13 +504,15 @@ def main(args: Args) -> None:
     # 4. Save (relative to the pretrained base), and answer the held-out problems again.
     run.save(policy, tokenizer, {"train": sorted({p.id for p in problems}), "heldout": sorted({p.id for p in heldout})})
     sampler.refresh(policy)
-    after, greedy = evaluate(sampler, task, heldout, args, run)
+    after, greedy, rates = evaluate(sampler, task, heldout, args, run)
     sampler.release()
     moved = common.movement(policy, args.out, adapter, model_dir, [
         Example.completion(g.problem.ids, g.completions[0].ids) for g in greedy[:KL_ANSWERS]], args.micro_tokens, args.temperature)
     if common.rank() == 0:
         write_results(run, args, heldout, answers(greedy), after)
-    run.finish({**counts, **moved, "heldout_problems": len(heldout),
+    changes = {f"{k}_change_interval": common.interval(torch.tensor(v) - torch.tensor(run.state["rates"][k]), range(len(v)))
+               for k, v in rates.items()}
+    run.finish({**counts, **moved, **changes, "heldout_problems": len(heldout),
                 **{f"{k}_{when}": v for when, d in (("before", run.state["before"]), ("after", after)) for k, v in d.items()}},
                CURVES, f"GRPO (β = {args.beta}) from {adapter or model} with LoRA on the task {task.name}: {args.updates} "
                f"updates of {P} prompts x {G} answers.")

@@ -538,7 +538,7 @@ def main(args: Args) -> None:
     moved = common.movement(policy, args.out, adapter, model_dir,
                             [Example.completion(p.ids, ids) for p, ids in zip(fixed, answered.ids)], args.micro_tokens,
                             args.temperature)
-    run.finish({**counts, **moved, "fixed_prompts": len(fixed),
+    run.finish({**counts, **moved, "fixed_prompts": len(fixed), **score_changes(run.state["before"], after),
                 **{f"{k}_{when}": v for when in found for k, v in found[when].items()}}, CURVES,
                f"PPO (β = {args.beta}) from {adapter or model} with LoRA against {args.reward_adapter}: {args.updates} "
                f"updates of {args.batch_size} completions.")
@@ -565,6 +565,15 @@ def summary(answers: list[dict]) -> dict[str, float | None]:
         found = [a[k] for a in answers if a[k] is not None]
         out[k] = sum(found) / len(found) if found else None
     return dict(sorted(out.items()))
+
+
+def score_changes(before: list[dict], after: list[dict]) -> dict[str, list[float] | None]:
+    """95 % interval of each score's mean change over the fixed prompts, those whose answers ended both times."""
+    intervals = {}
+    for k in [k for k in after[0] if k.endswith("scores")]:
+        changes = [a[k] - b[k] for a, b in zip(after, before) if None not in (a[k], b[k])]
+        intervals[f"{k}_change_interval"] = common.interval(torch.tensor(changes), range(len(changes))) if changes else None
+    return intervals
 
 
 def write_results(run, args: Args, fixed: list[Prompt], after: list[dict], found: dict, scorer_runs: dict) -> None:

@@ -161,13 +161,20 @@ def build_examples(tokenizer, args: Args):
 
 
 @torch.no_grad()
-def heldout_loss(model, examples: list[Example], micro_tokens: int, device) -> float:
-    """Mean NLL of the trained tokens of held-out conversations, over all ranks."""
-    mine = [examples[i] for i in common.my_share([len(e.ids) for e in examples])]
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for micro in common.micro_batches(model, mine, micro_tokens):
-        total -= common.token_logprobs(model, micro).sum()
-    return common.all_reduce_(total).item() / sum(len(e.targets) for e in examples)
+def heldout_nll(model, examples: list[Example], micro_tokens: int, device) -> Tensor:
+    """NLL of each held-out conversation's trained tokens, in nats [conversations], of all ranks."""
+    mine = common.my_share([len(e.ids) for e in examples])
+    nll = torch.zeros(len(examples), dtype=torch.float64, device=device)
+    for micro in common.micro_batches(model, [examples[i] for i in mine], micro_tokens):
+        nll[[mine[i] for i in micro.examples]] = -micro.sum_by_sequence(common.token_logprobs(model, micro)).double()
+    return common.all_reduce_(nll).cpu()
+
+
+def mean_loss(nll: Tensor, examples: list[Example]) -> tuple[float, list[float] | None]:
+    """Nats per token, and its 95 % interval over conversations: that of a ratio Σ nll / Σ tokens, by its residuals."""
+    tokens = torch.tensor([len(e.targets) for e in examples], dtype=torch.float64)
+    loss = nll.sum() / tokens.sum()
+    return loss.item(), common.interval(loss + (nll - loss * tokens) / tokens.mean(), range(len(examples)))
 
 
 def main(args: Args) -> None:
@@ -201,7 +208,7 @@ def main(args: Args) -> None:
     common.set_seed(args.seed)
     start = common.load_model(model_dir, adapter, "nf4" if nf4 else "none", dtype, device, engine)
     policy = common.add_lora(start)
-    base_loss = heldout_loss(policy, heldout, args.micro_tokens, device)  # B = 0: that of what it starts from
+    before = heldout_nll(policy, heldout, args.micro_tokens, device)  # B = 0: that of what it starts from
     params = common.flat_parameters(policy)
     optimizer = torch.optim.Adam([params], lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     steps = common.batches(len(examples), args.batch_size, args.epochs, args.seed)
@@ -238,18 +245,21 @@ def main(args: Args) -> None:
 
     # 4. Save, then measure the policy as later phases will use it: merged into the full-precision base.
     run.save(policy, tokenizer, split.prompts)
-    metrics = {**counts, "heldout_loss_base": base_loss}
+    metrics = dict(counts)
     if nf4:
-        metrics["heldout_loss_nf4_base"] = base_loss
-        metrics["heldout_loss_nf4"] = heldout_loss(policy, heldout, args.micro_tokens, device)
+        metrics["heldout_loss_nf4_base"] = mean_loss(before, heldout)[0]
+        metrics["heldout_loss_nf4"] = mean_loss(heldout_nll(policy, heldout, args.micro_tokens, device), heldout)[0]
         base = common.load_model(model_dir, None, "none", dtype, device, engine)
-        metrics["heldout_loss_base"] = heldout_loss(base, heldout, args.micro_tokens, device)
+        before = heldout_nll(base, heldout, args.micro_tokens, device)
         del base
     if parent:
         metrics |= common.movement(policy, args.out, adapter, model_dir, heldout[:args.eos_prompts], args.micro_tokens)
     del start, policy, optimizer, params
     merged = common.load_model(model_dir, args.out, "none", dtype, device, engine)
-    metrics["heldout_loss"] = heldout_loss(merged, heldout, args.micro_tokens, device)
+    after = heldout_nll(merged, heldout, args.micro_tokens, device)
+    metrics["heldout_loss_base"], _ = mean_loss(before, heldout)
+    metrics["heldout_loss"], metrics["heldout_loss_interval"] = mean_loss(after, heldout)
+    _, metrics["heldout_loss_change_interval"] = mean_loss(after - before, heldout)
     if metrics["heldout_loss"] > metrics["heldout_loss_base"]:
         common.say(f"WARNING: the held-out loss of base + adapter ({metrics['heldout_loss']:.4f}) is worse than the "
                    f"{'parent' if parent else 'base'}'s own ({metrics['heldout_loss_base']:.4f})")

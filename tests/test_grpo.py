@@ -585,6 +585,9 @@ def test_run_directory_and_results(grpo_run, grpo_args, sft_run):
         assert results[when]["pass@2"] == point["pass_k"] == run["metrics"][f"pass_k_{when}"]
     assert lines[0]["heldout_pass_k"] == results["before"]["pass@2"] and "heldout_pass_k" not in lines[1]
     assert (Path(grpo_args["results"]) / "grpo" / "grpo_v1.png").stat().st_size > 10_000
+    for name in ("pass_1", "pass_k"):  # the middle of the paired interval is the change of the mean
+        change = run["metrics"][f"{name}_after"] - run["metrics"][f"{name}_before"]
+        assert sum(run["metrics"][f"{name}_change_interval"]) / 2 == pytest.approx(change)
     answers = [json.loads(line) for line in (Path(grpo_run) / "completions.jsonl").read_text().splitlines()]
     assert len(answers) == 3 and all(f"{a['row']['i']} why" in a["prompt"] for a in answers)
     for when in ("before", "after"):

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -441,6 +442,19 @@ def test_run_directory_and_results(ppo_run, ppo_args, reward_run, sft_run):
         assert results[when]["missing_eos"] == 1 - len(found) / 4 == run["metrics"][f"missing_eos_{when}"]
         assert results[when]["completion_tokens"] == sum(a[when]["completion_tokens"] for a in answers) / 4
     assert any(a["before"]["text"] != a["after"]["text"] for a in answers)
+    changes = [a["after"]["scores"] - a["before"]["scores"] for a in answers if None not in (a["after"]["scores"], a["before"]["scores"])]
+    expected = statistics.fmean(changes) if len(changes) > 1 else None
+    ends = run["metrics"]["scores_change_interval"]
+    assert ends == expected if expected is None else sum(ends) / 2 == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_change_of_a_score_is_paired():
+    """Changes 1, 2 and 3 of the answers that ended both times: 2 ± 1.96 · 1 / √3; the rest tells nothing."""
+    def answers(scores):
+        return [{"text": "", "scores": s, "missing_eos": s is None} for s in scores]
+    found = ppo.score_changes(answers([0.0, 5.0, 1.0, None, 9.0]), answers([1.0, 7.0, 4.0, 3.0, None]))
+    assert found == {"scores_change_interval": pytest.approx([2 - 1.96 / 3**0.5, 2 + 1.96 / 3**0.5])}
+    assert ppo.score_changes(answers([None]), answers([1.0])) == {"scores_change_interval": None}
 
 
 def test_saved_adapter_is_the_trained_policy_on_the_pretrained_base(ppo_args, tiny_model, tmp_path, monkeypatch):

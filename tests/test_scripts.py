@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -358,17 +359,25 @@ def test_sft_goes_on_with_the_chosen_answers(sft_run, sft_args, data_dir, tmp_pa
     assert 20 < len(answers) < 50 and sum(line["trained_tokens"] for line in log(out)) == sum(answers)
 
     # Where it starts and ends, by plain PEFT on the base.
-    def heldout_loss(directory):
-        model, total, count = plain_peft(sft_args["model"], directory), 0.0, 0
+    def heldout_nll(directory):
+        model, by_row = plain_peft(sft_args["model"], directory), []
         held = [json.loads(line) for line in (data_dir / "preference_heldout.jsonl").read_text().splitlines()]
         kept = [held[i] for i in common.permutation(len(held), 42, "rows") if not inputs.is_judge_prompt(held[i]["prompt"])]
         for r in kept[:args["heldout_rows"]]:
             found = answer_logprobs(model, tokenizer, r["prompt"], r["chosen"][0]["content"])
-            total, count = total - found.sum().item(), count + len(found)
-        return total / count
-    assert found["metrics"]["heldout_loss_base"] == pytest.approx(heldout_loss(sft_run), abs=1e-4)
-    assert found["metrics"]["heldout_loss"] == pytest.approx(heldout_loss(out), abs=1e-4)
-    assert found["metrics"]["heldout_loss"] < found["metrics"]["heldout_loss_base"]
+            by_row.append((-found.sum().item(), len(found)))
+        return np.array(by_row).T
+    (before, tokens), (after, _), metrics = heldout_nll(sft_run), heldout_nll(out), found["metrics"]
+    assert metrics["heldout_loss_base"] == pytest.approx(before.sum() / tokens.sum(), abs=1e-4)
+    assert metrics["heldout_loss"] == pytest.approx(after.sum() / tokens.sum(), abs=1e-4)
+    assert metrics["heldout_loss"] < metrics["heldout_loss_base"]
+    # The intervals are those of a ratio, by the jackknife over rows: they differ by terms of 1/n.
+    for key, nll in (("heldout_loss_interval", after), ("heldout_loss_change_interval", after - before)):
+        left_out = (nll.sum() - nll) / (tokens.sum() - tokens)
+        error = ((len(nll) - 1) ** 2 / len(nll) * left_out.var(ddof=1)) ** 0.5
+        low, high = metrics[key]
+        assert (low + high) / 2 == pytest.approx(nll.sum() / tokens.sum(), abs=1e-4)
+        assert high - low == pytest.approx(2 * 1.96 * error, rel=0.3)
     with pytest.raises(SystemExit):
         train(sft, tmp_path / "other", **{**args, "quantization": "qlora"}, sft_adapter=sft_run)
 
