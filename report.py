@@ -1,40 +1,10 @@
-"""report.py: what results/ holds -> the tables, verdicts and plots that compare the rows.
+"""report.py: what results/ holds -> the tables, verdicts and plots that compare the rows. The tests: verdicts.py.
 
 It answers three questions, in this order, for every method:
     1. Did it learn what it optimises?  Its own objective on held-out data, before -> after.
     2. What did it change?              Paired differences on the benchmarks: to the policy that it started from,
                                         its own parent, and to the base.
     3. Is it a win?                     The verdict, against base.
-
-A score carries its standard error se (lm-eval's own, over the items). The difference of two rows a and b, in points, is
-    delta = 100 (a - b)    with    se(delta) = 100 sqrt(se_a^2 + se_b^2);    marked ~ when |delta| < 2 se(delta).
-Both rows answered the same items, so the test is a paired one, on the differences d_i = a_i - b_i of the items' scores:
-    0/1 items    exact McNemar;      interval of Bonett and Price    (MMLU, GSM8K, IFEval by prompt)
-    otherwise    sign-flip test;     bootstrap of items, 10,000 resamples: for TruthfulQA MC2 an item is a question, for
-                 IFEval by instruction a prompt with all its instructions (delta is sum d_i / sum m_i, m_i instructions)
-    S seeds      of one family, each against its own parent:  SE^2 = s^2(seed means)/S + s^2(items)/n,  the last of the
-                 differences averaged over the seeds; t with Satterthwaite's degrees of freedom. The items are the same
-                 for every seed (crossed), so neither part alone would do.
-    detectable   (z_0.975 + z_0.8) sqrt(sum d_i^2) / sum m_i: what a test at 5 % detects with power 0.8
-Intervals condition on what was resampled: with one seed on the items alone, so they say nothing of another seed.
-
-One family of tests for one base, named before any run: four endpoints (ENDPOINTS; for an instruct base IFEval and GSM8K
-in the chat protocol, for a pretrained one in the plain; MMLU and TruthfulQA plain) x {sft, dpo, ppo, grpo, kto} x
-{base, own parent}, adjusted by Holm. Controls, reruns, the other protocol and the other columns are descriptive: they
-have an interval and no p-value. "Up" and "down" are adjusted p < 0.05. A drop is catastrophic when it is clearly down
-and more than 2 points. The verdict is the first that holds:
-    open            a test is missing: the row or the base has no per-item scores
-    irreproducible  a rerun of the same config_hash differs from it (Holm over the five columns)
-    forgetting      IFEval up, and a catastrophic drop on MMLU or TruthfulQA
-    win             IFEval up, and no such drop
-    mixed           something else up, and something down or not
-    regression      something down, nothing up
-    flat            nothing up or down, and every endpoint equivalent: its 90 % interval lies within 2 points of 0
-                    (two one-sided tests at 5 %)
-    inconclusive    nothing up or down, and a change of more than 2 points remains possible
-"inherited" behind the word: every drop that it rests on is one that the parent had already, clearly, and to which the
-method itself added nothing clear. DPO has a criterion of its own besides: the lower bound of its judged win rate
-against SFT is above 50 %, by a judge that shares no training prompt with it.
 
 1. A report is about one train_invariants, and a table about one protocol (plain, chat) and one eval_hash. A results
    file that holds more is refused, naming the rows and the fields that differ; --group HASH picks. So are rows whose
@@ -45,8 +15,8 @@ against SFT is above 50 %, by a judge that shares no training prompt with it.
 4. What is missing is shown as missing, never as zero: a row as "planned", a score as "–", a standard error as "?".
 5. A reward model scores answers and has no benchmark row: its own table comes from rm/*.json, beside the baseline "the
    longer answer wins". What PPO and GRPO say of themselves comes from ppo/*.json and grpo/*.json, what a judge says of
-   held-out answers from judge/*.json, README.md's line on speed from bench/*.json. A record of other train_invariants than the rows' is
-   listed with ‡ and both hashes, and left out where --group names theirs.
+   held-out answers from judge/*.json, README.md's line on speed from bench/*.json. A record of other train_invariants
+   than the rows' is listed with ‡ and both hashes, and left out where --group names theirs.
 
     python report.py            print what was learned and the verdicts; write results/README.md, a page per run in
                                 results/runs/, the plots in results/plots/, and README.md between its two markers
@@ -55,8 +25,8 @@ against SFT is above 50 %, by a judge that shares no training prompt with it.
 """
 
 import difflib
-import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -64,7 +34,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +46,13 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
-from common import SCHEMA_VERSION, fail, read_json, read_results, sha256_json, write_atomic
+from common import SCHEMA_VERSION, fail, read_json, sha256_json, write_atomic
+from verdicts import (ALPHA, FORGOTTEN, LADDER, MARGIN, METRICS, ROW_ID, Change, Comparison, Paired, Verdict, at,
+                      comparisons, endpoint_protocols, finite, is_at_floor, is_instruct, label_rows, ladder_first,
+                      paired_over_items, read_items, read_rows, rung, score, seed_groups, signed, tables_of, title_of,
+                      verdicts_of, with_holm)
 
 
 @dataclass(frozen=True)
@@ -98,30 +70,18 @@ class Args:
     """Write nothing; exit 1 and print a diff when a generated file disagrees with the results."""
 
 
-METRICS = {  # column title: (task, metric, filter) of lm-eval
-    "MMLU": ("mmlu", "acc", "none"),
-    "GSM8K\nstrict": ("gsm8k", "exact_match", "strict-match"),
-    "TruthfulQA\nMC2": ("truthfulqa_mc2", "acc", "none"),
-    "IFEval\nprompt": ("ifeval", "prompt_level_strict_acc", "none"),
-    "IFEval\ninstruction": ("ifeval", "inst_level_strict_acc", "none"),
-}
-# The family of tests: column -> its protocol for an instruct base; for a pretrained base all four are plain.
-ENDPOINTS = {"MMLU": "plain", "TruthfulQA\nMC2": "plain", "GSM8K\nstrict": "chat", "IFEval\nprompt": "chat"}
-METHODS = ("sft", "dpo", "ppo", "grpo", "kto")
-FORGOTTEN = ("MMLU", "TruthfulQA\nMC2")  # where a drop is what the word forgetting means
-FLOORS = {"MMLU": 25.0, "GSM8K\nstrict": 0.0, "IFEval\nprompt": 0.0, "IFEval\ninstruction": 0.0}  # %, by chance
-# The climb. A rung without a result is shown as planned; rows of other names follow those of their phase.
-LADDER = {"base": 0, "sft_v2": 1, "dpo_v1": 2, "ppo_v1": 3, "grpo_v1": 4, "kto_v1": 5}  # row: phase
-TRAINING = {  # facts of a training run: key in the row's "training" or "cost" -> column title
-    "heldout_loss_base": "held-out loss\nbefore", "heldout_loss": "held-out\nloss",
-    "heldout_accuracy": "held-out\naccuracy", "judge_eos_rate": "EOS rate,\njudge's\nprompts", "tokens": "tokens",
-    "wall_time_s": "minutes", "gpu_minutes": "GPU\nminutes", "peak_gib": "peak\nGiB", "device": "device",
-}
+COST = {  # of a training run: key -> column title
+    "judge_eos_rate": "EOS rate,\njudge's\nprompts, %", "tokens": "tokens", "minutes": "minutes",
+    "gpu_minutes": "GPU\nminutes", "peak_gib": "peak\nGiB", "device": "device",
+}  # fmt: skip
 # What each method optimises, held out: (objective, before: a key or what holds by construction, after, key of n, scale,
-# 1: higher is better, -1: lower). With policy = reference every margin is 0, and a tie counts half.
+# 1: higher is better, -1: lower). With policy = reference every margin is 0, and a tie counts half. The run records
+# <after>_interval and, where before was measured too, <objective>_change_interval.
 OBJECTIVES = {
     "sft": [("held-out loss, nats per token", "heldout_loss_base", "heldout_loss", None, 1, -1)],
-    "dpo": [("held-out pairs on the right side, %", 0.5, "heldout_accuracy", "heldout_pairs", 100, 1)],
+    "dpo": [("held-out pairs on the right side, %", 0.5, "heldout_accuracy", "heldout_pairs", 100, 1),
+            ("held-out margin", 0.0, "heldout_margin", "heldout_pairs", 1, 1),
+            ("held-out loss", math.log(2), "heldout_loss", "heldout_pairs", 1, -1)],
     "ppo": [("score on fixed prompts", "scores_before", "scores_after", "fixed_prompts", 1, 1),
             ("watch model's score on them", "watch_scores_before", "watch_scores_after", "fixed_prompts", 1, 1)],
     "grpo": [("held-out pass@1, %", "pass_1_before", "pass_1_after", "heldout_problems", 100, 1),
@@ -131,13 +91,22 @@ OBJECTIVES = {
 }  # fmt: skip
 COUNTED = ("heldout_accuracy", "pass_1_after")  # shares of n independent trials: Wilson's interval
 LEARNED = (
-    "Before → after, with a 95 % interval: the run's own where it recorded one (over prompts), else Wilson's for a "
-    "share of independent trials. **yes**: the interval of the change lies wholly on the better side; **worse**: on "
-    "the other; not shown: it includes no change. `–`: no interval was recorded, so nothing is claimed. A share before "
-    "of 50.0 holds by construction (the policy is its reference, a tie counts half). GRPO's two shares are compared as "
-    "if they came from different problems, which is wider than a paired interval. A reward model is compared with the "
-    "better rule of length, on the same pairs, by McNemar's exact test. Of several seeds: mean ± sd, and the change's t "
-    "interval over the seeds."
+    "Before → after, with a 95 % interval: the run's own, over conversations, prompts or problems; of an older run "
+    "Wilson's, for a share of independent trials. **yes**: the interval of the change lies wholly on the better side; "
+    "**worse**: on the other; not shown: it includes no change. `–`: no interval was recorded, so nothing is claimed. "
+    "What stands before DPO and KTO holds by construction (the policy is its reference, a tie counts half). A reward "
+    "model is compared with the better rule of length, on the same pairs, by McNemar's exact test. Of several seeds: "
+    "mean ± sd, and the change's t interval over the seeds."
+)
+MOVED = {  # of the trained policy: key in run.json's metrics -> column title
+    "kl_reference": "KL to its\nreference", "kl_floor": "floor of\nthe KL", "kl_evaluated": "trained vs\nevaluated",
+    "kl_merge": "of merging\nits parent", "logprob_floor": "floor of\nlog-probs", "kl_answers": "answers",
+}  # fmt: skip
+MOVED_LEGEND = (
+    "KL in nats per answer, exact over the vocabulary, with the 95 % interval over answers. Floor: the policy against "
+    "itself in other micro-batches, which is what the precision of the measurement adds. Trained vs evaluated: to the "
+    "saved adapter beside the pretrained base, which is what the benchmarks load; merging: what rounding the merged "
+    "parent costs by itself. Floor of log-probs: mean |difference| per answer. Of several seeds: mean ± sd."
 )
 REWARD = {  # figures of a reward model: column title -> (place in its file, scale, decimals)
     "accuracy, %": (("accuracy",), 100, 1),
@@ -150,8 +119,7 @@ REWARD = {  # figures of a reward model: column title -> (place in its file, sca
 REWARD_LEGEND = (
     "On held-out pairs, in % with Wilson's 95 % interval: accuracy, the chosen answer scores higher; longer-wins, it "
     "is the longer one; length-matched, accuracy where lengths differ by at most 10 %. Correlation is Pearson's, "
-    "margin is chosen − rejected. Accuracy and baseline are compared on the same pairs by McNemar's exact test; in a "
-    "record without per-pair outcomes by their intervals: where these overlap, the question stays open. "
+    "margin is chosen − rejected. Accuracy and baseline are compared on the same pairs by McNemar's exact test. "
     "mean ± sd is over the seeds of one family, a seed once, sd with n − 1."
 )
 GUARDRAILS = {  # figures of the held-out answers: column title -> (key in guardrails.json, scale, decimals)
@@ -162,14 +130,9 @@ GUARDRAILS = {  # figures of the held-out answers: column title -> (key in guard
 }  # fmt: skip
 PROTOCOLS = {"plain": "no chat template", "chat": "chat template applied, few-shot examples as turns"}
 UNDRAWN = {"step", "seconds", "tokens", "trained_tokens", "lr"}  # of a run's log: known without a plot
-ROW_ID = ("name", "config_hash", "adapter_sha256", "weights_sha256")  # of an evaluated policy, in any protocol
 SMALL = 200  # items; with fewer, the standard error of a score near 50 % is above 3.5 points
 FEWEST = 20  # judged prompts; the bootstrap's interval of two wins in two has no width
 BEGIN, END, STAMP = "<!-- results:begin -->", "<!-- results:end -->", "<!-- written by `"
-ROW_KEYS = (
-    "name phase method model revision config_hash adapter_sha256 weights_sha256 train_invariants eval_hash eval seed "
-    "protocol metrics n"
-).split()
 LEGEND = (
     "Scores in % ± standard error; n counts items, for IFEval prompts. Differences in points, with the paired 95 % "
     "interval of that one difference in brackets; p adjusted by Holm over the family of tests, **bold** where p < "
@@ -197,191 +160,8 @@ PLOTS = {  # file name under plots/ -> what it shows
     "ppo": "PPO: reward, KL and length over training",
     "grpo": "GRPO: reward, KL and length over training",
 }
-ALPHA, MARGIN = 0.05, 2.0  # of adjusted p-values; points, of a catastrophic drop and of equivalence
-RESAMPLES, FLIPS = 10_000, (9_999, 99_999)  # of the bootstrap; of the sign-flip test, the second where p is small
 
-
-# ------------------------------------------------------------------ statistics
-
-
-@dataclass(frozen=True)
-class Paired:
-    """What a paired test says of a difference, as a share: 95 % and 90 % intervals, p, whether p is as small as the
-    resamples can show, and the smallest difference that it detects (None where no item differs)."""
-
-    interval: tuple[float, float]
-    interval90: tuple[float, float]
-    p: float
-    at_floor: bool = False
-    detectable: float | None = None
-
-
-def paired_interval(gained: int, lost: int, n: int, alpha: float = ALPHA) -> tuple[float, float]:
-    """1 - alpha interval of (gained - lost) / n over n 0/1 items: Wald's, with one item added to each side, so that few
-    discordant items don't give a width of 0 [Bonett & Price 2012, J. Educ. Behav. Stat. 37(4)]."""
-    a, b = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = float(stats.norm.ppf(1 - alpha / 2)) * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
-    return max(-1.0, a - b - half), min(1.0, a - b + half)
-
-
-def sign_flip(d: np.ndarray) -> tuple[float, bool]:
-    """(two-sided p that d [n] is as likely as -d, whether p is the smallest that the resamples can show): the share of
-    random signs s with |sum s d| >= |sum d|. scipy.stats.permutation_test's test, at a fifth of its time."""
-    d, p, extreme, rng = d[d != 0].astype(np.float32), 1.0, 0, np.random.default_rng(0)
-    observed = abs(d.sum()) * (1 - 1e-6)  # sums in fp32 that are equal may differ in their last digit
-    for flips in FLIPS if len(d) else ():
-        extreme = 0
-        for rows in (10_000,) * (flips // 10_000) + (flips % 10_000,):
-            sums = 2 * (rng.integers(0, 2, (rows, len(d)), dtype=np.int8).astype(np.float32) @ d) - d.sum()
-            extreme += int((np.abs(sums) >= observed).sum())
-        p = (1 + extreme) / (1 + flips)
-        if p > 0.005:
-            break
-    return p, bool(len(d)) and extreme == 0
-
-
-def bootstrap(d: np.ndarray, m: np.ndarray) -> list[tuple[float, float]]:
-    """Percentile 95 % and 90 % intervals of sum d / sum m, d [n] the differences and m [n] the sizes of the independent
-    units (an item: 1; a prompt: its instructions)."""
-    drawn = stats.bootstrap((d, m), lambda d, m, axis: d.sum(axis) / m.sum(axis), paired=True, vectorized=True,
-                            batch=1000, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
-    ends = [np.quantile(drawn.bootstrap_distribution, [share, 1 - share]) for share in (ALPHA / 2, ALPHA)]
-    return [(float(low), float(high)) for low, high in ends]
-
-
-def paired_over_items(d: np.ndarray, m: np.ndarray, right_or_wrong: bool) -> Paired | None:
-    """The paired test of one seed: d [n] differences, m [n] sizes. None for a single item that isn't right or wrong."""
-    z = stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(0.8)
-    # For 0/1 items 2.80 sqrt(psi / n), psi the share of discordant items [Connor 1987, Biometrics 43(1), without the
-    # term delta^2 << psi: a little too large]. Holm's test needs more.
-    detectable = float(z * math.sqrt((d.astype(float) ** 2).sum()) / m.sum()) if d.any() else None
-    if right_or_wrong:
-        gained, lost = int((d > 0).sum()), int((d < 0).sum())
-        ends = [paired_interval(gained, lost, len(d), alpha) for alpha in (ALPHA, 2 * ALPHA)]
-        return Paired(*ends, p=float(mcnemar([[0, gained], [lost, 0]], exact=True).pvalue), detectable=detectable)
-    if len(d) < 2:
-        return None
-    return Paired(*bootstrap(d, m), *sign_flip(d), detectable)
-
-
-def paired_over_seeds(d: np.ndarray, m: np.ndarray) -> Paired:
-    """The paired test of S seeds on the same n items: d [S, n] differences, m [n] sizes; the estimate is the mean over
-    the seeds of sum d / sum m.
-
-    SE^2 = s^2(seed means)/S + s^2(items)/n, s^2(items) of the seed-averaged differences (for a ratio, of its
-    residuals); t with Satterthwaite's degrees of freedom, SE^4 / sum of part^2/(its degrees of freedom)."""
-    seeds, n = d.shape
-    means = d.sum(1) / m.sum()  # [S]
-    residuals = (d.mean(0) - means.mean() * m) / m.mean()  # [n], of mean 0
-    parts = means.var(ddof=1) / seeds, residuals.var(ddof=1) / n
-    variance, estimate = sum(parts), float(means.mean())
-    if not variance:
-        return Paired((estimate, estimate), (estimate, estimate), float(estimate == 0))
-    df = variance**2 / (parts[0] ** 2 / (seeds - 1) + parts[1] ** 2 / (n - 1))
-    stderr = math.sqrt(variance)
-    halves = [float(stats.t.ppf(1 - alpha / 2, df)) * stderr for alpha in (ALPHA, 2 * ALPHA)]
-    p = float(2 * stats.t.sf(abs(estimate) / stderr, df))
-    detectable = float(stats.t.ppf(1 - ALPHA / 2, df) + stats.t.ppf(0.8, df)) * stderr
-    return Paired(*((estimate - half, estimate + half) for half in halves), p=p, detectable=detectable)
-
-
-def holm(p: list[float]) -> list[float]:
-    """Adjusted p-values, in the order given: below alpha where Holm's step-down test rejects at family-wise alpha."""
-    return multipletests(p, method="holm")[1].tolist() if p else []
-
-
-# ------------------------------------------------------------------ rows, and which of them may stand together
-
-
-def rung(phase: int, name: str) -> tuple[int, int]:
-    """Sort key of a row: its phase, then its place in the climb, other names last."""
-    return phase, [*LADDER, name].index(name)
-
-
-def read_rows(path: Path) -> list[dict]:
-    rows = read_results(path)["runs"]
-    for row in rows:
-        if missing := [key for key in ROW_KEYS if key not in row]:
-            fail(f"{path}: row {row.get('name', '(unnamed)')} lacks {', '.join(missing)}; evaluate it again")
-    return sorted(rows, key=lambda row: (*rung(row["phase"], row["name"]), row["name"], row.get("timestamp") or ""))
-
-
-def read_items(results: Path, row: dict) -> dict[str, dict] | None:
-    """{task: {"task", "doc_id", "doc_hash", and each metric: a list over its items}}, or None where a row has none.
-    Ends the run if they are not the row's: of other weights, or with another mean than its score."""
-    path = results / (row.get("scores") or "")
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(gzip.decompress(path.read_bytes()))
-        tasks = record["tasks"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
-        fail(f"{path} holds no per-item scores ({type(e).__name__}: {e}); evaluate {row['name']} again")
-    if unlike := [key for key in (*ROW_ID[1:], "eval_hash") if record.get(key, "absent") != row[key]]:
-        fail(f"{path} is of another {unlike[0]} than row {row['name']}: {record.get(unlike[0])} / {row[unlike[0]]}")
-    for column, (task, metric, filter_name) in METRICS.items():
-        values = at(tasks, task, f"{metric},{filter_name}")
-        if values and (points := score(row, column)[0]) is not None:
-            parts = [x for value in values for x in value] if isinstance(values[0], list) else values
-            if abs(mean := 100 * statistics.fmean(parts) - points) > 1e-6:
-                fail(f"{path}: the mean of {task}/{metric} is {mean:+.3f} points off the score of row {row['name']}")
-    return tasks
-
-
-def identity(row: dict) -> dict[str, object]:
-    """What stands behind a row's two hashes, and what lm-eval then ran; flat, so that a difference can be named."""
-    fields = {key: row[key] for key in ("train_invariants", "eval_hash", "model", "revision", "weights_sha256")}
-    fields |= {f"invariants.{key}": value for key, value in row.get("invariants", {}).items() if key not in fields}
-    fields |= {f"eval.{key}": value for key, value in row["eval"].items() if key != "tasks"}
-    for task, num_fewshot, limit in row["eval"]["tasks"]:
-        fields |= {f"eval.{task}.num_fewshot": num_fewshot, f"eval.{task}.limit": limit}
-    for key in ("n", "task_versions"):
-        fields |= {f"{key}.{task}": value for task, value in row.get(key, {}).items()}
-    return fields
-
-
-def differences(a: dict, b: dict) -> str:
-    """Why rows a and b can't share a table, as "field value of a / value of b, ..."; empty when they can."""
-    a, b = identity(a), identity(b)
-    differ = [key for key in a | b if a.get(key, "absent") != b.get(key, "absent")]
-    # A task that one of them lacks is shown as not measured; counts or versions that disagree are not comparable.
-    unlike = [key for key in differ if key in a and key in b and key.startswith(("n.", "task_versions."))]
-    if not unlike and not {"train_invariants", "eval_hash"} & set(differ):
-        return ""
-
-    def brief(value: object) -> str:  # a chat template is too long to print
-        return str(value) if len(str(value)) <= 64 else f"(sha256 {sha256_json(value)[:8]})"
-
-    return ", ".join(f"{key} {brief(a.get(key, 'absent'))} / {brief(b.get(key, 'absent'))}" for key in differ)
-
-
-def listing(rows: list[dict]) -> str:
-    groups = {}
-    for row in rows:
-        key = f"  train_invariants {row['train_invariants']}, {row['protocol']}, eval_hash {row['eval_hash']}: "
-        groups.setdefault(key, []).append(row["name"])
-    return "\n".join(key + ", ".join(names) for key, names in groups.items()) or "  no rows"
-
-
-def tables_of(rows: list[dict], group: tuple[str, ...], path: Path) -> dict[str, list[dict]]:
-    """{protocol: its rows}; ends the run when a table would hold rows that can't be compared."""
-    kept, unknown = rows, set(group)
-    for key in ("train_invariants", "eval_hash"):
-        if chosen := unknown & {row[key] for row in rows}:
-            kept, unknown = [row for row in kept if row[key] in chosen], unknown - chosen
-    if unknown or (group and not kept):
-        fail(f"--group {' '.join(group)}: {path} has no such row. It holds\n{listing(rows)}")
-    protocols = sorted({row["protocol"] for row in kept}, reverse=True)  # plain first
-    tables = {protocol: [row for row in kept if row["protocol"] == protocol] for protocol in protocols}
-    clashes = [(table[0], row) for table in tables.values() for row in table if differences(table[0], row)]
-    clashes += [(kept[0], t[0]) for t in tables.values() if t[0]["train_invariants"] != kept[0]["train_invariants"]]
-    if clashes:
-        lines = [f"  {a['name']} / {b['name']}: {differences(a, b)}" for a, b in clashes]
-        fail(
-            f"{path} holds rows that can't be compared:\n{listing(kept)}\nThey differ in\n" + "\n".join(lines)
-            + "\nPick with --group HASH [HASH], or evaluate the rows again alike."
-        )
-    return tables
+# ------------------------------------------------------------------ records
 
 
 def read_records(results: Path, rows: list[dict], group: tuple[str, ...]) -> dict[str, list[dict]]:
@@ -414,330 +194,7 @@ def read_records(results: Path, rows: list[dict], group: tuple[str, ...]) -> dic
     return {kind: sorted(found, key=lambda record: bool(record["note"])) for kind, found in records.items()}
 
 
-def label_rows(rows: list[dict]) -> list[tuple[str, dict]]:
-    """[(label, row)]: the name; with the adapter's hash where it isn't unique, and † on a rerun."""
-    count, first, labelled = Counter(row["name"] for row in rows), {}, []
-    for row in rows:
-        suffix = f"@{(row['adapter_sha256'] or 'none')[:8]}" if count[row["name"]] > 1 else ""
-        rerun = first.setdefault((row["name"], row["config_hash"]), row["adapter_sha256"]) != row["adapter_sha256"]
-        labelled.append((row["name"] + suffix + "†" * rerun, row))
-    return labelled
-
-
-def seed_groups(rows: list[dict]) -> list[list[dict]]:
-    """The rows, grouped by family: the first row of each seed stands in its family's group, a rerun of a seed by
-    itself."""
-    groups, families = [], {}
-    for row in rows:
-        key = (row["method"], row["family"]) if row.get("family") else id(row)
-        seeds = families.get(key)
-        if seeds is None or row["seed"] in [r["seed"] for r in seeds]:
-            groups.append([row])
-            families.setdefault(key, groups[-1])
-        else:
-            seeds.append(row)
-    return groups
-
-
-def compared_in_family(groups: list[list[dict]]) -> list[list[dict]]:
-    """The groups that stand in the family of tests, at most one per method: that of the climb's name, else the first.
-    The rest are controls and reruns."""
-    chosen = {}
-    for method in METHODS:
-        of_method = [group for group in groups if group[0]["method"] == method]
-        named = [group for group in of_method if any(row["name"] in LADDER for row in group)]
-        chosen |= {method: group for group in (named or of_method)[:1]}
-    return list(chosen.values())
-
-
-def reference_of(row: dict, rows: list[dict], against: str) -> dict | None:
-    """The row that `row` is compared with: the base, or its own parent by the hash of its adapter. None where that has
-    no row, or is the base (which is one comparison, not two)."""
-    if row["method"] == "base":
-        return None
-    if against == "base":
-        return next((r for r in rows if r["method"] == "base"), None)
-    parent = row.get("parent")
-    return next((r for r in rows if r["adapter_sha256"] == parent["adapter_sha256"]), None) if parent else None
-
-
-# ------------------------------------------------------------------ scores and differences
-
-
-def finite(value: object) -> int | float | None:
-    """`value` where it is a finite number (lm-eval writes "N/A", Python's JSON NaN), else None."""
-    return value if type(value) in (int, float) and math.isfinite(value) else None
-
-
-def at(record: object, *place: str) -> object:
-    """record[place[0]][place[1]]…, or None where anything on the way is missing."""
-    for key in place:
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
-
-
-def score(row: dict, column: str) -> tuple[float | None, float | None]:
-    """(score, its standard error) in percent; None for what the row doesn't have."""
-    task, metric, filter_name = METRICS[column]
-    found = [finite(row["metrics"].get(f"{task}/{key},{filter_name}")) for key in (metric, f"{metric}_stderr")]
-    return tuple(None if x is None else 100 * x for x in found)
-
-
-def delta(a: tuple, b: tuple) -> tuple[float | None, float | None, bool | None]:
-    """(a - b in points, its standard error, beyond noise or not) of two (score, stderr); None for what can't be
-    known."""
-    points = None if a[0] is None or b[0] is None else a[0] - b[0]
-    if points is None or a[1] is None or b[1] is None:
-        return points, None, None
-    stderr = math.hypot(a[1], b[1])  # sqrt(se_a^2 + se_b^2)
-    return points, stderr, points != 0 and abs(points) >= 2 * stderr  # 0 ± 0 is no difference
-
-
-@dataclass(frozen=True)
-class Change:
-    """Row a minus row b in one column, in points; `apart`: |points| >= 2 stderr. Then what the paired test adds;
-    `adjusted` is Holm's p, of a test that is part of the family: without it the difference is descriptive."""
-
-    points: float | None
-    stderr: float | None
-    apart: bool | None
-    paired: Paired | None = None  # in points
-    adjusted: float | None = None
-
-    @property
-    def clear(self) -> bool | None:
-        return self.apart if self.paired is None else self.adjusted is not None and self.adjusted < ALPHA
-
-    @property
-    def down(self) -> bool:
-        return self.adjusted is not None and bool(self.clear) and self.points < 0
-
-    @property
-    def up(self) -> bool:
-        return self.adjusted is not None and bool(self.clear) and self.points > 0
-
-    @property
-    def catastrophic(self) -> bool:
-        return self.down and self.points < -MARGIN
-
-    @property
-    def equivalent(self) -> bool:
-        """Two one-sided tests at 5 %: the 90 % interval lies within the margin."""
-        return self.paired is not None and -MARGIN < self.paired.interval90[0] and self.paired.interval90[1] < MARGIN
-
-
-def paired_items(a: dict, b: dict, column: str) -> tuple[np.ndarray, np.ndarray, bool] | None:
-    """([n] the score of row a minus that of row b, [n] the size) of each item, and whether all scores are 0 or 1. Of a
-    prompt of several instructions: the difference of how many were followed, and how many there are. None where a row
-    has no per-item scores; ends the run where the two rows' items are not the same."""
-    task, metric, filter_name = METRICS[column]
-    items = [at(row, "items", task) for row in (a, b)]
-    key = f"{metric},{filter_name}"
-    if not all(side and side.get(key) for side in items):
-        return None
-    of_a, of_b = (dict(zip(zip(i["task"], i["doc_id"], i["doc_hash"]), i[key], strict=True)) for i in items)
-    if unlike := sorted(of_a.keys() ^ of_b.keys()):
-        fail(
-            f"{a['name']} and {b['name']} were not scored on the same items of {task}: {unlike[0][0]}, doc_id "
-            f"{unlike[0][1]} is not in both with the same doc_hash ({len(unlike):,} such); evaluate them again alike"
-        )
-    pairs = [(x, of_b[item]) for item, x in of_a.items()]
-    if isinstance(pairs[0][0], list):
-        return np.array([sum(x) - sum(y) for x, y in pairs]), np.array([len(x) for x, _ in pairs]), False
-    scores = np.array(pairs, float)  # [n, 2]; NaN where an item has no score
-    return scores[:, 0] - scores[:, 1], np.ones(len(pairs), int), bool(np.isin(scores, (0, 1)).all())
-
-
-def mean_score(rows: list[dict], column: str) -> tuple[float | None, float | None]:
-    """(mean score, mean standard error) over seeds, whose items are the same; None where a row misses one."""
-    means = []
-    for values in zip(*(score(row, column) for row in rows)):
-        means.append(None if None in values else statistics.fmean(values))
-    return tuple(means)
-
-
-def compare(pairs: list[tuple[dict, dict]], column: str) -> Change:
-    """The rows of a family, one per seed, minus the row that each is compared with."""
-    change = Change(*delta(*(mean_score(list(side), column) for side in zip(*pairs))))
-    items = [paired_items(a, b, column) for a, b in pairs]
-    if change.points is None or not all(items):
-        return change
-    differences, sizes, right_or_wrong = zip(*items)
-    if len(pairs) == 1:
-        paired = paired_over_items(differences[0], sizes[0], right_or_wrong[0])
-    else:
-        paired = paired_over_seeds(np.array(differences), sizes[0])
-    if not paired:
-        return change
-    low, high = (tuple(100 * end for end in ends) for ends in (paired.interval, paired.interval90))
-    detectable = paired.detectable and 100 * paired.detectable
-    return replace(change, paired=replace(paired, interval=low, interval90=high, detectable=detectable))
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A family's rows, one per seed, against base or against the row that each was trained from."""
-
-    label: str
-    rows: tuple[dict, ...]
-    reference: str
-    changes: dict[str, Change]  # by column
-    in_family: bool  # of tests; else descriptive
-
-    @property
-    def row(self) -> dict:
-        return self.rows[0]
-
-
-def comparisons(rows: list[dict], against: str) -> tuple[list[Comparison], list[str]]:
-    """(the rows, seeds of a family together, compared with base or with their own parent; notes on those left out)."""
-    labels = {id(row): label for label, row in label_rows(rows)}
-    found, notes, groups = [], [], seed_groups(rows)
-    tested = compared_in_family(groups)
-    for group in groups:
-        pairs = [(row, other) for row in group if (other := reference_of(row, rows, against))]
-        for row in group:
-            if against == "parent" and row.get("parent") and not reference_of(row, rows, against):
-                parent = row["parent"]["name"]
-                notes.append(f"{labels[id(row)]} is left out: {parent}, from which it was trained, has no row here.")
-        if pairs:
-            names, references = (list(dict.fromkeys(labels[id(r)] for r in side)) for side in zip(*pairs))
-            seeds = f" ({len(pairs)} seeds)" * (len(pairs) > 1)
-            reference = references[0] if len(references) == 1 else "parent"
-            changes = {column: compare(pairs, column) for column in METRICS}
-            found.append(Comparison(ladder_first(names) + seeds, tuple(row for row, _ in pairs), reference, changes,
-                                    any(group is other for other in tested)))
-    return found, notes
-
-
-def ladder_first(names: list[str]) -> str:
-    return next((name for name in names if name.split("@")[0] in LADDER), names[0])
-
-
-def is_instruct(model: str) -> bool:
-    return bool(re.search(r"instruct|(^|[-_])(it|chat)($|[-_])", Path(model).name.lower()))
-
-
-def endpoint_protocols(tables: dict[str, list[dict]]) -> dict[str, str]:
-    """{endpoint: the protocol it is tested in}: where an instruct base was not evaluated in chat, plain stands in."""
-    model = next((row["model"] for rows in tables.values() for row in rows), "")
-    chat = is_instruct(model) and "chat" in tables
-    return {column: protocol if chat else "plain" for column, protocol in ENDPOINTS.items()}
-
-
-def with_holm(compared: dict, protocols: dict[str, str]) -> dict:
-    """{(protocol, "base" or "parent"): (comparisons, notes)} with Holm's adjusted p-values over the one family of
-    tests: the endpoints, each in its protocol, of the comparisons that are in it."""
-    places = [(key, i, column) for key, (found, _) in compared.items() for i, c in enumerate(found) if c.in_family
-              for column, protocol in protocols.items() if protocol == key[0] and c.changes[column].paired]
-    adjusted = dict(zip(places, holm([compared[key][0][i].changes[column].paired.p for key, i, column in places])))
-
-    def changed(key: tuple, i: int, c: Comparison) -> Comparison:
-        return replace(c, changes={column: replace(change, adjusted=adjusted.get((key, i, column)))
-                                   for column, change in c.changes.items()})
-
-    return {key: ([changed(key, i, c) for i, c in enumerate(found)], notes) for key, (found, notes) in compared.items()}
-
-
-def reran(row: dict, rows: list[dict]) -> bool | None:
-    """Whether a rerun of the row's config_hash (another adapter) differs beyond noise, by Holm over the five columns of
-    each rerun; None where per-item scores are missing."""
-    reruns = [r for r in rows if row["adapter_sha256"] and r["config_hash"] == row["config_hash"]]
-    reruns = [r for r in reruns if r["adapter_sha256"] != row["adapter_sha256"]]
-    tests = [[compare([(row, other)], column).paired for column in METRICS] for other in reruns]
-    known = [holm([paired.p for paired in paired_tests if paired]) for paired_tests in tests]
-    if any(p < ALPHA for adjusted in known for p in adjusted):
-        return True
-    return None if any(paired is None for paired_tests in tests for paired in paired_tests) else False
-
-
-@dataclass(frozen=True)
-class Verdict:
-    word: str
-    why: str
-    label: str = ""
-    rows: tuple[dict, ...] = ()
-
-
-def verdict(against_base: dict[str, Change], irreproducible: bool | None = False, inherited: frozenset = frozenset(),
-            at_floor: tuple[str, ...] = ()) -> Verdict:
-    """The verdict from the endpoints' differences to base, by the rules at the top. `inherited`: endpoints whose drop
-    the parent had already; `at_floor`: endpoints on which the base itself is at chance."""
-    up = [column for column, change in against_base.items() if change.up]
-    down = [column for column, change in against_base.items() if change.down]
-    forgotten = [column for column in FORGOTTEN if against_base[column].catastrophic]
-    moved = []
-    for column in up + down:
-        marks = ["catastrophic"] * against_base[column].catastrophic + ["inherited"] * (column in inherited)
-        marked = f" ({', '.join(marks)})" * bool(marks)
-        moved.append(f"{title_of(column)} {signed(against_base[column].points)}{marked}")
-    why = ", ".join(moved) or "nothing clearly up or down"
-    why += "".join(f"; {title_of(column)} is at chance in the base: it can show no forgetting" for column in at_floor)
-    missing = [title_of(column) for column, change in against_base.items() if change.adjusted is None]
-    if missing:
-        everywhere = len(missing) == len(against_base)
-        return Verdict("open", "no per-item scores" if everywhere else f"no paired test on {', '.join(missing)}")
-    if irreproducible is None:
-        return Verdict("open", f"a rerun has no per-item scores to compare; {why}")
-    if irreproducible:
-        return Verdict("irreproducible", f"a rerun of the same configuration differs; {why}")
-    if "IFEval\nprompt" in up:
-        word = "forgetting" + ", inherited" * inherited.issuperset(forgotten) if forgotten else "win"
-        return Verdict(word, why)
-    if up:
-        return Verdict("mixed", why)
-    if down:
-        return Verdict("regression" + ", inherited" * inherited.issuperset(down), why)
-    wide = [title_of(column) for column, change in against_base.items() if not change.equivalent]
-    if wide:
-        return Verdict("inconclusive", f"{why}; more than {MARGIN:g} points remain possible on {', '.join(wide)}")
-    return Verdict("flat", why)
-
-
-def endpoint_changes(compared: dict, against: str, adapter: str | None, protocols: dict[str, str]) -> dict[str, Change]:
-    """{endpoint: the change, in its protocol, of the family of rows that holds this adapter}; an empty Change where
-    none."""
-    changes = {}
-    for column, protocol in protocols.items():
-        holding = [c for c in compared.get((protocol, against), ([], []))[0] if c.in_family
-                   and adapter in [row["adapter_sha256"] for row in c.rows]]
-        changes[column] = holding[0].changes[column] if holding else Change(None, None, None)
-    return changes
-
-
-def verdicts_of(compared: dict, tables: dict[str, list[dict]], protocols: dict[str, str]) -> list[Verdict]:
-    """The verdict of each method in the family of tests."""
-    verdicts, judged = [], []
-    for c in [c for protocol in tables for c in compared[protocol, "base"][0] if c.in_family]:
-        adapter = c.row["adapter_sha256"]
-        if adapter in judged:
-            continue
-        judged += [row["adapter_sha256"] for row in c.rows]
-        against_base = endpoint_changes(compared, "base", adapter, protocols)
-        inherited = frozenset()
-        if parent := c.row.get("parent"):
-            of_parent = endpoint_changes(compared, "base", parent["adapter_sha256"], protocols)
-            against_parent = endpoint_changes(compared, "parent", adapter, protocols)
-            inherited = frozenset(column for column, change in against_parent.items()
-                                  if of_parent[column].down and change.adjusted is not None and not change.down)
-        reruns = [reran(row, rows) for rows in tables.values() for row in rows
-                  if row["adapter_sha256"] in [r["adapter_sha256"] for r in c.rows]]
-        irreproducible = True if True in reruns else None if None in reruns else False
-        floors = tuple(column for column in FORGOTTEN for row in tables.get(protocols[column], [])
-                       if row["method"] == "base" and is_at_floor(row, column))
-        one = verdict(against_base, irreproducible, inherited, floors)
-        verdicts.append(replace(one, label=c.label, rows=c.rows))
-    return verdicts
-
-
-def is_at_floor(row: dict, column: str) -> bool:
-    """Does the 95 % interval of a score reach down to what chance gives?"""
-    points, stderr = score(row, column)
-    return column in FLOORS and stderr is not None and points - 1.96 * stderr <= FLOORS[column]
-
-
-def title_of(column: str) -> str:
-    return column.replace("\n", " ")
+# ------------------------------------------------------------------ cells
 
 
 def score_cell(points: float | None, stderr: float | None) -> str:
@@ -756,9 +213,29 @@ def number(value: object, decimals: int = 3, scale: int = 1) -> str:
     return text.replace("-", "−")
 
 
-def signed(points: float) -> str:
-    size = f"{abs(points):.1f}"
-    return size if size == "0.0" else ("+" if points > 0 else "−") + size
+def bracket(ends: object, decimals: int = 1, scale: int = 1) -> str:
+    """`[54.8, 68.0]`, or `[?]` where no interval was recorded."""
+    known = isinstance(ends, list | tuple) and None not in map(finite, ends)
+    return f"[{', '.join(number(end, decimals, scale) for end in ends) if known else '?'}]"
+
+
+def with_interval(point: object, ends: object, decimals: int = 1, scale: int = 1) -> str:
+    """`61.5 [54.8, 68.0]`; – where there is no figure."""
+    text = number(point, decimals, scale)
+    return text if text == "–" else f"{text} {bracket(ends, decimals, scale)}"
+
+
+def share_cell(share: object) -> str:
+    """`66.2 [64.0, 68.4]`: {"accuracy", "interval"} in percent."""
+    return with_interval(at(share, "accuracy"), at(share, "interval"), 1, 100)
+
+
+def spread(values: list, scale: int, decimals: int) -> str:
+    """Mean ± sd (n − 1) of several seeds; of one, its value."""
+    if None in map(finite, values):
+        return "–"
+    moments = (statistics.fmean(values), statistics.stdev(values)) if len(values) > 1 else values
+    return " ± ".join(number(x, decimals, scale) for x in moments)
 
 
 def delta_cell(points: float | None, stderr: float | None, clear: bool | None, short: bool = False) -> str:
@@ -784,7 +261,7 @@ def change_cell(change: Change, short: bool = False) -> str:
         return delta_cell(change.points, change.stderr, change.apart, short)
     text = signed(change.points)
     if not short:
-        text += f" [{number(change.paired.interval[0], 1)}, {number(change.paired.interval[1], 1)}]"
+        text += f" {bracket(change.paired.interval)}"
     text = (f"**{text}**" if change.clear else text) + " ~" * (change.apart is False)
     return text if short or change.adjusted is None else f"{text}\n{p_cell(change.adjusted, change.paired.at_floor)}"
 
@@ -852,6 +329,10 @@ def scores_table(rows: list[dict]) -> Table:
     for phase, _, label, row in sorted(rungs, key=lambda r: r[:2]):
         cells = [floor_cell(row, column) for column in METRICS] if row else ["planned"] + [""] * (len(METRICS) - 1)
         lines.append([str(phase), label, *cells])
+    for group in seed_groups(rows):
+        if len(group) > 1:
+            cells = [spread([score(row, column)[0] for row in group], 1, 1) for column in METRICS]
+            lines.append(["", f"mean ± sd of {', '.join(row['name'] for row in group)}", *cells])
     return Table(["phase", "row", *titles(rows, tuple(METRICS))], lines, 2, score_notes(rows, lines))
 
 
@@ -971,41 +452,11 @@ def own_criterion(family: tuple[dict, ...], rows: list[dict], judge: list[dict])
     return "\n".join(said) or "open: not judged against SFT"
 
 
-def seeds_table(rows: list[dict]) -> Table | None:
-    """Mean ± sd over the seeds of a family, where there are several; a seed once."""
-    families, lines = {}, []
-    for row in rows:
-        if row.get("family"):
-            families.setdefault(row["family"], {}).setdefault(row["seed"], row)
-    for family, seeds in families.items():
-        if len(seeds) > 1:
-            cells = [spread([score(row, column)[0] for row in seeds.values()], 1, 1) for column in METRICS]
-            names = ", ".join(dict.fromkeys(row["name"] for row in seeds.values()))
-            lines.append([names, ", ".join(map(str, seeds)), family, *cells])
-    notes = ["mean ± sd (n − 1) of the scores, in %: what another seed of the same configuration changes."]
-    return Table(["rows", "seeds", "family", *METRICS], lines, 3, notes) if lines else None
-
-
 def empty_share(row: dict, task: str) -> float | None:
     """Share of a benchmark's generated answers that are nothing but whitespace, in percent; None without per-item
     scores."""
     characters = at(row, "items", task, "characters")
     return 100 * statistics.fmean(n == 0 for n in characters) if characters else None
-
-
-def answers_table(rows: list[dict]) -> Table | None:
-    """What the generated answers of the benchmarks look like from outside: a score may move because answers get
-    longer."""
-    lines = []
-    for label, row in label_rows(rows):
-        cells = []
-        for task in ("gsm8k", "ifeval"):
-            characters = at(row, "items", task, "characters")
-            cells += [number(empty_share(row, task), 1), number(statistics.median(characters) if characters else None, 0)]
-        lines.append([label, *cells])
-    note = "Empty: nothing but whitespace before the end. A row that says something more often follows more instructions."
-    titles = ["row", "GSM8K\nempty, %", "GSM8K\nmedian characters", "IFEval\nempty, %", "IFEval\nmedian characters"]
-    return Table(titles, lines, 1, [note]) if any(line[1:] != ["–"] * 4 for line in lines) else None
 
 
 def empty_note(rows: list[dict]) -> str:
@@ -1017,66 +468,61 @@ def empty_note(rows: list[dict]) -> str:
             + ". A row that says something more often follows more instructions.")
 
 
-def protocols_table(tables: dict[str, list[dict]]) -> Table | None:
-    """Each row's score in the one protocol and the other, where it has both."""
-    if len(tables) < 2:
-        return None
-    lines = []
-    (first, rows), (second, others) = list(tables.items())[:2]
-    for label, row in label_rows(rows):
-        same = [r for r in others if [r[k] for k in ROW_ID] == [row[k] for k in ROW_ID]]
-        cells = [[score_cell(*score(r, column)) for r in (row, *same[:1])] for column in METRICS]
-        lines += [[label, *("\n".join(pair) for pair in cells)]] if same else []
-    title = f"row\n{first}, below it {second}"
-    return Table([title, *METRICS], lines) if lines else None
-
-
 def eos_rates(guardrails: list[dict]) -> dict[str | None, float]:
     """{adapter: share of its answers to the judge's prompts that end with EOS}: the same prompts for every row."""
     return {row.get("adapter_sha256"): row.get("eos_rate") for record in guardrails if not record["note"]
             for row in record.get("rows") or [] if not row.get("best_of")}
 
 
-def training_table(rows: list[dict], guardrails: list[dict]) -> Table | None:
-    """What the training runs say of themselves, and what they took: a line an adapter, a column a fact that any has."""
-    once = {(row["name"], row["config_hash"], row["adapter_sha256"]): row for row in rows if row.get("training")}
-    facts = {}
-    for key, row in once.items():
-        cost = {k: v for k, v in (row.get("cost") or {}).items() if v is not None}
-        if finite(cost.get("wall_time_s")) and cost.get("gpus"):
-            cost["gpu_minutes"] = cost["wall_time_s"] * cost["gpus"] / 60
-        ended = eos_rates(guardrails).get(row["adapter_sha256"])
-        facts[key] = row["training"] | cost | ({} if ended is None else {"judge_eos_rate": ended})
-    titles = {key: title for key, title in TRAINING.items() if any(key in found for found in facts.values())}
+def once(rows: list[dict]) -> list[dict]:
+    """One row per policy, whatever the protocols that it was evaluated in."""
+    return list({tuple(row[key] for key in ROW_ID): row for row in reversed(rows)}.values())[::-1]
 
-    def cell(key: str, value: object) -> str:
-        if isinstance(value, str):
-            return value
-        if finite(value) is not None and key == "wall_time_s":
-            return f"{value / 60:.1f}"
-        if finite(value) is not None and key.endswith(("accuracy", "rate")):
-            return f"{100 * value:.1f} %"
-        return number(value, 1 if key in ("gpu_minutes", "peak_gib") else 3)
 
-    lines = [
-        [label, row["method"], str(row["seed"]), row["config_hash"], *(cell(k, found.get(k)) for k in titles)]
-        for (label, row), found in zip(label_rows(list(once.values())), facts.values())
-    ]
-    notes = ["A row's own training, without that of its parent and of the reward models it used."]
-    if "judge_eos_rate" in titles:
-        notes.append("EOS rate: of the answers to the judge's prompts, the same prompts and sampling for every row.")
-    if any(row.get("cost") for row in once.values()):
-        notes.append("Tokens: all that it trained on or sampled, every epoch counted.")
-    return Table(["row", "method", "seed", "config_hash", *titles.values()], lines, 4, notes) if lines else None
+def cost_table(rows: list[dict], guardrails: list[dict]) -> Table | None:
+    """What each training run took."""
+    rows, facts, ended = [row for row in once(rows) if row.get("training")], [], eos_rates(guardrails)
+    for row in rows:
+        fact = {k: (row.get("cost") or {}).get(k) or row["training"].get(k) for k in ("tokens", "wall_time_s")}
+        fact |= {k: v for k, v in (row.get("cost") or {}).items() if v is not None}
+        fact["judge_eos_rate"] = number(ended.get(row["adapter_sha256"]), 1, 100)
+        if seconds := finite(fact["wall_time_s"]):
+            fact["minutes"] = number(seconds / 60, 1)
+            fact["gpu_minutes"] = number(seconds * fact["gpus"] / 60 if fact.get("gpus") else None, 1)
+        fact["tokens"], fact["peak_gib"] = number(fact["tokens"]), number(fact.get("peak_gib"), 1)
+        facts.append(fact)
+    shown = {key: title for key, title in COST.items() if any(fact.get(key, "–") != "–" for fact in facts)}
+    lines = [[label, row["method"], str(row["seed"]), row["config_hash"], *(fact.get(key, "–") for key in shown)]
+             for (label, row), fact in zip(label_rows(rows), facts)]
+    notes = ["A row's own training, without that of its parent and of the reward models it used. Tokens: all that it "
+             "trained on or sampled, every epoch counted. EOS rate: the same prompts and sampling for every row."]
+    return Table(["row", "method", "seed", "config_hash", *shown.values()], lines, 4, notes) if lines else None
 
 
 # ------------------------------------------------------------------ did it learn what it optimises?
 
 
-def change_of_shares(before: float, after: float, n: int) -> tuple[float, float]:
-    """95 % interval of after - before, two shares of n trials each, taken as independent (Newcombe)."""
-    ends = confint_proportions_2indep(round(after * n), n, round(before * n), n, method="newcomb")
-    return float(ends[0]), float(ends[1])
+def change_of(objective: tuple, facts: list[dict], before: list, after: list) -> list[float] | None:
+    """95 % interval of after − before: over seeds where there are several, else the run's own; None where not known."""
+    _, before_key, after_key, n_key, _, _ = objective
+    if len(facts) > 1:
+        changes = [a - b for a, b in zip(after, before)]
+        return list(stats.ttest_1samp(changes, 0).confidence_interval(1 - ALPHA))
+    n, stem = finite(facts[0].get(n_key)), after_key.removesuffix("_after")
+    if isinstance(before_key, float):
+        ends = interval_of(after_key, facts[0], n)
+        return ends and [end - before_key for end in ends]
+    if after_key in COUNTED and n and not facts[0].get(f"{stem}_change_interval"):
+        shares = [x for share in (after[0], before[0]) for x in (round(share * n), n)]
+        return list(confint_proportions_2indep(*shares, method="newcomb"))
+    return facts[0].get(f"{stem}_change_interval")
+
+
+def interval_of(key: str, fact: dict, n: float | None) -> list[float] | None:
+    """The interval that a run recorded of a figure, else Wilson's of a share of n trials."""
+    if n and key in COUNTED and finite(fact.get(key)) is not None and not fact.get(f"{key}_interval"):
+        return list(map(float, proportion_confint(fact[key] * n, n, method="wilson")))
+    return fact.get(f"{key}_interval")
 
 
 def objective_line(rows: list[dict], objective: tuple) -> list[str] | None:
@@ -1084,76 +530,66 @@ def objective_line(rows: list[dict], objective: tuple) -> list[str] | None:
     title, before_key, after_key, n_key, scale, better = objective
     facts = [row.get("training") or {} for row in rows]
     after = [finite(fact.get(after_key)) for fact in facts]
+    before = [before_key if isinstance(before_key, float) else finite(fact.get(before_key)) for fact in facts]
     if None in after:
         return None
-    before = [before_key if isinstance(before_key, float) else finite(fact.get(before_key)) for fact in facts]
-    decimals = 1 if scale == 100 else 3
-    n, ends, change = finite(facts[0].get(n_key)), facts[0].get(f"{after_key}_ci"), None
-    if not ends and n and after_key in COUNTED:
-        ends = list(map(float, proportion_confint(after[0] * n, n, method="wilson")))
-    if len(rows) > 1:
-        ends = None
-        if None not in before:
-            changes = np.array(after) - np.array(before)
-            half = float(stats.t.ppf(1 - ALPHA / 2, len(rows) - 1) * changes.std(ddof=1) / math.sqrt(len(rows)))
-            change = [changes.mean() - half, changes.mean() + half]
-    elif recorded := facts[0].get(after_key.removesuffix("_after") + "_change_ci"):
-        change = recorded
-    elif None not in before and ends and isinstance(before_key, float):
-        change = [end - before[0] for end in ends]
-    elif None not in before and n and after_key in COUNTED:
-        change = change_of_shares(before[0], after[0], n)
-    means = [None if None in side else statistics.fmean(side) for side in (before, after)]
+    change = None if None in before else change_of(objective, facts, before, after)
     learned = "–"
     if change:
         low, high = sorted(better * end for end in change)
         learned = "**yes**" if low > 0 else "**worse**" if high < 0 else "not shown"
-    shown = [number(mean, decimals, scale) for mean in means]
-    if ends:
-        shown[1] += " [" + ", ".join(number(end, decimals, scale) for end in ends) + "]"
+    decimals, n = 1 if scale == 100 else 3, facts[0].get(n_key)
+    shown = with_interval(after[0], interval_of(after_key, facts[0], finite(n)), decimals, scale)
     if len(rows) > 1:
-        shown[1] += f" ± {number(statistics.stdev(after), decimals, scale)} sd"
-    return [title, number(n), shown[0], shown[1], learned]
+        shown = spread(after, scale, decimals) + " sd"
+    first = None if None in before else statistics.fmean(before)
+    return [title, number(n), number(first, decimals, scale), shown, learned]
 
 
-def learned_table(rows: list[dict], records: dict[str, list[dict]]) -> Table | None:
+def families(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+    """[(label, the rows of a family, one per seed)] of policies, each once."""
+    rows = once(rows)
+    labels = {id(row): label for label, row in label_rows(rows)}
+    return [(ladder_first([labels[id(row)] for row in group]) + f" ({len(group)} seeds)" * (len(group) > 1), group)
+            for group in seed_groups(rows)]
+
+
+def learned_table(rows: list[dict], reward_models: list[dict]) -> Table | None:
     """Each method's own objective on held-out data, before and after: before any benchmark is read."""
-    once = {(row["name"], row["config_hash"], row["adapter_sha256"]): row for row in rows}
-    labels = {id(row): label for label, row in label_rows(list(once.values()))}
     lines = []
-    for group in seed_groups(list(once.values())):
-        label = ladder_first([labels[id(row)] for row in group]) + f" ({len(group)} seeds)" * (len(group) > 1)
-        for objective in OBJECTIVES.get(group[0]["method"], ()):
-            if line := objective_line(group, objective):
-                lines.append([label, *line])
-    for record in records["rm"]:
+    for label, group in families(rows):
+        of_method = [objective_line(group, objective) for objective in OBJECTIVES.get(group[0]["method"], ())]
+        lines += [[label, *line] for line in of_method if line]
+    for record in reward_models:
         if not record["note"] and finite(record.get("accuracy")) is not None:
-            rule = at(record, "longer_wins", "accuracy")
-            rule = None if finite(rule) is None else max(rule, 1 - rule)
+            rule = finite(at(record, "longer_wins", "accuracy"))
             learned = "–"
             if paired_and_name := paired_with_length(record):
                 paired = paired_and_name[0]
                 learned = "not shown" if paired.p >= ALPHA else "**yes**" if sum(paired.interval) > 0 else "**worse**"
-            objective = "held-out pairs, %; before: the better rule of length"
-            cells = [number(record.get("n")), number(rule, 1, 100), share_cell(record), learned]
-            lines.append([record["label"], objective, *cells])
+            cells = [number(record.get("n")), number(rule and max(rule, 1 - rule), 1, 100), share_cell(record), learned]
+            lines.append([record["label"], "held-out pairs, %; before: the better rule of length", *cells])
     header = ["row", "own objective", "n", "before", "after", "learned"]
     return Table(header, lines, 2, [LEARNED]) if lines else None
 
 
+def moved_table(rows: list[dict]) -> Table | None:
+    """How far each policy went from its reference, beside what the measurement and rounding add; where any recorded it."""
+    lines = []
+    for label, group in families(rows):
+        facts = [row.get("training") or {} for row in group]
+        if group[0]["method"] == "sft" and not any(row.get("parent") for row in group) or group[0]["method"] == "base":
+            continue
+        cells = [spread([fact.get(key) for fact in facts], 1, 3) for key in MOVED]
+        if len(group) == 1:
+            cells[0] = with_interval(facts[0].get("kl_reference"), facts[0].get("kl_reference_interval"), 3)
+        lines.append([label, *cells, ", ".join(dict.fromkeys(str(fact.get("measured_in") or "–") for fact in facts))])
+    if all(set(line[1:]) == {"–"} for line in lines):
+        return None
+    return Table(["row", *MOVED.values(), "measured\nin"], lines, 1, [MOVED_LEGEND])
+
+
 # ------------------------------------------------------------------ reward models and on-policy runs
-
-
-def interval(share: object) -> list[float] | None:
-    """[share, its lower, its upper end] in percent of {"n", "accuracy", "interval"}; None where one is missing."""
-    found = [at(share, "accuracy"), *(at(share, "interval") or [None])]
-    return None if None in map(finite, found) else [100 * x for x in found]
-
-
-def share_cell(share: object) -> str:
-    """`66.2 [64.0, 68.4]`: a share in percent and its interval."""
-    text = number(at(share, "accuracy"), 1, 100)
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*ends) if (ends := interval(share)) else text + " [?]" * (text != "–")
 
 
 def paired_with_length(record: dict) -> tuple[Paired, str] | None:
@@ -1173,32 +609,13 @@ def paired_with_length(record: dict) -> tuple[Paired, str] | None:
 
 def against_length(record: dict) -> str:
     """One sentence: does the reward model beat the rule that the longer answer wins, on the same pairs?"""
-    longer, name = record.get("longer_wins"), "longer-wins"
-    text = f"{record['label']}: accuracy {share_cell(record)} %, longer-wins {share_cell(longer)} %, on the same "
-    text += f"{number(record.get('n'))} held-out pairs: "
-    if paired_and_name := paired_with_length(record):
-        paired, name = paired_and_name
-        low, high = (number(100 * end, 1) for end in paired.interval)
-        middle = (paired.interval[0] + paired.interval[1]) / 2
-        word = "not distinguishable from" if paired.p >= ALPHA else "beats" if middle > 0 else "worse than"
-        return f"{text}{word} {name} (paired difference [{low}, {high}] points, {p_cell(paired.p)})."
-    if not (own := interval(record)) or not (rule := interval(longer)):
-        return text + "not compared, for want of a figure."
-    (_, low, high), (point, rule_low, rule_high) = own, rule
-    if point < 50:  # then "the shorter answer wins" is the rule to beat
-        point, rule_low, rule_high = 100 - point, 100 - rule_high, 100 - rule_low
-        name = f"shorter-wins ({point:.1f} %, the better rule of length here)"
-    if low > rule_high or high < rule_low:
-        return text + f"{'beats' if low > rule_high else 'worse than'} {name}, the intervals do not overlap."
-    above = "above" if low > point else "not above"
-    return text + (f"not distinguishable from {name}, the intervals overlap (accuracy's lower bound is {above} the "
-                   "baseline).")
-
-
-def spread(values: list, scale: int, decimals: int) -> str:
-    if None in map(finite, values):
-        return "–"
-    return " ± ".join(number(x, decimals, scale) for x in (statistics.fmean(values), statistics.stdev(values)))  # n − 1
+    text = f"{record['label']}: accuracy {share_cell(record)} %, longer-wins {share_cell(record.get('longer_wins'))} %, "
+    text += f"on the same {number(record.get('n'))} held-out pairs: "
+    if not (paired_and_name := paired_with_length(record)):
+        return text + "whether it beats longer-wins is not known, since its record has no outcomes pair by pair."
+    paired, name = paired_and_name
+    word = "not distinguishable from" if paired.p >= ALPHA else "beats" if sum(paired.interval) > 0 else "worse than"
+    return f"{text}{word} {name} (paired difference {bracket(paired.interval, 1, 100)} points, {p_cell(paired.p)})."
 
 
 def reward_table(records: list[dict]) -> Table:
@@ -1262,19 +679,13 @@ def records_report(records: dict[str, list[dict]], rows: list[dict]) -> list[str
 # ------------------------------------------------------------------ judge, guardrails, speed
 
 
-def share_interval(point: object, ends: object) -> str:
-    """`61.5 [54.8, 68.0]` of shares."""
-    ends = [number(end, 1, 100) for end in (ends if isinstance(ends, list) else [])]
-    return number(point, 1, 100) + f" [{', '.join(ends)}]" * bool(ends)
-
-
 def win_rate_cell(record: dict) -> str:
-    return share_interval(at(record, "summary", "win_rate"), at(record, "summary", "win_rate_ci95"))
+    return with_interval(at(record, "summary", "win_rate"), at(record, "summary", "win_rate_ci95"), 1, 100)
 
 
 def controlled_cell(record: dict) -> str:
     summary = record.get("summary") or {}
-    return share_interval(summary.get("length_controlled_win_rate"), summary.get("length_controlled_ci95"))
+    return with_interval(summary.get("length_controlled_win_rate"), summary.get("length_controlled_ci95"), 1, 100)
 
 
 def judged_label(row: dict, rows: list[dict]) -> str:
@@ -1303,7 +714,7 @@ def judge_table(records: list[dict], rows: list[dict], reward_models: list[dict]
         s, judge = record.get("summary") or {}, record.get("judge") or {}
         name = f"{judge.get('model') or '–'} ({judge.get('kind') or '–'})" + f"\n{independence(record).split(':')[0]}"
         counts = " / ".join(number(s.get(key)) for key in ("wins", "ties", "losses"))
-        unfinished = share_interval(s.get("unfinished_lost_win_rate"), s.get("unfinished_lost_ci95"))
+        unfinished = with_interval(s.get("unfinished_lost_win_rate"), s.get("unfinished_lost_ci95"), 1, 100)
         tokens = " / ".join(number(s.get(key), 0) for key in ("mean_tokens_a", "mean_tokens_b"))
         shares = [number(s.get("position_inconsistency"), 1, 100), number(s.get("unparsable_verdicts"))]
         label = f"{a} against {b}" + "‡" * bool(record["note"])
@@ -1316,8 +727,7 @@ def judge_table(records: list[dict], rows: list[dict], reward_models: list[dict]
         notes += [record["note"]] * bool(record["note"])
     if left_out := max(record.get("prompts_left_out") or 0 for record in records):
         notes.append(f"{left_out} prompts of the judge's data stand in a training set and were not asked.")
-    evidence = [judge_evidence(record, reward_models) for record in records]
-    notes += [line for line in dict.fromkeys(evidence) if line]
+    notes += dict.fromkeys(judge_evidence(record, reward_models) for record in records)
     header = ["rows", "judge", "prompts", "won / tied\n/ lost", "win rate, %", "length-\ncontrolled, %",
               "unfinished\nlost, %", "inconsistent,\n%", "unparsable\nverdicts", "mean tokens"]  # fmt: skip
     return Table(header, lines, 2, notes)
@@ -1334,12 +744,14 @@ def guardrails_table(record: dict, rows: list[dict]) -> Table:
             kl, bound = f"≤ {kl}", True
         elif finite(row.get("kl_sft_se")) is not None:
             kl += f" ± {number(row['kl_sft_se'], 2)}"
+        if finite(row.get("kl_sft_floor")) is not None:
+            kl += f"\nfloor {number(row['kl_sft_floor'], 2)}"
         lines.append([judged_label(row, rows), tokens, *cells, kl, number(row.get("delta_w"), 2, 100)])
     notes = [
         "Tokens: mean ± sd of an answer. Distinct-n: share of an answer's runs of n tokens that are different, mean "
-        "over answers. Longest repeat: tokens of the longest span that an answer says twice. KL: nats an answer, of "
+        "over answers. Longest repeat: tokens of the longest span that an answer says twice. KL: nats per answer, of "
         f"the row to {reference} along its own answers, "
-        "± standard error. ‖ΔW‖ / ‖W‖: size of the adapter beside the weights it changes, against the base."
+        "± standard error; floor: of the row to itself in other micro-batches. ‖ΔW‖ / ‖W‖: size of the adapter beside the weights it changes, against the base."
     ]
     notes += ["≤: best of N, for which log N − (N − 1) / N bounds the KL."] * bound
     notes += [record["note"]] * bool(record["note"])
@@ -1402,6 +814,23 @@ def forest(compared: list[Comparison]) -> Figure | None:
     return figure
 
 
+def scatter(points: list[tuple], x_title: str, y_title: str) -> Figure:
+    """Points with both intervals: (label, colour, x, its interval or None, y, its interval, filled)."""
+    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    axis = figure.subplots()
+    axis.margins(x=0.12)
+    axis.grid()
+    for (label, tone, x, of_x, y, of_y, filled), marker in zip(points, itertools.cycle("osD^vPX")):
+        x, y = round(x, 3), round(y, 3)
+        axis.plot(np.round(of_x or (x, x), 3), [y, y], color=tone, alpha=0.6)
+        axis.plot([x, x], np.round(of_y, 3), color=tone, alpha=0.6)
+        axis.plot(x, y, marker, color=tone, markerfacecolor=tone if filled else "none", label=label)
+    axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_xlabel(x_title)
+    axis.set_ylabel(y_title)
+    return figure
+
+
 def tradeoff(compared: list[Comparison]) -> Figure | None:
     """A point a row: the gain on IFEval beside the worse of MMLU and TruthfulQA, each with its interval."""
     points = []
@@ -1409,26 +838,15 @@ def tradeoff(compared: list[Comparison]) -> Figure | None:
         gain = c.changes["IFEval\nprompt"]
         losses = [c.changes[k] for k in FORGOTTEN if c.changes[k].paired]
         if gain.paired and len(losses) == 2:
-            points.append((c, gain, min(losses, key=lambda change: change.points)))
+            loss = min(losses, key=lambda change: change.points)
+            points.append((c.label, colour(c.row), gain.points, gain.paired.interval, loss.points, loss.paired.interval, True))
     if not points:
         return None
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axis = figure.subplots()
-    axis.axvline(0, color=INK, linewidth=1)
-    axis.axhline(0, color=INK, linewidth=1)
-    axis.axhline(-MARGIN, color=INK, linewidth=1, linestyle=":")
-    axis.margins(x=0.12)
-    for c, gain, loss in points:
-        tone, (x, y) = colour(c.row), (round(gain.points, 3), round(loss.points, 3))
-        axis.plot(np.round(gain.paired.interval, 3), [y, y], color=tone, alpha=0.6)
-        axis.plot([x, x], np.round(loss.paired.interval, 3), color=tone, alpha=0.6)
-        axis.plot(x, y, "o", color=tone)
-        others = [(math.dist((x, y), (g.points, b.points)), b.points) for o, g, b in points if o is not c]
-        above = loss.points >= min(others, default=(0, -math.inf))[1]  # its name, away from the nearest point
-        axis.annotate(c.label, (x, y), (5, 5 if above else -13), textcoords="offset points", color=tone)
-    axis.set_xlabel("IFEval by prompt, points against base")
-    axis.set_ylabel("worse of MMLU and TruthfulQA,\npoints against base")
-    axis.grid()
+    figure = scatter(points, "IFEval by prompt, points against base",
+                     "worse of MMLU and TruthfulQA,\npoints against base")
+    figure.axes[0].axvline(0, color=INK, linewidth=1)
+    figure.axes[0].axhline(0, color=INK, linewidth=1)
+    figure.axes[0].axhline(-MARGIN, color=INK, linewidth=1, linestyle=":")
     return figure
 
 
@@ -1442,31 +860,23 @@ def winrate_kl(judge: list[dict], guardrails: list[dict]) -> Figure | None:
 
     moved = {key(record, row, at(record, "reference", "adapter_sha256")): row for record in guardrails
              for row in record.get("rows") or [] if not record["note"]}
-    points = []
+    judges, points, marks = {at(record, "judge", "model") for record in judge}, [], set()
     for record in judge:
-        place = moved.get(key(record, at(record, "rows", "a") or {}, at(record, "rows", "b", "adapter_sha256"))) or {}
-        ends = at(record, "summary", "win_rate_ci95") or [None]
-        if None not in map(finite, (place.get("kl_sft"), at(record, "summary", "win_rate"), *ends)):
-            points.append((record, place, [100 * end for end in ends]))
+        row = moved.get(key(record, at(record, "rows", "a") or {}, at(record, "rows", "b", "adapter_sha256"))) or {}
+        rate, ends = at(record, "summary", "win_rate"), at(record, "summary", "win_rate_ci95") or [None]
+        if None in map(finite, (row.get("kl_sft"), rate, *ends)):
+            continue
+        circular = bool(at(record, "judge", "circular"))
+        marks |= {text for text, holds in (("best of N: its bound", row.get("kl_sft_bound")),
+                                           ("hollow: circular judge", circular)) if holds}
+        label = row["name"] + f", by {Path(record['judge']['model']).name}" * (len(judges) > 1)
+        tone = colour({"method": next((method for method in COLOURS if method in row["name"]), "")})
+        points.append((label, tone, row["kl_sft"], None, 100 * rate, [100 * end for end in ends], not circular))
     if not points:
         return None
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axis = figure.subplots()
-    axis.axhline(50, color=INK, linewidth=1)
-    axis.margins(x=0.12)
-    judges = {at(record, "judge", "model") for record, _, _ in points}
-    for record, place, ends in points:
-        method = next((k for k in COLOURS if k in str(place.get("name"))), "")
-        tone, x, y = colour({"method": method}), place["kl_sft"], 100 * record["summary"]["win_rate"]
-        axis.plot([x, x], ends, color=tone)
-        axis.plot(x, y, "o", color=tone, markerfacecolor="none" if at(record, "judge", "circular") else tone)
-        label = str(place["name"]) + f", by {Path(record['judge']['model']).name}" * (len(judges) > 1)
-        axis.annotate(label, (x, y), (6, 4), textcoords="offset points", color=tone)
-    marks = ["best of N: its bound"] * any(place.get("kl_sft_bound") for _, place, _ in points)
-    marks += ["hollow: circular judge"] * any(at(record, "judge", "circular") for record, _, _ in points)
-    axis.set_xlabel("KL to SFT, nats an answer" + f" ({'; '.join(marks)})" * bool(marks))
-    axis.set_ylabel("win rate against SFT, %")
-    axis.grid()
+    note = f" ({'; '.join(sorted(marks))})" * bool(marks)
+    figure = scatter(points, "KL to SFT, nats per answer" + note, "win rate against SFT, %")
+    figure.axes[0].axhline(50, color=INK, linewidth=1)
     return figure
 
 
@@ -1639,8 +1049,10 @@ class Results:
 def first_answers(results: Results) -> list[str | Table]:
     """The first and the third question: did it learn, and is it a win?"""
     blocks = []
-    if learned := learned_table(results.rows, results.records):
+    if learned := learned_table(results.rows, results.records["rm"]):
         blocks += ["## 1. Did it learn what it optimises?", learned]
+    if moved := moved_table(results.rows):
+        blocks += ["### How far did it move?", moved]
     if table := verdict_table(results.verdicts, results.rows, results.records["judge"]):
         note = tests_note(results.protocols, results.tables, results.compared)
         blocks += ["## 3. Is it a win? Verdicts against base", table, note, VERDICTS]
@@ -1663,19 +1075,13 @@ def full_report(results: Results, pages: list[str]) -> list[str | Table]:
             if changes := delta_table(*results.compared[protocol, against], results.endpoints(protocol)):
                 blocks += [f"#### Change against {title}, points", changes]
         blocks += [image(f"plots/deltas-{protocol}", plots)]
-        if lines := answers_table(table):
-            blocks += ["#### Answers in the benchmarks", lines]
-        if lines := seeds_table(table):
-            blocks += ["#### Seeds", lines]
     if not tables:
         blocks.append(scores_table([]))
     blocks += answers[third:]
-    if lines := protocols_table(tables):
-        blocks += ["## Both protocols, %", lines]
     blocks += records_report(records, results.rows)
     blocks += [image(f"plots/{name}", plots) for name in ("winrate-kl", "ppo", "grpo")]
-    if lines := training_table(results.rows, records["guardrails"]):
-        blocks += ["## Training and what it took", lines]
+    if lines := cost_table(results.rows, records["guardrails"]):
+        blocks += ["## What training took", lines]
     if pages:
         blocks.append("Runs: " + ", ".join(f"[{label}](runs/{label}.md)" for label in pages))
     return [block for block in blocks if block]
@@ -1714,20 +1120,19 @@ def win_rates(results: Results) -> list[str]:
                      if independence(r).startswith("not")}
         text += "".join(f" For {label} the judge is {why}." for label, why in dependent.items())
         text += " Its training prompts are not known." * all(not independence(record) for record in of_judge)
-        lines.append(text + (f" {evidence}" if (evidence := judge_evidence(of_judge[0], records["rm"])) else ""))
+        lines.append(f"{text} {judge_evidence(of_judge[0], records['rm'])}")
     return lines
 
 
 def judge_evidence(record: dict, reward_models: list[dict]) -> str:
-    """Does the judge beat "the longer answer wins", paired, on held-out pairs? Of a reward model from its own
-    record."""
+    """One sentence: does the judge beat "the longer answer wins", paired, on held-out pairs? Of a reward model by its
+    own record; another judge was asked about no such pairs."""
     judge = record.get("judge") or {}
     own = [r for r in reward_models if judge.get("kind") == "reward" and r.get("adapter_sha256") == judge.get("sha256")]
-    if not own:
-        return ""
+    if not own or not paired_with_length(own[0]):
+        return f"Whether {judge.get('model')} beats \"the longer answer wins\" on held-out pairs is not known."
     text = against_length(own[0])
-    beats = " pairs: beats " in text
-    return ("As evidence: " if beats else "No evidence by itself: ") + text
+    return ("As evidence: " if " pairs: beats " in text else "No evidence by itself: ") + text
 
 
 def image(stem: str, plots: list[str]) -> str:
@@ -1757,8 +1162,10 @@ def page(label: str, rows: list[dict], results: Results) -> list:
             if row["method"] == "dpo":
                 own = own_criterion(v.rows, results.rows, records["judge"]).replace("\n", "; ")
                 blocks.append(f"Own criterion: {own}.")
-    if learned := learned_table([row], {"rm": []}):
+    if learned := learned_table([row], []):
         blocks += ["## Did it learn what it optimises?", learned]
+    if moved := moved_table([row]):
+        blocks += ["## How far did it move?", moved]
     blocks += ["## Command", command_of(run), "## Result"]
     for r in rows:
         lines = [[title_of(column), floor_cell(r, column)] for column in METRICS]
@@ -1775,7 +1182,7 @@ def page(label: str, rows: list[dict], results: Results) -> list:
         if own := [r for r in record.get("rows") or [] if same_policy(r, row)]:
             blocks += ["## Held-out answers", guardrails_table(record | {"rows": own}, results.rows)]
     curves = image(f"../plots/run-{label}", results.plots)
-    blocks += ["## Training", training_table([row], records["guardrails"]) or "Not recorded with this run.", curves]
+    blocks += ["## Training", cost_table([row], records["guardrails"]) or "Not recorded with this run.", curves]
     parents = [row.get("parent"), *(run.get("scorers") or {}).values()]
     data = data_lines(row | {"data_sources": run.get("data_sources")}, run.get("args"))
     data += [[f"{p.get('method') or 'parent'} {p.get('name')}", f"`{p.get('config_hash')}`", ""] for p in parents if p]

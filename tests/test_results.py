@@ -21,6 +21,7 @@ from scipy import stats
 
 import report
 import reward
+import verdicts
 from common import SCHEMA_VERSION, read_results, upsert_row, write_text
 
 SCORES = {  # (score, stderr) by lm-eval's key
@@ -245,7 +246,7 @@ def test_header_says_shots_and_items(here):
 @pytest.mark.parametrize("points, clear", [(10, True), (-10, True), (10.1, True), (9.9, False), (-9.9, False), (0, False)])
 def test_noise_flag_on_both_sides_of_two_standard_errors(points, clear):
     # se = sqrt(3^2 + 4^2) = 5, so the threshold is 10 points, itself beyond noise
-    found, stderr, flag = report.delta((40.0 + points, 3.0), (40.0, 4.0))
+    found, stderr, flag = verdicts.delta((40.0 + points, 3.0), (40.0, 4.0))
     assert found == pytest.approx(points) and stderr == 5.0 and flag is clear
     cell = report.delta_cell(found, stderr, flag)
     assert cell.startswith("**") is clear and cell.endswith("~") is not clear
@@ -355,25 +356,6 @@ def test_a_method_is_compared_with_its_own_parent(here):
     assert own not in Path("results/README.md").read_text() and "dpo_v1 − base" in table("#### Change against base")
 
 
-def test_training_facts_whichever_exist(here):
-    rows = three_rows()
-    rows[1]["training"] = {"heldout_loss": 1.2345, "eos_rate": 0.975, "tokens": 3_812_345, "wall_time_s": 90.0, "lr": 0.3}
-    rows[2]["training"] = {"heldout_accuracy": 0.6815, "tokens": 12, "wall_time_s": 600.0}
-    chat = three_rows(protocol="chat")
-    chat[1]["training"], chat[2]["training"] = rows[1]["training"], rows[2]["training"]
-    write_json("results/judge/guardrails.json", {"schema_version": 1, "rows": [
-        {"name": "sft_v2", "adapter_sha256": "5" * 64, "train_invariants": "aaaa1111", "eos_rate": 0.875},
-        {"name": "sft_v2_bo8", "adapter_sha256": "5" * 64, "best_of": {"n": 8}, "eos_rate": 1.0}]})
-    run([*rows, *chat])
-    found = table("## Training and")
-    # the EOS rate is that of the judge's prompts, which are the same for every row, not the run's own 97.5 %
-    assert found["row"][3:] == ["held-out<br>loss", "held-out<br>accuracy", "EOS rate,<br>judge's<br>prompts", "tokens",
-                                "minutes"]
-    assert found["sft_v2"] == ["sft", "42", "c0000001", "1.234", "–", "87.5 %", "3,812,345", "1.5"]
-    assert found["dpo_v1"] == ["dpo", "42", "c0000002", "–", "68.2 %", "–", "12", "10.0"]
-    assert "base" not in found
-
-
 def test_a_trial_says_so_with_its_error(here):
     run(three_rows(limit=8))
     text = Path("results/README.md").read_text()
@@ -432,7 +414,7 @@ def test_a_reward_model_is_a_table_of_its_own_and_no_rung(here):
     assert found["rm_v1"] == ["42", "c0000031", "100", "80.0 [71.1, 86.7]", "60.0 [50.2, 69.1]",
                               "65.0 [43.3, 81.9]<br>n = 20", "−0.25", "0.042", "0.57 / 1.25"]  # fmt: skip
     text = "rm_v1: accuracy 80.0 [71.1, 86.7] %, longer-wins 60.0 [50.2, 69.1] %, on the same 100 held-out pairs: "
-    text += "beats longer-wins, the intervals do not overlap."
+    text += "whether it beats longer-wins is not known, since its record has no outcomes pair by pair."
     assert said("rm_v1") == text and said("**Reward model**", "README.md") == f"**Reward model** {text}"
     assert said("Plots:") == "Plots: [rm/rm_v1.png](rm/rm_v1.png)"
     assert "‡" not in Path("results/README.md").read_text()
@@ -451,31 +433,14 @@ def test_no_reward_model_is_planned(here):
     assert "rm_v1: planned" not in Path("README.md").read_text()
 
 
-OPEN = "the intervals overlap (accuracy's lower bound is {} the baseline)."
-VERDICTS = {  # (pairs of 100 that are right, that the longer answer wins): what is said
-    "beats": (80, 60, "beats longer-wins, the intervals do not overlap."),  # [71.1, 86.7] and [50.2, 69.1]
-    "above": (75, 60, f"not distinguishable from longer-wins, {OPEN.format('above')}"),  # [65.7, 82.5]
-    "open": (65, 60, f"not distinguishable from longer-wins, {OPEN.format('not above')}"),
-    "same": (60, 60, f"not distinguishable from longer-wins, {OPEN.format('not above')}"),
-    "worse": (40, 60, "worse than longer-wins, the intervals do not overlap."),  # [30.9, 49.8]
-    "shorter": (80, 40, "beats shorter-wins (60.0 %, the better rule of length here), the intervals do not overlap."),
-    # beats longer-wins (40 %) by far, but not the rule turned round
-    "turned": (65, 40, f"not distinguishable from shorter-wins (60.0 %, the better rule of length here), {OPEN.format('not above')}"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("right, longer, verdict", VERDICTS.values(), ids=VERDICTS)
-def test_what_is_said_of_longer_wins(here, right, longer, verdict):
-    write_reward(right=right, longer=longer)
+def test_without_outcomes_pair_by_pair_longer_wins_is_not_compared(here):
+    """Intervals of two shares of the same pairs, side by side, are no test."""
+    write_reward(right=99)
     run(three_rows())
-    assert said("rm_v1").split(" pairs: ")[1] == verdict
-
-
-@pytest.mark.parametrize("right, beats", [(79, True), (78, False)])
-def test_the_verdict_turns_where_the_intervals_meet(here, right, beats):
-    write_reward(right=right)  # 79 of 100 begins at 70.02 %, 78 at 68.93 %; longer-wins, 60 of 100, ends at 69.06 %
-    run(three_rows())
-    assert ("pairs: beats longer-wins" in said("rm_v1")) is beats
+    assert said("rm_v1: ").split(" pairs: ")[1] == ("whether it beats longer-wins is not known, since its record has no "
+                                                    "outcomes pair by pair.")
+    assert learned(None)["rm_v1", "held-out pairs, %; before: the better rule of length"][1:] == [
+        "60.0", "99.0 [94.6, 99.8]", "–"]
 
 
 def test_figures_as_reward_py_computes_them(here):
@@ -511,7 +476,6 @@ def test_a_missing_figure_of_a_reward_model_is_a_dash(here, key):
     run(None)
     found = table("## Reward models")["rm_v1"]
     assert {i: cell for i, cell in enumerate(found) if cell != whole[i]} == MISSING[key]
-    assert ("pairs: not compared" in said("rm_v1")) is (key in ("accuracy", "interval", "longer_wins"))
 
 
 def test_no_length_matched_pair_is_a_dash(here):
@@ -963,26 +927,55 @@ def learned(rows):
 
 def test_the_first_table_is_what_each_method_optimises(here):
     base, sft, dpo = three_rows()
-    sft["training"] = {"heldout_loss_base": 2.2, "heldout_loss": 2.07, "heldout_loss_change_ci": [-0.15, -0.11]}
-    dpo["training"] = {"heldout_accuracy": 0.65, "heldout_pairs": 100}
-    kto = make_row("kto_v1", 5, "kto", "a") | {"training": {"heldout_auc": 0.52, "heldout_auc_ci": [0.47, 0.57],
+    sft["training"] = {"heldout_loss_base": 2.2, "heldout_loss": 2.07, "heldout_loss_interval": [2.0, 2.14],
+                       "heldout_loss_change_interval": [-0.15, -0.11]}
+    dpo["training"] = {"heldout_accuracy": 0.65, "heldout_pairs": 100, "heldout_margin": 0.125, "heldout_loss": 0.75,
+                       "heldout_margin_interval": [-0.05, 0.3], "heldout_loss_interval": [0.7, 0.8]}
+    kto = make_row("kto_v1", 5, "kto", "a") | {"training": {"heldout_auc": 0.52, "heldout_auc_interval": [0.47, 0.57],
                                                             "heldout_rows": 256}}
     ppo = make_row("ppo_v1", 3, "ppo", "b") | {"training": {"scores_before": 0.5, "scores_after": 0.25, "fixed_prompts": 64,
-                                                            "scores_change_ci": [-0.4, -0.1]}}
+                                                            "scores_change_interval": [-0.4, -0.1]}}
     grpo = make_row("grpo_v1", 4, "grpo", "c") | {"training": {"pass_1_before": 0.1, "pass_1_after": 0.3,
                                                                "pass_k_before": 0.3, "pass_k_after": 0.5,
                                                                "heldout_problems": 200}}
     lines = learned([base, sft, dpo, kto, ppo, grpo])
-    assert lines["sft_v2", "held-out loss, nats per token"] == ["–", "2.200", "2.070", "**yes**"]  # lower is better
+    assert lines["sft_v2", "held-out loss, nats per token"] == ["–", "2.200", "2.070 [2.000, 2.140]", "**yes**"]  # lower is better
     low, high = stats.binomtest(65, 100).proportion_ci(method="wilson")
     assert lines["dpo_v1", "held-out pairs on the right side, %"] == [
         "100", "50.0", f"65.0 [{100 * low:.1f}, {100 * high:.1f}]", "**yes**"]
+    assert lines["dpo_v1", "held-out margin"] == ["100", "0.000", "0.125 [−0.050, 0.300]", "not shown"]
+    assert lines["dpo_v1", "held-out loss"] == ["100", "0.693", "0.750 [0.700, 0.800]", "**worse**"]  # ln 2
     assert lines["kto_v1", "held-out AUC, %"] == ["256", "50.0", "52.0 [47.0, 57.0]", "not shown"]
-    assert lines["ppo_v1", "score on fixed prompts"] == ["64", "0.500", "0.250", "**worse**"]
+    assert lines["ppo_v1", "score on fixed prompts"] == ["64", "0.500", "0.250 [?]", "**worse**"]
     assert lines["grpo_v1", "held-out pass@1, %"][3] == "**yes**"  # 20 and 60 of 200
-    assert lines["grpo_v1", "held-out pass@k, %"] == ["200", "30.0", "50.0", "–"]  # no independent trials: no interval
+    assert lines["grpo_v1", "held-out pass@k, %"] == ["200", "30.0", "50.0 [?]", "–"]  # no independent trials: no interval
     assert ("ppo_v1", "watch model's score on them") not in lines  # not recorded
+    dpo["training"]["heldout_accuracy_interval"] = [0.45, 0.85]  # the run's own, over prompts, goes before Wilson's
+    grpo["training"] |= {"pass_1_change_interval": [-0.01, 0.41], "pass_k_change_interval": [0.1, 0.3]}
+    lines = learned([base, sft, dpo, kto, ppo, grpo])
+    assert lines["dpo_v1", "held-out pairs on the right side, %"][2:] == ["65.0 [45.0, 85.0]", "not shown"]
+    assert lines["grpo_v1", "held-out pass@1, %"][3] == "not shown" and lines["grpo_v1", "held-out pass@k, %"][3] == "**yes**"
     assert Path("results/README.md").read_text().index("## 1.") < Path("results/README.md").read_text().index("## 2.")
+
+
+def test_how_far_each_policy_moved(here):
+    base, sft, dpo = three_rows()
+    run([base, sft, dpo])
+    assert "How far did it move?" not in Path("results/README.md").read_text()
+    kto = make_row("kto_v1", 5, "kto", "a") | {"training": {
+        "kl_reference": 1.2345, "kl_reference_interval": [1.0, 1.5], "kl_floor": 0.0004, "kl_evaluated": 0.0123,
+        "kl_merge": None, "logprob_floor": 0.002, "kl_answers": 64, "measured_in": "float32"}}
+    seeds = [make_row(f"ppo_{i}", 3, "ppo", str(i), config=f"c{i}") | {"seed": i, "family": "fp", "training": {
+        "kl_reference": float(i), "kl_reference_interval": [0, 9], "measured_in": "float32"}} for i in (1, 2, 3)]
+    run([base, sft, dpo, kto, *seeds])
+    found = table("### How far did it move?")
+    assert found["kto_v1"] == ["1.234 [1.000, 1.500]", "0.000", "0.012", "–", "0.002", "64", "float32"]
+    assert found["ppo_1 (3 seeds)"] == ["2.000 ± 1.000", *["–"] * 5, "float32"]
+    assert found["dpo_v1"] == ["–"] * 7  # an older record
+    assert "sft_v2" not in found and "base" not in found  # trained from the base itself
+    run_record(kto)
+    run(None)
+    assert "| kto_v1 | 1.234 [1.000, 1.500] |" in Path("results/runs/kto_v1.md").read_text()
 
 
 @pytest.mark.parametrize("right, word", [(59, "not shown"), (60, "**yes**"), (41, "not shown"), (40, "**worse**")])
@@ -1051,32 +1044,32 @@ def test_seeds_of_a_family_are_aggregated_each_once(here):
     seeds.append(seeds[0] | {"name": "dpo_again", "adapter_sha256": "e" * 64, "timestamp": "2026-01-09"})
     run([row | {"n": dict.fromkeys(N, 60)} for row in (*rows, *seeds)])
     # sd of 10, 20, 30 with n - 1: 10; of seed 1 the first by name counts
-    assert table("#### Seeds")["dpo_again, dpo_s2, dpo_s3"][:4] == ["1, 2, 3", "fd", "50.0 ± 0.0", "20.0 ± 10.0"]
+    lines = Path("results/README.md").read_text()
+    assert "|  | mean ± sd of dpo_again, dpo_s2, dpo_s3 | 50.0 ± 0.0 | 20.0 ± 10.0 |" in lines
     run(three_rows())
-    assert "#### Seeds" not in Path("results/README.md").read_text()
-
-
-def test_protocols_stand_side_by_side(here):
-    chat = three_rows(protocol="chat", mmlu=(0.61, 0.004))
-    run([*three_rows(), *chat[:2]])
-    found = table("## Both protocols")
-    assert found["sft_v2"][:2] == ["50.0 ± 0.3<br>61.0 ± 0.4", "20.0 ± 1.2<br>20.0 ± 1.2"]
-    assert "dpo_v1" not in found and found["row<br>plain, below it chat"][0] == "MMLU"
-    run(three_rows())
-    assert "## Both protocols" not in Path("results/README.md").read_text()
+    assert "mean ± sd of" not in Path("results/README.md").read_text()
 
 
 def test_what_a_run_took(here):
     rows = three_rows()
-    rows[1] |= {"training": {"tokens": 7, "wall_time_s": 90.0},
+    rows[1] |= {"training": {"tokens": 7, "wall_time_s": 90.0, "heldout_loss": 1.2},
                 "cost": {"wall_time_s": 90.0, "device": "H100", "gpus": 2, "peak_gib": 14.25, "tokens": 1_234_567}}
-    rows[2] |= {"training": {"wall_time_s": 600.0},
+    rows[2] |= {"training": {"wall_time_s": 600.0, "tokens": 12},  # tokens: of an older run, which kept no cost of them
                 "cost": {"wall_time_s": 600.0, "device": "x86_64", "gpus": 0, "peak_gib": None, "tokens": None}}
+    chat = three_rows(protocol="chat")
+    chat[1]["training"], chat[2]["training"] = rows[1]["training"], rows[2]["training"]
+    write_json("results/judge/guardrails.json", {"schema_version": 1, "rows": [
+        {"name": "sft_v2", "adapter_sha256": "5" * 64, "train_invariants": "aaaa1111", "eos_rate": 0.875},
+        {"name": "sft_v2_bo8", "adapter_sha256": "5" * 64, "best_of": {"n": 8}, "eos_rate": 1.0}]})
+    run([*rows, *chat])
+    found = table("## What training took")
+    assert found["row"][3:] == ["EOS rate,<br>judge's<br>prompts, %", "tokens", "minutes", "GPU<br>minutes", "peak<br>GiB", "device"]
+    assert found["sft_v2"] == ["sft", "42", "c0000001", "87.5", "1,234,567", "1.5", "3.0", "14.2", "H100"]
+    assert found["dpo_v1"][3:] == ["–", "12", "10.0", "–", "–", "x86_64"]
+    assert "base" not in found
+    rows[1]["cost"] = rows[2]["cost"] = None
     run(rows)
-    found = table("## Training and")
-    assert found["row"][3:] == ["tokens", "minutes", "GPU<br>minutes", "peak<br>GiB", "device"]
-    assert found["sft_v2"][3:] == ["1,234,567", "1.5", "3.0", "14.2", "H100"]
-    assert found["dpo_v1"][3:] == ["–", "10.0", "–", "–", "x86_64"]
+    assert table("## What training took")["row"][3:] == ["EOS rate,<br>judge's<br>prompts, %", "tokens", "minutes"]
 
 
 # ------------------------------------------------------------------ judge, guardrails, speed
@@ -1125,7 +1118,8 @@ def test_judged_win_rates(here):
                     "210 / 160"]  # fmt: skip
     assert "circular," not in Path("results/README.md").read_text()
     sentence = ("**Win rate** against sft_v2, judged by judge-70b in both orders, %: dpo_v1 65.4 [59.0, 72.0] "
-                "(length-controlled 60.1 [53.0, 67.0]). Its training prompts are not known.")
+                "(length-controlled 60.1 [53.0, 67.0]). Its training prompts are not known. Whether judge-70b beats "
+                "\"the longer answer wins\" on held-out pairs is not known.")
     assert said("**Win rate**", "README.md") == sentence
     circular = {"kind": "reward", "model": "rm_v1", "circular": True, "circular_why": "why"}
     judged(dpo, sft, "dpo_v1_vs_sft_v2.rm_v1", judge=circular)
@@ -1181,7 +1175,7 @@ def test_guardrails_and_distance(here):
     base, sft, dpo = rows = three_rows()
     figures = {"n": 200, "tokens_mean": 181.4, "tokens_sd": 66.6, "eos_rate": 0.985, "refusal_rate": 0.02,
                "distinct_1": 0.4321, "distinct_2": 0.7, "distinct_3": 0.85, "longest_repeat_mean": 4.25, "repetition_rate": 0.015,
-               "language_drift_rate": 0.005, "kl_sft": 12.345, "kl_sft_se": 0.678, "delta_w": 0.0123}  # fmt: skip
+               "language_drift_rate": 0.005, "kl_sft": 12.345, "kl_sft_se": 0.678, "kl_sft_floor": 0.015, "delta_w": 0.0123}  # fmt: skip
     who = {key: dpo[key] for key in ("name", "config_hash", "adapter_sha256", "train_invariants")}
     best = {"name": "sft_v2_bo16", "adapter_sha256": sft["adapter_sha256"], "kl_sft": 1.83, "kl_sft_bound": True}
     reference = {"name": "sft_v2", "adapter_sha256": sft["adapter_sha256"]}
@@ -1196,13 +1190,13 @@ def test_guardrails_and_distance(here):
     run(rows)
     found = table("## Held-out answers")
     assert found["dpo_v1"] == ["181 ± 67", "200", "98.5", "2.0", "0.432", "0.700", "0.850", "4.2", "1.5", "0.5",
-                               "12.35 ± 0.68", "1.23"]  # fmt: skip
+                               "12.35 ± 0.68<br>floor 0.01", "1.23"]  # fmt: skip
     assert found["sft_v2_bo16"] == ["– ± –"] + ["–"] * 9 + ["≤ 1.83", "–"]
     assert said("≤: best of N")
     assert Path("results/plots/winrate-kl.svg").is_file()
     records = report.read_records(Path("results"), rows, ())
     figure = report.winrate_kl(records["judge"], records["guardrails"])
-    assert {text.get_text() for text in figure.axes[0].texts} == {"dpo_v1, by judge-70b", "dpo_v1, by rm_watch"}
+    assert {text.get_text() for text in figure.axes[0].get_legend().texts} == {"dpo_v1, by judge-70b", "dpo_v1, by rm_watch"}
     assert "KL to sft_v2" in Path("results/README.md").read_text()
     assert "(plots/winrate-kl.svg)" in Path("results/README.md").read_text()
     assert "12.35 ± 0.68" in Path("results/runs/dpo_v1.md").read_text()
@@ -1248,7 +1242,7 @@ def test_a_page_a_run(here):
     for part in ("# dpo_v1\n", "**Verdict: win** (IFEval prompt +26.7", "Own criterion: open", "python dpo.py --seed 7",
                  "| IFEval prompt | 60.0 ± 6.4 | **+26.7", "| train | `sha256:12` | a local file (`sha256:12`) |", "| sft sft_v2 | `c1` |  |",
                  "| reward rm_v1 | `c31` |  |", "| lr | `0.0001` |", "| data | `null` |", "git commit abc; gpus 1; torch 2.0.",
-                 "![Curves of the run](../plots/run-dpo_v1.svg)", "| dpo_v1 | dpo | 42 | c0000002 | 0.250 |"):  # fmt: skip
+                 "![Curves of the run](../plots/run-dpo_v1.svg)", "| dpo_v1 | held-out loss | – | 0.693 | 0.250 [?] | – |"):  # fmt: skip
         assert part in text, part
     text = Path("results/runs/sft_v2.md").read_text()  # nothing but the row is known of it
     assert "Not recorded with this run." in text and "## Configuration" not in text and "svg" not in text
@@ -1512,5 +1506,3 @@ def test_empty_answers_are_said_where_they_differ():
     said = report.empty_note([base, talker, row("old", None)])
     assert "base 40 %, talker 0 %." in said and "old" not in said
     assert report.empty_note([talker, row("other", [3, 3, 3, 3, 3])]) == report.empty_note([row("old", None)]) == ""
-    lines = report.answers_table([base, talker]).rows
-    assert lines == [["base", "0.0", "10", "40.0", "5"], ["talker", "0.0", "10", "0.0", "3"]]

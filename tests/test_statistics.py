@@ -1,4 +1,4 @@
-"""report.py's statistics: against scipy, closed testing and simulation; the verdicts, rule by rule."""
+"""verdicts.py's statistics: against scipy, closed testing and simulation; the verdicts, rule by rule."""
 
 import itertools
 import math
@@ -9,7 +9,9 @@ import pytest
 from scipy import stats
 
 import report
-from report import Change, Paired, bootstrap, holm, paired_interval, paired_over_items, paired_over_seeds, sign_flip, verdict
+import verdicts
+from verdicts import (Change, Paired, bootstrap, holm, paired_interval, paired_over_items, paired_over_seeds, sign_flip,
+                      verdict)
 
 
 def ones(d):
@@ -226,12 +228,12 @@ def test_the_test_finds_that_effect_four_times_in_five(n, discordant):
 # ------------------------------------------------------------------ verdicts
 
 
-NAMES = dict(zip(("mmlu", "truthfulqa", "gsm8k", "prompt"), report.ENDPOINTS))
+NAMES = dict(zip(("mmlu", "truthfulqa", "gsm8k", "prompt"), verdicts.ENDPOINTS))
 
 
 def changes(**points):
     """Differences of the endpoints in points, {mmlu: ...}: clear ones, or (points, 90 % interval, adjusted p)."""
-    values = dict.fromkeys(report.ENDPOINTS, (0.1, (-0.5, 0.7), 1.0))
+    values = dict.fromkeys(verdicts.ENDPOINTS, (0.1, (-0.5, 0.7), 1.0))
     for name, value in points.items():
         values[NAMES[name]] = value if isinstance(value, tuple) else (value, (value - 0.5, value + 0.5), 0.001)
     return {column: Change(x, 0.3, True, Paired((ends[0] - 0.1, ends[1] + 0.1), ends, p / 10), p)
@@ -299,10 +301,10 @@ def test_no_verdict_without_every_test():
 def test_which_base_is_an_instruct_model(model, instruct):
     """IFEval and GSM8K are tested in chat for one, where it was evaluated; MMLU and TruthfulQA in plain for all."""
     tables = {"plain": [{"model": model}], "chat": [{"model": model}]}
-    protocols = report.endpoint_protocols(tables)
+    protocols = verdicts.endpoint_protocols(tables)
     assert protocols == {NAMES["mmlu"]: "plain", NAMES["truthfulqa"]: "plain",
                          NAMES["gsm8k"]: "chat" if instruct else "plain", NAMES["prompt"]: "chat" if instruct else "plain"}
-    assert set(report.endpoint_protocols({"plain": [{"model": model}]}).values()) == {"plain"}
+    assert set(verdicts.endpoint_protocols({"plain": [{"model": model}]}).values()) == {"plain"}
 
 
 # ------------------------------------------------------------------ a whole table
@@ -321,20 +323,20 @@ def test_a_table_of_full_size_takes_seconds():
         items["truthfulqa_mc2"]["acc,none"] = rng.uniform(size=sizes["truthfulqa_mc2"]).tolist()
         follows = [rng.integers(0, 2, size).tolist() for size in m]
         items["ifeval"] |= {"inst_level_strict_acc,none": follows, "prompt_level_strict_acc,none": list(map(min, follows))}
-        keys = [f"{task}/{metric}{{}},{f}" for task, metric, f in report.METRICS.values()]
+        keys = [f"{task}/{metric}{{}},{f}" for task, metric, f in verdicts.METRICS.values()]
         metrics = {key.format(end): 0.5 for key in keys for end in ("", "_stderr")}
         rows.append({"name": f"row{i}", "method": method, "phase": i, "config_hash": str(i), "seed": 42, "model": "org/base",
                      "family": f"f{i}", "parent": {"name": "row1", "adapter_sha256": "1"} if i > 1 else None,
                      "adapter_sha256": str(i) if i else None, "metrics": metrics, "items": items})  # fmt: skip
     start = time.process_time()
     tables = {"plain": rows}
-    compared = {("plain", to): report.comparisons(rows, to) for to in ("base", "parent")}
-    compared = report.with_holm(compared, report.endpoint_protocols(tables))
-    verdicts = report.verdicts_of(compared, tables, report.endpoint_protocols(tables))
+    compared = {("plain", to): verdicts.comparisons(rows, to) for to in ("base", "parent")}
+    compared = verdicts.with_holm(compared, verdicts.endpoint_protocols(tables))
+    found = verdicts.verdicts_of(compared, tables, verdicts.endpoint_protocols(tables))
     assert time.process_time() - start < 8
     against_base, against_parent = (compared["plain", to][0] for to in ("base", "parent"))
-    assert len(against_base) == 6 and len(against_parent) == 5 and len(verdicts) == 5
-    tested = [c.changes[k] for c in (*against_base, *against_parent) for k in report.ENDPOINTS if c.in_family]
+    assert len(against_base) == 6 and len(against_parent) == 5 and len(found) == 5
+    tested = [c.changes[k] for c in (*against_base, *against_parent) for k in verdicts.ENDPOINTS if c.in_family]
     every = [change for c in (*against_base, *against_parent) for change in c.changes.values()]
     # The second KTO row is a control, IFEval by instruction no endpoint: without them 5 x 4 against base, 4 x 4 against SFT
     assert len(tested) == 36 == sum(change.adjusted is not None for change in every)
