@@ -1,10 +1,11 @@
-"""report.py: what results/ holds -> the tables, verdicts and plots that compare the rows. The tests: verdicts.py.
+"""report.py: what results/ holds -> the tables, verdicts and plots that compare the rows.
 
 It answers three questions, in this order, for every method:
     1. Did it learn what it optimises?  Its own objective on held-out data, before -> after.
     2. What did it change?              Paired differences on the benchmarks: to the policy that it started from,
                                         its own parent, and to the base.
     3. Is it a win?                     The verdict, against base.
+Tests, intervals and the rules of the verdict are in verdicts.py, the figures in plots.py.
 
 1. A report is about one train_invariants, and a table about one protocol (plain, chat) and one eval_hash. A results
    file that holds more is refused, naming the rows and the fields that differ; --group HASH picks. So are rows whose
@@ -25,8 +26,6 @@ It answers three questions, in this order, for every method:
 """
 
 import difflib
-import io
-import itertools
 import json
 import math
 import os
@@ -40,7 +39,6 @@ from pathlib import Path
 import numpy as np
 import tyro
 from matplotlib import rc_context
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -48,10 +46,11 @@ from rich.text import Text
 from scipy import stats
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
-from common import SCHEMA_VERSION, fail, read_json, sha256_json, write_atomic
-from verdicts import (ALPHA, FORGOTTEN, LADDER, MARGIN, METRICS, ROW_ID, Change, Comparison, Paired, Verdict, at,
-                      comparisons, endpoint_protocols, finite, is_at_floor, is_instruct, label_rows, ladder_first,
-                      paired_over_items, read_items, read_rows, rung, score, seed_groups, signed, tables_of, title_of,
+from common import SCHEMA_VERSION, fail, read_json, write_atomic
+from plots import PLOTS, STYLE, draw, encode
+from verdicts import (ALPHA, LADDER, METRICS, ROW_ID, Change, Comparison, Paired, Verdict, at, comparisons,
+                      endpoint_protocols, finite, is_at_floor, is_instruct, label_rows, ladder_first, paired_over_items,
+                      read_items, read_rows, rung, same_policy, score, seed_groups, signed, tables_of, title_of,
                       verdicts_of, with_holm)
 
 
@@ -129,7 +128,6 @@ GUARDRAILS = {  # figures of the held-out answers: column title -> (key in guard
     "other\nlanguage, %": ("language_drift_rate", 100, 1),
 }  # fmt: skip
 PROTOCOLS = {"plain": "no chat template", "chat": "chat template applied, few-shot examples as turns"}
-UNDRAWN = {"step", "seconds", "tokens", "trained_tokens", "lr"}  # of a run's log: known without a plot
 SMALL = 200  # items; with fewer, the standard error of a score near 50 % is above 3.5 points
 FEWEST = 20  # judged prompts; the bootstrap's interval of two wins in two has no width
 BEGIN, END, STAMP = "<!-- results:begin -->", "<!-- results:end -->", "<!-- written by `"
@@ -152,14 +150,6 @@ VERDICTS = (
     "drops, and the method added nothing clear to them. Smallest detectable: the true difference that one paired test "
     "at 5 %, before Holm, detects 4 times in 5. Intervals of one seed are over items; another seed may differ by more."
 )
-PLOTS = {  # file name under plots/ -> what it shows
-    "deltas-plain": "Differences to base with paired 95 % intervals, plain protocol",
-    "deltas-chat": "Differences to base with paired 95 % intervals, chat protocol",
-    "tradeoff": "What IFEval gained beside what MMLU or TruthfulQA lost",
-    "winrate-kl": "Judged win rate against SFT beside the KL to SFT",
-    "ppo": "PPO: reward, KL and length over training",
-    "grpo": "GRPO: reward, KL and length over training",
-}
 
 # ------------------------------------------------------------------ records
 
@@ -464,8 +454,9 @@ def empty_note(rows: list[dict]) -> str:
     share = {label: found for label, row in label_rows(rows) if (found := empty_share(row, "ifeval")) is not None}
     if not share or max(share.values()) - min(share.values()) < 10:
         return ""
-    return ("**Read IFEval with care**: answers that are empty, " + ", ".join(f"{k} {v:.0f} %" for k, v in share.items())
-            + ". A row that says something more often follows more instructions.")
+    shares = ", ".join(f"{k} {v:.0f} %" for k, v in share.items())
+    return (f"**Read IFEval with care**: answers that are empty, {shares}. A row that says something more "
+            "often follows more instructions.")
 
 
 def eos_rates(guardrails: list[dict]) -> dict[str | None, float]:
@@ -574,7 +565,7 @@ def learned_table(rows: list[dict], reward_models: list[dict]) -> Table | None:
 
 
 def moved_table(rows: list[dict]) -> Table | None:
-    """How far each policy went from its reference, beside what the measurement and rounding add; where any recorded it."""
+    """How far each policy went from its reference, beside what measurement and rounding add; where any recorded it."""
     lines = []
     for label, group in families(rows):
         facts = [row.get("training") or {} for row in group]
@@ -609,8 +600,9 @@ def paired_with_length(record: dict) -> tuple[Paired, str] | None:
 
 def against_length(record: dict) -> str:
     """One sentence: does the reward model beat the rule that the longer answer wins, on the same pairs?"""
-    text = f"{record['label']}: accuracy {share_cell(record)} %, longer-wins {share_cell(record.get('longer_wins'))} %, "
-    text += f"on the same {number(record.get('n'))} held-out pairs: "
+    longer = share_cell(record.get("longer_wins"))
+    text = f"{record['label']}: accuracy {share_cell(record)} %, longer-wins {longer} %, on the same "
+    text += f"{number(record.get('n'))} held-out pairs: "
     if not (paired_and_name := paired_with_length(record)):
         return text + "whether it beats longer-wins is not known, since its record has no outcomes pair by pair."
     paired, name = paired_and_name
@@ -708,7 +700,8 @@ def judge_table(records: list[dict], rows: list[dict], reward_models: list[dict]
     ]  # fmt: skip
     asked = [[record.get("prompts_fingerprint"), record.get("sampling")] for record in records]
     if any(one != asked[0] for one in asked):
-        notes.append("Not all were asked alike: other prompts, or another sampling. Not every line compares with every other.")
+        notes.append("Not all were asked alike: other prompts, or another sampling. Not every line compares with "
+                     "every other.")
     for record in records:
         a, b = (judged_label(at(record, "rows", side) or {"name": record.get(side)}, rows) for side in "ab")
         s, judge = record.get("summary") or {}, record.get("judge") or {}
@@ -750,8 +743,8 @@ def guardrails_table(record: dict, rows: list[dict]) -> Table:
     notes = [
         "Tokens: mean ± sd of an answer. Distinct-n: share of an answer's runs of n tokens that are different, mean "
         "over answers. Longest repeat: tokens of the longest span that an answer says twice. KL: nats per answer, of "
-        f"the row to {reference} along its own answers, "
-        "± standard error; floor: of the row to itself in other micro-batches. ‖ΔW‖ / ‖W‖: size of the adapter beside the weights it changes, against the base."
+        f"the row to {reference} along its own answers, ± standard error; floor: of the row to itself in other "
+        "micro-batches. ‖ΔW‖ / ‖W‖: size of the adapter beside the weights it changes, against the base."
     ]
     notes += ["≤: best of N, for which log N − (N − 1) / N bounds the KL."] * bound
     notes += [record["note"]] * bool(record["note"])
@@ -762,203 +755,14 @@ def speed_line(results: Path, directory: str) -> str:
     """One sentence on SFT's speed and memory beside the fastest peer's, from the first bench/*.json that has both."""
     for path in sorted((results / "bench").glob("*.json")):
         record = read_json(path)
-        cases = {case["system"]: case for case in record["cases"] if case["workload"] == "sft-bf16" and case.get("tokens_per_s")}
-        if {"rungs", "trl-best"} <= cases.keys():
-            ours, peer = cases["rungs"], cases["trl-best"]
-            speed, ratio = ours["tokens_per_s"], ours["tokens_per_s"] / peer["tokens_per_s"]
-            device = (re.findall(r"\b[A-Z]+\d{2,}\b", record["device"]) or [record["device"]])[0]  # NVIDIA H100 80GB HBM3
-            return (f"**Speed**: SFT {float(f'{speed:.3g}'):,.0f} tokens/s on one {device}, {ratio:.0f} × TRL's best, in "
-                    f"{ours['peak_gib']:.0f} GiB; [all methods]({directory}/bench/README.md).")
+        sft = {case["system"]: case for case in record["cases"] if case["workload"] == "sft-bf16"}
+        speed, peer = (finite(at(sft, system, "tokens_per_s")) for system in ("rungs", "trl-best"))
+        if speed and peer:
+            device = re.search(r"\b[A-Z]+\d{2,}\b", record["device"])  # of NVIDIA H100 80GB HBM3: H100
+            return (f"**Speed**: SFT {float(f'{speed:.3g}'):,.0f} tokens/s on one {device[0] if device else path.stem}, "
+                    f"{speed / peer:.0f} × TRL's best, in {sft['rungs']['peak_gib']:.0f} GiB; "
+                    f"[all methods]({directory}/bench/README.md).")
     return ""
-
-
-# ------------------------------------------------------------------ plots
-
-# One file for light and dark: transparent, in tones of contrast 4:1 or more against white and against #0d1117.
-INK = "#76808a"
-COLOURS = {"sft": "#8a7a3c", "dpo": "#3b82c4", "ppo": "#c4652a", "grpo": "#2a8a5e", "kto": "#9a60cc"}
-STYLE = {
-    "svg.hashsalt": "rungs", "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "grid.alpha": 0.3, "lines.linewidth": 1.6,
-    **dict.fromkeys("text.color axes.edgecolor axes.labelcolor xtick.color ytick.color grid.color".split(), INK),
-}  # fmt: skip
-
-
-def colour(row: dict) -> str:
-    return COLOURS.get(row.get("method") or "", INK)
-
-
-def forest(compared: list[Comparison]) -> Figure | None:
-    """A panel a benchmark, a line a row: the difference to base and its interval; filled where Holm calls it clear."""
-    shown = [c for c in compared if any(change.paired for change in c.changes.values())]
-    if not shown:
-        return None
-    figure = Figure(figsize=(11, 1.1 + 0.36 * len(shown)), layout="constrained")
-    axes = figure.subplots(1, len(METRICS), sharey=True)
-    for axis, column in zip(axes, METRICS):
-        axis.axvline(0, color=INK, linewidth=1)
-        if column in FORGOTTEN:
-            axis.axvline(-MARGIN, color=INK, linewidth=1, linestyle=":")
-        for y, c in enumerate(shown):
-            if c.changes[column].paired:
-                change, tone = c.changes[column], colour(c.row)
-                axis.plot(np.round(change.paired.interval, 3), [y, y], color=tone, solid_capstyle="butt")
-                axis.plot(round(change.points, 3), y, "o", color=tone, markerfacecolor=tone if change.clear else "none")
-        axis.set_title(column.replace("\n", " "))
-        axis.grid(axis="x")
-        axis.tick_params(left=False)
-        axis.spines["left"].set_visible(False)
-    axes[0].set_yticks(range(len(shown)), [c.label for c in shown])
-    axes[0].set_ylim(len(shown) - 0.5, -0.5)
-    figure.supxlabel("points against base; filled: p < 0.05 after Holm; dotted: 2 points down", fontsize=10)
-    return figure
-
-
-def scatter(points: list[tuple], x_title: str, y_title: str) -> Figure:
-    """Points with both intervals: (label, colour, x, its interval or None, y, its interval, filled)."""
-    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
-    axis = figure.subplots()
-    axis.margins(x=0.12)
-    axis.grid()
-    for (label, tone, x, of_x, y, of_y, filled), marker in zip(points, itertools.cycle("osD^vPX")):
-        x, y = round(x, 3), round(y, 3)
-        axis.plot(np.round(of_x or (x, x), 3), [y, y], color=tone, alpha=0.6)
-        axis.plot([x, x], np.round(of_y, 3), color=tone, alpha=0.6)
-        axis.plot(x, y, marker, color=tone, markerfacecolor=tone if filled else "none", label=label)
-    axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    axis.set_xlabel(x_title)
-    axis.set_ylabel(y_title)
-    return figure
-
-
-def tradeoff(compared: list[Comparison]) -> Figure | None:
-    """A point a row: the gain on IFEval beside the worse of MMLU and TruthfulQA, each with its interval."""
-    points = []
-    for c in compared:
-        gain = c.changes["IFEval\nprompt"]
-        losses = [c.changes[k] for k in FORGOTTEN if c.changes[k].paired]
-        if gain.paired and len(losses) == 2:
-            loss = min(losses, key=lambda change: change.points)
-            points.append((c.label, colour(c.row), gain.points, gain.paired.interval, loss.points, loss.paired.interval, True))
-    if not points:
-        return None
-    figure = scatter(points, "IFEval by prompt, points against base",
-                     "worse of MMLU and TruthfulQA,\npoints against base")
-    figure.axes[0].axvline(0, color=INK, linewidth=1)
-    figure.axes[0].axhline(0, color=INK, linewidth=1)
-    figure.axes[0].axhline(-MARGIN, color=INK, linewidth=1, linestyle=":")
-    return figure
-
-
-def winrate_kl(judge: list[dict], guardrails: list[dict]) -> Figure | None:
-    """A point a judged row: how often it beats SFT, and how far from SFT it went for that, along the very answers that
-    were judged; hollow: circular judge. None for records of another climb."""
-
-    def key(record: dict, row: dict, reference: object) -> str:
-        return sha256_json([row.get("name"), row.get("adapter_sha256"), reference, record.get("prompts_fingerprint"),
-                            record.get("sampling")])
-
-    moved = {key(record, row, at(record, "reference", "adapter_sha256")): row for record in guardrails
-             for row in record.get("rows") or [] if not record["note"]}
-    judges, points, marks = {at(record, "judge", "model") for record in judge}, [], set()
-    for record in judge:
-        row = moved.get(key(record, at(record, "rows", "a") or {}, at(record, "rows", "b", "adapter_sha256"))) or {}
-        rate, ends = at(record, "summary", "win_rate"), at(record, "summary", "win_rate_ci95") or [None]
-        if None in map(finite, (row.get("kl_sft"), rate, *ends)):
-            continue
-        circular = bool(at(record, "judge", "circular"))
-        marks |= {text for text, holds in (("best of N: its bound", row.get("kl_sft_bound")),
-                                           ("hollow: circular judge", circular)) if holds}
-        label = row["name"] + f", by {Path(record['judge']['model']).name}" * (len(judges) > 1)
-        tone = colour({"method": next((method for method in COLOURS if method in row["name"]), "")})
-        points.append((label, tone, row["kl_sft"], None, 100 * rate, [100 * end for end in ends], not circular))
-    if not points:
-        return None
-    note = f" ({'; '.join(sorted(marks))})" * bool(marks)
-    figure = scatter(points, "KL to SFT, nats per answer" + note, "win rate against SFT, %")
-    figure.axes[0].axhline(50, color=INK, linewidth=1)
-    return figure
-
-
-def smooth(values: list[float | None]) -> np.ndarray:
-    """Mean over a twentieth of the steps around each, of those that have a value."""
-    found, half = np.array([np.nan if finite(v) is None else v for v in values], float), max(1, len(values) // 40)
-    windows = [found[max(0, i - half) : i + half + 1] for i in range(len(found))]
-    return np.array([np.nan if np.isnan(w).all() else np.nanmean(w) for w in windows])
-
-
-def draw_curve(axis, steps: list[float], values: list, tone: str, label: str = "", style: str = "-") -> None:
-    """The values, faint, under their running mean. Few points, measured only now and then, are joined as they are."""
-    points = [(x, y) for x, y in zip(steps, values) if finite(y) is not None]
-    if 2 * len(points) < len(values):
-        axis.plot(*zip(*points), style, color=tone, marker=".", label=label)
-    elif points:
-        axis.plot(steps, [np.nan if finite(v) is None else v for v in values], color=tone, alpha=0.3, linewidth=1)
-        axis.plot(steps, smooth(values), style, color=tone, label=label)
-
-
-def on_policy(records: list[dict]) -> Figure | None:
-    """Reward, KL and length of the on-policy runs of a method over their updates."""
-    records = [record for record in records if at(record, "curves", "kl")]
-    if not records:
-        return None
-    figure = Figure(figsize=(11, 3), layout="constrained")
-    axes, tones = figure.subplots(1, 3), list(COLOURS.values())[1:] + [INK]
-    for i, record in enumerate(records):
-        tone, curves = tones[i % len(tones)], record["curves"]
-        reward = "scores" if "scores" in curves else "rewards"
-        for axis, key in zip(axes, (reward, "kl", "completion_tokens")):
-            values = curves.get(key) or []
-            draw_curve(axis, list(range(len(values))), values, tone, record["label"])
-        if watched := curves.get("watch_scores"):
-            draw_curve(axes[0], list(range(len(watched))), watched, tone, f"{record['label']}, watched", "--")
-    for axis, title in zip(axes, ("reward, mean of a batch", "KL to the reference, nats", "tokens of an answer")):
-        axis.set_title(title)
-        axis.set_xlabel("update")
-        axis.grid()
-    axes[0].legend(fontsize=9)
-    return figure
-
-
-def run_curves(record: dict) -> Figure | None:
-    """Small multiples of what a run logged."""
-    curves = dict(record.get("curves") or {})
-    steps = curves.pop("step", None)
-    keys = [key for key, values in curves.items() if key not in UNDRAWN and len({*values} - {None}) > 1]
-    if not steps or not keys:
-        return None
-    columns = min(4, len(keys))
-    height = -(-len(keys) // columns)
-    figure = Figure(figsize=(2.9 * columns, 2 * height), layout="constrained")
-    axes = figure.subplots(height, columns, squeeze=False).flat
-    for axis, key in zip(axes, keys):
-        draw_curve(axis, steps, curves[key], colour(record))
-        axis.set_title(key)
-        axis.grid()
-    for axis in axes[len(keys) :]:
-        axis.set_axis_off()
-    return figure
-
-
-def draw(compared: dict, records: dict[str, list[dict]], runs: dict[str, list[dict]]) -> dict[str, Figure]:
-    """{name under plots/: figure}, of those that have data."""
-    figures = {f"deltas-{protocol}": forest(rows) for (protocol, to), (rows, _) in compared.items() if to == "base"}
-    figures["tradeoff"] = tradeoff(compared.get(("plain", "base"), ([], []))[0])
-    figures["winrate-kl"] = winrate_kl(records["judge"], records["guardrails"])
-    figures |= {method: on_policy(records[method]) for method in ("ppo", "grpo")}
-    for label, rows in runs.items():
-        found = [record for record in records["runs"] if same_policy(record, rows[0])]
-        figures[f"run-{label}"] = run_curves(found[0]) if found else None
-    return {name: figure for name, figure in figures.items() if figure}
-
-
-def encode(figure: Figure, kind: str) -> bytes:
-    """The bytes of an SVG (the same for the same figure, so that --check can compare) or a PNG."""
-    out = io.BytesIO()
-    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-    figure.savefig(out, format=kind, dpi=150, transparent=True, metadata=metadata)
-    figure.set_layout_engine("none")  # the next kind keeps this one's layout
-    return out.getvalue()
 
 
 # ------------------------------------------------------------------ the report
@@ -1022,7 +826,8 @@ def describe(rows: list[dict], records: dict[str, list[dict]]) -> list[str]:
     lines.append(
         f"{model}. Limits: {', '.join(limits) or 'none'}{tokens}. Base in {ev['dtype']}, quantisation "
         f"{ev['quantization']}, adapter {'merged' if ev['adapter_merged'] else 'unmerged'}. "
-        f"Evaluation data `{ev['data'][:16]}`, train_invariants `{row['train_invariants']}`, eval_hash `{row['eval_hash']}`."
+        f"Evaluation data `{ev['data'][:16]}`, train_invariants `{row['train_invariants']}`, eval_hash "
+        f"`{row['eval_hash']}`."
     )
     return [*lines, *filter(None, [training_data(rows, records)])]
 
@@ -1221,10 +1026,6 @@ def hashes_of(run: dict) -> list[list[str]]:
 def configuration(run: dict) -> list[str | Table]:
     settings = [[key, f"`{json.dumps(value, ensure_ascii=False)}`"] for key, value in (run.get("args") or {}).items()]
     return ["## Configuration", Table(["argument", "value"], settings, 2)] if settings else []
-
-
-def same_policy(a: dict, b: dict) -> bool:
-    return all(a.get(key) == b.get(key) for key in ("name", "adapter_sha256"))
 
 
 def markdown(blocks: list[str | Table]) -> str:

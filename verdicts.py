@@ -265,6 +265,10 @@ def label_rows(rows: list[dict]) -> list[tuple[str, dict]]:
     return labelled
 
 
+def same_policy(a: dict, b: dict) -> bool:
+    return all(a.get(key) == b.get(key) for key in ("name", "adapter_sha256"))
+
+
 def seed_groups(rows: list[dict]) -> list[list[dict]]:
     """The rows, grouped by family: the first row of each seed stands in its family's group, a rerun of a seed by
     itself."""

@@ -19,6 +19,7 @@ import torch
 import tyro
 from scipy import stats
 
+import plots
 import report
 import reward
 import verdicts
@@ -769,7 +770,7 @@ def test_without_per_item_scores_there_is_no_paired_test_and_no_verdict(here):
     run([scored(base), sft | {"n": dict.fromkeys(N, 60)}, scored(dpo)])
     against_base = table("#### Change against base")
     assert "±" in against_base["sft_v2 − base"][0] and "p 1.000" in against_base["dpo_v1 − base"][0]
-    assert report.UNPAIRED in (text := Path("results/README.md").read_text())
+    assert report.UNPAIRED in Path("results/README.md").read_text()
     assert table("## 3. Is it a win?")["sft_v2"][:2] == ["**open**", "no per-item scores"]
     assert table("## 3. Is it a win?")["dpo_v1"][0] == "**inconclusive**"
     os.remove("results/scores/dpo_v1-bbbb2222-dddddddd.json.gz")  # named in the row, but not here
@@ -1195,7 +1196,7 @@ def test_guardrails_and_distance(here):
     assert said("≤: best of N")
     assert Path("results/plots/winrate-kl.svg").is_file()
     records = report.read_records(Path("results"), rows, ())
-    figure = report.winrate_kl(records["judge"], records["guardrails"])
+    figure = plots.winrate_kl(records["judge"], records["guardrails"])
     assert {text.get_text() for text in figure.axes[0].get_legend().texts} == {"dpo_v1, by judge-70b", "dpo_v1, by rm_watch"}
     assert "KL to sft_v2" in Path("results/README.md").read_text()
     assert "(plots/winrate-kl.svg)" in Path("results/README.md").read_text()
@@ -1305,7 +1306,7 @@ def contrast(a, b):
 @pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
 def test_the_plots_tones_are_legible_on_light_and_dark(page):
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    found = {tone: contrast(tone, page) for tone in (report.INK, *report.COLOURS.values())}
+    found = {tone: contrast(tone, page) for tone in (plots.INK, *plots.COLOURS.values())}
     assert {tone: ratio for tone, ratio in found.items() if ratio < 4} == {}
 
 

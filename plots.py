@@ -1,0 +1,211 @@
+"""plots.py: the figures of report.py, as SVG and PNG: differences to base, trade-offs, curves of the runs.
+
+A figure is None where its data is missing. SVG is the same bytes for the same figure, so that report.py --check can
+compare it.
+"""
+
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from common import sha256_json
+from verdicts import FORGOTTEN, MARGIN, METRICS, Comparison, at, finite, same_policy
+
+PLOTS = {  # file name under plots/ -> what it shows
+    "deltas-plain": "Differences to base with paired 95 % intervals, plain protocol",
+    "deltas-chat": "Differences to base with paired 95 % intervals, chat protocol",
+    "tradeoff": "What IFEval gained beside what MMLU or TruthfulQA lost",
+    "winrate-kl": "Judged win rate against SFT beside the KL to SFT",
+    "ppo": "PPO: reward, KL and length over training",
+    "grpo": "GRPO: reward, KL and length over training",
+}
+UNDRAWN = {"step", "seconds", "tokens", "trained_tokens", "lr"}  # of a run's log: known without a plot
+# One file for light and dark: transparent, in tones of contrast 4:1 or more against white and against #0d1117.
+INK = "#76808a"
+COLOURS = {"sft": "#8a7a3c", "dpo": "#3b82c4", "ppo": "#c4652a", "grpo": "#2a8a5e", "kto": "#9a60cc"}
+STYLE = {
+    "svg.hashsalt": "rungs", "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "grid.alpha": 0.3, "lines.linewidth": 1.6,
+    **dict.fromkeys("text.color axes.edgecolor axes.labelcolor xtick.color ytick.color grid.color".split(), INK),
+}  # fmt: skip
+
+
+def colour(row: dict) -> str:
+    return COLOURS.get(row.get("method") or "", INK)
+
+
+def forest(compared: list[Comparison]) -> Figure | None:
+    """A panel a benchmark, a line a row: the difference to base and its interval; filled where Holm calls it clear."""
+    shown = [c for c in compared if any(change.paired for change in c.changes.values())]
+    if not shown:
+        return None
+    figure = Figure(figsize=(11, 1.1 + 0.36 * len(shown)), layout="constrained")
+    axes = figure.subplots(1, len(METRICS), sharey=True)
+    for axis, column in zip(axes, METRICS):
+        axis.axvline(0, color=INK, linewidth=1)
+        if column in FORGOTTEN:
+            axis.axvline(-MARGIN, color=INK, linewidth=1, linestyle=":")
+        for y, c in enumerate(shown):
+            if c.changes[column].paired:
+                change, tone = c.changes[column], colour(c.row)
+                axis.plot(np.round(change.paired.interval, 3), [y, y], color=tone, solid_capstyle="butt")
+                axis.plot(round(change.points, 3), y, "o", color=tone, markerfacecolor=tone if change.clear else "none")
+        axis.set_title(column.replace("\n", " "))
+        axis.grid(axis="x")
+        axis.tick_params(left=False)
+        axis.spines["left"].set_visible(False)
+    axes[0].set_yticks(range(len(shown)), [c.label for c in shown])
+    axes[0].set_ylim(len(shown) - 0.5, -0.5)
+    figure.supxlabel("points against base; filled: p < 0.05 after Holm; dotted: 2 points down", fontsize=10)
+    return figure
+
+
+def scatter(points: list[tuple], x_title: str, y_title: str) -> Figure:
+    """Points with both intervals: (label, colour, x, its interval or None, y, its interval, filled)."""
+    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    axis = figure.subplots()
+    axis.margins(x=0.12)
+    axis.grid()
+    for (label, tone, x, of_x, y, of_y, filled), marker in zip(points, itertools.cycle("osD^vPX")):
+        x, y = round(x, 3), round(y, 3)
+        axis.plot(np.round(of_x or (x, x), 3), [y, y], color=tone, alpha=0.6)
+        axis.plot([x, x], np.round(of_y, 3), color=tone, alpha=0.6)
+        axis.plot(x, y, marker, color=tone, markerfacecolor=tone if filled else "none", label=label)
+    axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_xlabel(x_title)
+    axis.set_ylabel(y_title)
+    return figure
+
+
+def tradeoff(compared: list[Comparison]) -> Figure | None:
+    """A point a row: the gain on IFEval beside the worse of MMLU and TruthfulQA, each with its interval."""
+    points = []
+    for c in compared:
+        gain = c.changes["IFEval\nprompt"]
+        losses = [c.changes[k] for k in FORGOTTEN if c.changes[k].paired]
+        if gain.paired and len(losses) == 2:
+            loss = min(losses, key=lambda change: change.points)
+            points.append((c.label, colour(c.row), gain.points, gain.paired.interval, loss.points, loss.paired.interval,
+                           True))
+    if not points:
+        return None
+    figure = scatter(points, "IFEval by prompt, points against base",
+                     "worse of MMLU and TruthfulQA,\npoints against base")
+    figure.axes[0].axvline(0, color=INK, linewidth=1)
+    figure.axes[0].axhline(0, color=INK, linewidth=1)
+    figure.axes[0].axhline(-MARGIN, color=INK, linewidth=1, linestyle=":")
+    return figure
+
+
+def winrate_kl(judge: list[dict], guardrails: list[dict]) -> Figure | None:
+    """A point a judged row: how often it beats SFT, and how far from SFT it went for that, along the very answers that
+    were judged; hollow: circular judge. None for records of another climb."""
+
+    def key(record: dict, row: dict, reference: object) -> str:
+        return sha256_json([row.get("name"), row.get("adapter_sha256"), reference, record.get("prompts_fingerprint"),
+                            record.get("sampling")])
+
+    moved = {key(record, row, at(record, "reference", "adapter_sha256")): row for record in guardrails
+             for row in record.get("rows") or [] if not record["note"]}
+    judges, points, marks = {at(record, "judge", "model") for record in judge}, [], set()
+    for record in judge:
+        row = moved.get(key(record, at(record, "rows", "a") or {}, at(record, "rows", "b", "adapter_sha256"))) or {}
+        rate, ends = at(record, "summary", "win_rate"), at(record, "summary", "win_rate_ci95") or [None]
+        if None in map(finite, (row.get("kl_sft"), rate, *ends)):
+            continue
+        circular = bool(at(record, "judge", "circular"))
+        marks |= {text for text, holds in (("best of N: its bound", row.get("kl_sft_bound")),
+                                           ("hollow: circular judge", circular)) if holds}
+        label = row["name"] + f", by {Path(record['judge']['model']).name}" * (len(judges) > 1)
+        tone = colour({"method": next((method for method in COLOURS if method in row["name"]), "")})
+        points.append((label, tone, row["kl_sft"], None, 100 * rate, [100 * end for end in ends], not circular))
+    if not points:
+        return None
+    note = f" ({'; '.join(sorted(marks))})" * bool(marks)
+    figure = scatter(points, "KL to SFT, nats per answer" + note, "win rate against SFT, %")
+    figure.axes[0].axhline(50, color=INK, linewidth=1)
+    return figure
+
+
+def smooth(values: list[float | None]) -> np.ndarray:
+    """Mean over a twentieth of the steps around each, of those that have a value."""
+    found, half = np.array([np.nan if finite(v) is None else v for v in values], float), max(1, len(values) // 40)
+    windows = [found[max(0, i - half) : i + half + 1] for i in range(len(found))]
+    return np.array([np.nan if np.isnan(w).all() else np.nanmean(w) for w in windows])
+
+
+def draw_curve(axis, steps: list[float], values: list, tone: str, label: str = "", style: str = "-") -> None:
+    """The values, faint, under their running mean. Few points, measured only now and then, are joined as they are."""
+    points = [(x, y) for x, y in zip(steps, values) if finite(y) is not None]
+    if 2 * len(points) < len(values):
+        axis.plot(*zip(*points), style, color=tone, marker=".", label=label)
+    elif points:
+        axis.plot(steps, [np.nan if finite(v) is None else v for v in values], color=tone, alpha=0.3, linewidth=1)
+        axis.plot(steps, smooth(values), style, color=tone, label=label)
+
+
+def on_policy(records: list[dict]) -> Figure | None:
+    """Reward, KL and length of the on-policy runs of a method over their updates."""
+    records = [record for record in records if at(record, "curves", "kl")]
+    if not records:
+        return None
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    axes, tones = figure.subplots(1, 3), list(COLOURS.values())[1:] + [INK]
+    for i, record in enumerate(records):
+        tone, curves = tones[i % len(tones)], record["curves"]
+        reward = "scores" if "scores" in curves else "rewards"
+        for axis, key in zip(axes, (reward, "kl", "completion_tokens")):
+            values = curves.get(key) or []
+            draw_curve(axis, list(range(len(values))), values, tone, record["label"])
+        if watched := curves.get("watch_scores"):
+            draw_curve(axes[0], list(range(len(watched))), watched, tone, f"{record['label']}, watched", "--")
+    for axis, title in zip(axes, ("reward, mean of a batch", "KL to the reference, nats", "tokens of an answer")):
+        axis.set_title(title)
+        axis.set_xlabel("update")
+        axis.grid()
+    axes[0].legend(fontsize=9)
+    return figure
+
+
+def run_curves(record: dict) -> Figure | None:
+    """Small multiples of what a run logged."""
+    curves = dict(record.get("curves") or {})
+    steps = curves.pop("step", None)
+    keys = [key for key, values in curves.items() if key not in UNDRAWN and len({*values} - {None}) > 1]
+    if not steps or not keys:
+        return None
+    columns = min(4, len(keys))
+    height = -(-len(keys) // columns)
+    figure = Figure(figsize=(2.9 * columns, 2 * height), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False).flat
+    for axis, key in zip(axes, keys):
+        draw_curve(axis, steps, curves[key], colour(record))
+        axis.set_title(key)
+        axis.grid()
+    for axis in axes[len(keys) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def draw(compared: dict, records: dict[str, list[dict]], runs: dict[str, list[dict]]) -> dict[str, Figure]:
+    """{name under plots/: figure}, of those that have data."""
+    figures = {f"deltas-{protocol}": forest(rows) for (protocol, to), (rows, _) in compared.items() if to == "base"}
+    figures["tradeoff"] = tradeoff(compared.get(("plain", "base"), ([], []))[0])
+    figures["winrate-kl"] = winrate_kl(records["judge"], records["guardrails"])
+    figures |= {method: on_policy(records[method]) for method in ("ppo", "grpo")}
+    for label, rows in runs.items():
+        found = [record for record in records["runs"] if same_policy(record, rows[0])]
+        figures[f"run-{label}"] = run_curves(found[0]) if found else None
+    return {name: figure for name, figure in figures.items() if figure}
+
+
+def encode(figure: Figure, kind: str) -> bytes:
+    """The bytes of an SVG (the same for the same figure, so that --check can compare) or a PNG."""
+    out = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    figure.savefig(out, format=kind, dpi=150, transparent=True, metadata=metadata)
+    figure.set_layout_engine("none")  # the next kind keeps this one's layout
+    return out.getvalue()
