@@ -71,7 +71,7 @@ RUNS     = $(foreach run,$(POLICIES) rm_v1 rm_watch,$(OUT)/$(run)/run.json)
 EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
-.PHONY: all controls demo env test help gpu-check bench bench-cpu clean-demo force
+.PHONY: all controls demo env test help gpu-check hub-check bench bench-cpu clean-demo force
 .DELETE_ON_ERROR:
 .PRECIOUS: $(OUT)/%/run.json
 .NOTPARALLEL:
@@ -189,6 +189,15 @@ test: $(if $(ENV),$(VENV)/.ready-test) ## the tests, on a CPU without network; 9
 
 gpu-check: $(if $(ENV),$(VENV)/.ready-test) ## the GPU paths against the CPU's: varlen attention, compile, NF4, sampler, PPO; 2 to 4 min on one GPU, 4 GiB
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) -m pytest -rA tests/test_gpu.py
+
+hub-check: $(ENV) ## make all with its defaults on a small stand-in for the hub: data and model fetched, then offline; 5 min on two cores
+	rm -rf runs/hub
+	$(PY) tests/hub.py runs/hub $(PY) sft.py --preview 1
+	$(PY) tests/hub.py runs/hub $(PY) dpo.py --sft-adapter none --preview 1
+	$(PY) tests/hub.py runs/hub $(PY) grpo.py --sft-adapter none --preview 1
+	$(PY) tests/hub.py runs/hub $(PY) evaluate.py --limit 4 --max-gen-toks 16 --out runs/hub/online
+	HF_HUB_OFFLINE=1 $(PY) tests/hub.py runs/hub $(MAKE) --no-print-directory all OUT=runs/hub/climb README=none LIMIT=4 \
+	  PPO_FLAGS='--updates 2 --normalise 32' GRPO_FLAGS='--updates 2'
 
 BENCH_FLAGS ?=
 bench: $(if $(ENV),$(VENV)/.ready-test) ## training and sampling speed beside TRL and transformers, into results/bench; one GPU; about 30 min on an H100, as its cases add up

@@ -60,7 +60,6 @@ import numpy as np
 import torch
 import tyro
 import yaml
-from huggingface_hub import HfApi
 from lm_eval.api.metrics import mean_stderr
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate as lm_eval_evaluate
@@ -406,28 +405,57 @@ def by_subject(rows: list[dict]) -> dict[str, list[dict]]:
     return dict(subjects)
 
 
-def write_tasks(data: dict[tuple[str, str], list[dict]], index: dict, folder: Path) -> None:
-    """Write lm-eval task files that `include` the original definitions and read `data` instead of the hub: one for each
-    task and MMLU subject in the data, and MMLU's groups over the subjects that are there."""
-
-    def write(name: str, **overrides) -> None:
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(index[name].yaml_path), **overrides}))
-
+def local_sources(data: dict[tuple[str, str], list[dict]], folder: Path) -> dict[str, dict]:
+    """{lm-eval task: what its definition says of its data set} with `data` written into files of the folder: each task
+    and each MMLU subject that has items."""
     files: dict[str, dict[str, list[dict]]] = defaultdict(dict)  # lm-eval task -> split -> rows
     for (task, split), rows in data.items():
         for subject, part in by_subject(rows).items() if task == "mmlu" else [(None, rows)]:
             files[f"mmlu_{subject}" if subject else task][split] = part
-    test = by_subject(data["mmlu", "test"])
-    if unknown := [subject for subject in test if f"mmlu_{subject}" not in index]:
-        fail(f"mmlu/test has subject {unknown[0]!r}, which lm-eval's mmlu doesn't have")
+    sources = {}
     for name, splits in files.items():
         if "test" in splits or not name.startswith("mmlu"):  # a subject may have few-shot examples and no items
             paths = {split: str(folder / f"{name}.{split}.jsonl") for split in splits}
             for split, rows in splits.items():
                 Path(paths[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
             options = {"data_files": paths, "cache_dir": str(folder / "cache")}
-            write(name, dataset_path="json", dataset_name=None, dataset_kwargs=options)
-    tags = {tag for subject in test for tag in index[f"mmlu_{subject}"].tags}
+            sources[name] = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": options}
+    return sources
+
+
+def hub_sources(index: dict) -> tuple[dict[str, dict], list[str]]:
+    """({lm-eval task: what its definition says of its data set}, each task's "data set@commit") with lm-eval's own data
+    sets, at the commits that they have now: what is read is what the fingerprint names."""
+    found: dict[str, tuple[str, str]] = {}  # data set: where it is, its commit
+    sources, commits = {}, {}
+    for name, entry in index.items():
+        task = "mmlu" if name.startswith("mmlu_") else name
+        if entry.kind.name == "TASK" and task in TASKS:
+            dataset, config = entry.cfg["dataset_path"], entry.cfg.get("dataset_name")
+            if dataset not in found:
+                try:
+                    found[dataset] = inputs.locate_dataset(dataset)
+                except OSError as error:
+                    fail(f"can't read lm-eval's data set for {task}: {error} (--eval-data DIR)")
+            path, commit = found[dataset]
+            options = inputs.dataset_options(path, commit, config)
+            sources[name] = {"dataset_path": path, "dataset_kwargs": options}
+            commits[task] = f"{dataset}@{commit}"
+    return sources, [commits[task] for task in TASKS]
+
+
+def write_tasks(sources: dict[str, dict], index: dict, folder: Path) -> None:
+    """Write lm-eval task files that `include` the original definitions and read other data: one for each task of
+    `sources`, and MMLU's groups over the subjects among them."""
+
+    def write(name: str, **overrides) -> None:
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(index[name].yaml_path), **overrides}))
+
+    for name, source in sources.items():
+        if name not in index:
+            fail(f"mmlu/test has subject {name.removeprefix('mmlu_')!r}, which lm-eval's mmlu doesn't have")
+        write(name, **source)
+    tags = {tag for name in sources if name.startswith("mmlu_") for tag in index[name].tags}
     groups = [group for group in index["mmlu"].cfg["task"] if tags & set(index[group].cfg["task"])]
     for group in groups:
         write(group)
@@ -456,15 +484,6 @@ def prepare_ifeval(rows: list[dict] | None, data_dir: Path | None) -> None:
             fail(f"ifeval/train, key {row['key']}: lm-eval has no instruction {unknown[0]!r}; it has {known}")
 
 
-def hub_revision(dataset: str) -> str:
-    """"name@commit" of the hub's newest version of a data set, which is the one that lm-eval reads."""
-    try:
-        return f"{dataset}@{HfApi().dataset_info(dataset).sha}"
-    except Exception as error:  # hub and network errors come in many kinds
-        fail(f"can't reach the hub for lm-eval's data set {dataset} ({type(error).__name__}); give local files with "
-             "--eval-data DIR")  # fmt: skip
-
-
 def load_tasks(args: Args, folder: Path):
     """-> (lm-eval's task manager, ((task, shots, limit), ...), fingerprint of the evaluation data)."""
     package = Path(lm_eval.tasks.__file__).parent
@@ -475,12 +494,12 @@ def load_tasks(args: Args, folder: Path):
         directory = Path(args.eval_data)
         data, content = read_eval_data(directory)
         prepare_ifeval(data["ifeval", "train"][: args.limit], directory.resolve())
-        write_tasks(data, manager.task_index, folder)
-        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folder)
+        sources = local_sources(data, folder)
     else:
         prepare_ifeval(None, None)
-        content = [hub_revision(manager.task_index[name].cfg["dataset_path"])
-                   for name in ("mmlu_anatomy", *list(TASKS)[1:])]  # fmt: skip
+        sources, content = hub_sources(manager.task_index)
+    write_tasks(sources, manager.task_index, folder)
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folder)
     # A new version of a task is another evaluation, even of the same files.
     versions = {task: manager.task_index[task].cfg["metadata"]["version"] for task in TASKS}
     fingerprint = ("sha256:" if args.eval_data else "hub:") + common.sha256_json([content, versions])

@@ -207,16 +207,58 @@ def hub_rows(source: str) -> tuple[Rows, str]:
     name, _, revision = name.partition("@")
     config, _, split = (split or "train").rpartition("/")
     try:
-        if not re.fullmatch("[0-9a-f]{40}", revision):  # a branch moves: what counts is its commit
-            from huggingface_hub import HfApi
-            revision = HfApi().dataset_info(name, revision=revision or None).sha
-        data = datasets.load_dataset(name, config or None, split=split, revision=revision)
+        path, commit = locate_dataset(name, revision or None)
+        data = datasets.load_dataset(path, config or None, split=split, **dataset_options(path, commit, config or None))
     except Exception as e:  # the hub, the cache and every builder raise their own kinds
         if "Unknown split" in str(e):
             raise UnknownSplit(str(e)) from None
         reason = str(e.__cause__ or e).strip().splitlines() or [repr(e)]
         fail(f"can't read the data set {source}: {reason[0]}")
-    return table_rows(data.data.table), f"{name}@{revision}:{config or 'default'}/{split}"
+    return table_rows(data.data.table), f"{name}@{commit}:{config or 'default'}/{split}"
+
+
+def locate_dataset(name: str, revision: str | None = None) -> tuple[str, str]:
+    """(path for `datasets.load_dataset`, commit) of a hub data set at a revision (None: main).
+
+    With the hub in reach the path is the id. Without, it is the directory of this commit in the hub's cache: by an id,
+    datasets offline loads whatever commit it prepared last. Raises OSError where the cache has no such directory.
+    """
+    import datasets
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+    try:
+        if datasets.config.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set")
+        commit = HfApi().dataset_info(name, revision=revision).sha
+        with contextlib.suppress(EntryNotFoundError):  # a data set without a card
+            hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)  # notes which commit main is
+        return name, commit
+    except Exception as e:  # no network, no such data set, no access: each client library has its own kinds
+        reason = (str(e).strip().splitlines() or [repr(e)])[0]
+    try:
+        path = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="README.md",
+                                      local_files_only=True))
+    except Exception:
+        at = f" --revision {revision}" if revision else ""
+        raise OSError(f"the hub doesn't give {name} ({reason}), and its cache doesn't hold it: where the hub is in "
+                      f"reach, run `hf download --repo-type dataset {name}{at}`, or give local files") from None
+    say(f"note: {name} is read from the hub's cache, commit {path.name} ({reason})")
+    return str(path), path.name
+
+
+def dataset_options(path: str, commit: str, config: str | None) -> dict[str, Any]:
+    """Keywords of `datasets.load_dataset` beside a path of locate_dataset: the commit, or of a directory the files that
+    its card names for one configuration (None: the only or the default one). The cache may lack all others', and datasets
+    would look for the first one's."""
+    if not Path(path).is_dir():
+        return {"revision": commit}
+    from huggingface_hub import DatasetCard
+    card = Path(path) / "README.md"
+    listed = (DatasetCard.load(card).data.get("configs") or []) if card.is_file() else []
+    chosen = [entry for entry in listed if config in (entry["config_name"], None)]
+    if not config and len(chosen) > 1:
+        chosen = [entry for entry in chosen if entry.get("default") or entry["config_name"] == "default"]
+    return {"data_files": chosen[0]["data_files"]} if chosen and "data_files" in chosen[0] else {}
 
 
 # Layouts. Whatever a row's columns, `normalise` gives it the project's own; as_pair, as_conversation and as_prompt read
