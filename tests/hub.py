@@ -234,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
         return next((path for path in commits if revision in (None, "main", path.name)), None)
 
     def about(self, snapshot: Path, name: str, what: str | None, folder: str, body: bytes) -> None:
-        """A commit's record (what: "revision" or None), the entries of a folder ("tree") or some paths ("paths-info")."""
+        """A commit's record (what: "revision", None), the entries of a folder ("tree") or some paths ("paths-info")."""
         def entry(path: Path) -> dict:
             found = {"path": path.relative_to(snapshot).as_posix(), "oid": "0" * 40, "size": 0, "type": "directory"}
             if path.is_file():
@@ -279,6 +279,7 @@ if __name__ == "__main__":
         write_hub(directory / "origin")
     with serve(directory / "origin") as address:
         environment = {"HF_ENDPOINT": address, "HF_HOME": str(directory / "cache"), "OMP_NUM_THREADS": "1",
-                       "NLTK_DATA": str(directory / "origin" / "nltk_data"), "CUDA_VISIBLE_DEVICES": ""}
+                       "NLTK_DATA": str(directory / "origin" / "nltk_data"), "CUDA_VISIBLE_DEVICES": "",
+                       "NO_PROXY": "127.0.0.1"}
         status = subprocess.run(sys.argv[2:], env=os.environ | environment).returncode
     sys.exit(status)

@@ -32,6 +32,7 @@ def hub(origin, tmp_path, monkeypatch):
     """A function that brings the hub into reach (True) or takes it away, for the client and for datasets."""
     with serve(origin) as address:
         constants, config = huggingface_hub.constants, datasets.config
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
                             address + "/{repo_id}/resolve/{revision}/{filename}")
