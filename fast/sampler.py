@@ -43,12 +43,12 @@ class Layer(NamedTuple):
 
 
 def project(x: Tensor, p: Projection) -> Tensor:
-    """x Wᵀ + bias + alpha/r (x Aᵀ) Bᵀ, rounded where AdaptedLinear rounds: [T, in] -> [T, out]."""
+    """x Wᵀ + bias + alpha/r (x Aᵀ) Bᵀ: [T, in] -> [T, out]."""
     y = F.linear(x, p.weight, p.bias)
     if p.b is None:
         return y
     out = len(p.b)
-    return torch.addmm(y[:, :out], y[:, out:], p.b.T)
+    return y[:, :out] + F.linear(y[:, out:], p.b)  # not addmm: the sum is compiled into what follows, addmm copies y first
 
 
 def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
