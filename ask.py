@@ -1,8 +1,8 @@
 """ask.py: the question that judge.py puts to a model, how its reply is read, and a model behind an API that is asked.
 
-Request and answers are quoted behind a mark that is a hash of all three and stands in none of them: who writes an answer
-can't know it, so an answer can't end its quotation and give the judge an order. A reply that is not one of the three
-letters is counted as unparsable, never interpreted.
+Request and answers are quoted behind a mark that is a hash of all three and stands in none of them: who writes an
+answer can't know it, so an answer can't end its quotation and give the judge an order. A reply that is not one of the
+three letters is counted as unparsable, never interpreted.
 """
 import itertools
 import os

@@ -306,13 +306,14 @@ def guardrails(prompts: Sequence[Prompt], answers: Sequence[Answer], stop_ids: S
 
 def kl_of_completions(policy, reference, examples: Sequence[Example], temperature: float,
                       micro_tokens: int) -> dict[str, float | None]:
-    """kl_sft, the mean over completions of Σ_t KL(π ‖ π_ref) in nats, its standard error, and kl_sft_floor: the same figure for
-    the policy against itself in other micro-batches, which is what the measurement's precision adds."""
-    states = common.answer_states(policy, examples, micro_tokens)
+    """kl_sft, the mean over completions of Σ_t KL(π ‖ π_ref) in nats, its standard error, and kl_sft_floor: the same
+    figure for the policy against itself in other micro-batches, which is what the measurement's precision adds."""
+    states, of_reference = (common.answer_states(model, examples, micro_tokens) for model in (policy, reference))
     alone = [common.answer_states(policy, [e], micro_tokens)[0] for e in examples]
-    nats = common.answer_kl(policy, states, reference, common.answer_states(reference, examples, micro_tokens), temperature)
-    return {"kl_sft": nats.mean().item(), "kl_sft_se": nats.std().item() / math.sqrt(len(nats)) if len(nats) > 1 else None,
-            "kl_sft_floor": common.answer_kl(policy, states, policy, alone, temperature).mean().item()}
+    nats = common.answer_kl(policy, states, reference, of_reference, temperature)
+    floor = common.answer_kl(policy, states, policy, alone, temperature).mean().item()
+    stderr = nats.std().item() / math.sqrt(len(nats)) if len(nats) > 1 else None
+    return {"kl_sft": nats.mean().item(), "kl_sft_se": stderr, "kl_sft_floor": floor}
 
 
 def delta_w(adapter: str, model) -> float:
@@ -630,8 +631,9 @@ def ask_local(judge: Judge, questions: dict[str, list[dict]], lines: Lines, args
         fits = [i for i, ids in enumerate(rendered) if len(ids) <= limit]
         examples = [Example(rendered[i], [], []) for i in fits]
         replies: dict[int, dict[str, float]] = {}
+        micro_tokens = max([args.micro_tokens, *(len(e.ids) for e in examples)])
         with torch.no_grad():
-            for micro in common.micro_batches(model, examples, max([args.micro_tokens, *(len(e.ids) for e in examples)])):
+            for micro in common.micro_batches(model, examples, micro_tokens):
                 hidden = common.hidden_states(model, micro, "last").float()                        # [N, H]
                 logprobs = common.head_logits(model, hidden)[:, tokens].log_softmax(1).tolist()    # [N, 3]
                 replies |= {fits[e]: dict(zip(LETTERS, row)) for e, row in zip(micro.examples, logprobs)}
@@ -700,7 +702,8 @@ def place_for(directory: Path, a: str, b: str, judge: dict) -> Path:
     """<a>_vs_<b>.json, or with the judge in its name where that file is another judge's."""
     who = [judge["kind"], judge["model"]]
     slug = re.sub(r"[^\w.-]+", "-", Path(judge["model"]).name)
-    places = [directory / f"{a}_vs_{b}{more}.json" for more in ("", f".{slug}", f".{slug}-{common.sha256_json(who)[:6]}")]
+    suffixes = ("", f".{slug}", f".{slug}-{common.sha256_json(who)[:6]}")
+    places = [directory / f"{a}_vs_{b}{suffix}.json" for suffix in suffixes]
 
     def is_free(path: Path) -> bool:
         other = common.read_json(path)["judge"] if path.is_file() else judge

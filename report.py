@@ -758,10 +758,10 @@ def speed_line(results: Path, directory: str) -> str:
         sft = {case["system"]: case for case in record["cases"] if case["workload"] == "sft-bf16"}
         speed, peer = (finite(at(sft, system, "tokens_per_s")) for system in ("rungs", "trl-best"))
         if speed and peer:
-            device = re.search(r"\b[A-Z]+\d{2,}\b", record["device"])  # of NVIDIA H100 80GB HBM3: H100
-            return (f"**Speed**: SFT {float(f'{speed:.3g}'):,.0f} tokens/s on one {device[0] if device else path.stem}, "
-                    f"{speed / peer:.0f} × TRL's best, in {sft['rungs']['peak_gib']:.0f} GiB; "
-                    f"[all methods]({directory}/bench/README.md).")
+            model = re.search(r"\b[A-Z]+\d{2,}\b", record["device"])  # of NVIDIA H100 80GB HBM3: H100
+            device = model[0] if model else record["device"]
+            return (f"**Speed**: SFT {float(f'{speed:.3g}'):,.0f} tokens/s on one {device}, {speed / peer:.0f} × TRL's "
+                    f"best, in {sft['rungs']['peak_gib']:.0f} GiB; [all methods]({directory}/bench/README.md).")
     return ""
 
 
