@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+import chat
 import common
 import inputs
 from common import Example
@@ -163,7 +164,7 @@ def build_pairs(tokenizer, args: Args):
     def build(pairs: list[tuple[list[dict], str, str]], names: list[str]) -> list[Pair | str]:
         sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
         names = [name for name in names for _ in range(2)]
-        rendered = [Example.masked(*r) for r in common.render_many(tokenizer, sides, "last", names)]
+        rendered = [Example.masked(*r) for r in chat.render_many(tokenizer, sides, "last", names)]
         out = []
         for (prompt, chosen, rejected), w, l in zip(pairs, rendered[::2], rendered[1::2]):
             if not chosen.strip() or not rejected.strip():
@@ -201,13 +202,13 @@ def main(args: Args) -> None:
         common.fail(f"--label-smoothing must be in [0, 0.5), got {args.label_smoothing}")
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
-    parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
+    parent, adapter, model, model_dir, tokenizer, invariants = inputs.read_start(
         args.sft_adapter, args.model, args.other_base)
     engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
     split = inputs.load_split(args, ["pair"], inputs.as_pair, build_pairs(tokenizer, args))
     pairs, heldout = split.train, split.heldout
-    prompts = [ids for p in heldout[:args.eos_prompts] if len(ids := common.render_prompt(tokenizer, p.prompt))
+    prompts = [ids for p in heldout[:args.eos_prompts] if len(ids := chat.render_prompt(tokenizer, p.prompt))
                + args.eos_tokens <= common.max_positions(model_dir)]
     counts = inputs.preflight(tokenizer, [e for p in pairs for e in (p.chosen, p.rejected)], [p.text for p in pairs],
                               split.dropped, 0, args.eval_data, args.preview)

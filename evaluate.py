@@ -73,6 +73,7 @@ from lm_eval.models.utils import (
 from tqdm import tqdm
 from transformers import AutoConfig
 
+import chat
 import common
 import inputs
 from common import Example, Sampler, TrainInvariants, fail
@@ -555,13 +556,13 @@ def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args
         unit.set_fewshot_seed(1234)
         if args.max_gen_toks and unit.OUTPUT_TYPE == "generate_until":
             unit.set_config("generation_kwargs", {"max_gen_toks": args.max_gen_toks}, update=True)
-    chat = args.protocol == "chat"
+    in_chat = args.protocol == "chat"
     jinja = lm_eval.utils.env  # lm-eval compiles a task's template for every example of every prompt: minutes on MMLU
     with (
         patch.object(jinja, "from_string", functools.lru_cache(1024)(jinja.from_string)),
         patch("lm_eval.api.task.tqdm", lambda docs, **_: docs),  # a bar for each of 57 subjects' prompts
     ):
-        found = lm_eval_evaluate(lm, loaded, limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat)
+        found = lm_eval_evaluate(lm, loaded, limit=limit, apply_chat_template=in_chat, fewshot_as_multiturn=in_chat)
     lines = sample_lines(found["samples"])
     metrics = {}
     for name, values in found["results"].items():
@@ -678,7 +679,7 @@ def main(args: Args) -> dict:
     policy = run["invariants"]["quantization"] if ours else args.quantization or ("none" if run else "qlora")
     if args.quantization and args.quantization != policy:
         fail(f"--quantization {args.quantization}, but {args.adapter} was trained under {policy!r}; leave the flag out")
-    tokenizer = common.load_tokenizer(model_dir)
+    tokenizer = chat.load_tokenizer(model_dir)
     if args.protocol == "chat":
         inputs.say_template(tokenizer)
     invariants = TrainInvariants.of(model_name, model_dir, tokenizer, policy)

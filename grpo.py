@@ -59,6 +59,7 @@ import torch
 import tyro
 from torch import Tensor
 
+import chat
 import common
 import inputs
 from common import Completion, Example
@@ -257,7 +258,7 @@ def usable(index: int, item: tuple | str | None) -> tuple | None:
 def build(tokenizer, args: Args):
     """A function from (index, messages, row) to Problems, or the reason why a row can't be used."""
     def problem(name: str, index: int, prompt: list[dict], row: dict) -> Problem | str:
-        ids = common.render_prompt(tokenizer, prompt, name)
+        ids = chat.render_prompt(tokenizer, prompt, name)
         return "empty prompt" if not prompt[-1]["content"].strip() else \
             "too long" if len(ids) > args.prompt_tokens else \
             Problem(index, inputs.prompt_id(prompt), ids, prompt[-1]["content"], row)
@@ -344,7 +345,7 @@ def main(args: Args) -> None:
                     f"give mini-batches of equal size")
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
-    parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
+    parent, adapter, model, model_dir, tokenizer, invariants = inputs.read_start(
         args.sft_adapter, args.model, args.other_base)
     if args.prompt_tokens + args.completion_tokens > common.max_positions(model_dir):
         common.fail(f"--prompt-tokens {args.prompt_tokens} + --completion-tokens {args.completion_tokens} are beyond the "

@@ -4,12 +4,14 @@ In the order a run meets them:
   1. files and hub data sets -> rows, each a dict as the file says, and the fingerprint of the bytes that were read
   2. the layouts of rows (docs/data-formats.md) -> messages, pairs, prompts
   3. splits: parts A, J and B of the prompts, held-out rows, the rows of a run (`load_split`)
-  4. the preflight: what will be trained on, printed and checked before a model loads
+  4. what a method starts from: a model, a run of ours or any plain PEFT LoRA adapter
+  5. the preflight: what will be trained on, printed and checked before a model loads
 """
 from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -21,11 +23,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from common import OWN_TEMPLATE, PLAIN_TEMPLATE, Example, bucket, fail, permutation, say, sha256_json
+from chat import OWN_TEMPLATE, PLAIN_TEMPLATE, load_tokenizer
+from common import (Example, QWEN, TrainInvariants, bucket, check_base, fail, permutation, read_adapter, read_policy,
+                    resolve_model, say, sha256_json)
 
 
 # Reading files. A row is what the file says: dates stay text, numbers stay numbers, and a column may begin or change
@@ -699,7 +703,54 @@ def load_split(args: Any, kinds: Sequence[str], read: Callable[[dict, str], Any]
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. The preflight
+# 4. What a method starts from
+# ------------------------------------------------------------------------------------------------
+
+class Start(NamedTuple):
+    """What a method starts from; settled before any model loads."""
+    parent: dict[str, Any] | None  # record of the adapter; None: the model itself
+    adapter: Path | None           # its directory
+    model: str
+    model_dir: Path
+    tokenizer: Any
+    invariants: TrainInvariants
+
+
+def read_start(adapter: str | None, model: str | None = None, other_base: bool = False, quantization: str = "none",
+               reward: bool = False) -> Start:
+    """The start that --sft-adapter and --model name.
+
+    adapter: a run directory (with `reward`, of a reward model), a plain PEFT LoRA adapter, or None or "none": `model`
+    itself. model: by default the adapter's base, or Qwen2.5-0.5B. quantization: the policy where no run hands one down.
+    Fails when a run was trained under other invariants.
+    """
+    run, directory = None, None
+    if adapter not in (None, "none"):
+        run, directory = (read_adapter(adapter, reward), Path(adapter)) if reward else read_policy(adapter)
+        if not (model or run["model"]):
+            fail(f"{adapter} names no base model; give it with --model")
+    model = model or (run["model"] if run else QWEN)
+    model_dir = resolve_model(model)
+    tokenizer = load_tokenizer(model_dir)
+    trained_under = run and run["invariants"]
+    policy = trained_under["quantization"] if trained_under else quantization
+    invariants = TrainInvariants.of(model, model_dir, tokenizer, policy)
+    if run:
+        check_base(directory, run, model, model_dir, invariants.weights_sha256, other_base)
+        if trained_under and invariants.hash != run["train_invariants"]:
+            now = json.loads(json.dumps(dataclasses.asdict(invariants)))
+            fail(f"{adapter} was trained under other invariants; they differ in "
+                 + ", ".join(k for k in now if now[k] != trained_under.get(k)))
+        run = {**run, "model": model}
+        template = directory / "chat_template.jinja"
+        if not trained_under and template.is_file() and template.read_text(encoding="utf-8") != tokenizer.chat_template:
+            say(f"note: {adapter} brings a chat template that differs from the one used here; the base's tokenizer decides: "
+                f"{tokenizer.template_note or 'its own template'}")
+    return Start(run, directory, model, model_dir, tokenizer, invariants)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. The preflight
 # ------------------------------------------------------------------------------------------------
 
 def evaluation_ngrams(eval_data: str | None, n: int = 13) -> set[tuple[str, ...]]:

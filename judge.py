@@ -61,6 +61,7 @@ import tyro
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+import chat
 import common
 import inputs
 from ask import LETTERS, Api, ask_apis, check_api, question, to_rows
@@ -384,7 +385,7 @@ def read_rows(args: Args):
     # A plain PEFT adapter has no invariants of its own: what a run names comes first
     read = {place: common.read_policy(place) for place in adapters}
     first = next((place for place in adapters if read[place][0]["invariants"]), adapters[0])
-    start = common.read_start(first, args.model, other_base=args.other_base)
+    start = inputs.read_start(first, args.model, other_base=args.other_base)
     invariants = start.invariants
     inputs.say_template(start.tokenizer)
     base = {"name": "base", "config_hash": common.sha256_json(["base", invariants.hash])[:8], "adapter_sha256": None,
@@ -413,7 +414,7 @@ def best_of_row(reference: Row, scorer: dict[str, Any], n: int) -> Row:
     return Row(record["name"], reference.adapter, reference.run, record, n)
 
 
-def check_same(adapter: str, run: dict[str, Any], start: common.Start, args: Args) -> None:
+def check_same(adapter: str, run: dict[str, Any], start: inputs.Start, args: Args) -> None:
     """Fail unless an adapter has the base and the invariants of the other rows."""
     invariants = start.invariants
     common.check_base(common.resolve_adapter(adapter), run, start.model, start.model_dir, invariants.weights_sha256,
@@ -451,7 +452,7 @@ def read_prompts(args: Args, tokenizer, limit: int, trained_on: Set[str] = froze
         return messages
 
     def build(prompts: list[list[dict]], names: list[str]) -> list[Prompt | str]:
-        rendered = [common.render_prompt(tokenizer, messages, name) for messages, name in zip(prompts, names)]
+        rendered = [chat.render_prompt(tokenizer, messages, name) for messages, name in zip(prompts, names)]
         return ["empty prompt" if not messages[-1]["content"].strip() else "too long" if len(ids) > limit else
                 Prompt(inputs.prompt_id(messages), messages, ids) for messages, ids in zip(prompts, rendered)]
     prompts, _, _ = inputs.take_rows(rows, args.prompts, args.seed, read, build, source, args.max_dropped)
@@ -525,7 +526,7 @@ class Judge:
     api: Api | None = None
 
 
-def read_judge(args: Args, start: common.Start) -> Judge:
+def read_judge(args: Args, start: inputs.Start) -> Judge:
     """--judge-model and --judge-url, checked before any model loads."""
     name = args.judge_model
     if args.judge_url:
@@ -547,9 +548,9 @@ def read_judge(args: Args, start: common.Start) -> Judge:
     else:
         fail(f"--judge-model {name}: no such directory; for the model of an API give its --judge-url too")
     if judge.kind == "local":
-        tokenizer = common.load_tokenizer(judge.model_dir)
+        tokenizer = chat.load_tokenizer(judge.model_dir)
         letter_tokens(tokenizer, name)
-        judge.identity.append(common.sha256_json(common.render_prompt(tokenizer, [{"role": "user", "content": "?"}])))
+        judge.identity.append(common.sha256_json(chat.render_prompt(tokenizer, [{"role": "user", "content": "?"}])))
     return judge
 
 
@@ -609,8 +610,8 @@ def letter_tokens(tokenizer, model: str) -> list[int]:
     """The token of each verdict, as a reply begins with it."""
     tokens = []
     for letter in LETTERS:
-        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}]
-        said = [i for i, own in zip(*common.render(tokenizer, chat)) if own and i not in tokenizer.stop_ids]
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}]
+        said = [i for i, own in zip(*chat.render(tokenizer, turns)) if own and i not in tokenizer.stop_ids]
         if len(said) != 1:
             fail(f"--judge-model {model}: its tokenizer has no single token for the verdict {letter}")
         tokens += said
@@ -622,12 +623,12 @@ def ask_local(judge: Judge, questions: dict[str, list[dict]], lines: Lines, args
 
     Their logits are fp32 whatever the dtype: in bfloat16 one of 20 is a multiple of 1/8, and letters would often tie.
     """
-    tokenizer = common.load_tokenizer(judge.model_dir)
+    tokenizer = chat.load_tokenizer(judge.model_dir)
     tokens = letter_tokens(tokenizer, judge.model)
     model = load_policy(Row("judge", judge.adapter, judge.run, {}), judge.model_dir, args, device)
     todo, limit = list(questions), common.max_positions(judge.model_dir)
     for part in tqdm([todo[i:i + CHUNK] for i in range(0, len(todo), CHUNK)], desc=f"{judge.model}: verdicts"):
-        began, rendered = time.time(), [common.render_prompt(tokenizer, questions[key]) for key in part]
+        began, rendered = time.time(), [chat.render_prompt(tokenizer, questions[key]) for key in part]
         fits = [i for i, ids in enumerate(rendered) if len(ids) <= limit]
         examples = [Example(rendered[i], [], []) for i in fits]
         replies: dict[int, dict[str, float]] = {}

@@ -46,6 +46,7 @@ import torch
 import tyro
 from torch import Tensor
 
+import chat
 import common
 import inputs
 from common import Example
@@ -188,7 +189,7 @@ def build_rows(tokenizer, args: Args):
         sides = [prompt + [{"role": "assistant", "content": text}]
                  for prompt, answers in answered for text, _ in answers]
         names = [name for name, (_, answers) in zip(names, answered) for _ in answers]
-        rendered = iter(common.render_many(tokenizer, sides, "last", names))
+        rendered = iter(chat.render_many(tokenizer, sides, "last", names))
         out = []
         for prompt, answers in answered:
             examples, texts = [Example.masked(*next(rendered)) for _ in answers], [text for text, _ in answers]
@@ -328,7 +329,7 @@ def main(args: Args) -> None:
     common.check_numbers(args)
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
-    parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
+    parent, adapter, model, model_dir, tokenizer, invariants = inputs.read_start(
         args.sft_adapter, args.model, args.other_base)
     engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
@@ -338,7 +339,7 @@ def main(args: Args) -> None:
     paired = [len(mismatched([rows[i] for i in step], args.max_length)) for step in steps]
     mismatched(heldout, args.max_length)
     prompts = [ids for prompt in {r.prompt_id: r.prompt for r in heldout}.values()
-               if len(ids := common.render_prompt(tokenizer, prompt)) + args.eos_tokens <= common.max_positions(model_dir)]
+               if len(ids := chat.render_prompt(tokenizer, prompt)) + args.eos_tokens <= common.max_positions(model_dir)]
     prompts = prompts[:args.eos_prompts]
     texts = ["\n".join([*(m["content"] for m in r.prompt), r.answer]) for r in rows]
     counts = inputs.preflight(tokenizer, [r.example for r in rows], texts, split.dropped, 0, args.eval_data,

@@ -56,6 +56,7 @@ import torch
 import tyro
 from torch import Tensor
 
+import chat
 import common
 import inputs
 from common import Example
@@ -262,7 +263,7 @@ def load_prompts(tokenizer, args: Args,
         return prompt
 
     def build(prompts: list[list[dict]], names: list[str]) -> list[Prompt | str]:
-        rendered = [common.render_prompt(tokenizer, prompt, name) for prompt, name in zip(prompts, names)]
+        rendered = [chat.render_prompt(tokenizer, prompt, name) for prompt, name in zip(prompts, names)]
         return ["empty prompt" if not prompt[-1]["content"].strip() else
                 "too long" if len(ids) > args.prompt_tokens else
                 Prompt(ids, "\n".join(m["content"] for m in prompt), inputs.prompt_id(prompt))
@@ -290,7 +291,7 @@ def fit(args: Args, n: int) -> Args:
 
 def read_scorer(adapter: str, invariants, model: str) -> tuple[dict, dict[str, str]]:
     """run.json of a reward model of the same invariants as the policy, and its prompts: {prompt id: whose}."""
-    run = common.read_start(adapter, model, reward=True).parent
+    run = inputs.read_start(adapter, model, reward=True).parent
     if run["train_invariants"] != invariants.hash:
         common.fail(f"{adapter} was trained under other invariants ({run['train_invariants']}) than the policy "
                     f"({invariants.hash}): quantisation {run['invariants']['quantization']} / {invariants.quantization}")
@@ -359,7 +360,7 @@ def main(args: Args) -> None:
                     f"give mini-batches of equal size")
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
-    parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
+    parent, adapter, model, model_dir, tokenizer, invariants = inputs.read_start(
         args.sft_adapter, args.model, args.other_base,
         quantization=common.read_adapter(args.reward_adapter, reward=True)["invariants"]["quantization"])
     adapters = {"reward": args.reward_adapter} | ({"watch": args.watch_adapter} if args.watch_adapter else {})

@@ -42,6 +42,7 @@ import tyro
 from scipy import stats
 from torch import Tensor
 
+import chat
 import common
 import inputs
 from common import Example
@@ -171,7 +172,7 @@ def build_pairs(tokenizer, args: Args):
     def build(pairs: list[tuple[list[dict], str, str]], names: list[str]) -> list[Pair | str]:
         sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
         names = [name for name in names for _ in range(2)]
-        rendered = common.render_many(tokenizer, sides, "last", names)
+        rendered = chat.render_many(tokenizer, sides, "last", names)
         out = []
         for (prompt, chosen, rejected), (w, w_mask), (l, l_mask) in zip(pairs, rendered[::2], rendered[1::2]):
             if not chosen.strip() or not rejected.strip():
@@ -209,7 +210,7 @@ def main(args: Args) -> None:
     common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
     if args.quantization == "qlora":
         common.check_nf4(device)
-    tokenizer = common.load_tokenizer(model_dir)
+    tokenizer = chat.load_tokenizer(model_dir)
     split = inputs.load_split(args, ["pair"], inputs.as_pair, build_pairs(tokenizer, args), args.part)
     pairs, heldout = split.train, split.heldout
     invariants = common.TrainInvariants.of(args.model, model_dir, tokenizer, args.quantization)
@@ -371,7 +372,7 @@ def score_file(args: Args) -> None:
     if out.is_dir() or out.resolve() == Path(args.score).resolve():
         common.fail(f"--out {out} is {'a directory' if out.is_dir() else 'the file to score'}; name another file")
     device = common.setup_device(args.device)
-    run, _, _, model_dir, tokenizer, _ = common.read_start(
+    run, _, _, model_dir, tokenizer, _ = inputs.read_start(
         args.adapter, args.model if args.model != Args.model else None, reward=True)
     rows = list(inputs.load_rows(args.score, ["prompt", "completion"])[0])
     conversations = []
@@ -381,7 +382,7 @@ def score_file(args: Args) -> None:
         except inputs.Degenerate as e:
             common.fail(f"{args.score}, row {i}: {e}: it can't be scored")
     names = [f"{args.score}, row {i}" for i in range(len(rows))]
-    examples = [at_eos(ids) for ids, _ in common.render_many(tokenizer, conversations, "last", names)]
+    examples = [at_eos(ids) for ids, _ in chat.render_many(tokenizer, conversations, "last", names)]
     limit = min(args.micro_tokens, common.max_positions(model_dir))
     if long := [i for i, e in enumerate(examples) if len(e.ids) > limit]:
         common.fail(f"{args.score}, row {long[0]}: {len(examples[long[0]].ids)} tokens, and {len(long)} rows in all, "

@@ -32,6 +32,7 @@ import torch
 import tyro
 from torch import Tensor
 
+import chat
 import common
 import inputs
 from common import Example
@@ -141,7 +142,7 @@ def build_examples(tokenizer, args: Args):
     def build(conversations: list[tuple[list[dict], str]], names: list[str]) -> list[Conversation | str]:
         train = conversations[0][1] if conversations else "all"  # the same in all rows of a source
         out = []
-        rendered = common.render_many(tokenizer, [messages for messages, _ in conversations], train, names)
+        rendered = chat.render_many(tokenizer, [messages for messages, _ in conversations], train, names)
         for (messages, _), (ids, mask) in zip(conversations, rendered):
             # A trained part ends where the mask does: the place of a turn's stop token.
             ends = [i + 1 for i in range(len(ids)) if mask[i] and not (i + 1 < len(ids) and mask[i + 1])]
@@ -185,7 +186,7 @@ def main(args: Args) -> None:
     common.check_numbers(args)
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
-    parent, adapter, model, model_dir, tokenizer, invariants = common.read_start(
+    parent, adapter, model, model_dir, tokenizer, invariants = inputs.read_start(
         args.sft_adapter, args.model, args.other_base, args.quantization)
     if invariants.quantization != args.quantization:
         common.fail(f"--quantization {args.quantization}, but {args.sft_adapter} was trained under "
@@ -197,7 +198,7 @@ def main(args: Args) -> None:
         common.check_nf4(device)
     split = inputs.load_split(args, ["chat", "pair"], conversation, build_examples(tokenizer, args))
     examples, heldout = ([c.example for c in rows] for rows in (split.train, split.heldout))
-    prompts = [ids for c in split.heldout[:args.eos_prompts] if len(ids := common.render_prompt(tokenizer, c.prompt))
+    prompts = [ids for c in split.heldout[:args.eos_prompts] if len(ids := chat.render_prompt(tokenizer, c.prompt))
                + args.eos_tokens <= common.max_positions(model_dir)]
     counts = inputs.preflight(tokenizer, examples, [c.text for c in split.train], split.dropped,
                               sum(c.cut for c in split.train), args.eval_data, args.preview)

@@ -20,6 +20,7 @@ import tyro
 from lm_eval.models.huggingface import HFLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import chat
 import common
 import evaluate
 
@@ -66,7 +67,7 @@ def compare(task: str, ours: tuple[dict, list[dict]], theirs: tuple[dict, list[d
 
 def main(args: Args) -> None:
     device, directory = common.setup_device(args.device), common.resolve_model(args.model)
-    tokenizer, dtype = common.load_tokenizer(directory), getattr(torch, args.dtype)
+    tokenizer, dtype = chat.load_tokenizer(directory), getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory(prefix="rungs-eval-") as scratch:
         options = evaluate.Args(eval_data=args.eval_data, limit=args.limit, max_gen_toks=args.max_gen_toks)
         manager, tasks, _ = evaluate.load_tasks(options, Path(scratch))

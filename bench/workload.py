@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import chat
 import common
 import inputs
 import fast
@@ -84,7 +85,7 @@ def pair(i: int, shorter: int) -> dict:
             "rejected": assistant(words(rejected, f"rejected {i}"))}
 
 
-def chat(i: int, shorter: int) -> dict:
+def chat_row(i: int, shorter: int) -> dict:
     """A conversation of one exchange: a prompt of 120 words, an answer of 400, in the median; or of a part of that."""
     g = random.Random(f"chat {i}")
     prompt, answer = (n // shorter for n in (length(g, 4.8, 0.7, 16, 380), length(g, 6.0, 0.6, 64, 580)))
@@ -113,7 +114,7 @@ def write(path: Path, rows: list[dict]) -> None:
 def sequences(tokenizer, conversations: list[list[dict]], unit: int = 1) -> dict[str, int | list[int]]:
     """{"lengths": tokens of each conversation, "shared": how many it begins with that the one before it, in its unit, begins
     with too, "predicted": tokens of all answers}."""
-    rendered = common.render_many(tokenizer, conversations, train="last")
+    rendered = chat.render_many(tokenizer, conversations, train="last")
     return {"lengths": [len(ids) for ids, _ in rendered], "predicted": sum(sum(mask) for _, mask in rendered),
             "shared": fast.packing.shared_in_units([ids for ids, _ in rendered], unit)}
 
@@ -127,18 +128,18 @@ def make(work: Path, shape: str, rows: int, prompts: int, dtype: torch.dtype) ->
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     make_model(work / "model", shape, dtype)
-    chats, pairs = [chat(i, shorter) for i in range(rows)], in_part("A", rows, shorter)
+    chats, pairs = [chat_row(i, shorter) for i in range(rows)], in_part("A", rows, shorter)
     asked, held = in_part("B", prompts, shorter), in_part("A", 16, shorter, first=10**6)
     labels = [labelled(row, i) for i, row in enumerate(pairs)]
-    for name, train, heldout in (("sft", chats, [chat(10**6 + i, shorter) for i in range(16)]), ("pairs", pairs, held),
+    for name, train, heldout in (("sft", chats, [chat_row(10**6 + i, shorter) for i in range(16)]), ("pairs", pairs, held),
                                  ("labels", labels, [labelled(row, i) for i, row in enumerate(held)])):
         write(work / f"{name}.jsonl", train)
         write(work / f"{name}_heldout.jsonl", heldout)
     write(work / "prompts.jsonl", asked)
     (work / "task.py").write_text(TASK.format(prompts=str((work / "prompts.jsonl").resolve())))
-    tokenizer = common.load_tokenizer(work / "model")
+    tokenizer = chat.load_tokenizer(work / "model")
     both = sequences(tokenizer, [row["prompt"] + row[side] for row in pairs for side in ("chosen", "rejected")], 2)
     common.write_json(work / "sizes.json", {
         "sft": sequences(tokenizer, [row["messages"] for row in chats]), "dpo": both,
         "reward": both | {"predicted": 0}, "kto": sequences(tokenizer, [row["prompt"] + row["completion"] for row in labels]),
-        "prompts": [len(common.render_prompt(tokenizer, row["prompt"])) for row in asked]})
+        "prompts": [len(chat.render_prompt(tokenizer, row["prompt"])) for row in asked]})

@@ -11,6 +11,7 @@ import datasets
 import pytest
 import transformers
 
+import chat
 import common
 import inputs
 import dpo
@@ -303,7 +304,7 @@ def chats(n, text="because"):
 
 def loaded(sft_args, tiny_model, data, **changes):
     args = sft.Args(**{**sft_args, "data": data, "rows": 1000, "heldout_rows": 1000, **changes})
-    build = sft.build_examples(common.load_tokenizer(tiny_model), args)
+    build = sft.build_examples(chat.load_tokenizer(tiny_model), args)
     return inputs.load_split(args, ["chat", "pair"], sft.conversation, build)
 
 
@@ -372,7 +373,7 @@ def test_what_is_ignored_is_said(sft_args, tiny_model, tmp_path, capsys):
     data = write_jsonl(tmp_path / "x.jsonl", rows)
     write_jsonl(tmp_path / "x_heldout.jsonl", [{"messages": [user("other"), assistant("x")]}])
     split = loaded(sft_args, tiny_model, data, max_dropped=0.2)
-    tokenizer = common.load_tokenizer(tiny_model)
+    tokenizer = chat.load_tokenizer(tiny_model)
     trained = sorted(tokenizer.decode(c.example.targets) for c in split.train)
     assert trained == [f"right {i}<|im_end|>" for i in range(10)]
     systems = ["Be brief." if split.kept[k] == 5 else "You read books." for k in range(10)]

@@ -10,6 +10,7 @@ import torch
 from conftest import make_tokenizer, sharing_examples
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+import chat
 import common
 import dpo
 import sft
@@ -40,7 +41,7 @@ def models(request, tmp_path_factory):
         for p in common.trainable(policies[engine]):
             p.data = 0.05 * torch.randn(p.shape, generator=g)
         common.base_of(policies[engine]).score = common.new_head(policies[engine]).requires_grad_(False)
-    return policies, common.load_tokenizer(directory)
+    return policies, chat.load_tokenizer(directory)
 
 
 def by_example(policy, examples, function, micro_tokens=200):

@@ -22,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import chat
 import common
 import fast
 import evaluate
@@ -113,7 +114,7 @@ def make_adapter(directory: Path, model_dir: Path, seed: int = 1, **changes) -> 
     generator = torch.Generator().manual_seed(seed)
     for parameter in common.trainable(policy):
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    tokenizer = common.load_tokenizer(model_dir)
+    tokenizer = chat.load_tokenizer(model_dir)
     digest = common.save_policy(policy, None, directory, tokenizer, str(model_dir))
     invariants = common.TrainInvariants.of(str(model_dir), model_dir, tokenizer, "none")
     run = {

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import chat
 import common
 import fast
 from conftest import make_model, sharing_examples
@@ -32,7 +33,7 @@ def pair(tmp_path_factory):
     """A model of head size 64 (varlen's kernels want it), in bf16 on the GPU and fp32 on the CPU."""
     directory = tmp_path_factory.mktemp("gpu")
     make_model(directory, hidden_size=256)
-    tokenizer = common.load_tokenizer(directory)
+    tokenizer = chat.load_tokenizer(directory)
     gpu, cpu = (common.load_model(directory, None, "none", t, d) for t, d in
                 ((torch.bfloat16, "cuda"), (torch.float32, "cpu")))
     return directory, tokenizer, gpu, cpu

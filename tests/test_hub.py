@@ -3,6 +3,7 @@ import datasets
 import huggingface_hub.constants
 import pytest
 
+import chat
 import common
 import dpo
 import evaluate
@@ -68,8 +69,8 @@ def test_the_default_model_with_and_without_the_hub(hub):
         hub(online)
         directory = common.resolve_model(common.QWEN)
         assert directory.name == common.QWEN.partition("@")[2]
-        tokenizer = common.load_tokenizer(directory)
-        assert tokenizer.chat_template == common.PLAIN_TEMPLATE and tokenizer.eos_token == "<|endoftext|>"
+        tokenizer = chat.load_tokenizer(directory)
+        assert tokenizer.chat_template == chat.PLAIN_TEMPLATE and tokenizer.eos_token == "<|endoftext|>"
         assert evaluate.lines_stand_alone(tokenizer)
 
 

@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import chat
 import common
 import inputs
 import dpo
@@ -498,7 +499,7 @@ def test_template_without_eos_is_replaced_by_ours(accepted, tmp_path):
     """A base model's template may end turns with a token that is not its EOS; what is trained ends with its EOS."""
     model = make_model(tmp_path / "model", template="{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}")
     seen = accepted("sft", {"model": model, "data": two_files(tmp_path, chats())})
-    tokenizer = common.load_tokenizer(model)
+    tokenizer = chat.load_tokenizer(model)
     texts = [tokenizer.decode(e.ids) for e in seen["examples"]]
     assert sorted(texts) == sorted(f"User: why {i}\n\nAssistant: when {i}<|im_end|>" for i in range(40))
     assert all(e.targets[-1] == tokenizer.eos_token_id for e in seen["examples"])
@@ -684,7 +685,7 @@ def test_dpo_files_and_layouts(accepted, tiny_model, tmp_path, layout, suffix):
     canonical = accepted("dpo", {"data": two_files(tmp_path, rows), "rows": 60, "out": str(tmp_path / "a")})
     part_a = in_play("dpo", rows)
     assert 20 < len(part_a) < 50 and len(canonical["examples"]) == 2 * len(part_a)
-    tokenizer = common.load_tokenizer(tiny_model)
+    tokenizer = chat.load_tokenizer(tiny_model)
     answers = [tokenizer.decode(e.targets) for e in canonical["examples"]]
     assert sorted(answers[::2]) == sorted(f"because {i}<|im_end|>" for i in part_a)
     assert [a.replace("because", "no") for a in answers[::2]] == answers[1::2]

@@ -26,6 +26,7 @@ from scipy.optimize import minimize
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import ask
+import chat
 import common
 import inputs
 import judge
@@ -39,14 +40,14 @@ def letter_model(directory, letter):
     """A model whose reply to any chat is one letter: no layer adds anything, so that the last token decides the next.
     After the generation prompt's newline comes the letter, after the letter EOS."""
     make_tokenizer(directory)
-    tokenizer = common.load_tokenizer(directory)
+    tokenizer = chat.load_tokenizer(directory)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)).float()
     layer, said = model.model.layers[0], tokenizer.encode(letter)[0]
-    newline = common.render_prompt(tokenizer, [{"role": "user", "content": "?"}])[-1]
+    newline = chat.render_prompt(tokenizer, [{"role": "user", "content": "?"}])[-1]
     with torch.no_grad():
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
@@ -320,9 +321,9 @@ def plain(tiny_model, adapter):
 
 def test_kl_is_that_of_dense_forwards(generated, judge_args, tiny_model, dpo_run, sft_run):
     """transformers and PEFT alone, one completion and one position at a time, at the sampling temperature."""
-    tokenizer = common.load_tokenizer(tiny_model)
+    tokenizer = chat.load_tokenizer(tiny_model)
     policy, reference = plain(tiny_model, dpo_run), plain(tiny_model, sft_run)
-    prompts = {inputs.prompt_id(m): common.render_prompt(tokenizer, m) for m in (
+    prompts = {inputs.prompt_id(m): chat.render_prompt(tokenizer, m) for m in (
         inputs.as_prompt({"prompt": p}, "") for p in PROMPTS)}
     key = common.sha256_json([read(generated, "guardrails")["rows"][1]["train_invariants"],
                               guardrail_rows(generated)["dpo_v1"]["adapter_sha256"],
@@ -434,7 +435,7 @@ def test_the_prompts_are_the_judges_share_of_the_held_out_rows(judge_args, data_
     write_jsonl(tmp_path / "pairs.jsonl", [{**rows[0], "prompt": "another"}])
     write_jsonl(tmp_path / "pairs_heldout.jsonl", rows + rows)
     args = judge_args | {"data": None, "pref_data": str(tmp_path / "pairs.jsonl"), "results": str(tmp_path / "r")}
-    tokenizer = common.load_tokenizer(args["against"])
+    tokenizer = chat.load_tokenizer(args["against"])
     prompts, fingerprints = judge.read_prompts(judge.Args(**args), tokenizer, 200)
     assert sorted(p.messages[0]["content"] for p in prompts) == sorted(own)
     assert f"has {len(own)} usable rows, fewer than the 200" in capsys.readouterr().out
@@ -445,7 +446,7 @@ def test_the_prompts_are_the_judges_share_of_the_held_out_rows(judge_args, data_
 def test_of_several_turns_the_first_is_asked(judge_args, tmp_path):
     data = write_jsonl(tmp_path / "turns.jsonl", [{"turns": ["one", "two"], "question_id": 81}, {"turns": ["three"]}])
     args = judge.Args(**judge_args | {"data": data})
-    prompts, _ = judge.read_prompts(args, common.load_tokenizer(args.against), 99)
+    prompts, _ = judge.read_prompts(args, chat.load_tokenizer(args.against), 99)
     assert sorted(p.messages[0]["content"] for p in prompts) == ["one", "three"]
 
 
@@ -507,7 +508,7 @@ def test_a_local_verdict_is_the_likeliest_letter(results, judge_args, long_model
     order, or else by nothing but their logits."""
     judge.main(judge.Args(**judge_args, results=str(results), judge_model=long_model))
     model = AutoModelForCausalLM.from_pretrained(long_model, dtype=torch.float32).eval()
-    tokenizer = common.load_tokenizer(long_model)
+    tokenizer = chat.load_tokenizer(long_model)
     letters = {x: tokenizer.encode(x)[0] for x in "ABC"}
     replies = sorted(tuple(line["reply"].values()) for line in kept(results))
     expected = []
@@ -515,7 +516,7 @@ def test_a_local_verdict_is_the_likeliest_letter(results, judge_args, long_model
         for order, (first, second) in (("ab", "ab"), ("ba", "ba")):
             asked = ask.question(e["prompt"], e[f"completion_{first}"], e[f"completion_{second}"])
             with torch.no_grad():
-                logits = model(torch.tensor([common.render_prompt(tokenizer, asked)])).logits[0, -1]
+                logits = model(torch.tensor([chat.render_prompt(tokenizer, asked)])).logits[0, -1]
             total = math.log(sum(math.exp(logits[i].item()) for i in letters.values()))
             values = {x: logits[i].item() - total for x, i in letters.items()}
             expected.append(tuple(values.values()))
@@ -555,7 +556,7 @@ def plain_scores(tiny_model, reward_run, sequences):
 def test_a_reward_model_prefers_the_higher_score(results, judge_args, tiny_model, reward_run):
     """Scores at the EOS, given to an answer that has none; both orders agree, ties only for equal scores."""
     judge.main(judge.Args(**judge_args, results=str(results), judge_model=reward_run))
-    found, tokenizer = read(results), common.load_tokenizer(tiny_model)
+    found, tokenizer = read(results), chat.load_tokenizer(tiny_model)
     assert found["judge"]["kind"] == "reward" and not found["judge"]["circular"]
     assert found["judge"]["sha256"] == json.loads((Path(reward_run) / "run.json").read_text())["adapter_sha256"]
     assert found["summary"]["position_inconsistency"] is None  # it has no order to prefer
@@ -566,7 +567,7 @@ def test_a_reward_model_prefers_the_higher_score(results, judge_args, tiny_model
             ids = by_text[e[f"completion_{side}"]]
             assert e[f"tokens_{side}"] == len(ids) and e[f"stopped_{side}"] == (ids[-1] == tokenizer.eos_token_id)
             given = [] if e[f"stopped_{side}"] else [tokenizer.eos_token_id]
-            sequences.append(common.render_prompt(tokenizer, e["prompt"]) + ids + given)
+            sequences.append(chat.render_prompt(tokenizer, e["prompt"]) + ids + given)
         assert [e[f"reward_{side}"] for e in found["prompts"]] == pytest.approx(
             plain_scores(tiny_model, reward_run, sequences), abs=1e-4)
     for e in found["prompts"]:
@@ -650,14 +651,14 @@ def test_best_of_n_is_the_argmax(results, judge_args, tiny_model, reward_run, sf
                          "reward_adapter": reward_run}
     own = completions(results)
     judge.main(judge.Args(**args))
-    found, tokenizer = read(results, "sft_v2_bo4_vs_sft_v2"), common.load_tokenizer(tiny_model)
+    found, tokenizer = read(results, "sft_v2_bo4_vs_sft_v2"), chat.load_tokenizer(tiny_model)
     (drawn,) = [lines for lines in completions(results).values() if len(lines) == 5 * len(PROMPTS)]
     assert any(drawn[:len(PROMPTS)] == lines for lines in own.values())
     for e in found["prompts"]:
         (reference, *samples) = [line for line in drawn if line["key"].startswith(e["id"])]
         assert len(samples) == 4 and len({line["text"] for line in samples}) > 1
         candidates = [line for line in samples if line["ended"]] or samples
-        prompt = common.render_prompt(tokenizer, e["prompt"])
+        prompt = chat.render_prompt(tokenizer, e["prompt"])
         scores = plain_scores(tiny_model, reward_run, [
             prompt + c["ids"] + [tokenizer.eos_token_id] * (not c["ended"]) for c in candidates])
         assert e["completion_a"] == candidates[int(np.argmax(scores))]["text"]
@@ -849,7 +850,7 @@ def test_an_api_is_asked_in_both_orders(api, proxy, results, capsys):
     assert all(r["body"]["temperature"] == 0 and r["path"] == "/v1/chat/completions" for r in posts)
     assert all({k.lower(): v for k, v in r["headers"].items()}["authorization"] == f"Bearer {KEY}" for r in posts)
     assert found["cost"]["completion_tokens"] == 2 * found["cost"]["requests"]  # the letter and EOS
-    tokenizer = common.load_tokenizer(found["judge"]["model"])
+    tokenizer = chat.load_tokenizer(found["judge"]["model"])
     rendered = [tokenizer.apply_chat_template(r["body"]["messages"], add_generation_prompt=True) for r in posts]
     assert found["cost"]["prompt_tokens"] == sum(len(r["input_ids"]) for r in rendered)
     api()

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import chat
 import common
 import inputs
 import conftest
@@ -171,7 +172,7 @@ def test_loss_is_trls(tmp_path, labels, seed, weights):
     loss_trl.backward()
     metrics_trl = {k: v[0] for k, v in trainer._metrics["train"].items()}
 
-    batch = [r for (r,) in conftest.built(kto.build_rows(common.load_tokenizer(directory), args), kto.answers_of, rows)]
+    batch = [r for (r,) in conftest.built(kto.build_rows(chat.load_tokenizer(directory), args), kto.answers_of, rows)]
     z0 = kto.mismatched_kl(ours, batch, args, "cpu").clamp(min=0)
     totals, packs, distances = torch.zeros(8), fast.pack([r.example for r in batch], 100), []
     assert len(packs) > 1
@@ -480,13 +481,13 @@ def test_odd_sizes(kto_args, tmp_path, rows, size, sizes):
 
 def built(tiny_model, source_rows, **args):
     """[answers] that the rows offer."""
-    build = kto.build_rows(common.load_tokenizer(tiny_model), kto.Args(**args))
+    build = kto.build_rows(chat.load_tokenizer(tiny_model), kto.Args(**args))
     return conftest.built(build, kto.answers_of, source_rows)
 
 
 def test_layouts_of_a_labelled_row(tiny_model):
     """Texts or messages, a system message, earlier turns: the same ids as the conversation's, the answer's marked."""
-    tokenizer = common.load_tokenizer(tiny_model)
+    tokenizer = chat.load_tokenizer(tiny_model)
     answer = [{"role": "assistant", "content": "because"}]
     (a,), (b,) = built(tiny_model, [{"prompt": "why", "completion": "because", "label": True},
                                     {"prompt": user("why"), "completion": answer, "label": False}])
@@ -497,7 +498,7 @@ def test_layouts_of_a_labelled_row(tiny_model):
     for r, messages in ((a, user("why") + answer), (c, long + answer)):
         prompt, targets = split(r)
         assert tokenizer.decode(targets) == "because<|im_end|>" and tokenizer.decode(prompt).endswith("assistant\n")
-        assert prompt == common.render_prompt(tokenizer, messages[:-1])
+        assert prompt == chat.render_prompt(tokenizer, messages[:-1])
 
 
 def test_rows_that_are_dropped(tiny_model):
@@ -520,7 +521,7 @@ def test_pairs_give_one_answer_each_of_dpos_pairs(kto_args, dpo_args, data_dir, 
     seeds, other sides."""
     pairs = {r["prompt"][0]["content"]: r for r in read(data_dir / "preference.jsonl")}
     args = dpo.Args(**{**dpo_args, "rows": 23})
-    tokenizer = common.load_tokenizer(record(kto_args["sft_adapter"])["model"])
+    tokenizer = chat.load_tokenizer(record(kto_args["sft_adapter"])["model"])
     items = inputs.load_split(args, ["pair"], inputs.as_pair, dpo.build_pairs(tokenizer, args)).train
     train(tmp_path / "a", **kto_args)
     rows = [r for batch in batches[:-1] for r in batch]

@@ -15,6 +15,7 @@ from conftest import WORDS, built, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import chat
 import common
 import inputs
 import fast
@@ -296,7 +297,7 @@ def test_sft_loss_is_trls(tmp_path):
     loss_trl = trainer.compute_loss(trainer.model, batch)
     loss_trl.backward()
 
-    build = sft.build_examples(common.load_tokenizer(directory), sft.Args(max_length=512))
+    build = sft.build_examples(chat.load_tokenizer(directory), sft.Args(max_length=512))
     examples = [c.example for c in built(build, sft.conversation, rows)]
     n = sum(len(e.targets) for e in examples)
     assert n == int((batch["labels"] != -100).sum())
@@ -349,7 +350,7 @@ def test_dpo_loss_is_trls(tmp_path, epsilon):
         loss_trl += share.item() * len(batch) / 5
     metrics_trl = {k: sum(v) / len(v) for k, v in trainer._metrics["train"].items()}
 
-    pairs = built(dpo.build_pairs(common.load_tokenizer(directory), args), inputs.as_pair, rows)
+    pairs = built(dpo.build_pairs(chat.load_tokenizer(directory), args), inputs.as_pair, rows)
     totals = torch.zeros(len(dpo.METRICS))
     packs = fast.pack([e for p in pairs for e in (p.chosen, p.rejected)], 150, unit=2)
     assert len(packs) > 1

@@ -15,7 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import chat
 import common
+import inputs
 import dpo
 import fast
 import sft
@@ -241,7 +243,7 @@ def test_an_architecture_is_trained_sampled_and_saved_like_the_libraries_do(buil
     """Loss, gradient, greedy tokens and the reloaded adapter equal those of transformers and plain PEFT, one sequence
     at a time without padding, at 1e-5 in fp32."""
     directory = common.resolve_model(str(built[name]))
-    tokenizer, rows = common.load_tokenizer(directory), examples()
+    tokenizer, rows = chat.load_tokenizer(directory), examples()
     ours = randomised(common.add_lora(common.load_model(directory, dtype=torch.float32)))
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     theirs = randomised(get_peft_model(theirs, LoraConfig(
@@ -297,7 +299,7 @@ def test_a_run_records_the_layers_that_it_adapts(built, sft_args, dpo_args, tmp_
         invariants = json.loads((tmp_path / run / "run.json").read_text())["invariants"]
         assert (sorted(config["target_modules"]), config["r"]) == (sorted(targets), r)
         assert invariants["target_modules"] == list(targets)
-    start = common.read_start(str(tmp_path / "dpo_v1"))
+    start = inputs.read_start(str(tmp_path / "dpo_v1"))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), start.adapter).eval()
     merged = common.load_model(directory, start.adapter, dtype=torch.float32)
     assert torch.allclose(logits(theirs), logits(merged), atol=1e-5)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import tensor
 from transformers import AutoModelForCausalLM
 
+import chat
 import common
 import inputs
 import fast
@@ -191,20 +192,20 @@ def loaded(tiny_model, ppo_args, path, rows):
     """load_prompts of a file with these rows, and with held-out prompts that are others."""
     write_jsonl(path.with_name(f"{path.stem}_heldout.jsonl"), [{"prompt": f"held out {i}"} for i in range(4)])
     args = ppo.Args(**{**ppo_args, "data": write_jsonl(path, rows), "max_dropped": 1.0})
-    return ppo.load_prompts(common.load_tokenizer(tiny_model), args, {})
+    return ppo.load_prompts(chat.load_tokenizer(tiny_model), args, {})
 
 
 def test_prompts_are_those_of_part_b_once_each(tiny_model, data_dir, ppo_args, tmp_path):
     rows = [json.loads(line) for line in (data_dir / "preference.jsonl").read_text().splitlines()]
     rows = [row | {"source": "even" if i % 2 == 0 else None} for i, row in enumerate(rows)]
     rows += rows[:30]  # some twice
-    tokenizer = common.load_tokenizer(tiny_model)
+    tokenizer = chat.load_tokenizer(tiny_model)
     prompts, _, kept, _, sources = loaded(tiny_model, ppo_args, tmp_path / "x.jsonl", rows)
     part_b = {row["prompt"][0]["content"] for row in rows if part_of(row["prompt"]) == "B"}
     assert sorted(p.text for p in prompts) == sorted(part_b) and len(prompts) == len(part_b) > 10
     assert sources == {"even": sum(i % 2 == 0 for i in kept)}
     for i, p in zip(kept, prompts):
-        whole, _ = common.render(tokenizer, rows[i]["prompt"] + rows[i]["chosen"])
+        whole, _ = chat.render(tokenizer, rows[i]["prompt"] + rows[i]["chosen"])
         assert whole[:len(p.ids)] == p.ids and tokenizer.decode(p.ids).endswith("assistant\n")
         assert p.id == inputs.prompt_id(rows[i]["prompt"])
 
@@ -220,7 +221,7 @@ def test_layouts_of_a_prompt(tiny_model, ppo_args, tmp_path):
                 "rejected": messages + [{"role": "assistant", "content": "b"}]}, {"instruction": text, "output": "a"},
                {"messages": [*messages, {"role": "assistant", "content": "a"}]}]
     ids = [loaded(tiny_model, ppo_args, tmp_path / f"{i}.jsonl", [row])[0][0].ids for i, row in enumerate(layouts)]
-    assert ids == [common.render_prompt(common.load_tokenizer(tiny_model), messages)] * len(layouts)
+    assert ids == [chat.render_prompt(chat.load_tokenizer(tiny_model), messages)] * len(layouts)
     long, blank = in_b(f"{i} " + "why " * 80 for i in range(99)), in_b(" " * i for i in range(99))
     rows = [{"prompt": t} for t in (text, long, blank)]
     assert loaded(tiny_model, ppo_args, tmp_path / "x.jsonl", rows)[1] == {"too long": 1, "empty prompt": 1}
@@ -265,7 +266,7 @@ def test_updates_are_the_loop_over_single_completions(tiny_model, sft_run, rewar
     critic = PeftModel.from_pretrained(plain(tiny_model), reward_run, is_trainable=True).eval()
     head = load_file(Path(reward_run) / "adapter_model.safetensors")["base_model.model.score.weight"][0]
     value_head = torch.zeros(64, requires_grad=True)
-    eos = common.load_tokenizer(tiny_model).eos_token_id
+    eos = chat.load_tokenizer(tiny_model).eos_token_id
 
     def score(prompt, answer):
         return (answer_logits(scorer, prompt, answer)[1][-1] @ head).item()

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import chat
 import common
 import inputs
 import fast
@@ -102,7 +103,7 @@ def test_loss_is_trls(tiny_model, centring, tmp_path):
     ours = reward.reward_loss(chosen, rejected, centring).mean()
     ours.backward()
 
-    common.save_policy(model, None, tmp_path, common.load_tokenizer(tiny_model), tiny_model)
+    common.save_policy(model, None, tmp_path, chat.load_tokenizer(tiny_model), tiny_model)
     library = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
     library.config.pad_token_id = pad = 363
     assert not any(pad in e.ids for e in side)
@@ -182,7 +183,7 @@ def test_saved_scores_are_reloaded_scores(tiny_model, reward_args, tmp_path, mon
         saved["scores"] = common.score_examples(policy, examples(), 256)
     monkeypatch.setattr(common.Run, "save", keep)
     out = train(tmp_path / "rm", **reward_args)
-    run, _, model, model_dir, _, _ = common.read_start(out, reward=True)
+    run, _, model, model_dir, _, _ = inputs.read_start(out, reward=True)
     assert run["method"] == "reward" and model == tiny_model
     model = common.load_reward(model_dir, out, dtype=torch.float32)
     assert not common.trainable(model) and not model.training
@@ -259,13 +260,13 @@ def test_what_a_run_writes(reward_run, reward_args):
 
 def test_heldout_figures_are_those_of_the_reloaded_model(tiny_model, reward_run, reward_args):
     """Accuracy and loss of results/rm, recomputed pair by pair from the run directory and the file."""
-    tokenizer = common.load_tokenizer(tiny_model)
+    tokenizer = chat.load_tokenizer(tiny_model)
     rows = [json.loads(line) for line in Path(reward_args["data"]).with_name(
         "preference_heldout.jsonl").read_text().splitlines()]
     rows = [rows[i] for i in common.permutation(len(rows), 42, "rows")]
     rows = [r for r in rows if common.bucket("judge " + inputs.prompt_key(r["prompt"])) >= 0.1][:16]  # not the judge's
     model = common.load_reward(tiny_model, reward_run, dtype=torch.float32)
-    r = [[common.score_examples(model, [reward.at_eos(common.render(tokenizer, row["prompt"] + row[side])[0])], 512)
+    r = [[common.score_examples(model, [reward.at_eos(chat.render(tokenizer, row["prompt"] + row[side])[0])], 512)
           .item() for side in ("chosen", "rejected")] for row in rows]
     results = json.loads((Path(reward_args["results"]) / "rm" / "rm_v1.json").read_text())
     assert len(r) == results["n"]
@@ -434,10 +435,10 @@ def test_score_a_file(reward_run, tiny_model, answers, tmp_path):
     reward.main(reward.Args(score=answers, adapter=reward_run, device="cpu"))
     rows = scored(answers + ".scored.jsonl")
     assert [{k: v for k, v in r.items() if k != "score"} for r in rows] == scored(answers)
-    tokenizer = common.load_tokenizer(tiny_model)
+    tokenizer = chat.load_tokenizer(tiny_model)
     model = common.load_reward(tiny_model, reward_run, dtype=torch.float32)
     for row in rows:
-        ids, _ = common.render(tokenizer, [{"role": "user", "content": row["prompt"]},
+        ids, _ = chat.render(tokenizer, [{"role": "user", "content": row["prompt"]},
                                            {"role": "assistant", "content": row["completion"]}])
         assert row["score"] == pytest.approx(common.score_examples(model, [reward.at_eos(ids)], 512).item(), abs=1e-5)
     assert rows[0]["score"] != rows[1]["score"]

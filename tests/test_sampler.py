@@ -15,6 +15,7 @@ from conftest import make_tokenizer, sentence
 from peft import PeftModel
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
+import chat
 import common
 import fast
 from common import Example, Sampler
@@ -68,14 +69,14 @@ def test_keyed_uniform_ignores_the_company():
 def talker(sft_run, sft_args):
     """(our model, a plain one, tokenizer) of base + SFT, merged by us and by PEFT: it ends some answers with EOS."""
     plain = PeftModel.from_pretrained(plain_model(sft_args["model"]), sft_run).merge_and_unload().eval()
-    return common.load_model(sft_args["model"], sft_run, dtype=torch.float32), plain, common.load_tokenizer(
+    return common.load_model(sft_args["model"], sft_run, dtype=torch.float32), plain, chat.load_tokenizer(
         sft_args["model"])
 
 
 @pytest.fixture(scope="module")
 def prompts(talker):
     g = torch.Generator().manual_seed(8)
-    return [common.render_prompt(talker[2], [{"role": "user", "content": sentence(g, 1 + i)}]) for i in range(12)]
+    return [chat.render_prompt(talker[2], [{"role": "user", "content": sentence(g, 1 + i)}]) for i in range(12)]
 
 
 def greedy(plain, prompt, budget, eos):
@@ -309,7 +310,7 @@ def test_generation_config_is_ignored(tiny_model, tmp_path):
     """A generation_config.json that turns transformers' own generate upside down changes nothing here."""
     directory = tmp_path / "model"
     shutil.copytree(tiny_model, directory)
-    tokenizer = common.load_tokenizer(tiny_model)
+    tokenizer = chat.load_tokenizer(tiny_model)
     prompts = [[5, 6, 7], [9, 10], [300, 20, 41, 8]]
     plain = plain_model(tiny_model)
     usual = [greedy(plain, p, 12, tokenizer.eos_token_id) for p in prompts]
@@ -343,7 +344,7 @@ def perturb(policy, generator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_refreshes_leave_no_trace(tiny_model, tmp_path, dtype):
     """After 100 changed policies the weights are a fresh sampler's to the bit, in the places they had at first."""
-    tokenizer, g = common.load_tokenizer(tiny_model), torch.Generator().manual_seed(0)
+    tokenizer, g = chat.load_tokenizer(tiny_model), torch.Generator().manual_seed(0)
     policy = common.add_lora(common.load_model(tiny_model, dtype=dtype))
     sampler = Sampler(policy, tokenizer)
     first, places = copy.deepcopy(weights(sampler)), [t.data_ptr() for t in weights(sampler)]
@@ -368,14 +369,14 @@ def test_many_refreshes_leave_no_trace(tiny_model, tmp_path, dtype):
 
 def test_what_no_adapter_touches_is_shared(tiny_model):
     policy = common.add_lora(common.load_model(tiny_model))
-    sampler = Sampler(policy, common.load_tokenizer(tiny_model))
+    sampler = Sampler(policy, chat.load_tokenizer(tiny_model))
     assert sampler.decoder.embedding is common.base_of(policy).get_input_embeddings().weight  # as are norms and head
     assert sampler.decoder.head is common.base_of(policy).get_output_embeddings()
 
 
 def test_nf4_base_is_dequantized(tiny_model):
     """On an NF4 base, a random adapter: the weights are those of the dequantised base in bfloat16."""
-    tokenizer, g = common.load_tokenizer(tiny_model), torch.Generator().manual_seed(3)
+    tokenizer, g = chat.load_tokenizer(tiny_model), torch.Generator().manual_seed(3)
     nf4 = common.load_model(tiny_model, quantization="nf4")
     plain = common.load_model(tiny_model)
     for name, module in nf4.named_modules():
@@ -411,7 +412,7 @@ def kl(p, q):
 def test_what_samples_is_the_policy_that_is_trained(tiny_model, script):
     """After Adam steps at the script's own rate, from a base on the bfloat16 grid: KL(q ‖ π_θ) ≤ 0.05 KL(π_θ ‖ π_ref), over the
     whole vocabulary after the same contexts. A sampler of weights merged into bfloat16 must fail the same bound."""
-    tokenizer, g = common.load_tokenizer(tiny_model), torch.Generator().manual_seed(5)
+    tokenizer, g = chat.load_tokenizer(tiny_model), torch.Generator().manual_seed(5)
     torch.manual_seed(1)
     model = common.load_model(tiny_model, dtype=torch.bfloat16).float()  # fp32 arithmetic on weights of the grid
     policy = common.add_lora(model)
@@ -442,7 +443,7 @@ def test_what_samples_is_the_policy_that_is_trained(tiny_model, script):
 
 def test_bfloat16_sampler_is_nearer_to_the_trainer_than_a_merge(tiny_model):
     """In bfloat16 arithmetic, log-probabilities are nearer to the trainer's than those of weights that the adapter is merged into."""
-    tokenizer, g = common.load_tokenizer(tiny_model), torch.Generator().manual_seed(4)
+    tokenizer, g = chat.load_tokenizer(tiny_model), torch.Generator().manual_seed(4)
     policy = common.add_lora(common.load_model(tiny_model))
     for p in common.trainable(policy):
         p.data = 0.05 * torch.randn(p.shape, generator=g)

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import chat
 import common
 import inputs
 import dpo
@@ -353,7 +354,7 @@ def test_sft_goes_on_with_the_chosen_answers(sft_run, sft_args, data_dir, tmp_pa
 
     # What is trained: each part A answer with its EOS, once.
     rows = [json.loads(line) for line in (data_dir / "preference.jsonl").read_text().splitlines()]
-    tokenizer = common.load_tokenizer(sft_args["model"])
+    tokenizer = chat.load_tokenizer(sft_args["model"])
     answers = [len(tokenizer(r["chosen"][0]["content"])["input_ids"]) + 1 for r in rows
                if part_of(r["prompt"]) == "A"]
     assert 20 < len(answers) < 50 and sum(line["trained_tokens"] for line in log(out)) == sum(answers)

@@ -11,7 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
+import chat
 import common
+import inputs
 import dpo
 import grpo
 import kto
@@ -92,7 +94,7 @@ def test_the_start_is_in_the_hash(tiny_model, sft_run, adapter, dpo_args):
     """Of equal flags and invariants; `none` and no adapter are one start."""
     args, hashes = dpo.Args(**dpo_args), []
     for name in ("none", None, sft_run, str(adapter)):
-        start = common.read_start(name, tiny_model)
+        start = inputs.read_start(name, tiny_model)
         hashes.append(common.config_hash("dpo", args, start.invariants, {}, start.parent))
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
 
@@ -130,7 +132,7 @@ KINDS = {
 def test_a_plain_adapter_is_merged_and_composed(tiny_model, tmp_path, kind):
     """Merged it gives PEFT's logits; with a fresh LoRA on top, the saved sum loads in plain PEFT as the policy."""
     directory = write_adapter(tiny_model, tmp_path / "adapter", **KINDS[kind])
-    start = common.read_start(directory, tiny_model)
+    start = inputs.read_start(directory, tiny_model)
     assert start.parent["method"] == "peft" and start.adapter == Path(directory)
     expected = logits(PeftModel.from_pretrained(plain_base(tiny_model), directory))
     assert (expected - logits(plain_base(tiny_model))).abs().max() > 1e-2
@@ -159,7 +161,7 @@ REFUSED = {
 def test_what_is_not_plain_lora_is_refused_by_its_field(tiny_model, adapter, capsys, field):
     edit_json(adapter / "adapter_config.json", **{field: REFUSED[field]})
     with pytest.raises(SystemExit) as stop:
-        common.read_start(str(adapter), tiny_model)
+        inputs.read_start(str(adapter), tiny_model)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and field in error and str(adapter) in error and len(error.strip().splitlines()) == 1
 
@@ -192,7 +194,7 @@ def test_a_broken_plain_adapter_is_refused(tiny_model, adapter, capsys, fault):
     change, part = BROKEN[fault]
     change(adapter)
     with pytest.raises(SystemExit) as stop:
-        common.read_start(str(adapter), tiny_model)
+        inputs.read_start(str(adapter), tiny_model)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and part in error and len(error.strip().splitlines()) == 1
 
@@ -200,21 +202,21 @@ def test_a_broken_plain_adapter_is_refused(tiny_model, adapter, capsys, fault):
 def test_a_plain_adapter_names_its_base(tiny_model, adapter, tmp_path, capsys):
     """Its base's name is compared with --model; another name needs the flag; with no name, --model is needed."""
     config = adapter / "adapter_config.json"
-    assert common.read_start(str(adapter)).model == tiny_model
+    assert inputs.read_start(str(adapter)).model == tiny_model
     copy = str(shutil.copytree(tiny_model, tmp_path / Path(tiny_model).name))
-    assert common.read_start(str(adapter), copy).model == copy  # a directory of that name
+    assert inputs.read_start(str(adapter), copy).model == copy  # a directory of that name
     other = str(shutil.copytree(tiny_model, tmp_path / "other"))
     for named, parts in ((tiny_model, ("other", "--other-base")), ("org/other2", ("org/other2", "--other-base"))):
         edit_json(config, base_model_name_or_path=named)
         with pytest.raises(SystemExit):
-            common.read_start(str(adapter), other)
+            inputs.read_start(str(adapter), other)
         error = capsys.readouterr().err
         assert all(part in error for part in parts)
-        assert common.read_start(str(adapter), other, other_base=True).model == other
+        assert inputs.read_start(str(adapter), other, other_base=True).model == other
     edit_json(config, base_model_name_or_path=None)
-    assert common.read_start(str(adapter), other).model == other
+    assert inputs.read_start(str(adapter), other).model == other
     with pytest.raises(SystemExit):
-        common.read_start(str(adapter))
+        inputs.read_start(str(adapter))
     assert "names no base model; give it with --model" in capsys.readouterr().err
 
 
@@ -249,7 +251,7 @@ def test_dpo_from_a_plain_adapter_and_again(tiny_model, adapter, dpo_args, tmp_p
         dpo.main(dpo.Args(**settings))
     assert stop.value.code == 2 and "they differ in parent" in capsys.readouterr().err
     # a method on top of it, and a run that goes on from a run whose parent is a plain adapter
-    start = common.read_start(settings["out"])
+    start = inputs.read_start(settings["out"])
     assert start.parent["config_hash"] == run["config_hash"]
 
 
@@ -262,11 +264,11 @@ def test_sft_goes_on_from_a_plain_adapter(tiny_model, adapter, sft_args, tmp_pat
 
 def test_a_plain_adapter_with_another_template_is_said(tiny_model, adapter, capsys):
     """Trained with its template, it would be continued with ours without a word."""
-    (adapter / "chat_template.jinja").write_text(common.load_tokenizer(tiny_model).chat_template)
-    common.read_start(str(adapter), tiny_model)
+    (adapter / "chat_template.jinja").write_text(chat.load_tokenizer(tiny_model).chat_template)
+    inputs.read_start(str(adapter), tiny_model)
     assert "chat template" not in capsys.readouterr().out
     (adapter / "chat_template.jinja").write_text("{{ messages }}")
-    common.read_start(str(adapter), tiny_model)
+    inputs.read_start(str(adapter), tiny_model)
     assert f"{adapter} brings a chat template that differs" in capsys.readouterr().out
 
 
@@ -285,13 +287,13 @@ def test_an_adapter_of_the_hub(tiny_model, adapter, tmp_path, monkeypatch, capsy
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    start = common.read_start("org/name", tiny_model)
+    start = inputs.read_start("org/name", tiny_model)
     assert start.adapter == snapshot and start.parent["name"] == "name"
     assert start.parent["config_hash"] == common.read_policy(str(adapter))[0]["config_hash"]
     for name, part in (("org/other", "can't get the adapter org/other from the hub"),
                        ("runs/sft_v2", "is not a trained adapter"), ("cache/other", "is not a trained adapter")):
         with pytest.raises(SystemExit):
-            common.read_start(name, tiny_model)
+            inputs.read_start(name, tiny_model)
         assert part in capsys.readouterr().err
 
 
@@ -369,7 +371,7 @@ def test_a_merged_model_loads_alone(tiny_model, dpo_run, tmp_path, capsys):
 
 def test_a_merged_model_is_a_model_like_any_other(tiny_model, dpo_run, sft_args, tmp_path):
     merge.main(merge.Args(dpo_run, str(tmp_path / "merged"), dtype="float32"))
-    start, before = common.read_start("none", str(tmp_path / "merged")), common.read_start(dpo_run)
+    start, before = inputs.read_start("none", str(tmp_path / "merged")), inputs.read_start(dpo_run)
     assert start.tokenizer.chat_template == before.tokenizer.chat_template
     assert start.invariants.weights_sha256 != before.invariants.weights_sha256
     assert torch.allclose(logits(common.load_model(start.model_dir, dtype=torch.float32)),
@@ -386,8 +388,8 @@ def test_a_saved_tokenizer_is_read_by_older_versions(sft_run, tiny_model):
     text = "why is <|im_start|>the sky<|im_end|> blue<|endoftext|>"
     assert ours(text)["input_ids"] == base(text)["input_ids"] and ours.all_special_ids == base.all_special_ids
     assert (ours.eos_token, ours.bos_token, ours.pad_token) == (base.eos_token, base.bos_token, base.pad_token)
-    chat = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
-    assert ours.apply_chat_template(chat, tokenize=False) == base.apply_chat_template(chat, tokenize=False)
+    turns = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
+    assert ours.apply_chat_template(turns, tokenize=False) == base.apply_chat_template(turns, tokenize=False)
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -11,6 +11,7 @@ from conftest import CHATML, WORDS, write_jsonl
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import chat
 import common
 import inputs
 import reward
@@ -166,8 +167,8 @@ def trained_texts(tokenizer, ids, mask):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_template(tmp_path, kind, capsys):
     options, end, takes_system, note = KINDS[kind]
-    tokenizer = common.load_tokenizer(save_tokenizer(tmp_path, **options))
-    assert (tokenizer.chat_template == common.PLAIN_TEMPLATE) == (end is None)
+    tokenizer = chat.load_tokenizer(save_tokenizer(tmp_path, **options))
+    assert (tokenizer.chat_template == chat.PLAIN_TEMPLATE) == (end is None)
     assert tokenizer.chat_format.system == takes_system
     assert note in tokenizer.template_note if note else tokenizer.template_note is None
     end = end or options["eos"]
@@ -175,25 +176,25 @@ def test_each_kind_of_template(tmp_path, kind, capsys):
     assert end_id == tokenizer.end_id and end_id in tokenizer.stop_ids
     inputs.say_template(tokenizer)
     line = capsys.readouterr().out
-    assert ("WARNING" in line) == (tokenizer.chat_template == common.PLAIN_TEMPLATE) and (note or end) in line
+    assert ("WARNING" in line) == (tokenizer.chat_template == chat.PLAIN_TEMPLATE) and (note or end) in line
     for before in ([], [SYSTEM]):
         if before and not takes_system:
             with pytest.raises(SystemExit):
-                common.render_many(tokenizer, [TURNS, before + TURNS], names=["data.jsonl, row 0", "data.jsonl, row 1"])
+                chat.render_many(tokenizer, [TURNS, before + TURNS], names=["data.jsonl, row 0", "data.jsonl, row 1"])
             error = capsys.readouterr().err
             assert error.count("\n") == 1 and "data.jsonl, row 1: the chat template takes no system message" in error
             continue
         for n in (2, 4, 6):
             messages = before + TURNS[:n]
             answers = [m["content"] for m in messages if m["role"] == "assistant"]
-            ids, mask = common.render(tokenizer, messages)
+            ids, mask = chat.render(tokenizer, messages)
             spans = trained_texts(tokenizer, ids, mask)
             assert [s.removesuffix(end).strip() for s in spans] == [a.strip() for a in answers]
             assert all(s.endswith(end) for s in spans) and mask[-1] and ids[-1] == end_id
             assert all(m["content"].strip() in tokenizer.decode(ids) for m in messages)
 
-            prompt = common.render_prompt(tokenizer, messages[:-1])
-            last_ids, last_mask = common.render(tokenizer, messages, train="last")
+            prompt = chat.render_prompt(tokenizer, messages[:-1])
+            last_ids, last_mask = chat.render(tokenizer, messages, train="last")
             assert last_ids[:len(prompt)] == prompt
             assert last_mask == [False] * len(prompt) + [True] * (len(last_ids) - len(prompt))
             assert trained_texts(tokenizer, last_ids, last_mask) == spans[-1:]
@@ -212,14 +213,14 @@ def test_an_answer_stays_as_it_was_trained(tmp_path):
     """Qwen3's template drops the empty think block of earlier answers; in training every answer stands after the prompt
     that asked for it, and in a prompt the earlier ones are as the template has them."""
     options = KINDS["think block in the last answer only"][0]
-    tokenizer = common.load_tokenizer(save_tokenizer(tmp_path, **options))
+    tokenizer = chat.load_tokenizer(save_tokenizer(tmp_path, **options))
     head, think = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
     first = f"<|im_start|>user\nwhy is the sky blue<|im_end|>\n{head}"
     after = f"rain<|im_end|>\n<|im_start|>user\nrain<|im_end|>\n{head}{think}"
-    assert tokenizer.decode(common.render(tokenizer, TURNS[:4])[0]) == \
+    assert tokenizer.decode(chat.render(tokenizer, TURNS[:4])[0]) == \
         first + think + after + " it reads\n  books <|im_end|>"
-    assert tokenizer.decode(common.render_prompt(tokenizer, TURNS[:3])) == first + after
-    assert tokenizer.convert_tokens_to_ids("<think>") in common.render_prompt(tokenizer, TURNS[:3])
+    assert tokenizer.decode(chat.render_prompt(tokenizer, TURNS[:3])) == first + after
+    assert tokenizer.convert_tokens_to_ids("<think>") in chat.render_prompt(tokenizer, TURNS[:3])
 
 
 @dataclass
@@ -232,9 +233,9 @@ def test_the_default_model_has_plain_role_markers(tmp_path):
     """Qwen2.5-0.5B's layout: a ChatML template whose <|im_end|> is no stop token, a default system prompt."""
     directory = save_tokenizer(tmp_path, CHATML_TOKENS, "<|endoftext|>", stops=["<|endoftext|>"],
                                template=chatml(default="You are a helpful assistant."))
-    tokenizer = common.load_tokenizer(directory)
+    tokenizer = chat.load_tokenizer(directory)
     assert tokenizer.stop_ids == (0,) and tokenizer.end_id == 0 and tokenizer.chat_format.bos is None
-    assert common.render(tokenizer, [SYSTEM, *TURNS[:2]])[0] == [
+    assert chat.render(tokenizer, [SYSTEM, *TURNS[:2]])[0] == [
         *tokenizer("System: You read books.\n\nUser: why is the sky blue\n\nAssistant:")["input_ids"],
         *tokenizer(" rain<|endoftext|>")["input_ids"]]
     assert common.sha256_json(tokenizer.chat_template)[:16] == "fac49a0fa444b672"
@@ -251,34 +252,34 @@ def test_invariants_hold_template_stop_tokens_and_bos(tiny_model, tmp_path, chan
     for name, options in (("a", GEMMA), ("b", GEMMA | {
             "stops": {"stops": ["<eos>", "<start_of_turn>"]}, "bos": {"adds_bos": False},
             "template": {"stops": ["<end_of_turn>"]}}[change])):
-        tokenizer = common.load_tokenizer(save_tokenizer(tmp_path / name, **options))
+        tokenizer = chat.load_tokenizer(save_tokenizer(tmp_path / name, **options))
         hashes.append(common.TrainInvariants.of(tiny_model, tiny_model, tokenizer, "none").hash)
     assert hashes[0] != hashes[1]
 
 
 def test_a_date_is_fixed_in_the_template_that_is_saved(tmp_path):
-    tokenizer = common.load_tokenizer(save_tokenizer(tmp_path / "a", template=LLAMA, **LLAMA_TOKENS))
+    tokenizer = chat.load_tokenizer(save_tokenizer(tmp_path / "a", template=LLAMA, **LLAMA_TOKENS))
     assert "its date fixed at 2024-07-26" in tokenizer.template_note and "strftime_now(" not in tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path / "b")
     saved = AutoTokenizer.from_pretrained(tmp_path / "b")
     text = saved.apply_chat_template(TURNS[:1], add_generation_prompt=True, tokenize=False)
-    assert "Today Date: 26 Jul 2024" in text and text == tokenizer.decode(common.render_prompt(tokenizer, TURNS[:1]))
+    assert "Today Date: 26 Jul 2024" in text and text == tokenizer.decode(chat.render_prompt(tokenizer, TURNS[:1]))
 
 
 def test_a_template_whose_prompt_depends_on_content(tmp_path, capsys):
     """Only after /no_think its generation prompt has a think block that an answered turn hasn't: those are named."""
     template = chatml(asked_think="' + ('<think>\n\n</think>\n\n' if '/no_think' in messages[0].content else '') + '")
-    tokenizer = common.load_tokenizer(save_tokenizer(tmp_path, template=template, **QWEN))
+    tokenizer = chat.load_tokenizer(save_tokenizer(tmp_path, template=template, **QWEN))
     assert tokenizer.template_note is None
     rows = [TURNS, [{"role": "system", "content": "/no_think"}, *TURNS]]
     with pytest.raises(SystemExit):
-        common.render_many(tokenizer, rows, names=["x.jsonl, row 7", "x.jsonl, row 8"])
+        chat.render_many(tokenizer, rows, names=["x.jsonl, row 7", "x.jsonl, row 8"])
     assert "error: x.jsonl, row 8: the chat template writes a prompt in another way" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["sft", "preference"])
 def test_a_refused_row_is_named_by_the_script(tmp_path, capsys, script):
-    tokenizer = common.load_tokenizer(save_tokenizer(tmp_path, template=RAISES_ON_SYSTEM, **MISTRAL))
+    tokenizer = chat.load_tokenizer(save_tokenizer(tmp_path, template=RAISES_ON_SYSTEM, **MISTRAL))
     if script == "sft":
         build = sft.build_examples(tokenizer, sft.Args())
         rows = [(TURNS, "all"), ([SYSTEM, *TURNS], "all")]
@@ -295,42 +296,42 @@ def test_a_refused_row_is_named_by_the_script(tmp_path, capsys, script):
                                   "think block in the last answer only", "base model with ChatML"])
 def test_content_never_turns_into_control_tokens(tmp_path, kind):
     """Special tokens written in text, the characters they hide in meanwhile, NUL: text comes back as text."""
-    tokenizer = common.load_tokenizer(save_tokenizer(tmp_path, **KINDS[kind][0]))
+    tokenizer = chat.load_tokenizer(save_tokenizer(tmp_path, **KINDS[kind][0]))
     control = {*tokenizer.chat_format.control.values()}
     g = random.Random(1)
     pieces = [*tokenizer.chat_format.control, "\U000f0000", "\U000f0001", "\U00100000", "\U0010fffd", "\0", "\n", " ",
               "why", "<|im_", "end|>", "é", "🙂", "{{ 1 }}", "\u2028"]
     conversations = [[m | {"content": f"a{''.join(g.choices(pieces, k=6))}b"} for m in TURNS] for _ in range(40)]
-    neutral, _ = common.render(tokenizer, [m | {"content": "ab"} for m in TURNS])
-    for messages, (ids, mask) in zip(conversations, common.render_many(tokenizer, conversations)):
+    neutral, _ = chat.render(tokenizer, [m | {"content": "ab"} for m in TURNS])
+    for messages, (ids, mask) in zip(conversations, chat.render_many(tokenizer, conversations)):
         assert [t for t in ids if t in control] == [t for t in neutral if t in control]
         end = tokenizer.convert_ids_to_tokens(tokenizer.end_id)
         assert [s.removesuffix(end).strip() for s in trained_texts(tokenizer, ids, mask)] == [
             m["content"] for m in messages if m["role"] == "assistant"]
-    assert common.render_many(tokenizer, conversations) == [common.render(tokenizer, m) for m in conversations]
+    assert chat.render_many(tokenizer, conversations) == [chat.render(tokenizer, m) for m in conversations]
 
 
 def test_half_a_character_is_named(tmp_path, capsys):
-    tokenizer = common.load_tokenizer(save_tokenizer(tmp_path, template=CHATML, **QWEN))
+    tokenizer = chat.load_tokenizer(save_tokenizer(tmp_path, template=CHATML, **QWEN))
     with pytest.raises(SystemExit):
-        common.render_many(tokenizer, [TURNS, [user("\ud83d"), assistant("x")]], names=["row 0", "row 1"])
+        chat.render_many(tokenizer, [TURNS, [user("\ud83d"), assistant("x")]], names=["row 0", "row 1"])
     assert "row 1: its content holds half a character (a lone surrogate): '\\ud83d'" in capsys.readouterr().err
 
 
 def test_a_message_that_is_not_to_be_trained(tmp_path):
-    tokenizer = common.load_tokenizer(save_tokenizer(tmp_path, template=CHATML, **QWEN))
+    tokenizer = chat.load_tokenizer(save_tokenizer(tmp_path, template=CHATML, **QWEN))
     first = [TURNS[0], assistant("wrong", train=False), *TURNS[2:4]]
-    ids, mask = common.render(tokenizer, first)
-    assert ids == common.render(tokenizer, [TURNS[0], assistant("wrong"), *TURNS[2:4]])[0]
+    ids, mask = chat.render(tokenizer, first)
+    assert ids == chat.render(tokenizer, [TURNS[0], assistant("wrong"), *TURNS[2:4]])[0]
     assert trained_texts(tokenizer, ids, mask) == [" it reads\n  books <|im_end|>"]
-    ids, mask = common.render(tokenizer, [*TURNS[:2], user("so"), assistant("wrong", train=False)])
-    assert (ids, mask) == common.render(tokenizer, TURNS[:2])  # what follows the last trained answer is cut
-    assert common.render(tokenizer, [TURNS[0], assistant("wrong", train=False)]) == ([], [])
+    ids, mask = chat.render(tokenizer, [*TURNS[:2], user("so"), assistant("wrong", train=False)])
+    assert (ids, mask) == chat.render(tokenizer, TURNS[:2])  # what follows the last trained answer is cut
+    assert chat.render(tokenizer, [TURNS[0], assistant("wrong", train=False)]) == ([], [])
 
 
 def test_a_text_that_the_tokenizer_cannot_write(tmp_path, capsys):
     """A vocabulary without the letter q: the tokenizer leaves it out, encodes it as an unknown token, or fails."""
-    texts = [*WORDS, *(m["content"] for m in common.SAMPLE), "user", "assistant", "User:", "Assistant:"]
+    texts = [*WORDS, *(m["content"] for m in chat.SAMPLE), "user", "assistant", "User:", "Assistant:"]
     for name, model, trainer in (("leaves out", models.BPE(), trainers.BpeTrainer),
                                  ("unknown", models.BPE(unk_token="<|endoftext|>"), trainers.BpeTrainer),
                                  ("fails", models.WordLevel(), trainers.WordLevelTrainer)):
@@ -340,11 +341,11 @@ def test_a_text_that_the_tokenizer_cannot_write(tmp_path, capsys):
             vocab_size=200, special_tokens=[*CHATML_TOKENS], show_progress=False))
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML,
                                 extra_special_tokens=[*CHATML_TOKENS]).save_pretrained(tmp_path / name)
-        loaded = common.load_tokenizer(tmp_path / name)
+        loaded = chat.load_tokenizer(tmp_path / name)
         assert not loaded.chat_format.any_text
-        common.render(loaded, [user("why is the sky blue"), assistant("books")])
+        chat.render(loaded, [user("why is the sky blue"), assistant("books")])
         with pytest.raises(SystemExit):
-            common.render_many(loaded, [[user("why"), assistant(a)] for a in ("books", "a question")],
+            chat.render_many(loaded, [[user("why"), assistant(a)] for a in ("books", "a question")],
                                names=["row 3", "row 4"])
         assert "row 4: the tokenizer can't " in capsys.readouterr().err
 
@@ -370,14 +371,14 @@ def save_spaced_tokenizer(directory, template):
 
 def test_a_tokenizer_that_puts_a_space_before_every_text(tmp_path):
     """An answer that follows text directly gets no second space: the ids are those of the whole text."""
-    tokenizer = common.load_tokenizer(save_spaced_tokenizer(tmp_path, RAISES_ON_SYSTEM))
+    tokenizer = chat.load_tokenizer(save_spaced_tokenizer(tmp_path, RAISES_ON_SYSTEM))
     assert tokenizer.chat_template == RAISES_ON_SYSTEM and tokenizer.chat_format.anchor
-    ids, mask = common.render(tokenizer, TURNS)
+    ids, mask = chat.render(tokenizer, TURNS)
     text = tokenizer.apply_chat_template(TURNS, tokenize=False)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     spans = trained_texts(tokenizer, ids, mask)
     assert [s.strip() for s in spans] == ["rain</s>", "it reads\n  books </s>", "rain</s>"]
-    prompt = common.render_prompt(tokenizer, TURNS[:1])
+    prompt = chat.render_prompt(tokenizer, TURNS[:1])
     assert ids[:len(prompt)] == prompt and tokenizer.decode(prompt).endswith("[/INST]")
 
 
@@ -392,10 +393,10 @@ def test_token_beyond_the_embedding(tmp_path, capsys, beyond, refused):
         saved.add_tokens([AddedToken("sky", special=beyond != "text")])
     saved.save_pretrained(tmp_path)
     if not refused:
-        common.load_tokenizer(tmp_path)
+        chat.load_tokenizer(tmp_path)
         return
     with pytest.raises(SystemExit):
-        common.load_tokenizer(tmp_path)
+        chat.load_tokenizer(tmp_path)
     error, last = capsys.readouterr().err, len(saved) - 1
     assert f"has the id {last}, but the model's embedding has {last} rows" in error
 
@@ -408,8 +409,8 @@ def test_printing_where_the_terminal_is_not_utf8(monkeypatch):
 
 
 def test_sampling_ends_at_any_stop_token(tiny_model):
-    tokenizer, model = common.load_tokenizer(tiny_model), common.load_model(tiny_model, dtype=torch.float32)
-    prompt = common.render_prompt(tokenizer, TURNS[:1])
+    tokenizer, model = chat.load_tokenizer(tiny_model), common.load_model(tiny_model, dtype=torch.float32)
+    prompt = chat.render_prompt(tokenizer, TURNS[:1])
     tokenizer.stop_ids = (len(tokenizer),)  # none
     whole = common.Sampler(model, tokenizer).sample([prompt], 12)[0]
     assert whole.stopped == "length"

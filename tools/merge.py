@@ -21,6 +21,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import inputs
 from common import fail
 
 
@@ -43,7 +44,7 @@ def main(args: Args) -> None:
     out = Path(args.out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         fail(f"{out} exists and is not an empty directory; choose another place")
-    start = common.read_start(args.adapter, args.model, args.other_base)
+    start = inputs.read_start(args.adapter, args.model, args.other_base)
     model = common.load_model(start.model_dir, start.adapter, "none", torch.float32)
     dtype, rounding, update = getattr(torch, args.dtype), 0.0, 0.0
     for name, (a, b) in common.read_factors(start.adapter).items():
