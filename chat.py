@@ -1,4 +1,5 @@
-"""Tokenizers and chat templates: conversations to token ids with a mask of what is trained, checked while they are rendered."""
+"""Tokenizers and chat templates: conversations to token ids with a mask of what is trained, checked while they are
+rendered."""
 from __future__ import annotations
 
 import dataclasses

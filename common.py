@@ -7,8 +7,8 @@ The sections, in the order a run meets them:
   4. rows, chat template, models            8. the run directory: lock, log, checkpoint, resume
                                             9. results/metrics.json
 
-Shapes: T tokens of a micro-batch (fast: in all; plain: of its longest row), N its sequences, K its predicted (trained or scored)
-tokens, H hidden size, V vocabulary, B rows. What exists for speed alone is in fast/.
+Shapes: T tokens of a micro-batch (fast: in all; plain: of its longest row), N its sequences, K its predicted (trained
+or scored) tokens, H hidden size, V vocabulary, B rows. What exists for speed alone is in fast/.
 """
 from __future__ import annotations
 
@@ -249,7 +249,8 @@ def setup_device(device: str = "auto") -> torch.device:
 
 
 def computes_bfloat16(kind: str) -> bool:
-    """Whether a device ("cuda", "cpu", "mps") multiplies bfloat16 matrices natively; emulation is slower than float32."""
+    """Whether a device ("cuda", "cpu", "mps") multiplies bfloat16 matrices natively; emulation is slower than
+    float32."""
     if kind == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     if kind == "cpu":  # avx512_bf16 and amx_bf16 on x86, their like on Arm
@@ -598,7 +599,8 @@ def check_nf4(device: torch.device) -> None:
 
 
 def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantization: str = "none",
-               dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", engine: str | None = None) -> nn.Module:
+               dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
+               engine: str | None = None) -> nn.Module:
     """A causal LM in eval mode: the base, or with `adapter` merged into its weights.
 
     quantization: "none" (dtype) or "nf4" (4-bit NF4, double quantisation, bfloat16 compute; no adapter then).
@@ -606,7 +608,8 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
     engine: "fast" or "plain", as choose_engine gives it; by default fast where it serves the model.
     """
     capped = read_json(Path(model_dir) / "config.json").get("attn_logit_softcapping")  # which sdpa leaves out
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager" if capped else "sdpa", "use_safetensors": True}
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager" if capped else "sdpa",
+                              "use_safetensors": True}
     if quantization == "nf4":
         if adapter is not None:
             raise ValueError("an adapter can't be merged into NF4 weights")
@@ -676,7 +679,8 @@ def add_head(policy: PeftModel, seed: int) -> PeftModel:
 
 
 def load_scorers(model_dir: str | Path, adapters: dict[str, str | Path], quantization: str = "none",
-                 dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", engine: str | None = None) -> PeftModel:
+                 dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
+                 engine: str | None = None) -> PeftModel:
     """Trained reward models by name, frozen, on one copy of the base: adapters beside its weights, each with its head.
 
     The first is active; `use_scorer` switches. Check them first: read_start(reward=True). At the quantisation and dtype
@@ -693,7 +697,8 @@ def load_scorers(model_dir: str | Path, adapters: dict[str, str | Path], quantiz
 
 
 def load_reward(model_dir: str | Path, adapter: str | Path, quantization: str = "none",
-                dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", engine: str | None = None) -> PeftModel:
+                dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
+                engine: str | None = None) -> PeftModel:
     """One trained reward model, frozen: load_scorers with a single adapter."""
     return load_scorers(model_dir, {"reward": adapter}, quantization, dtype, device, engine)
 
@@ -717,8 +722,8 @@ def flat_parameters(policy: nn.Module) -> nn.Parameter:
     """The trained parameters as one, of whose memory they become views, and their gradients views of its gradient.
 
     So a step sums over ranks, clips and updates by a few kernels, where some hundred small tensors take a thousand. The
-    gradient is set to zero, never to None (set_to_none=False). From here on the fast engine compiles and records what it
-    repeats (CUDA).
+    gradient is set to zero, never to None (set_to_none=False). From here on the fast engine compiles and records what
+    it repeats (CUDA).
     """
     if is_fast(policy) and device_of(policy).type == "cuda":
         fast.compile_layers(base_of(policy))
@@ -824,8 +829,8 @@ def resolve_adapter(adapter: str | Path) -> Path:
 
 
 def read_policy(adapter: str | Path) -> tuple[dict[str, Any], Path]:
-    """(record, directory) of a policy's adapter: the run.json of a run of ours, or a record of the same keys of a plain PEFT
-    LoRA adapter, which is known by its content. check_base checks its base."""
+    """(record, directory) of a policy's adapter: the run.json of a run of ours, or a record of the same keys of a
+    plain PEFT LoRA adapter, which is known by its content. check_base checks its base."""
     directory = resolve_adapter(adapter)
     if not (directory / "adapter_config.json").is_file() or \
             any((directory / name).exists() for name in ("run.json", "checkpoint")):
@@ -976,13 +981,14 @@ def old_rope_fields(config: dict[str, Any]) -> dict[str, Any]:
 # 6. Micro-batches and log-probabilities: the plain engine, and where the fast one takes over
 # ------------------------------------------------------------------------------------------------
 
-# What follows is the specification: the model's own transformers forward over right-padded micro-batches, log-softmax in fp32 at
-# the predicted positions. It serves any causal LM. fast/ computes the same sooner for the architectures that it knows, and is
-# held to it by tests; where `is_fast`, a call is handed over to it.
+# What follows is the specification: the model's own transformers forward over right-padded micro-batches, log-softmax
+# in fp32 at the predicted positions. It serves any causal LM. fast/ computes the same sooner for the architectures
+# that it knows, and is held to it by tests; where `is_fast`, a call is handed over to it.
 
 @functools.cache  # said once
 def choose_engine(engine: str, model_dir: str | Path, device: torch.device) -> str:
-    """"fast" or "plain" for --engine auto, fast or plain; says which, and why. Fails where fast is asked for and can't serve.
+    """"fast" or "plain" for --engine auto, fast or plain; says which, and why. Fails where fast is asked for and can't
+    serve.
 
     The engine changes speed and rounding, never the mathematics: it is not in config_hash.
     """
@@ -1041,7 +1047,8 @@ class Example:
 
 @dataclass
 class Batch:
-    """A micro-batch of the plain engine: N sequences, padded on the right to T tokens. fast.Pack has the same fields and more."""
+    """A micro-batch of the plain engine: N sequences, padded on the right to T tokens. fast.Pack has the same fields
+    and more."""
     input_ids: Tensor       # [N, T], 0 where there is no token
     attention_mask: Tensor  # [N, T], 1 where there is a token
     predict: Tensor         # [2, K] row and column of each position that predicts
@@ -1088,7 +1095,8 @@ def micro_batches(model: nn.Module, examples: Sequence[Example], micro_tokens: i
     longest = 0
     for u in sorted(units, key=lambda u: (-width[u], u[0])):  # the longest first: neighbours are of similar length
         if unit * width[u] > micro_tokens:
-            raise ValueError(f"{unit} x {width[u]} tokens that belong together don't fit into --micro-tokens {micro_tokens}")
+            raise ValueError(f"{unit} x {width[u]} tokens that belong together don't fit into --micro-tokens "
+                             f"{micro_tokens}")
         if not batches or (len(batches[-1]) + unit) * longest > micro_tokens:
             batches.append([])
             longest = width[u]
@@ -1097,7 +1105,8 @@ def micro_batches(model: nn.Module, examples: Sequence[Example], micro_tokens: i
 
 
 def hidden_states(model: nn.Module, batch, at: str) -> Tensor:
-    """The model's last hidden states of a micro-batch, [K, H] at the "predict" positions or [N, H] at the "last" tokens."""
+    """The model's last hidden states of a micro-batch, [K, H] at the "predict" positions or [N, H] at the "last"
+    tokens."""
     base = base_of(model)
     if not isinstance(batch, Batch):
         hidden = fast.hidden_states(base, batch)[getattr(batch, at)]
@@ -1110,13 +1119,16 @@ def hidden_states(model: nn.Module, batch, at: str) -> Tensor:
 
 
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """The LM head: hidden states [..., H] -> logits [..., V], with the soft cap or the scale that an architecture puts on them."""
+    """The LM head: hidden states [..., H] -> logits [..., V], with the soft cap or the scale that an architecture puts
+    on them."""
     base = base_of(model)
     head, config = base.get_output_embeddings(), base.config.get_text_config()
-    logits = head(hidden) if hidden.dtype == head.weight.dtype else F.linear(hidden, head.weight.to(hidden.dtype), head.bias)
+    same = hidden.dtype == head.weight.dtype
+    logits = head(hidden) if same else F.linear(hidden, head.weight.to(hidden.dtype), head.bias)
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
         logits = cap * torch.tanh(logits / cap)
-    return logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
+    scale, divisor = (getattr(config, name, None) or 1 for name in ("logit_scale", "logits_scaling"))  # Cohere, Granite
+    return logits * scale / divisor
 
 
 @torch.no_grad()
@@ -1126,9 +1138,10 @@ def check_head(model: nn.Module) -> None:
     ids = torch.arange(1, 9, device=device_of(model))[None] % base.config.get_text_config().vocab_size
     own = base(ids, use_cache=False).logits
     ours = head_logits(base, base.base_model(ids, use_cache=False).last_hidden_state)
-    if own.shape != ours.shape or not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2 * own.abs().max().item()):
-        fail(f"{base.config.model_type}: its logits are not its LM head of its last hidden states, so that log-probabilities "
-             f"here would be wrong; this architecture is not supported")
+    tolerance = 1e-2 * own.abs().max().item()
+    if own.shape != ours.shape or not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=tolerance):
+        fail(f"{base.config.model_type}: its logits are not its LM head of its last hidden states, so that "
+             f"log-probabilities here would be wrong; this architecture is not supported")
 
 
 HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time, at most
@@ -1137,9 +1150,9 @@ HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time, at most
 def token_logprobs(model: nn.Module, batch, temperature: float = 1.0, extras: Sequence[str] = ()):
     """log softmax(logits / temperature)[target] of a micro-batch's predicted tokens, [K] in fp32.
 
-    The LM head runs on predicted positions only, in chunks that the backward computes again: a [tokens × vocabulary] tensor
-    never exists. extras, each [K] and without gradient, give (logprobs, {extra: values}): "correct", the target is the argmax;
-    "entropy" of softmax(logits / temperature), in nats.
+    The LM head runs on predicted positions only, in chunks that the backward computes again: a [tokens × vocabulary]
+    tensor never exists. extras, each [K] and without gradient, give (logprobs, {extra: values}): "correct", the target
+    is the argmax; "entropy" of softmax(logits / temperature), in nats.
     """
     base = base_of(model)
     if not isinstance(batch, Batch):
@@ -1163,7 +1176,8 @@ def token_logprobs(model: nn.Module, batch, temperature: float = 1.0, extras: Se
 
 
 def token_values(model: nn.Module, batch) -> Tensor:
-    """The scalar head at the position before each predicted token, [K] in fp32: a critic's V_t, read before action t."""
+    """The scalar head at the position before each predicted token, [K] in fp32: a critic's V_t, read before action
+    t."""
     return getattr(base_of(model), HEAD)(hidden_states(model, batch, "predict").float())[:, 0]
 
 
@@ -1175,8 +1189,8 @@ def reward_scores(model: nn.Module, batch) -> Tensor:
 def step0_tolerance(policy: nn.Module) -> float:
     """By how much a log-probability of the policy may differ from the reference's before the first step, in nats.
 
-    Both are computed over the same micro-batches and a fresh adapter adds exactly 0 to every projection: in either engine and
-    at either precision only the order of a sum over tokens remains.
+    Both are computed over the same micro-batches and a fresh adapter adds exactly 0 to every projection: in either
+    engine and at either precision only the order of a sum over tokens remains.
     """
     return 1e-5
 
@@ -1194,11 +1208,11 @@ def score_examples(model: nn.Module, examples: Sequence[Example], micro_tokens: 
 
 def placed_batches(model: nn.Module, examples: Sequence[Example], rows: Sequence[int], micro_tokens: int,
                    group: int = 1) -> list[tuple]:
-    """Micro-batches of this rank's share of some of the examples, each with the positions of its predicted tokens in a matrix
-    [B examples, T tokens]: [(batch, (rows, columns) as one tensor [2, K])].
+    """Micro-batches of this rank's share of some of the examples, each with the positions of its predicted tokens in
+    a matrix [B examples, T tokens]: [(batch, (rows, columns) as one tensor [2, K])].
 
-    `group` consecutive examples are completions of one prompt: a group goes to one rank, unless there are fewer groups than
-    ranks.
+    `group` consecutive examples are completions of one prompt: a group goes to one rank, unless there are fewer groups
+    than ranks.
     """
     units: dict[int, list[int]] = {}
     for i in rows:
@@ -1229,13 +1243,14 @@ def logprobs_and_entropy(policy: nn.Module, batch, temperature: float) -> Tensor
     return torch.stack([logprobs, extra["entropy"]])
 
 
-# What a policy has moved by, and how well that is known. Figures are computed in fp32 where the model fits: in bfloat16 the same
-# policy in other micro-batches differs from itself by about 0.1 nats per answer.
+# What a policy has moved by, and how well that is known. Figures are computed in fp32 where the model fits: in
+# bfloat16 the same policy in other micro-batches differs from itself by about 0.1 nats per answer.
 
 def upcast(model: nn.Module) -> str:
     """Turn the base's weights into fp32, in place, for measuring; the dtype that they have then, "float32" if they fit.
 
-    Frozen bfloat16 weights are exact in fp32. NF4 weights, and what doesn't fit into the GPU's memory, stay as they are.
+    Frozen bfloat16 weights are exact in fp32. NF4 weights, and what doesn't fit into the GPU's memory, stay as they
+    are.
     """
     base = base_of(model)
     half = [p for p in base.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
@@ -1271,14 +1286,16 @@ def answer_kl(p_model: nn.Module, p_states: Sequence[Tensor], q_model: nn.Module
     for p_hidden, q_hidden in zip(p_states, q_states):
         parts = []
         for p_chunk, q_chunk in zip(p_hidden.split(HEAD_CHUNK), q_hidden.split(HEAD_CHUNK)):
-            logp, logq = ((head_logits(m, h) / temperature).log_softmax(1) for m, h in ((p_model, p_chunk), (q_model, q_chunk)))
+            logp, logq = ((head_logits(m, h) / temperature).log_softmax(1)
+                          for m, h in ((p_model, p_chunk), (q_model, q_chunk)))
             parts.append((logp.exp() * (logp - logq)).sum(1).double().sum())                              # [C, V] -> []
         sums.append(sum(parts, torch.zeros((), dtype=torch.float64)).cpu())
     return torch.stack(sums)
 
 
 def interval(values: Tensor, groups: Sequence[Any]) -> list[float] | None:
-    """95 % interval of the mean of values [n]: mean ± 1.96 standard errors, clustered by `groups` (the prompt of each value).
+    """95 % interval of the mean of values [n]: mean ± 1.96 standard errors, clustered by `groups` (the prompt of each
+    value).
 
     Liang & Zeger 1986 with the factor m / (m − 1) for m groups. None for fewer than two groups.
     """
@@ -1292,21 +1309,26 @@ def interval(values: Tensor, groups: Sequence[Any]) -> list[float] | None:
     return [mean - 1.96 * error, mean + 1.96 * error]
 
 
-def movement(policy: PeftModel, adapter: str | Path, parent: str | Path | None, model_dir: Path, examples: Sequence[Example],
-             micro_tokens: int, temperature: float = 1.0) -> dict[str, Any]:
-    """How far a trained policy is from its reference and from the policy that is evaluated, in nats per answer of `examples`.
+def movement(policy: PeftModel, adapter: str | Path, parent: str | Path | None, model_dir: Path,
+             examples: Sequence[Example], micro_tokens: int, temperature: float = 1.0) -> dict[str, Any]:
+    """How far a trained policy is from its reference and from the policy that is evaluated, in nats per answer of
+    `examples`.
 
       kl_reference  KL(policy ‖ reference), with its 95 % interval over the answers
-      kl_evaluated  KL(policy ‖ the saved adapter beside the pretrained base), which is what evaluate.py and PEFT load: the
-                    policy was trained on base + parent merged and rounded to its dtype
-      kl_merge      KL(reference ‖ the parent's adapter beside the base): what that rounding costs by itself; None without parent
-      kl_floor      KL(policy ‖ policy in other micro-batches): what the precision of the measurement adds to each of them
-      logprob_floor mean |log π − log π in other micro-batches| of an answer: the floor of held-out margins, times β and √2
+      kl_evaluated  KL(policy ‖ the saved adapter beside the pretrained base), which is what evaluate.py and PEFT load:
+                    the policy was trained on base + parent merged and rounded to its dtype
+      kl_merge      KL(reference ‖ the parent's adapter beside the base): what that rounding costs by itself; None
+                    without parent
+      kl_floor      KL(policy ‖ policy in other micro-batches): what the precision of the measurement adds to each of
+                    them
+      logprob_floor mean |log π − log π in other micro-batches| of an answer: the floor of held-out margins, times
+                    β and √2
     Upcasts the policy: measure what belongs to its own dtype before. adapter: where the policy is saved.
     """
     measured_in = upcast(policy)
     dtype, device = base_of(policy).dtype, device_of(policy)
-    own, alone = answer_states(policy, examples, micro_tokens), [answer_states(policy, [e], micro_tokens)[0] for e in examples]
+    own = answer_states(policy, examples, micro_tokens)
+    alone = [answer_states(policy, [e], micro_tokens)[0] for e in examples]
     with reference(policy):
         start = answer_states(policy, examples, micro_tokens)
     kl = answer_kl(policy, own, policy, start, temperature)
@@ -1323,7 +1345,8 @@ def movement(policy: PeftModel, adapter: str | Path, parent: str | Path | None, 
             figures[name] = None
             continue
         model = attach_adapter(load_model(model_dir, None, "none", dtype, device, engine), beside)
-        figures[name] = answer_kl(policy, states, model, answer_states(model, examples, micro_tokens), temperature).mean().item()
+        evaluated = answer_states(model, examples, micro_tokens)
+        figures[name] = answer_kl(policy, states, model, evaluated, temperature).mean().item()
     return figures
 
 # ------------------------------------------------------------------------------------------------
@@ -1360,8 +1383,9 @@ def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | Non
     """Token [B] and its log-probability [B] under softmax(logits / temperature), whole whatever top_p is.
 
     Without a seed the likeliest token (the first of equals); with one the token at which the cumulative distribution
-    reaches keyed_uniform(seed, rows [B], position), summed in fp64 over blocks of the vocabulary, then inside one block.
-    top_p: draw from the smallest set of likeliest tokens whose mass reaches it, which takes a sort of the vocabulary.
+    reaches keyed_uniform(seed, rows [B], position), summed in fp64 over blocks of the vocabulary, then inside one
+    block. top_p: draw from the smallest set of likeliest tokens whose mass reaches it, which takes a sort of the
+    vocabulary.
     """
     z = logits.float() / temperature                                                            # [B, V]
     if top_p is not None:
@@ -1394,8 +1418,8 @@ def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | Non
 class PlainDecoder:
     """Token by token decoding with transformers' cache, for Sampler; fast.Decoder has the same interface.
 
-    A batch is prompts of one length: padding is safe in a forward, not in a cached decode with convolutions or windows. Rows
-    that have ended are computed on until the batch ends.
+    A batch is prompts of one length: padding is safe in a forward, not in a cached decode with convolutions or
+    windows. Rows that have ended are computed on until the batch ends.
     """
 
     def __init__(self, model: nn.Module):
@@ -1418,12 +1442,14 @@ class PlainDecoder:
             yield from (indices[at:at + most] for at in range(0, len(indices), most))
 
     @torch.no_grad()
-    def begin(self, prompts: dict[int, Sequence[int]], keys: dict[int, int], longest: int, temperature: float, top_p: float,
-              seed: int) -> None:
-        """Start a batch. prompts: {index: token ids}; keys: what keys the noise of each; longest: tokens of a whole row."""
+    def begin(self, prompts: dict[int, Sequence[int]], keys: dict[int, int], longest: int, temperature: float,
+              top_p: float, seed: int) -> None:
+        """Start a batch. prompts: {index: token ids}; keys: what keys the noise of each; longest: tokens of a whole
+        row."""
         device = device_of(self.model)
         self.fed = torch.tensor([list(p) for p in prompts.values()], device=device)       # [B, T]: what to feed next
-        self.keys, self.row_of = torch.tensor([keys[i] for i in prompts], device=device), {i: n for n, i in enumerate(prompts)}
+        self.keys = torch.tensor([keys[i] for i in prompts], device=device)                # [B]
+        self.row_of = {i: n for n, i in enumerate(prompts)}
         self.cache, self.position = None, 0
         self.choice = dict(temperature=temperature or 1.0, seed=None if temperature == 0 else seed,
                            top_p=top_p if top_p < 1 else None)
@@ -1441,18 +1467,20 @@ class PlainDecoder:
 
 
 class Sampler:
-    """Completions of many prompts by the policy as it is now, the adapter beside the weights and never merged into them.
+    """Completions of many prompts by the policy as it is now, the adapter beside the weights and never merged into
+    them.
 
     Noise is keyed by (seed, row, position), so that a row's noise doesn't depend on its neighbours. Nothing comes from
-    generation_config. refresh(policy) takes over weights that have changed. short: a job of few tokens, for which compiling
-    the fast engine's step isn't worth its seconds. max_batch: rows decoded at one time, at most.
+    generation_config. refresh(policy) takes over weights that have changed. short: a job of few tokens, for which
+    compiling the fast engine's step isn't worth its seconds. max_batch: rows decoded at one time, at most.
     """
 
     def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None, short: bool = False):
         self.tokenizer, self.max_batch = tokenizer, max_batch or 1024
         self.stop_ids = frozenset(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
         self.model = model
-        self.decoder = fast.Decoder(base_of(model), choose, say, compile=not short) if is_fast(model) else PlainDecoder(model)
+        self.decoder = PlainDecoder(model) if not is_fast(model) else \
+            fast.Decoder(base_of(model), choose, say, compile=not short)
 
     def refresh(self, policy: nn.Module) -> None:
         """Take over the policy's weights as they are now."""
@@ -1468,10 +1496,10 @@ class Sampler:
                progress: Callable[[int], Any] | None = None, rows: Sequence[int] | None = None) -> list[Completion]:
         """One completion per prompt, in order.
 
-        prompts: token ids. max_new_tokens and stop_strings: for all, or one entry per prompt. A completion ends at a stop
-        token, at a stop string or at its length. The noise of a prompt is keyed by (seed, its entry in `rows`, position);
-        rows: range(n) by default, or a share of it when ranks divide the prompts. progress(n) is called as rows finish.
-        ValueError on an empty prompt or one beyond the model's positions.
+        prompts: token ids. max_new_tokens and stop_strings: for all, or one entry per prompt. A completion ends at a
+        stop token, at a stop string or at its length. The noise of a prompt is keyed by (seed, its entry in `rows`,
+        position); rows: range(n) by default, or a share of it when ranks divide the prompts. progress(n) is called as
+        rows finish. ValueError on an empty prompt or one beyond the model's positions.
         """
         n, config = len(prompts), base_of(self.model).config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or 1 << 30
@@ -1496,7 +1524,8 @@ class Sampler:
                     ids[i] += tokens[:count]
                     logprobs[i] += scores[:count]
                     if why:
-                        done[i] = Completion(ids[i], logprobs[i], why, self._text(ids[i], stops[i] if why == "string" else []))
+                        text = self._text(ids[i], stops[i] if why == "string" else [])
+                        done[i] = Completion(ids[i], logprobs[i], why, text)
                 finished = [i for i in live if done[i]]
                 live = [i for i in live if not done[i]]
                 if progress and finished:
@@ -1558,8 +1587,10 @@ def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_
 # 8. The run directory
 # ------------------------------------------------------------------------------------------------
 
-# Dense bfloat16 FLOPs per second from the makers' data sheets; a device's name contains the key. The first that matches.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "A10": 125e12}
+# Dense bfloat16 FLOPs per second from the makers' data sheets; a device's name contains the key. The first that
+# matches.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12,
+              "A10": 125e12}
 
 
 def peak_flops(device: str) -> float | None:
@@ -1570,10 +1601,11 @@ def peak_flops(device: str) -> float | None:
 def model_flops(config, tokens: int, attended: int, predicted: int, backward: bool = False) -> int:
     """FLOPs that the mathematics of a pass needs, whatever a program recomputes; 0 for a config of other fields.
 
-    Forward: 2 per weight of the layers and token, 2 H V per predicted token (LM head), 4 heads·d per layer and pair of a query
-    and a key that it attends to (QK^T and PV). backward: another 2 per weight, with respect to the inputs alone, since the base
-    is frozen; twice the forward's of attention. LoRA's factors (3 % more) and elementwise work are left out.
-    config: transformers' (llama, qwen2, qwen3 and alike). attended: Σ n(n+1)/2 over sequences of n tokens.
+    Forward: 2 per weight of the layers and token, 2 H V per predicted token (LM head), 4 heads·d per layer and pair of
+    a query and a key that it attends to (QK^T and PV). backward: another 2 per weight, with respect to the inputs
+    alone, since the base is frozen; twice the forward's of attention. LoRA's factors (3 % more) and elementwise work
+    are left out. config: transformers' (llama, qwen2, qwen3 and alike). attended: Σ n(n+1)/2 over sequences of n
+    tokens.
     """
     try:
         hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
@@ -1590,7 +1622,8 @@ def model_flops(config, tokens: int, attended: int, predicted: int, backward: bo
 flops_done = 0  # by this process, since it began
 
 
-def count_flops(base: nn.Module, tokens: int = 0, attended: int = 0, predicted: int = 0, backward: bool = False) -> None:
+def count_flops(base: nn.Module, tokens: int = 0, attended: int = 0, predicted: int = 0,
+                backward: bool = False) -> None:
     global flops_done
     flops_done += model_flops(base.config.get_text_config(), tokens, attended, predicted, backward)
 
@@ -1602,7 +1635,8 @@ class Fetched:
         self.names, self.event, self.time = [*numbers], None, time.time()
         self.values = torch.stack([n.detach().double() for n in numbers.values()])
         if self.values.is_cuda:  # only a copy to pinned memory goes on by itself
-            self.values = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True).copy_(self.values, non_blocking=True)
+            pinned = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
+            self.values = pinned.copy_(self.values, non_blocking=True)
             self.event = torch.cuda.Event(enable_timing=True)
             self.event.record()
 
@@ -1696,7 +1730,8 @@ class Run:
 
     @staticmethod
     def _identity(record: dict, key: str) -> Any:
-        """What must agree for two records to be the same run. Other runs count with their weights, not only their config."""
+        """What must agree for two records to be the same run. Other runs count with their weights, not only their
+        config."""
         value = record.get(key) or {}
         if key == "args":
             value = {k: v for k, v in value.items() if k not in RUN_KNOBS}
@@ -1713,14 +1748,16 @@ class Run:
         return ", ".join(names)
 
     def resume(self, optimizer: torch.optim.Optimizer, total_steps: int) -> int:
-        """Restore the last checkpoint, if there is one; the step to go on with. Starts log, progress bar and signals."""
+        """Restore the last checkpoint, if there is one; the step to go on with. Starts log, progress bar and
+        signals."""
         step, self.log_file = 0, self.directory / "log.jsonl"
         if self.checkpoint_file.is_file():
             from safetensors import safe_open
             with safe_open(self.checkpoint_file, "pt") as f:
                 meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
             if "parameter/0" not in tensors:
-                fail(f"{self.checkpoint_file} is of an older version; remove {self.checkpoint_file.parent} to begin anew")
+                fail(f"{self.checkpoint_file} is of an older version; remove {self.checkpoint_file.parent} to begin "
+                     f"anew")
             step, self.seconds, self.state = int(meta["step"]), float(meta["seconds"]), json.loads(meta["state"])
             for i, p in enumerate(learned(optimizer)):
                 p.data.copy_(tensors[f"parameter/{i}"])
@@ -1742,7 +1779,8 @@ class Run:
                 import wandb
                 self.tracker = wandb.init(project="rungs", name=self.record["name"], config=self.record,
                                           id=f"{self.record['config_hash']}", resume="allow")
-        self.total_steps, self.started, self.last_tick, self.last_flops = total_steps, time.time(), time.time(), flops_done
+        self.total_steps, self.last_flops = total_steps, flops_done
+        self.started = self.last_tick = time.time()
         if step < total_steps:
             self.old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return step
@@ -1757,9 +1795,10 @@ class Run:
     def log(self, step: int, metrics: dict[str, Any], rows: Sequence[int] = ()) -> None:
         """One line of log.jsonl: `metrics` (means or sums over the whole step and all ranks), rate, memory, time.
 
-        Where some are tensors, the line is written when the next step has been asked of the GPU, which so never waits for a
-        line; the first at once, to show that the run works. `rows` are the step's rows of the data set, for check_finite.
-        A "tokens" entry gives tokens_per_s; on a GPU of PEAK_FLOPS, mfu is the share of its peak that this rank's passes needed.
+        Where some are tensors, the line is written when the next step has been asked of the GPU, which so never waits
+        for a line; the first at once, to show that the run works. `rows` are the step's rows of the data set, for
+        check_finite. A "tokens" entry gives tokens_per_s; on a GPU of PEAK_FLOPS, mfu is the share of its peak that
+        this rank's passes needed.
         """
         tensors = {k: v for k, v in metrics.items() if isinstance(v, Tensor)}
         fetched = Fetched(tensors) if tensors else None
@@ -1802,8 +1841,8 @@ class Run:
         fail(message)
 
     def check_finite(self, step: int, rows: Sequence[int], **values: float) -> None:
-        """Stop the run at a value that is not finite, naming the step and the rows of the data. Nothing of such a step is
-        kept: a line is read before a checkpoint is written."""
+        """Stop the run at a value that is not finite, naming the step and the rows of the data. Nothing of such a step
+        is kept: a line is read before a checkpoint is written."""
         if bad := {k: v for k, v in values.items() if not math.isfinite(v)}:
             self._release()
             raise FloatingPointError(f"{bad} at step {step}; rows of the data set in it: {sorted(rows)}; "
@@ -1836,11 +1875,12 @@ class Run:
                 raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
 
     def _signalled(self, device) -> bool:
-        """Whether a signal came to any rank; all agree. While a line waits the answer is that of the step before, so that
-        this doesn't wait either."""
+        """Whether a signal came to any rank; all agree. While a line waits the answer is that of the step before, so
+        that this doesn't wait either."""
         if world() == 1:
             return self.stop_signal > 0
-        before, self.flags = self.flags, Fetched({"signal": all_reduce_(torch.full((), float(self.stop_signal), device=device))})
+        signalled = all_reduce_(torch.full((), float(self.stop_signal), device=device))
+        before, self.flags = self.flags, Fetched({"signal": signalled})
         return any(f.read()["signal"] > 0 for f in (before, None if self.unread else self.flags) if f)
 
     def save(self, policy: PeftModel, tokenizer, prompts: dict[str, list[str]]) -> None:
@@ -1983,7 +2023,8 @@ def upsert_row(path: str | Path, row: dict[str, Any]) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """common.load_rows, common.load_tokenizer, common.render, …: what chat.py and inputs.py define is reached from here too.
+    """common.load_rows, common.load_tokenizer, common.render, …: what chat.py and inputs.py define is reached from
+    here too.
 
     They build on this module, so that it can't import them at its beginning.
     """

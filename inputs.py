@@ -252,8 +252,8 @@ def locate_dataset(name: str, revision: str | None = None) -> tuple[str, str]:
 
 def dataset_options(path: str, commit: str, config: str | None) -> dict[str, Any]:
     """Keywords of `datasets.load_dataset` beside a path of locate_dataset: the commit, or of a directory the files that
-    its card names for one configuration (None: the only or the default one). The cache may lack all others', and datasets
-    would look for the first one's."""
+    its card names for one configuration (None: the only or the default one). The cache may lack all others', and
+    datasets would look for the first one's."""
     if not Path(path).is_dir():
         return {"revision": commit}
     from huggingface_hub import DatasetCard
@@ -668,8 +668,8 @@ def load_split(args: Any, kinds: Sequence[str], read: Callable[[dict, str], Any]
         parts = preference_parts([several[0] if several else None for several in first])
         say("parts of the prompts, in rows: " + ", ".join(f"{p} {parts.count(p):,}" for p in "AJB") + f"; here {part}")
         if part not in parts:
-            fail(f"{args.data}: no row is in part {part}: prompts that share a user turn of 25 characters or more stay in "
-                 f"one part; give more rows, of other prompts")
+            fail(f"{args.data}: no row is in part {part}: prompts that share a user turn of 25 characters or more stay "
+                 f"in one part; give more rows, of other prompts")
     left_out = 0
 
     def train_row(i: int, row: dict) -> Any:
@@ -744,8 +744,8 @@ def read_start(adapter: str | None, model: str | None = None, other_base: bool =
         run = {**run, "model": model}
         template = directory / "chat_template.jinja"
         if not trained_under and template.is_file() and template.read_text(encoding="utf-8") != tokenizer.chat_template:
-            say(f"note: {adapter} brings a chat template that differs from the one used here; the base's tokenizer decides: "
-                f"{tokenizer.template_note or 'its own template'}")
+            say(f"note: {adapter} brings a chat template that differs from the one used here; the base's tokenizer "
+                f"decides: {tokenizer.template_note or 'its own template'}")
     return Start(run, directory, model, model_dir, tokenizer, invariants)
 
 

@@ -1,23 +1,28 @@
 """The fast engine: the same log-probabilities, gradients and samples as the plain engine in common.py, sooner.
 
-Nothing here changes what is computed. common.py's plain engine is the specification; the tests hold this one to it (log-probs,
-gradients and sampled tokens at 1e-5 in fp32), and every script runs without this folder, more slowly. The scripts never import
-it, and it never imports common.py: what both engines need comes in as an argument.
+Nothing here changes what is computed. common.py's plain engine is the specification; the tests hold this one to it
+(log-probs, gradients and sampled tokens at 1e-5 in fp32), and every script runs without this folder, more slowly. The
+scripts never import it, and it never imports common.py: what both engines need comes in as an argument.
 
 Why it is fast, in the order in which to read:
 
-  packing.py    Sequences are laid end to end instead of being padded: no work on padding, one forward for a whole micro-batch.
-                What they begin with alike (a pair's prompt, a group's prompt, few-shot examples) is computed once.
+  packing.py    Sequences are laid end to end instead of being padded: no work on padding, one forward for a whole
+                micro-batch. What they begin with alike (a pair's prompt, a group's prompt, few-shot examples) is
+                computed once.
   attention.py  Causal attention inside each packed sequence, never across: one variable-length kernel on CUDA.
-  decoder.py    The decoder layers of llama, qwen2 and qwen3 written out for packs, with LoRA and NF4: three projections of one
-                input are one matrix product, elementwise steps are compiled together, a weight is dequantised twice and never kept.
-  logprobs.py   The gradient of a log-probability with respect to the hidden state is taken while its logits exist, so that the
-                backward computes no logits again and no [tokens × vocabulary] tensor is kept.
-  graphs.py     A pass of some thousand small kernels is recorded once for each pack size as a CUDA graph and replayed: the GPU
-                no longer waits for Python. Packs are padded to one of a few sizes, so that a recorded graph can be reused.
-  sampler.py    Decoding with a cache that stays allocated, one recorded graph per step; rows that have ended leave the batch.
+  decoder.py    The decoder layers of llama, qwen2 and qwen3 written out for packs, with LoRA and NF4: three
+                projections of one input are one matrix product, elementwise steps are compiled together, a weight is
+                dequantised twice and never kept.
+  logprobs.py   The gradient of a log-probability with respect to the hidden state is taken while its logits exist, so
+                that the backward computes no logits again and no [tokens × vocabulary] tensor is kept.
+  graphs.py     A pass of some thousand small kernels is recorded once for each pack size as a CUDA graph and replayed:
+                the GPU no longer waits for Python. Packs are padded to one of a few sizes, so that a recorded graph
+                can be reused.
+  sampler.py    Decoding with a cache that stays allocated, one recorded graph per step; rows that have ended leave the
+                batch.
 
-On a CPU the same code runs without compilation and recording; so it does on CUDA with RUNGS_COMPILE=0, which short runs want.
+On a CPU the same code runs without compilation and recording; so it does on CUDA with RUNGS_COMPILE=0, which short
+runs want.
 """
 from fast.decoder import dequantized
 from fast.graphs import compile_layers, hidden_states, is_compiled
@@ -25,10 +30,11 @@ from fast.logprobs import token_logprobs
 from fast.packing import Pack, pack
 from fast.sampler import Decoder
 
-__all__ = ["Decoder", "Pack", "compile_layers", "dequantized", "hidden_states", "is_compiled", "pack", "token_logprobs", "unsupported"]
+__all__ = ["Decoder", "Pack", "compile_layers", "dequantized", "hidden_states", "is_compiled", "pack",
+           "token_logprobs", "unsupported"]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # transformers' model types that decoder.py writes out
-ROPE_TYPES = (None, "default", "linear", "llama3", "yarn")  # positions whose scale does not depend on a sequence's length
+ROPE_TYPES = (None, "default", "linear", "llama3", "yarn")  # whose scale does not depend on a sequence's length
 
 
 def unsupported(config: dict) -> str | None:
@@ -42,7 +48,8 @@ def unsupported(config: dict) -> str | None:
         return f"activation {config['hidden_act']}"
     if rope_type not in ROPE_TYPES:
         return f"rotary positions of type {rope_type}"
-    windows = config.get("use_sliding_window") and config.get("max_window_layers", 28) < config.get("num_hidden_layers", 0)
+    full_layers, layers = config.get("max_window_layers", 28), config.get("num_hidden_layers", 0)
+    windows = config.get("use_sliding_window") and full_layers < layers
     if windows or "sliding_attention" in (config.get("layer_types") or []):
         return f"attention in a sliding window of {config.get('sliding_window')} tokens"
     return None

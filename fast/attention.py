@@ -15,7 +15,7 @@ VARLEN = inspect.signature(varlen_attn).parameters if varlen_attn else {}
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float | None = None,
                      keys: Tensor | None = None, cu_seqlens_k: Tensor | None = None) -> Tensor:
-    """Causal attention inside each sequence of a pack, never across: q [T, heads, d], k and v [T, kv, d] -> [T, heads, d].
+    """Causal attention inside each sequence of a pack, never across: q [T, heads, d], k, v [T, kv, d] -> [T, heads, d].
 
     On CUDA in half precision one varlen kernel, elsewhere sdpa sequence by sequence: the same semantics. `keys` (a pack
     whose sequences share tokens) says where the keys of each sequence are; its queries are the last of them.
@@ -43,12 +43,14 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_le
 
 @functools.cache
 def check_shared_attention(device: torch.device) -> None:
-    """Once per process: the GPU's kernel must put the last query at the last key, as the CPU path does; RuntimeError if not."""
+    """Once per process: the GPU's kernel must put the last query at the last key, as the CPU path does; RuntimeError
+    if not."""
     q, k, v = torch.randn(3, 8, 2, 64, generator=torch.Generator().manual_seed(0)).to(device)  # [T, heads, d]
     cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in ([0, 6, 8], [0, 6, 12]))
     keys = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7], device=device)  # the second sequence shares four tokens
     half, exact = (packed_attention(*(x.to(dtype) for x in (q, k, v)), cu_q, 8, None, keys, cu_k)
                    for dtype in (torch.bfloat16, torch.float32))
     if (gap := (half - exact).abs().max().item()) > 0.05:
-        raise RuntimeError(f"varlen_attn of torch {torch.__version__} places fewer queries than keys differently (largest "
-                           f"difference from fp32 {gap:.2f}), so packs can't share tokens with it; give --engine plain")
+        raise RuntimeError(f"varlen_attn of torch {torch.__version__} places fewer queries than keys differently "
+                           f"(largest difference from fp32 {gap:.2f}), so packs can't share tokens with it; give "
+                           f"--engine plain")

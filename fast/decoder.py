@@ -1,9 +1,9 @@
 """The decoder of llama, qwen2 and qwen3 over a pack, with LoRA and NF4 written out.
 
-RMSNorm, rotary positions, grouped-query attention and SwiGLU in the order and the precisions of transformers' modules, whose
-weights it reads. T tokens, H hidden size, d head size, kv key/value heads. What a layer adds to the residual stream is carried
-separately (`update`), so that the sum and the norm after it are one kernel. Functions take the base model: PEFT puts a LoRA's
-layers into its modules.
+RMSNorm, rotary positions, grouped-query attention and SwiGLU in the order and the precisions of transformers' modules,
+whose weights it reads. T tokens, H hidden size, d head size, kv key/value heads. What a layer adds to the residual
+stream is carried separately (`update`), so that the sum and the norm after it are one kernel. Functions take the base
+model: PEFT puts a LoRA's layers into its modules.
 """
 import functools
 from collections.abc import Callable, Sequence
@@ -34,7 +34,8 @@ def add_norm(x: Tensor, update: Tensor, norm: tuple[Tensor, float]) -> tuple[Ten
 
 
 def split_heads(qkv: Tensor, heads: int, kv_heads: int, norms: tuple, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """[T, (heads + 2 kv) d] -> queries [T, heads, d], keys and values [T, kv, d]; norms: (weight, eps) of q and k, or none."""
+    """[T, (heads + 2 kv) d] -> queries [T, heads, d], keys and values [T, kv, d]; norms: (weight, eps) of q and k, or
+    none."""
     q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), 1)
     if norms:
         q, k = (rms_norm(y, *norm) for y, norm in zip((q, k), norms))
@@ -79,7 +80,8 @@ def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
 
 
 def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
-    """The weights of frozen linear layers of one input, stacked [Σ out, in]. Unquantised ones become views of one tensor, once."""
+    """The weights of frozen linear layers of one input, stacked [Σ out, in]. Unquantised ones become views of one
+    tensor, once."""
     if len(modules) == 1:
         return dequantized(modules[0].weight).to(dtype)
     first, parts = modules[0].weight, [m.weight for m in modules]
@@ -100,8 +102,8 @@ def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
 class AdaptedLinear(torch.autograd.Function):
     """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ of frozen linear layers with one input, x [T, in] -> y [T, out]; A, B trained.
 
-    Written out, because of what autograd would do: keep W for the backward (an NF4 one is dequantised there again), cast x
-    to the factors' fp32 and back, and hold each low-rank term before it is added.
+    Written out, because of what autograd would do: keep W for the backward (an NF4 one is dequantised there again),
+    cast x to the factors' fp32 and back, and hold each low-rank term before it is added.
     """
 
     @staticmethod
@@ -127,7 +129,8 @@ class AdaptedLinear(torch.autograd.Function):
             return dx, None, None
         x, low, a, *bs = ctx.saved_tensors
         dlow, db = torch.empty_like(low), []                                           # d loss / d (x Aᵀ), times s
-        for (begin, end, scale), b, part, dpart in zip(ctx.terms, bs, low.split(ctx.ranks, 1), dlow.split(ctx.ranks, 1)):
+        parts = zip(ctx.terms, bs, low.split(ctx.ranks, 1), dlow.split(ctx.ranks, 1))
+        for (begin, end, scale), b, part, dpart in parts:
             dpart.addmm_(dy[:, begin:end], b, beta=0, alpha=scale)
             db.append(torch.addmm(b, dy[:, begin:end].T, part, beta=0, alpha=scale).to(ctx.precision))
         if dx is not None:
@@ -165,11 +168,12 @@ def decoder(base: nn.Module, pack: Pack, compile: bool = False) -> Tensor:
         x, h = add(x, update, norm(layer.input_layernorm))
         qkv = split(adapted(h, attention.q_proj, attention.k_proj, attention.v_proj), config.num_attention_heads,
                     config.num_key_value_heads, norms, cos, sin)
-        attended = packed_attention(*qkv, pack.cu_seqlens, pack.max_length, attention.scaling, pack.keys, pack.cu_seqlens_k)
+        attended = packed_attention(*qkv, pack.cu_seqlens, pack.max_length, attention.scaling, pack.keys,
+                                    pack.cu_seqlens_k)
         x, h = add(x, adapted(attended.flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
         update = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
     return add(x, update, norm(body.norm))[1]
 
 
-# A decoder pass is some thousand kernels, which a GPU finishes sooner than a program can ask for them. So a pass over packs
-# of one size is recorded, as a CUDA graph forward and one backward, and from then on replayed.
+# A decoder pass is some thousand kernels, which a GPU finishes sooner than a program can ask for them. So a pass over
+# packs of one size is recorded, as a CUDA graph forward and one backward, and from then on replayed.

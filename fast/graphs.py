@@ -1,7 +1,7 @@
 """Recorded passes: a decoder pass over packs of one size as one CUDA graph forward and one backward.
 
-A decoder pass is some thousand kernels, which a GPU finishes sooner than a program can launch them. So a pass over packs of one
-size is recorded, and from then on replayed.
+A decoder pass is some thousand kernels, which a GPU finishes sooner than a program can launch them. So a pass over
+packs of one size is recorded, and from then on replayed.
 """
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ TOKENS_STEP = 256     # packs are padded to a multiple of it; of twice, four tim
 SEQUENCES_STEP = 16   # attention starts a block of threads for every 128 tokens that a sequence could have
 LENGTH_STEP = 1024
 SPARE_SEQUENCES = 4   # sequences, at least, that hold the padding tokens
-RECORDING_COST = 8e12  # weights times tokens of a pass that takes about as long as recording a size: 16,000 tokens at 0.5B
+RECORDING_COST = 8e12  # weights times tokens of a pass that takes as long as recording a size: 16,000 tokens at 0.5B
 
 
 def compile_layers(base: nn.Module) -> None:
-    """From now on, elementwise steps are compiled (a few small graphs, for packs of any size and for all layers) and passes over
+    """From now on, elementwise steps are compiled (a few small graphs, for packs of any size and for all layers) and
+    passes over
     packs are recorded (CUDA). With RUNGS_COMPILE=0 in the environment neither is."""
     if os.environ.get("RUNGS_COMPILE", "1") != "0":
         base.__dict__["recordings"] = Recordings(base)
@@ -36,7 +37,8 @@ def is_compiled(base: nn.Module) -> bool:
 
 
 def hidden_states(base: nn.Module, pack: Pack) -> Tensor:
-    """Last hidden states of a pack, [T, H]; after compile_layers, by the recorded pass of its size where there can be one."""
+    """Last hidden states of a pack, [T, H]; after compile_layers, by the recorded pass of its size where there can be
+    one."""
     hidden = base.recordings.run(base, pack) if is_compiled(base) else None
     return decoder(base, pack, is_compiled(base)) if hidden is None else hidden
 
@@ -84,13 +86,14 @@ class GraphSize(NamedTuple):
 def fill(static: Pack, pack: Pack) -> None:
     """Copy a pack into a static one that holds it.
 
-    Padding tokens and keys are dealt to the spare sequences, which nothing reads; each of these has at least as many keys as
-    tokens, so that attention is defined, and all their gradients are 0.
+    Padding tokens and keys are dealt to the spare sequences, which nothing reads; each of these has at least as many
+    keys as tokens, so that attention is defined, and all their gradients are 0.
     """
     tokens, begun = pack.tokens, len(pack.cu_seqlens)
     static.input_ids[:, :tokens].copy_(pack.input_ids)
     static.position_ids[:, :tokens].copy_(pack.position_ids)
-    padding, spare = static.tokens - tokens, torch.arange(1, 1 + len(static.cu_seqlens) - begun, device=static.cu_seqlens.device)
+    padding = static.tokens - tokens
+    spare = torch.arange(1, 1 + len(static.cu_seqlens) - begun, device=static.cu_seqlens.device)
     ends = padding * spare // len(spare)
     static.cu_seqlens[:begun].copy_(pack.cu_seqlens)
     static.cu_seqlens[begun:].copy_(tokens + ends)
@@ -115,12 +118,14 @@ class DecoderModule(nn.Module):
 class RecordedPass:
     """decoder() over packs of one size: a recorded forward and, if trained parameters take part, a recorded backward.
 
-    The factors are cast all at once, into leaves of the pass's own: autograd ties a leaf to the stream it was first used on.
+    The factors are cast all at once, into leaves of the pass's own: autograd ties a leaf to the stream it was first
+    used on.
     """
 
     @torch.enable_grad()
     def __init__(self, base: nn.Module, static: Pack, flat: Tensor | None, gradient: Tensor | None, first: bool):
-        """flat: the trained parameters, if they take part; gradient: where their gradient is written; first: the first pass of
+        """flat: the trained parameters, if they take part; gradient: where their gradient is written; first: the first
+        pass of
         this kind, which compiles and stacks weights before anything is captured."""
         self.static, self.gradient = static, gradient
         stream, learns = Recordings.stream, flat is not None
@@ -160,7 +165,8 @@ class Sentinel:
 
 
 class Replay(torch.autograd.Function):
-    """Hidden states [T, H] of a pack by a recorded pass, as a function of the flat parameters. Its backward runs once."""
+    """Hidden states [T, H] of a pack by a recorded pass, as a function of the flat parameters. Its backward runs
+    once."""
 
     @staticmethod
     def forward(ctx, recorded: RecordedPass, pack: Pack, flat: Tensor | None) -> Tensor:
@@ -185,9 +191,11 @@ class Replay(torch.autograd.Function):
 
 
 def grow_segments() -> None:
-    """Let CUDA memory grow in place, unless the user has configured the allocator: else each size fragments the memory."""
+    """Let CUDA memory grow in place, unless the user has configured the allocator: else each size fragments the
+    memory."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ}:
-        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        change = change or torch.cuda.memory._set_allocator_settings
         change("expandable_segments:True")
 
 
@@ -205,7 +213,8 @@ class Recordings:
         self.worth = RECORDING_COST / max(1, sum(p.numel() for p in base.parameters()))  # tokens
 
     def size_for(self, pack: Pack) -> GraphSize:
-        """The smallest recorded size that holds a pack; its own when the padding so far has cost more than recording it would.
+        """The smallest recorded size that holds a pack; its own when the padding so far has cost more than recording
+        it would.
         All passes over a pack have the same, so that they are rounded alike."""
         if pack.graph_size is None:
             own = GraphSize.of(pack)
@@ -229,12 +238,14 @@ class Recordings:
         if (recorded := self.passes.get((size, on, trained))) is None:
             if not Recordings.alive:
                 grow_segments()
-                Recordings.pool, Recordings.stream, Recordings.held = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), 0
+                Recordings.pool, Recordings.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+                Recordings.held = 0
             if trained and self.gradient is None:
                 self.gradient = torch.zeros_like(flat, requires_grad=False)
             static = size.empty(pack.input_ids.device)
             fill(static, pack)
-            recorded = RecordedPass(base, static, flat, self.gradient if trained else None, (on, trained) not in self.kinds)
+            recorded = RecordedPass(base, static, flat, self.gradient if trained else None,
+                                    first=(on, trained) not in self.kinds)
             self.passes[size, on, trained] = recorded
             self.kinds.add((on, trained))
             Recordings.alive.add(recorded)

@@ -12,7 +12,8 @@ HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time, at most
 
 
 class KnownSlope(torch.autograd.Function):
-    """values [K] as a function of x [K, H] with a known gradient: slopes [K, H], that of values[k] with respect to x[k]."""
+    """values [K] as a function of x [K, H] with a known gradient: slopes [K, H], that of values[k] with respect to
+    x[k]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
@@ -26,7 +27,8 @@ class KnownSlope(torch.autograd.Function):
 
 
 def of_targets(logits: Tensor, targets: Tensor, temperature: float, extras: Sequence[str], slopes: bool):
-    """(log softmax(logits / temperature)[target] [C] in fp32, its gradient with respect to the logits or None, {extra: [C]})."""
+    """(log softmax(logits / temperature)[target] [C] in fp32, its gradient with respect to the logits or None, {extra:
+    [C]})."""
     z = logits.float() if temperature == 1 else logits.float() / temperature           # [C, V]
     normaliser = z.logsumexp(1, keepdim=True)
     logprobs = (z.gather(1, targets[:, None]) - normaliser)[:, 0]                      # [C]
@@ -42,10 +44,12 @@ def of_targets(logits: Tensor, targets: Tensor, temperature: float, extras: Sequ
 
 
 def token_logprobs(base: nn.Module, pack: Pack, temperature: float = 1.0, extras: Sequence[str] = ()):
-    """log softmax(logits / temperature)[target] of a pack's predicted tokens, [K] in fp32; what common.token_logprobs says.
+    """log softmax(logits / temperature)[target] of a pack's predicted tokens, [K] in fp32; what common.token_logprobs
+    says.
 
-    The LM head is frozen, so a token's gradient with respect to its hidden state, (w_t − Σ_v p_v w_v) / temperature, is taken
-    while its logits are there, and the backward only has to scale it: nothing of [C, V] is kept, and nothing computed again.
+    The LM head is frozen, so a token's gradient with respect to its hidden state, (w_t − Σ_v p_v w_v) / temperature,
+    is taken while its logits are there, and the backward only has to scale it: nothing of [C, V] is kept, and nothing
+    computed again.
     """
     hidden = hidden_states(base, pack)[pack.predict]
     head, slopes, parts = base.get_output_embeddings(), hidden.requires_grad, []

@@ -23,8 +23,8 @@ Example = Any
 class Pack:
     """Sequences laid end to end: one forward, no padding.
 
-    With `keys`, tokens that sequences begin with alike are stored once: a sequence's stored tokens are those after what it
-    has in common with the sequence before it, and its other tokens are where the earlier sequences put them.
+    With `keys`, tokens that sequences begin with alike are stored once: a sequence's stored tokens are those after
+    what it has in common with the sequence before it, and its other tokens are where the earlier sequences put them.
     """
     input_ids: Tensor      # [1, T]
     position_ids: Tensor   # [1, T], from 0 in each sequence
@@ -72,15 +72,16 @@ class Pack:
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
         """[K] -> [N]: sums over each sequence's predicted tokens, in a fixed order (index_add on CUDA has none)."""
-        return torch.segment_reduce(values, "sum", lengths=self.counts, unsafe=True)  # unsafe: no check that waits for the GPU
+        # unsafe: without a check that waits for the GPU
+        return torch.segment_reduce(values, "sum", lengths=self.counts, unsafe=True)
 
 
 def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="cpu", share: bool = True) -> list[Pack]:
     """Packs of at most `micro_tokens` tokens; each example is in exactly one of them.
 
-    `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. share: what examples (of one unit, if
-    it has several) begin with alike is computed once per pack, where that saves enough; log-probabilities, scores and
-    gradients stay the same.
+    `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. share: what examples (of one
+    unit, if it has several) begin with alike is computed once per pack, where that saves enough; log-probabilities,
+    scores and gradients stay the same.
     """
     bins = []
     if share:
@@ -94,8 +95,9 @@ def even_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1,
              share: bool = False) -> list[list[tuple[int, int]]]:
     """Bins of units of examples: uses the number of bins that first-fit decreasing finds, then balances them.
 
-    Returns for each bin [(example, tokens it shares with the example before it in its unit)]. Balanced, because a small pack
-    takes as long as a larger one while the GPU waits for the program, and the largest pack decides the memory.
+    Returns for each bin [(example, tokens it shares with the example before it in its unit)]. Balanced, because a
+    small pack takes as long as a larger one while the GPU waits for the program, and the largest pack decides the
+    memory.
     """
     shared = shared_in_units([e.ids for e in examples], unit) if share else [0] * len(examples)
     units = [range(i, i + unit) for i in range(0, len(examples), unit)]
@@ -126,9 +128,9 @@ KEYS_PER_TOKEN = 16     # average limit in a pack whose sequences share tokens: 
 def sorted_fit(examples: Sequence[Example], micro_tokens: int) -> list[list[tuple[int, int]]]:
     """Bins filled one after the other with the examples in the order of their ids, about equally full.
 
-    Returns for each bin [(example, tokens it shares with the example before it)]. In that order an example shares more with
-    its neighbours than with any other, so that a pack holds every beginning once: a few-shot prompt of many questions, and
-    inside it a question of many answers.
+    Returns for each bin [(example, tokens it shares with the example before it)]. In that order an example shares more
+    with its neighbours than with any other, so that a pack holds every beginning once: a few-shot prompt of many
+    questions, and inside it a question of many answers.
     """
     ids = [np.array(e.ids, dtype=">u4") for e in examples]  # big-endian: bytes sort as the numbers do
     order = sorted(range(len(ids)), key=lambda i: ids[i].tobytes())
@@ -185,7 +187,8 @@ def lay_out(examples: Sequence[Example], members: Sequence[tuple[int, int]]) -> 
     lengths = [len(p) for p in places]
     keys = {"keys": torch.from_numpy(np.concatenate(places)),
             "cu_seqlens_k": torch.tensor(np.cumsum(lengths), dtype=torch.int32)} if any(n for _, n in members) else {}
-    ids, position, predict, targets = (torch.from_numpy(np.concatenate(parts)) for parts in (ids, position, predict, targets))
+    ids, position, predict, targets = (torch.from_numpy(np.concatenate(parts))
+                                       for parts in (ids, position, predict, targets))
     return Pack(ids[None], position[None], torch.tensor(cu, dtype=torch.int32), 1 << (max(lengths) - 1).bit_length(),
                 predict, targets, torch.tensor([len(examples[i].targets) for i, _ in members]), [i for i, _ in members],
                 attended, **keys)

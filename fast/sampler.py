@@ -1,4 +1,5 @@
-"""Decoding of many rows: plain weights with the adapter's factors beside them, a cache that stays, one recorded graph per step."""
+"""Decoding of many rows: plain weights with the adapter's factors beside them, a cache that stays, one recorded graph
+per step."""
 from __future__ import annotations
 
 import functools
@@ -17,8 +18,8 @@ from fast.graphs import Recordings
 from fast.packing import pack, round_up
 
 
-# A layer is two pure functions with attention between them. Prompts are packed and attend to themselves; decoding attends to
-# the cache.
+# A layer is two pure functions with attention between them. Prompts are packed and attend to themselves; decoding
+# attends to the cache.
 
 class Projection(NamedTuple):
     """Linear layers of one input as one product; the rows of an adapter's A stand below those of W."""
@@ -48,7 +49,7 @@ def project(x: Tensor, p: Projection) -> Tensor:
     if p.b is None:
         return y
     out = len(p.b)
-    return y[:, :out] + F.linear(y[:, out:], p.b)  # not addmm: the sum is compiled into what follows, addmm copies y first
+    return y[:, :out] + F.linear(y[:, out:], p.b)  # not addmm, which copies y first; this sum joins what follows
 
 
 def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,15 +66,16 @@ def attention_out(x: Tensor, attended: Tensor, w: Layer) -> tuple[Tensor, Tensor
     return x, project(swiglu(project(h, w.gate_up)), w.down)
 
 
-# One decoding step of B rows. Row b has the slots b·stride, b·stride + 1, … of the cache [slots, 2, kv, d], one per token.
+# One decoding step of B rows. Row b has the slots b·stride, b·stride + 1, … of the cache [slots, 2, kv, d], one per
+# token.
 
 
 def decode_begin(token: Tensor, start: Tensor, position: Tensor, first_slot: Tensor, columns: Tensor, embedding: Tensor,
                  cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     """For the tokens to feed [B]: embeddings [B, H], slots [B], cos and sin [B, 1, d], attention mask [B, 1, 1, L].
 
-    Token `position` of a completion is chosen by feeding the one before it, which stands at start + position of its row.
-    columns: arange(L), the tokens of a row that attention looks at. A row that has ended stays within them.
+    Token `position` of a completion is chosen by feeding the one before it, which stands at start + position of its
+    row. columns: arange(L), the tokens of a row that attention looks at. A row that has ended stays within them.
     """
     at = torch.minimum(start + position, columns[-1])                                           # [B]
     x = F.embedding(token, embedding)
@@ -89,10 +91,12 @@ def decode_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor, cac
 
 
 def attend(q: Tensor, cache: Tensor, stride: int, mask: Tensor) -> Tensor:
-    """Attention of one query per row over its slots, [B, heads d]; query heads that share keys are one short sequence."""
+    """Attention of one query per row over its slots, [B, heads d]; query heads that share keys are one short
+    sequence."""
     (rows, heads, d), length, kv_heads = q.shape, mask.shape[-1], cache.shape[2]
     k, v = cache[:rows * stride].view(rows, stride, 2, kv_heads, d)[:, :length].permute(2, 0, 3, 1, 4)  # [B, kv, L, d]
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # not cuDNN's plans
+    # cuDNN would plan anew for every length
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         out = F.scaled_dot_product_attention(q.view(rows, kv_heads, -1, d), k, v, attn_mask=mask)
     return out.reshape(rows, heads * d)
 
@@ -111,10 +115,10 @@ class Beginning(NamedTuple):
 class Decoder:
     """Token by token decoding for common.Sampler: the same interface as common.PlainDecoder.
 
-    What samples is the policy that is trained: `refresh` fuses each layer's q/k/v and gate/up weights and puts the factors of
-    the active adapter beside them, cast as the trainer's forward casts them. They are never merged: a merge into bfloat16
-    rounds most of a small update away. choose: the rule that picks a token, common.choose; note: prints a line. compile: fuse
-    the elementwise parts (CUDA), which takes seconds that a short job doesn't win back.
+    What samples is the policy that is trained: `refresh` fuses each layer's q/k/v and gate/up weights and puts the
+    factors of the active adapter beside them, cast as the trainer's forward casts them. They are never merged: a merge
+    into bfloat16 rounds most of a small update away. choose: the rule that picks a token, common.choose; note: prints
+    a line. compile: fuse the elementwise parts (CUDA), which takes seconds that a short job doesn't win back.
     """
     READBACK = 16            # steps between two looks at what was sampled
     LENGTH_BUCKET = 128      # lengths of the cache and of attention are multiples of it
@@ -206,7 +210,8 @@ class Decoder:
         if self.device.type != "cuda":
             return 2 << 30
         # torch's own reserve, without that of recorded passes
-        free = max(0, torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device) - Recordings.held)
+        reserved, allocated = torch.cuda.memory_reserved(self.device), torch.cuda.memory_allocated(self.device)
+        free = max(0, reserved - allocated - Recordings.held)
         return 0.4 * (torch.cuda.mem_get_info(self.device)[0] + free + sum(c.nbytes for c in self.cache))
 
     def _batch_size(self, rows: int, length: int, most: int) -> int:
@@ -241,14 +246,16 @@ class Decoder:
             size = self._batch_size(len(order), longest, most)
             if size < min(len(order), most) and not self.noted:
                 self.noted = True
-                self.note(f"note: memory for {size} of {len(order)} rows of {longest} tokens at a time; sampling in several batches")
+                self.note(f"note: memory for {size} of {len(order)} rows of {longest} tokens at a time; sampling in "
+                          f"several batches")
             yield order[:size]
             order = order[size:]
 
     @torch.no_grad()
-    def begin(self, prompts: dict[int, Sequence[int]], keys: dict[int, int], longest: int, temperature: float, top_p: float,
-              seed: int) -> None:
-        """Start a batch: fill the cache with its prompts. keys: what keys the noise of each; longest: tokens of a whole row."""
+    def begin(self, prompts: dict[int, Sequence[int]], keys: dict[int, int], longest: int, temperature: float,
+              top_p: float, seed: int) -> None:
+        """Start a batch: fill the cache with its prompts. keys: what keys the noise of each; longest: tokens of a
+        whole row."""
         rows, self.stride = len(prompts), round_up(longest, self.LENGTH_BUCKET)
         self._reserve(self._bucket(rows), self.stride)
         self.temperature.fill_(temperature or 1.0)
@@ -266,7 +273,8 @@ class Decoder:
 
     @torch.no_grad()
     def advance(self, live: Sequence[int], most: int) -> dict[int, tuple[list[int], list[float]]]:
-        """The next tokens of the prompts that go on, at most `most` of each: {prompt: (token ids, log-probabilities)}."""
+        """The next tokens of the prompts that go on, at most `most` of each: {prompt: (token ids,
+        log-probabilities)}."""
         self.row_of = {i: self.row_of[i] for i in live}
         if self._bucket(len(live)) < self.size:
             self._compact(self._bucket(len(live)))
@@ -348,7 +356,8 @@ class Decoder:
             x, update = leave(x, attend(q, cache, stride, mask), w)
         logits = self.head(end(x, update, self.norm))
         noise = (None, None, None) if kind == "greedy" else (self.seed, self.key[:size], self.position)
-        pick, top_p = (self.choose, self.top_p) if kind == "nucleus" else (fused(self.choose), None)  # a sort is not fused anyway
+        # a sort, which nucleus sampling takes, is not fused anyway
+        pick, top_p = (self.choose, self.top_p) if kind == "nucleus" else (fused(self.choose), None)
         token, logprob = pick(logits, self.temperature, *noise, top_p)
         at = (self.position % self.READBACK)[None]
         self.ids[:, :size].index_copy_(0, at, token[None])
