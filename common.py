@@ -2,13 +2,14 @@
 
 The sections, in the order a run meets them:
   1. errors, hashing, atomic files          5. fresh LoRA, composed adapters, saving
-  2. ranks (torchrun or alone)              6. micro-batches and log-probabilities
+  2. ranks, seeds, the order of the data    6. micro-batches, log-probabilities, what a policy moved by
   3. fairness: invariants and hashes        7. sampling
-  4. rows, chat template, models            8. the run directory: lock, log, checkpoint, resume
+  4. models, checks of flags                8. the run directory: lock, log, checkpoint, resume
                                             9. results/metrics.json
 
 Shapes: T tokens of a micro-batch (fast: in all; plain: of its longest row), N its sequences, K its predicted (trained
-or scored) tokens, H hidden size, V vocabulary, B rows. What exists for speed alone is in fast/.
+or scored) tokens, H hidden size, V vocabulary, B rows. What exists for speed alone is in fast/, tokenizers and
+chat templates are in chat.py, rows and the preflight in inputs.py.
 """
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ import functools
 import gc
 import gzip
 import hashlib
-import importlib.metadata
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -430,7 +431,7 @@ def git_commit() -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Models
+# 4. Models, checks of flags
 # ------------------------------------------------------------------------------------------------
 
 def split_model(model: str) -> tuple[str, str | None]:
@@ -1047,8 +1048,11 @@ class Example:
 
 @dataclass
 class Batch:
-    """A micro-batch of the plain engine: N sequences, padded on the right to T tokens. fast.Pack has the same fields
-    and more."""
+    """A micro-batch of the plain engine: N sequences, padded on the right to T tokens.
+
+    fast.Pack serves the same callers: targets, counts, examples, rows and sum_by_sequence mean the same; its predict
+    and last are positions in one row, and its tokens and attended count a shared beginning once.
+    """
     input_ids: Tensor       # [N, T], 0 where there is no token
     attention_mask: Tensor  # [N, T], 1 where there is a token
     predict: Tensor         # [2, K] row and column of each position that predicts
@@ -1082,7 +1086,8 @@ class Batch:
 
 
 def micro_batches(model: nn.Module, examples: Sequence[Example], micro_tokens: int, unit: int = 1) -> list:
-    """Micro-batches of at most `micro_tokens` tokens each, padding included, on the model's device.
+    """Micro-batches of at most `micro_tokens` tokens each, on the model's device; plain: padding included; fast: a
+    shared beginning counted once, without the padding that a recorded pass puts at a pack's end.
 
     Each example is in exactly one. `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order.
     ValueError when a unit alone is too large.
@@ -1144,7 +1149,7 @@ def check_head(model: nn.Module) -> None:
              f"log-probabilities here would be wrong; this architecture is not supported")
 
 
-HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time, at most
+HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time, at most; the fast engine has its own
 
 
 def token_logprobs(model: nn.Module, batch, temperature: float = 1.0, extras: Sequence[str] = ()):
@@ -1321,8 +1326,9 @@ def movement(policy: PeftModel, adapter: str | Path, parent: str | Path | None, 
                     without parent
       kl_floor      KL(policy ‖ policy in other micro-batches): what the precision of the measurement adds to each of
                     them
-      logprob_floor mean |log π − log π in other micro-batches| of an answer: the floor of held-out margins, times
-                    β and √2
+      logprob_floor mean |log π − log π in other micro-batches| of an answer, at temperature 1: the floor of a held-out
+                    margin is about β·√2 times it
+    KLs are at `temperature`, exact over the vocabulary (answer_kl).
     Upcasts the policy: measure what belongs to its own dtype before. adapter: where the policy is saved.
     """
     measured_in = upcast(policy)
@@ -1380,7 +1386,7 @@ CHOICE_BLOCK = 128  # tokens whose probabilities are summed before the blocks' s
 
 def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | None = None, rows: Tensor | None = None,
            position: int | Tensor | None = None, top_p: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Token [B] and its log-probability [B] under softmax(logits / temperature), whole whatever top_p is.
+    """Token [B] and its log-probability [B] under the full softmax(logits / temperature), not renormalised to top_p.
 
     Without a seed the likeliest token (the first of equals); with one the token at which the cumulative distribution
     reaches keyed_uniform(seed, rows [B], position), summed in fp64 over blocks of the vocabulary, then inside one

@@ -173,7 +173,3 @@ def decoder(base: nn.Module, pack: Pack, compile: bool = False) -> Tensor:
         x, h = add(x, adapted(attended.flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
         update = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
     return add(x, update, norm(body.norm))[1]
-
-
-# A decoder pass is some thousand kernels, which a GPU finishes sooner than a program can ask for them. So a pass over
-# packs of one size is recorded, as a CUDA graph forward and one backward, and from then on replayed.

@@ -8,7 +8,7 @@ from fast.decoder import compiled
 from fast.graphs import hidden_states, is_compiled
 from fast.packing import Pack
 
-HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time, at most
+HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time, at most; common.py has its own
 
 
 class KnownSlope(torch.autograd.Function):

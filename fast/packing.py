@@ -21,7 +21,7 @@ Example = Any
 
 @dataclass
 class Pack:
-    """Sequences laid end to end: one forward, no padding.
+    """Sequences laid end to end: one forward, no padding between them.
 
     With `keys`, tokens that sequences begin with alike are stored once: a sequence's stored tokens are those after
     what it has in common with the sequence before it, and its other tokens are where the earlier sequences put them.
@@ -95,9 +95,8 @@ def even_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1,
              share: bool = False) -> list[list[tuple[int, int]]]:
     """Bins of units of examples: uses the number of bins that first-fit decreasing finds, then balances them.
 
-    Returns for each bin [(example, tokens it shares with the example before it in its unit)]. Balanced, because a
-    small pack takes as long as a larger one while the GPU waits for the program, and the largest pack decides the
-    memory.
+    Returns for each bin [(example, tokens it shares with the example before it in its unit)]. Balanced: a small pack
+    takes as long as a larger one when kernel launches are the limit, and the largest pack decides peak memory.
     """
     shared = shared_in_units([e.ids for e in examples], unit) if share else [0] * len(examples)
     units = [range(i, i + unit) for i in range(0, len(examples), unit)]
