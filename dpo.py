@@ -9,18 +9,14 @@ sum over the answer's tokens, EOS included. Reference implementation: eric-mitch
 
 Deviations from the usual script, on purpose:
   1. The reference is the policy with its new adapter switched off, over the same micro-batch: no second model, and at
-     step 0 the margin is exactly 0 and the loss exactly ln 2, which is asserted.
+     step 0 the margin is 0 and the loss ln 2, which is asserted.
   2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; the rounding's KL is logged) and a fresh
      LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
   3. Pairs with an over-long side are dropped and counted, never cut.
 
     python dpo.py --beta 0.1 --sft-adapter runs/sft_v2
 
-Measured: on two CPU cores `make demo` trains SmolLM2-135M-Instruct at about 300 tokens/s (both answers of 32 pairs, four
-steps); at lr 5e-6 so few steps leave the loss at 0.69, as they should. On one H100 5,000 pairs of 3.6 M tokens: 25 s of
-training, 142,000 tokens/s, 5.2 GiB. The table's run: held-out loss 0.671, accuracy 0.62 of 256 pairs, 0.15 nats an answer away
-from SFT, so that it hardly moved: of five runs with these flags the loss ended between 0.670 and 0.686, the accuracy between
-0.54 and 0.62, since in bfloat16 rounding weighs as much as so small a margin (bench/NOTES.md).
+Of five runs with these flags the held-out loss ended between 0.670 and 0.686, the accuracy between 0.54 and 0.62.
 
 A row: {"prompt": "…" or messages, "chosen": …, "rejected": …}, or chosen and rejected as whole conversations. Pairs
 come from part A of the prompts (50 % by sha256); J is the judge's, B PPO's. Other layouts: docs/data-formats.md.
@@ -44,7 +40,7 @@ from common import Example
 class Args:
     # -- model --
     sft_adapter: str = "runs/sft_v2"
-    """The start, which is also the reference: a run, any plain PEFT LoRA (directory or hub id), or none: --model itself."""
+    """The start and the reference: a run, any plain PEFT LoRA (directory or hub id), or "none" for --model itself."""
     model: str | None = None
     """The base model; by default the one that --sft-adapter was trained on, and with none Qwen2.5-0.5B."""
     other_base: bool = False
@@ -77,7 +73,7 @@ class Args:
     lr: float = 5e-6
     """Peak learning rate [ours; full fine-tunes use 5e-7 to 1e-6, LoRA about ten times that]."""
     batch_size: int = 16
-    """Pairs a step, over all ranks."""
+    """Pairs per step, over all ranks."""
     epochs: int = 1
     """Passes over the pairs."""
     warmup: float = 0.03
@@ -88,7 +84,7 @@ class Args:
     eos_prompts: int = 64
     """Held-out prompts answered greedily for eos_rate."""
     eos_tokens: int = 256
-    """Tokens an answer may take there."""
+    """Largest number of tokens per answer there."""
     # -- run --
     preview: int = 0
     """Show this many examples as they would be trained, and what would be dropped; load no weights, train nothing."""
@@ -101,7 +97,7 @@ class Args:
     micro_tokens: int = 8192
     """Tokens of one forward: memory and speed, not the update."""
     engine: Literal["auto", "fast", "plain"] = "auto"
-    """auto: the fast engine where it serves the model, else the plain one (any model, slower). Speed, not the update."""
+    """auto: the fast engine where it serves the model, else the plain one (any model, slower); same update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
@@ -130,8 +126,11 @@ def learning_rate(step: int, total: int, args: Args) -> float:
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
 
+METRICS = ("loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected", "logprobs_chosen", "logprobs_rejected")
+
+
 def pair_metrics(policy, micro, args: Args) -> tuple[Tensor, Tensor]:
-    """(losses [pairs], what METRICS names of each pair [7, pairs]) of a micro-batch of (chosen, rejected) pairs."""
+    """(losses [pairs], the METRICS of each pair [7, pairs]) of a micro-batch of (chosen, rejected) pairs."""
     with torch.no_grad(), common.reference(policy):
         reference = micro.sum_by_sequence(common.token_logprobs(policy, micro))           # [2 * pairs]
     logprobs = micro.sum_by_sequence(common.token_logprobs(policy, micro))
@@ -142,10 +141,7 @@ def pair_metrics(policy, micro, args: Args) -> tuple[Tensor, Tensor]:
     return losses, torch.stack([losses.detach(), right, margin, rewards_w, rewards_l, pi_w.detach(), pi_l.detach()])
 
 
-METRICS = ("loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected", "logprobs_chosen", "logprobs_rejected")
-
-
-# -- rows to tensors ------------------------------------------------------------------------------
+# -- a pair (made by build_pairs, below main) -----------------------------------------------------
 
 @dataclass(frozen=True)
 class Pair:
@@ -157,39 +153,6 @@ class Pair:
     @property
     def tokens(self) -> int:
         return len(self.chosen.ids) + len(self.rejected.ids)
-
-
-def build_pairs(tokenizer, args: Args):
-    """A function from pairs (prompt messages, chosen, rejected) and their names to Pairs, or why one can't be used."""
-    def build(pairs: list[tuple[list[dict], str, str]], names: list[str]) -> list[Pair | str]:
-        sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
-        names = [name for name in names for _ in range(2)]
-        rendered = [Example.masked(*r) for r in chat.render_many(tokenizer, sides, "last", names)]
-        out = []
-        for (prompt, chosen, rejected), w, l in zip(pairs, rendered[::2], rendered[1::2]):
-            if not chosen.strip() or not rejected.strip():
-                out.append("empty answer")
-            elif chosen == rejected:
-                out.append("chosen equals rejected")
-            elif max(len(w.ids), len(l.ids)) > args.max_length:
-                out.append("too long")
-            else:
-                out.append(Pair(w, l, prompt, "\n".join([*(m["content"] for m in prompt), chosen, rejected])))
-        return out
-    return build
-
-
-@torch.no_grad()
-def evaluate_pairs(policy, pairs: list[Pair], args: Args, device) -> dict[str, float]:
-    """Means of METRICS over held-out pairs and all ranks; the first three with their 95 % intervals over the prompts."""
-    mine = common.my_share([p.tokens for p in pairs])
-    values = torch.zeros(len(METRICS), len(pairs), dtype=torch.float64, device=device)
-    sides = [e for i in mine for e in (pairs[i].chosen, pairs[i].rejected)]
-    for micro in common.micro_batches(policy, sides, args.micro_tokens, unit=2):
-        values[:, [mine[i // 2] for i in micro.examples[::2]]] = pair_metrics(policy, micro, args)[1].double()
-    values, prompts = common.all_reduce_(values).cpu(), [inputs.prompt_id(p.prompt) for p in pairs]
-    return {**dict(zip(METRICS, values.mean(1).tolist())),
-            **{f"{k}_interval": common.interval(v, prompts) for k, v in zip(METRICS[:3], values)}}
 
 
 def main(args: Args) -> None:
@@ -229,7 +192,7 @@ def main(args: Args) -> None:
         batch = [pairs[i] for i in steps[step]]
         mine = [e for i in common.my_share([p.tokens for p in batch]) for e in (batch[i].chosen, batch[i].rejected)]
 
-        # 3a. Forward (reference, policy) and backward, one micro-batch after the other; the denominator is the step's pairs.
+        # 3a. Forward (reference, policy) and backward per micro-batch; the denominator is all pairs of the step.
         totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         for micro in common.micro_batches(policy, mine, args.micro_tokens, unit=2):
             losses, values = pair_metrics(policy, micro, args)
@@ -265,6 +228,43 @@ def main(args: Args) -> None:
     run.finish(metrics, ["loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected", "logprobs_chosen",
                          "logprobs_rejected", "grad_norm", "tokens_per_s"],
                f"DPO (β = {args.beta}) from {adapter or model} with LoRA on {len(pairs):,} pairs of {args.data}.")
+
+
+# -- rows to tensors ------------------------------------------------------------------------------
+
+def build_pairs(tokenizer, args: Args):
+    """Returns build(pairs of (prompt messages, chosen, rejected), names): a Pair per row, or why it can't be used."""
+    def build(pairs: list[tuple[list[dict], str, str]], names: list[str]) -> list[Pair | str]:
+        sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
+        names = [name for name in names for _ in range(2)]
+        rendered = [Example.masked(*r) for r in chat.render_many(tokenizer, sides, "last", names)]
+        out = []
+        for (prompt, chosen, rejected), w, l in zip(pairs, rendered[::2], rendered[1::2]):
+            if not chosen.strip() or not rejected.strip():
+                out.append("empty answer")
+            elif chosen == rejected:
+                out.append("chosen equals rejected")
+            elif max(len(w.ids), len(l.ids)) > args.max_length:
+                out.append("too long")
+            else:
+                out.append(Pair(w, l, prompt, "\n".join([*(m["content"] for m in prompt), chosen, rejected])))
+        return out
+    return build
+
+
+# -- the held-out figures -------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate_pairs(policy, pairs: list[Pair], args: Args, device) -> dict[str, float]:
+    """Means of METRICS over held-out pairs and all ranks; the first three with 95 % intervals over the prompts."""
+    mine = common.my_share([p.tokens for p in pairs])
+    values = torch.zeros(len(METRICS), len(pairs), dtype=torch.float64, device=device)
+    sides = [e for i in mine for e in (pairs[i].chosen, pairs[i].rejected)]
+    for micro in common.micro_batches(policy, sides, args.micro_tokens, unit=2):
+        values[:, [mine[i // 2] for i in micro.examples[::2]]] = pair_metrics(policy, micro, args)[1].double()
+    values, prompts = common.all_reduce_(values).cpu(), [inputs.prompt_id(p.prompt) for p in pairs]
+    return {**dict(zip(METRICS, values.mean(1).tolist())),
+            **{f"{k}_interval": common.interval(v, prompts) for k, v in zip(METRICS[:3], values)}}
 
 
 if __name__ == "__main__":

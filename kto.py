@@ -5,37 +5,36 @@
     L(θ) = mean over the step's rows of  λ_D (1 − σ(β(ρ − z0))) where y is desirable,
                                          λ_U (1 − σ(β(z0 − ρ))) where it is not
 
-Paper: Ethayarajh et al. 2024 (2402.01306), eq. 8, and the estimate of z0 below it; the weights λ: eq. 9. In symbols: x the
-prompt, y its answer, π_θ the policy, π_ref the reference (base + SFT). log π(y|x) is the sum over the answer's tokens, EOS
-included. z0, an estimate of the KL from the reference, is what gain and loss are counted from: a desirable answer is worth
-only what it rises above what any answer has gained. Reference implementation: ContextualAI/HALOs.
+Paper: Ethayarajh et al. 2024 (2402.01306), eq. 8, and the estimate of z0 below it; the weights λ: eq. 9. In symbols:
+x the prompt, y its answer, π_θ the policy, π_ref the reference (base + SFT). log π(y|x) is the sum over the answer's
+tokens, EOS included. z0, an estimate of the KL from the reference, is the point from which gains and losses are
+counted: a desirable answer gains only as far as its ρ exceeds z0. Reference implementation: ContextualAI/HALOs.
 
-z0 is where public code goes astray; what is done here:
-  - Not from the pairs (x, y) of the loss. The step's answers are rotated by one, and no pair may be a true one. A prompt
-    stands at most once in a step (`arrange`), so only equal answers can make one; then the rotation goes on to the first
-    with the fewest true pairs, and those are left out of the mean (`mismatched`).
-  - Not from a micro-batch, as in HALOs and TRL 1.16: there a memory setting changes the objective, and in TRL a last
-    micro-batch of one row meets its own answer. Here the whole step is rotated before it is dealt to the ranks, summed
-    over all of them, divided by n, then clamped, all before any backward.
-  - Not from one row: an epoch's steps are of one size (or one row less), and never of one row.
+Public implementations differ in z0. Here:
+  - z0 is not computed from the pairs (x, y) of the loss. The step's answers are rotated by one, and no resulting pair
+    may be a true one. A prompt occurs at most once per step (`arrange`), so only equal answers can make a true pair;
+    then the first rotation with the fewest true pairs is used, and these are left out of the mean (`mismatched`).
+  - It is not computed per micro-batch, as in HALOs and TRL 1.16: there a memory setting changes the objective, and in
+    TRL a last micro-batch of one row is paired with its true answer. Here the answers of the whole step are rotated
+    before the ranks share them; the sum over all ranks is divided by n, then clamped, all before any backward.
+  - It is never computed from one row: all steps of an epoch have one size (or one row less), and at least two rows.
 
 Deviations from the usual script, on purpose:
-  1. The reference is the policy with its new adapter switched off, over the same micro-batch: no second model, and at step 0 z0 is
-     exactly 0 and every row's loss exactly λ/2, which is asserted.
+  1. The reference is the policy with its new adapter switched off, over the same micro-batch: no second model, and at
+     step 0 z0 is 0 and every row's loss λ/2, which is asserted.
   2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; the rounding's KL is logged) and a fresh
      LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
-  3. Mismatched pairs have micro-batches of their own.
+  3. Mismatched pairs are computed in separate micro-batches.
   4. Rows beyond --max-length are dropped and counted, never cut. Only y' is cut, where x and y' together are longer.
 
     python kto.py --sft-adapter runs/sft_v2
 
-Cost of a row: reference and policy forward and a backward, as of an answer in DPO, and for z0 two forwards without
-gradient. Measured: SmolLM2-135M on one H100, 5,000 rows of 1.8 M tokens: 20 s, 91,000 tokens/s, 5.5 GiB; on 256 held-out
-rows the loss is 0.497 where it was 0.500, AUC 0.567: hardly learned, at this rate.
+Cost per row: as an answer in DPO (two forwards, one backward), and two forwards without gradient for z0.
+Expected with SmolLM2-135M on one H100: 20 s, 5.5 GiB; in one run the held-out loss fell to 0.497, AUC 0.567.
 
 A row: {"prompt": "…" or messages, "completion": …, "label": true or false}, all of them used. Or a preference pair, as
-for dpo.py and from part A of the prompts too: half of the pairs, by the seed, give their chosen answer as desirable, the
-others their rejected one as undesirable, so that no pair is seen from both sides.
+for dpo.py and from part A of the prompts too: half of the pairs, by the seed, give their chosen answer as desirable,
+the others their rejected one as undesirable, so that no pair is seen from both sides.
 """
 import math
 from collections import Counter
@@ -56,7 +55,7 @@ from common import Example
 class Args:
     # -- model --
     sft_adapter: str = "runs/sft_v2"
-    """The start, which is also the reference: a run, any plain PEFT LoRA (directory or hub id), or none: --model itself."""
+    """The start and the reference: a run, any plain PEFT LoRA (directory or hub id), or "none" for --model itself."""
     model: str | None = None
     """The base model; by default the one that --sft-adapter was trained on, and with none Qwen2.5-0.5B."""
     other_base: bool = False
@@ -67,7 +66,7 @@ class Args:
     data: str = common.ULTRAFEEDBACK
     """Rows with a label, or preference pairs: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]."""
     heldout_data: str | None = None
-    """Held-out rows or pairs; by default found beside --data (x.jsonl -> x_heldout.jsonl, train_prefs -> test_prefs)."""
+    """Held-out rows or pairs; by default beside --data (x.jsonl -> x_heldout.jsonl, train_prefs -> test_prefs)."""
     eval_data: str | None = None
     """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
     rows: int = 5000
@@ -86,12 +85,12 @@ class Args:
     desirable_weight: float = 1.0
     """λ_D, the weight of a desirable row's loss [paper: 1]."""
     undesirable_weight: float = 1.0
-    """λ_U, the weight of an undesirable row's loss [paper: 1]; λ_D n_D / (λ_U n_U) belongs into [1, 4/3], the advice of the paper."""
+    """λ_U, the weight of an undesirable row's loss [paper: 1, and it advises λ_D n_D / (λ_U n_U) in [1, 4/3]]."""
     # -- optimisation --
     lr: float = 5e-6
     """Peak learning rate [paper: its advice for KTO; as for DPO here, so that the rows compare]."""
     batch_size: int = 16
-    """Rows a step, over all ranks, at least 2 and at most one row fewer in some [paper: 32]."""
+    """Rows per step, over all ranks, at least 2; some steps may have one row less [paper: 32]."""
     epochs: int = 1
     """Passes over the rows."""
     warmup: float = 0.03
@@ -102,7 +101,7 @@ class Args:
     eos_prompts: int = 64
     """Held-out prompts answered greedily for eos_rate."""
     eos_tokens: int = 256
-    """Tokens an answer may take there."""
+    """Largest number of tokens per answer there."""
     # -- run --
     preview: int = 0
     """Show this many examples as they would be trained, and what would be dropped; load no weights, train nothing."""
@@ -115,7 +114,7 @@ class Args:
     micro_tokens: int = 8192
     """Tokens of one forward: memory and speed, not the update."""
     engine: Literal["auto", "fast", "plain"] = "auto"
-    """auto: the fast engine where it serves the model, else the plain one (any model, slower). Speed, not the update."""
+    """auto: the fast engine where it serves the model, else the plain one (any model, slower); same update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
@@ -126,8 +125,8 @@ class Args:
 
 # -- the method's maths ---------------------------------------------------------------------------
 
-def kto_loss(policy: Tensor, ref: Tensor, desirable: Tensor, z0: Tensor | float, beta: float, desirable_weight: float = 1.0,
-             undesirable_weight: float = 1.0) -> tuple[Tensor, Tensor]:
+def kto_loss(policy: Tensor, ref: Tensor, desirable: Tensor, z0: Tensor | float, beta: float,
+             desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> tuple[Tensor, Tensor]:
     """Loss of each row and its implicit reward, from summed log-probabilities (all [rows], nats; desirable is bool).
 
     Returns (losses, rewards), rewards = βρ = β (log π − log π_ref), without gradient. z0 [] has no gradient either.
@@ -145,20 +144,7 @@ def learning_rate(step: int, total: int, args: Args) -> float:
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
 
-def weights_advice(desirable: int, undesirable: int, args: Args) -> str | None:
-    """What to say when λ_D n_D / (λ_U n_U) is outside [1, 4/3] (the paper's first versions; eq. 9 of its last goes to 3/2)."""
-    if not desirable or not undesirable:
-        return f"all rows are {'desirable' if desirable else 'undesirable'}: nothing stands against their loss"
-    ratio = args.desirable_weight * desirable / (args.undesirable_weight * undesirable)
-    if 1 <= ratio <= 4 / 3:
-        return None
-    low, high = args.undesirable_weight * undesirable / desirable, args.desirable_weight * desirable / undesirable
-    return (f"{desirable} desirable and {undesirable} undesirable rows: λ_D n_D / (λ_U n_U) = {ratio:.3g} is outside "
-            f"[1, 4/3]; give --desirable-weight {low:.3g} to {4 / 3 * low:.3g}, "
-            f"or --undesirable-weight {3 / 4 * high:.3g} to {high:.3g}")
-
-
-# -- rows to tensors ------------------------------------------------------------------------------
+# -- a row (made by build_rows, below main) -------------------------------------------------------
 
 @dataclass(frozen=True)
 class Row:
@@ -169,96 +155,11 @@ class Row:
     answer: str
 
 
-def answers_of(row: dict, where: str) -> tuple[list[dict], list[tuple[str, bool]]]:
-    """(prompt messages, [(answer, is it desirable)]): one answer of a row with a label, chosen and rejected of a pair."""
-    if "label" not in row:
-        prompt, chosen, rejected = inputs.as_pair(row, where)
-        return prompt, [(chosen, True), (rejected, False)]
-    *prompt, answer = inputs.as_conversation(row, where)
-    if row["label"] is None:
-        raise inputs.Degenerate("null label")
-    label = {"true": True, "false": False}.get(str(row["label"]).lower())  # in a csv file it is a text
-    if label is None:
-        common.fail(f"{where}: label must be true or false, got {row['label']!r}")
-    return prompt, [(answer["content"], label)]
-
-
-def build_rows(tokenizer, args: Args):
-    """A function from what `answers_of` gives, and names, to Rows (one, or a pair's two), or why they can't be used."""
-    def build(answered: list[tuple[list[dict], list[tuple[str, bool]]]], names: list[str]) -> list[list[Row] | str]:
-        sides = [prompt + [{"role": "assistant", "content": text}]
-                 for prompt, answers in answered for text, _ in answers]
-        names = [name for name, (_, answers) in zip(names, answered) for _ in answers]
-        rendered = iter(chat.render_many(tokenizer, sides, "last", names))
-        out = []
-        for prompt, answers in answered:
-            examples, texts = [Example.masked(*next(rendered)) for _ in answers], [text for text, _ in answers]
-            if not all(text.strip() for text in texts):
-                out.append("empty answer")
-            elif len({*texts}) < len(texts):
-                out.append("chosen equals rejected")
-            elif max(len(e.ids) for e in examples) > args.max_length:
-                out.append("too long")
-            else:
-                out.append([Row(e, desirable, prompt, inputs.prompt_id(prompt), text)
-                            for e, (text, desirable) in zip(examples, answers)])
-        return out
-    return build
-
-
-def one_answer_each(items: list[list[Row]], seed: int) -> list[Row]:
-    """Of a pair its chosen answer where the seed's permutation is even, else the rejected: as many of each, or one more."""
-    return [answers[place % len(answers)] for answers, place in zip(items, common.permutation(len(items), seed, "sides"))]
-
-
-def arrange(prompts: list[str], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """The rows of every step: no prompt twice in one, and all of an epoch of the same size or one row less, at least 2.
-
-    An epoch shuffles the prompts, lays out the rows prompt by prompt and deals them to its steps like cards: rows of one
-    prompt go to different steps. (An odd number of rows in steps of 2: one step takes 3.)
-    """
-    n, steps = len(prompts), []
-    count = min(math.ceil(n / batch_size), n // 2)
-    if n < 2 or batch_size < 2:
-        common.fail(f"{n} rows in steps of --batch-size {batch_size}: want at least 2, since z0 needs another row's answer")
-    prompt, most = Counter(prompts).most_common(1)[0]
-    if most > count:
-        common.fail(f"{most} rows have the same prompt ({prompt}), but an epoch has {count} steps, and none may hold a "
-                    f"prompt twice; give more rows, or a smaller --batch-size")
-    for epoch in range(epochs):
-        by_prompt: dict[str, list[int]] = {}
-        for i in common.permutation(n, seed, "epoch", epoch):
-            by_prompt.setdefault(prompts[i], []).append(i)
-        laid_out = [i for rows in by_prompt.values() for i in rows]
-        steps += [laid_out[first::count] for first in common.permutation(count, seed, "steps", epoch)]
-    return steps
-
-
-def mismatched(rows: list[Row], max_length: int) -> list[Example]:
-    """Prompts with the answers of other rows, for z0: the answers rotated by one, x_i with y_{i+1}.
-
-    No pair is a true one, of these rows: if one would be, the first rotation without any is taken; where none is without,
-    the first with the fewest, and its true pairs are left out. Fails where nothing is left. Prompt and answer are joined
-    as ids; what goes beyond max_length is cut from the answer.
-    """
-    true, best = {(r.prompt_id, r.answer) for r in rows}, []
-    for shift in range(1, len(rows)):
-        pairs = [(x, y) for x, y in zip(rows, rows[shift:] + rows[:shift]) if (x.prompt_id, y.answer) not in true]
-        best = max(best, pairs, key=len)  # the first of equals
-        if len(best) == len(rows):
-            break
-    if not best:
-        common.fail(f"{len(rows)} rows that share a z0, the first with the prompt {rows[0].prompt_id}, have no mismatched "
-                    f"pair: it takes two prompts with different answers; give more rows, or a larger --batch-size")
-    prompts = [x.example.ids[:-len(x.example.targets)] for x, _ in best]
-    return [Example.completion(ids, y.example.targets[:max_length - len(ids)]) for ids, (_, y) in zip(prompts, best)]
-
-
-# -- z0, losses and what is logged ----------------------------------------------------------------
+# -- z0 and the losses of a micro-batch -----------------------------------------------------------
 
 @torch.no_grad()
 def mismatched_kl(policy, rows: list[Row], args: Args, device) -> Tensor:
-    """Mean log π(y'|x) − log π_ref(y'|x) of the rows' mismatched pairs, over all ranks, in nats: z0 before its clamp."""
+    """Mean log π(y'|x) − log π_ref(y'|x) of the rows' mismatched pairs, over all ranks, in nats: z0 unclamped."""
     examples = mismatched(rows, args.max_length)
     mine = [examples[i] for i in common.my_share([len(e.ids) for e in examples])]
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -270,7 +171,7 @@ def mismatched_kl(policy, rows: list[Row], args: Args, device) -> Tensor:
 
 
 def row_metrics(policy, micro, rows: list[Row], z0: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [N], β(ρ − z0) [N], what `means` takes the sums of [8, N]) of a micro-batch of `rows`."""
+    """(losses [N], β(ρ − z0) [N], values [8, N] whose sums `means` takes) of a micro-batch of `rows`."""
     with torch.no_grad(), common.reference(policy):
         ref_logprobs = micro.sum_by_sequence(common.token_logprobs(policy, micro))        # [N]
     logprobs = micro.sum_by_sequence(common.token_logprobs(policy, micro))                # [N]
@@ -280,51 +181,15 @@ def row_metrics(policy, micro, rows: list[Row], z0: Tensor, args: Args) -> tuple
     above = rewards - args.beta * z0
     right = 0.5 + 0.5 * torch.where(desirable, above.sign(), -above.sign())  # a tie is half right
     by_class = torch.stack([rewards, logprobs.detach(), micro.counts.float()])            # [3, N]
-    return losses, above, torch.cat([torch.stack([losses.detach(), right]), by_class * desirable, by_class * ~desirable])
-
-
-def means(totals, rows: list[Row]) -> dict:
-    """What is logged of rows, from the sums of row_metrics' values over all of them, [8] numbers. A class that is absent
-    has no means."""
-    loss, right, *by_class = totals
-    n, desirable = len(rows), sum(r.desirable for r in rows)
-    found = {"loss": loss / n, "accuracy": right / n, "margin": None, "share_desirable": desirable / n}
-    for side, m, sums in (("desirable", desirable, by_class[:3]), ("undesirable", n - desirable, by_class[3:])):
-        found |= {f"{key}_{side}": s / m if m else None for key, s in zip(("rewards", "logprobs", "tokens"), sums)}
-    if 0 < desirable < n:
-        found["margin"] = found["rewards_desirable"] - found["rewards_undesirable"]
-    return found
-
-
-@torch.no_grad()
-def evaluate_rows(policy, rows: list[Row], args: Args, device) -> dict[str, float | None]:
-    """The same figures of held-out rows, which share one z0, with 95 % intervals over their prompts; and auc: how often the
-    reward of a desirable row is above that of an undesirable one, over all such pairs, ties half: accuracy without a threshold."""
-    z0 = mismatched_kl(policy, rows, args, device).clamp(min=0)
-    share = common.my_share([len(r.example.ids) for r in rows])
-    mine = [rows[i] for i in share]
-    values, above = torch.zeros(8, len(rows), dtype=torch.float64, device=device), torch.zeros(len(rows), device=device)
-    for micro in common.micro_batches(policy, [r.example for r in mine], args.micro_tokens):
-        at = [share[i] for i in micro.examples]
-        _, above[at], by_row = row_metrics(policy, micro, mine, z0, args)
-        values[:, at] = by_row.double()
-    values, above = common.all_reduce_(values).cpu(), common.all_reduce_(above).cpu()
-    desirable, prompts = torch.tensor([r.desirable for r in rows]), [r.prompt_id for r in rows]
-    figures = {**means(values.sum(1).tolist(), rows), "z0": z0.item(), "auc": None, "auc_interval": None,
-               "loss_interval": common.interval(values[0], prompts), "accuracy_interval": common.interval(values[1], prompts)}
-    wins = 0.5 + 0.5 * (above[desirable][:, None] - above[~desirable]).sign().double()    # [desirable, undesirable]
-    if wins.numel():  # DeLong et al. 1988: what a row adds to the AUC is the mean of its wins
-        by_row = torch.full((len(rows),), (auc := wins.mean()).item(), dtype=torch.float64)
-        by_row[desirable] += (wins.mean(1) - auc) * len(rows) / len(wins)
-        by_row[~desirable] += (wins.mean(0) - auc) * len(rows) / wins.shape[1]
-        figures |= {"auc": auc.item(), "auc_interval": common.interval(by_row, prompts)}
-    return figures
+    values = torch.cat([torch.stack([losses.detach(), right]), by_class * desirable, by_class * ~desirable])
+    return losses, above, values
 
 
 def main(args: Args) -> None:
     # 1. Check everything that can be checked without a model.
-    common.check_positive(args, "beta", "desirable_weight", "undesirable_weight", "rows", "heldout_rows", "max_length", "lr",
-                          "batch_size", "epochs", "max_grad_norm", "eos_prompts", "eos_tokens", "checkpoint_every")
+    common.check_positive(args, "beta", "desirable_weight", "undesirable_weight", "rows", "heldout_rows", "max_length",
+                          "lr", "batch_size", "epochs", "max_grad_norm", "eos_prompts", "eos_tokens",
+                          "checkpoint_every")
     common.check_share(args, "warmup", "max_dropped", "max_overlong")
     common.check_numbers(args)
     device = common.setup_device(args.device)
@@ -339,8 +204,8 @@ def main(args: Args) -> None:
     paired = [len(mismatched([rows[i] for i in step], args.max_length)) for step in steps]
     mismatched(heldout, args.max_length)
     prompts = [ids for prompt in {r.prompt_id: r.prompt for r in heldout}.values()
-               if len(ids := chat.render_prompt(tokenizer, prompt)) + args.eos_tokens <= common.max_positions(model_dir)]
-    prompts = prompts[:args.eos_prompts]
+               if len(ids := chat.render_prompt(tokenizer, prompt))
+               + args.eos_tokens <= common.max_positions(model_dir)][:args.eos_prompts]
     texts = ["\n".join([*(m["content"] for m in r.prompt), r.answer]) for r in rows]
     counts = inputs.preflight(tokenizer, [r.example for r in rows], texts, split.dropped, 0, args.eval_data,
                               args.preview)
@@ -367,7 +232,7 @@ def main(args: Args) -> None:
         kl = mismatched_kl(policy, batch, args, device)
         z0 = kl.clamp(min=0)
 
-        # 3b. Forward (reference, policy) and backward, one micro-batch after the other; the denominator is the step's rows.
+        # 3b. Forward (reference, policy) and backward per micro-batch; the denominator is all rows of the step.
         totals = torch.zeros(8, dtype=torch.float64, device=device)
         for micro in common.micro_batches(policy, [r.example for r in mine], args.micro_tokens):
             losses, above, values = row_metrics(policy, micro, mine, z0, args)
@@ -402,6 +267,158 @@ def main(args: Args) -> None:
                          "logprobs_desirable", "logprobs_undesirable", "grad_norm"],
                f"KTO (β = {args.beta}, λ_D = {args.desirable_weight}, λ_U = {args.undesirable_weight}) from "
                f"{adapter or model} with LoRA on {len(rows):,} rows of {args.data}.")
+
+
+# -- which rows share a step, and which answers z0 is measured on ---------------------------------
+
+def arrange(prompts: list[str], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The rows of every step: no step has a prompt twice, and all steps of an epoch have one size or one row less, at
+    least 2.
+
+    An epoch shuffles the prompts, lists the rows prompt by prompt and deals them to its steps like cards: rows of one
+    prompt go to different steps. (With an odd number of rows in steps of 2, one step takes 3.)
+    """
+    n, steps = len(prompts), []
+    count = min(math.ceil(n / batch_size), n // 2)
+    if n < 2 or batch_size < 2:
+        common.fail(f"{n} rows in steps of --batch-size {batch_size}: want at least 2, "
+                    f"since z0 needs another row's answer")
+    prompt, most = Counter(prompts).most_common(1)[0]
+    if most > count:
+        common.fail(f"{most} rows have the same prompt ({prompt}), but an epoch has {count} steps, and none may hold a "
+                    f"prompt twice; give more rows, or a smaller --batch-size")
+    for epoch in range(epochs):
+        by_prompt: dict[str, list[int]] = {}
+        for i in common.permutation(n, seed, "epoch", epoch):
+            by_prompt.setdefault(prompts[i], []).append(i)
+        laid_out = [i for rows in by_prompt.values() for i in rows]
+        steps += [laid_out[first::count] for first in common.permutation(count, seed, "steps", epoch)]
+    return steps
+
+
+def mismatched(rows: list[Row], max_length: int) -> list[Example]:
+    """Prompts with the answers of other rows, for z0: the answers rotated by one, x_i with y_{i+1}.
+
+    No pair may be a true one, the (prompt, answer) of one of these rows: the first rotation without true pairs is used,
+    or, if each has some, the first with the fewest, whose true pairs are left out. Fails where no pair is left. Prompt
+    and answer are joined as token ids; the answer is cut at max_length.
+    """
+    true, best = {(r.prompt_id, r.answer) for r in rows}, []
+    for shift in range(1, len(rows)):
+        pairs = [(x, y) for x, y in zip(rows, rows[shift:] + rows[:shift]) if (x.prompt_id, y.answer) not in true]
+        best = max(best, pairs, key=len)  # the first of equals
+        if len(best) == len(rows):
+            break
+    if not best:
+        common.fail(f"{len(rows)} rows that share a z0, the first with the prompt {rows[0].prompt_id}, have no "
+                    f"mismatched pair: it takes two prompts with different answers; give more rows, or a larger "
+                    f"--batch-size")
+    prompts = [x.example.ids[:-len(x.example.targets)] for x, _ in best]
+    return [Example.completion(ids, y.example.targets[:max_length - len(ids)]) for ids, (_, y) in zip(prompts, best)]
+
+
+# -- rows to tensors ------------------------------------------------------------------------------
+
+def answers_of(row: dict, where: str) -> tuple[list[dict], list[tuple[str, bool]]]:
+    """(prompt messages, [(answer, is it desirable)]): one answer of a labelled row, chosen and rejected of a pair."""
+    if "label" not in row:
+        prompt, chosen, rejected = inputs.as_pair(row, where)
+        return prompt, [(chosen, True), (rejected, False)]
+    *prompt, answer = inputs.as_conversation(row, where)
+    if row["label"] is None:
+        raise inputs.Degenerate("null label")
+    label = {"true": True, "false": False}.get(str(row["label"]).lower())  # a csv file gives text
+    if label is None:
+        common.fail(f"{where}: label must be true or false, got {row['label']!r}")
+    return prompt, [(answer["content"], label)]
+
+
+def build_rows(tokenizer, args: Args):
+    """Returns build(results of `answers_of`, names): one Row, or a pair's two, or why they can't be used."""
+    def build(answered: list[tuple[list[dict], list[tuple[str, bool]]]], names: list[str]) -> list[list[Row] | str]:
+        sides = [prompt + [{"role": "assistant", "content": text}]
+                 for prompt, answers in answered for text, _ in answers]
+        names = [name for name, (_, answers) in zip(names, answered) for _ in answers]
+        rendered = iter(chat.render_many(tokenizer, sides, "last", names))
+        out = []
+        for prompt, answers in answered:
+            examples, texts = [Example.masked(*next(rendered)) for _ in answers], [text for text, _ in answers]
+            if not all(text.strip() for text in texts):
+                out.append("empty answer")
+            elif len({*texts}) < len(texts):
+                out.append("chosen equals rejected")
+            elif max(len(e.ids) for e in examples) > args.max_length:
+                out.append("too long")
+            else:
+                out.append([Row(e, desirable, prompt, inputs.prompt_id(prompt), text)
+                            for e, (text, desirable) in zip(examples, answers)])
+        return out
+    return build
+
+
+def one_answer_each(items: list[list[Row]], seed: int) -> list[Row]:
+    """Of each pair the chosen answer where the seed's permutation is even, else the rejected: half of each."""
+    positions = common.permutation(len(items), seed, "sides")
+    return [answers[position % len(answers)] for answers, position in zip(items, positions)]
+
+
+# -- the figures of a step and of the held-out rows -----------------------------------------------
+
+def means(totals, rows: list[Row]) -> dict:
+    """The logged figures of rows, from the sums of row_metrics' values over them [8]; None for an absent class."""
+    loss, right, *by_class = totals
+    n, desirable = len(rows), sum(r.desirable for r in rows)
+    figures = {"loss": loss / n, "accuracy": right / n, "margin": None, "share_desirable": desirable / n}
+    for side, m, sums in (("desirable", desirable, by_class[:3]), ("undesirable", n - desirable, by_class[3:])):
+        figures |= {f"{key}_{side}": s / m if m else None for key, s in zip(("rewards", "logprobs", "tokens"), sums)}
+    if 0 < desirable < n:
+        figures["margin"] = figures["rewards_desirable"] - figures["rewards_undesirable"]
+    return figures
+
+
+@torch.no_grad()
+def evaluate_rows(policy, rows: list[Row], args: Args, device) -> dict[str, float | None]:
+    """The figures of `means` for held-out rows, which share one z0, with 95 % intervals over their prompts; and auc.
+
+    auc is the share of (desirable, undesirable) pairs of rows in which the desirable one has the higher reward, ties
+    counting half: an accuracy without a threshold.
+    """
+    z0 = mismatched_kl(policy, rows, args, device).clamp(min=0)
+    my_indices = common.my_share([len(r.example.ids) for r in rows])
+    mine = [rows[i] for i in my_indices]
+    values = torch.zeros(8, len(rows), dtype=torch.float64, device=device)
+    above = torch.zeros(len(rows), device=device)
+    for micro in common.micro_batches(policy, [r.example for r in mine], args.micro_tokens):
+        columns = [my_indices[i] for i in micro.examples]
+        _, above[columns], by_row = row_metrics(policy, micro, mine, z0, args)
+        values[:, columns] = by_row.double()
+    values, above = common.all_reduce_(values).cpu(), common.all_reduce_(above).cpu()
+    desirable, prompts = torch.tensor([r.desirable for r in rows]), [r.prompt_id for r in rows]
+    figures = {**means(values.sum(1).tolist(), rows), "z0": z0.item(), "auc": None, "auc_interval": None,
+               "loss_interval": common.interval(values[0], prompts),
+               "accuracy_interval": common.interval(values[1], prompts)}
+    wins = 0.5 + 0.5 * (above[desirable][:, None] - above[~desirable]).sign().double()    # [desirable, undesirable]
+    if wins.numel():  # DeLong et al. 1988: a row contributes the mean of its wins to the AUC
+        by_row = torch.full((len(rows),), (auc := wins.mean()).item(), dtype=torch.float64)
+        by_row[desirable] += (wins.mean(1) - auc) * len(rows) / len(wins)
+        by_row[~desirable] += (wins.mean(0) - auc) * len(rows) / wins.shape[1]
+        figures |= {"auc": auc.item(), "auc_interval": common.interval(by_row, prompts)}
+    return figures
+
+
+# -- advice on the weights ------------------------------------------------------------------------
+
+def weights_advice(desirable: int, undesirable: int, args: Args) -> str | None:
+    """A warning where λ_D n_D / (λ_U n_U) is outside [1, 4/3] (the paper's first versions; eq. 9 of its last: 3/2)."""
+    if not desirable or not undesirable:
+        return f"all rows are {'desirable' if desirable else 'undesirable'}: nothing stands against their loss"
+    ratio = args.desirable_weight * desirable / (args.undesirable_weight * undesirable)
+    if 1 <= ratio <= 4 / 3:
+        return None
+    low, high = args.undesirable_weight * undesirable / desirable, args.desirable_weight * desirable / undesirable
+    return (f"{desirable} desirable and {undesirable} undesirable rows: λ_D n_D / (λ_U n_U) = {ratio:.3g} is outside "
+            f"[1, 4/3]; give --desirable-weight {low:.3g} to {4 / 3 * low:.3g}, "
+            f"or --undesirable-weight {3 / 4 * high:.3g} to {high:.3g}")
 
 
 if __name__ == "__main__":

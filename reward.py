@@ -1,6 +1,6 @@
 """Reward model: a scalar score of an answer, learned from chosen/rejected pairs by Bradley–Terry, with LoRA.
 
-    L(θ) = mean over pairs of [− log σ(r_c − r_r) + λ (r_c + r_r)²]          r = w · h_EOS, one number an answer
+    L(θ) = mean over pairs of [− log σ(r_c − r_r) + λ (r_c + r_r)²]          r = w · h_EOS, one number per answer
 
 Papers: Ouyang et al. 2022 (2203.02155), eq. 1; Stiennon et al. 2020 (2009.01325), sec. 3.4; the centring term λ:
 Eisenstein et al. 2023 (2312.09244). In symbols: r_c, r_r the scores of chosen and rejected, w the head, h_EOS
@@ -9,21 +9,18 @@ the last hidden state at the answer's EOS. A well-known implementation to compar
 Deviations from the usual script, on purpose:
   1. It starts from the pretrained base, not from SFT (2203.02155 starts from a 6B SFT model): it depends on no other
      phase, and one reward model serves any policy of the climb.
-  2. The score is read at the last token of each packed sequence, by its place: where pad = EOS, a library's pooling
-     ("the last token that is not pad") reads a token too early in a padded batch.
+  2. The score is read at the last token of each sequence, by its index: where pad = EOS, a library's pooling
+     ("the last token that is not pad") reads one token too early in a padded batch.
   3. The head is fp32 and never quantised, w ~ N(0, 1/(H+1)) [2403.17031: its reward head], seeded.
-  4. One comparison a prompt row, all pairs of a step in one mean; 2203.02155 batches all K(K−1)/2 pairs of a prompt.
+  4. One comparison per row, all pairs of a step in one mean; 2203.02155 batches all K(K−1)/2 pairs of a prompt.
   5. The centring term makes the scores' level comparable between prompts; nothing else normalises them.
-  6. No padding, and no token twice: a pair's two answers are packed together, and what they begin with alike, prompt
-     included, is computed once. Attention never crosses sequences.
+  6. A pair's two answers are scored in the same micro-batch; attention never crosses from one to the other.
   7. Pairs with an over-long side are dropped and counted, never cut: a cut answer has no EOS to read.
 
     python reward.py
     python reward.py --score answers.jsonl --adapter runs/rm_v1
 
-Measured: SmolLM2-135M on one H100 (--quantization none, 5,000 pairs of 3.6 M tokens): 17 s, 211,000 tokens/s, 5.6 GiB; on
-399 held-out pairs 64.2 % [59.3, 68.7] right where "the longer answer wins" is right on 61.8 %: at this size the score is
-mostly length (correlation 0.75). results/rm/rm_v1.json
+Expected with SmolLM2-135M on one H100: 17 s, 5.6 GiB, held-out accuracy 64 %, where "the longer answer wins" has 62 %.
 
 A row: {"prompt": "…" or messages, "chosen": …, "rejected": …}, or chosen and rejected as whole conversations. Pairs
 come from part A of the prompts (50 % by sha256), with --part J from J (20 %), for a model that watches PPO and judges;
@@ -83,7 +80,7 @@ class Args:
     lr: float = 5e-5
     """Peak learning rate [ours; full fine-tunes use about 1e-5 (2203.02155: 9e-6), LoRA more]."""
     batch_size: int = 16
-    """Pairs a step, over all ranks."""
+    """Pairs per step, over all ranks."""
     epochs: int = 1
     """Passes over the pairs [2203.02155: one; more overfits]."""
     warmup: float = 0.03
@@ -109,7 +106,7 @@ class Args:
     micro_tokens: int = 8192
     """Tokens of one forward: memory and speed, not the update."""
     engine: Literal["auto", "fast", "plain"] = "auto"
-    """auto: the fast engine where it serves the model, else the plain one (any model, slower). Speed, not the update."""
+    """auto: the fast engine where it serves the model, else the plain one (any model, slower); same update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
@@ -141,13 +138,13 @@ METRICS = ("loss", "accuracy", "margin", "scores_chosen", "scores_rejected", "ce
 
 
 def pair_metrics(chosen: Tensor, rejected: Tensor, centring: float) -> tuple[Tensor, Tensor]:
-    """(losses [pairs], sums over the pairs of what METRICS names)."""
+    """(losses [pairs], the METRICS summed over the pairs [6])."""
     losses, margin = reward_loss(chosen, rejected, centring), (chosen - rejected).detach()
     return losses, torch.stack([losses.detach(), above_zero(margin), margin, chosen.detach(), rejected.detach(),
                                 (chosen + rejected).detach() ** 2]).sum(1)
 
 
-# -- rows to tensors ------------------------------------------------------------------------------
+# -- a pair (made by build_pairs, below main) -----------------------------------------------------
 
 @dataclass(frozen=True)
 class Pair:
@@ -163,29 +160,8 @@ class Pair:
 
 
 def at_eos(ids: list[int]) -> Example:
-    """A sequence that is read at its last token, the EOS: what the preflight marks and checks."""
+    """A sequence whose score is read at its last token, the EOS, which the preflight marks and checks."""
     return Example(ids, [len(ids) - 2], ids[-1:])
-
-
-def build_pairs(tokenizer, args: Args):
-    """A function from pairs (prompt messages, chosen, rejected) and their names to Pairs, or why one can't be used."""
-    def build(pairs: list[tuple[list[dict], str, str]], names: list[str]) -> list[Pair | str]:
-        sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
-        names = [name for name in names for _ in range(2)]
-        rendered = chat.render_many(tokenizer, sides, "last", names)
-        out = []
-        for (prompt, chosen, rejected), (w, w_mask), (l, l_mask) in zip(pairs, rendered[::2], rendered[1::2]):
-            if not chosen.strip() or not rejected.strip():
-                out.append("empty answer")
-            elif chosen == rejected:
-                out.append("chosen equals rejected")
-            elif max(len(w), len(l)) > args.max_length:
-                out.append("too long")
-            else:
-                out.append(Pair(at_eos(w), at_eos(l), (sum(w_mask), sum(l_mask)), inputs.prompt_id(prompt),
-                                "\n".join([*(m["content"] for m in prompt), chosen, rejected])))
-        return out
-    return build
 
 
 def sides(pairs: list[Pair]) -> list[Example]:
@@ -235,7 +211,7 @@ def main(args: Args) -> None:
         batch = [pairs[i] for i in steps[step]]
         mine = sides([batch[i] for i in common.my_share([p.tokens for p in batch])])
 
-        # 3a. Forward and backward, one micro-batch after the other; the denominator is the step's pairs, over all ranks.
+        # 3a. Forward and backward per micro-batch; the denominator is the step's pairs, over all ranks.
         totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         for micro in common.micro_batches(model, mine, args.micro_tokens, unit=2):
             chosen, rejected = common.reward_scores(model, micro).view(-1, 2).T           # each [pairs]
@@ -260,27 +236,46 @@ def main(args: Args) -> None:
 
     # 4. Save (adapter and head, relative to the pretrained base), and measure on held-out pairs.
     run.save(model, tokenizer, split.prompts)
-    scores = common.score_examples(model, sides(heldout), args.micro_tokens, 2).view(-1, 2)   # [pairs, 2]
-    lengths = torch.tensor([p.lengths for p in heldout])                                              # [pairs, 2]
+    scores = common.score_examples(model, sides(heldout), args.micro_tokens, 2).view(-1, 2)  # [pairs, 2]
+    lengths = torch.tensor([p.lengths for p in heldout])                                     # [pairs, 2]
     run.check_finite(len(steps), [], heldout_scores=scores.sum().item())
-    found = evaluation(scores, lengths, args.centring)
+    figures = evaluation(scores, lengths, args.centring)
     if common.rank() == 0:
-        place, record = Path(args.results) / "rm" / run.record["name"], run.record
-        kept = {k: record[k] for k in ("name", "model", "config_hash", "family", "seed", "train_invariants",
-                                       "adapter_sha256", "data", "data_sources", "command", "args")}
-        common.write_json(f"{place}.json", {"schema_version": 1, **common.without_places(kept), **found})
-        common.write_atomic(f"{place}.png", lambda p: plot(scores, lengths, found, record["name"], p))
-    metrics = {**counts, "heldout_pairs": len(heldout), "heldout_loss": found["loss"],
-               "heldout_accuracy": found["accuracy"], "longer_wins": found["longer_wins"]["accuracy"],
-               "length_matched_accuracy": found["length_matched"]["accuracy"],
-               "score_length": found["score_length"]["pearson"], "calibration_error": found["calibration_error"]}
+        write_results(Path(args.results) / "rm", run.record, scores, lengths, figures)
+    metrics = {**counts, "heldout_pairs": len(heldout), "heldout_loss": figures["loss"],
+               "heldout_accuracy": figures["accuracy"], "longer_wins": figures["longer_wins"]["accuracy"],
+               "length_matched_accuracy": figures["length_matched"]["accuracy"],
+               "score_length": figures["score_length"]["pearson"], "calibration_error": figures["calibration_error"]}
     run.finish(metrics, ["loss", "accuracy", "margin", "scores_chosen", "scores_rejected", "centring", "grad_norm",
                          "tokens_per_s"],
-               f"Reward model (Bradley–Terry, centring λ = {args.centring}) of {args.model} with LoRA and a scalar head "
-               f"on {len(pairs):,} pairs of {args.data}.")
+               f"Reward model (Bradley–Terry, centring λ = {args.centring}) of {args.model} with LoRA and a scalar "
+               f"head on {len(pairs):,} pairs of {args.data}.")
 
 
-# -- what is reported of held-out scores ----------------------------------------------------------
+# -- rows to tensors ------------------------------------------------------------------------------
+
+def build_pairs(tokenizer, args: Args):
+    """Returns build(pairs of (prompt messages, chosen, rejected), names): a Pair per row, or why it can't be used."""
+    def build(pairs: list[tuple[list[dict], str, str]], names: list[str]) -> list[Pair | str]:
+        sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
+        names = [name for name in names for _ in range(2)]
+        rendered = chat.render_many(tokenizer, sides, "last", names)
+        out = []
+        for (prompt, chosen, rejected), (w, w_mask), (l, l_mask) in zip(pairs, rendered[::2], rendered[1::2]):
+            if not chosen.strip() or not rejected.strip():
+                out.append("empty answer")
+            elif chosen == rejected:
+                out.append("chosen equals rejected")
+            elif max(len(w), len(l)) > args.max_length:
+                out.append("too long")
+            else:
+                out.append(Pair(at_eos(w), at_eos(l), (sum(w_mask), sum(l_mask)), inputs.prompt_id(prompt),
+                                "\n".join([*(m["content"] for m in prompt), chosen, rejected])))
+        return out
+    return build
+
+
+# -- the report on held-out scores ----------------------------------------------------------------
 
 def wilson(right: float, n: int, z: float = 1.959964) -> list[float] | None:
     """Wilson's 95 % interval of a share, [low, high]; a tie may count as half a success. None without any trial."""
@@ -298,7 +293,7 @@ def share(difference: Tensor) -> dict:
 
 
 def outcomes(difference: Tensor) -> str:
-    """A character per pair: "1" where the difference is above zero, "0" below, "-" for a tie; what a paired test needs."""
+    """One character per pair, for a paired test: "1" where the difference is above zero, "0" below, "-" for a tie."""
     return "".join("1" if x > 0 else "0" if x < 0 else "-" for x in difference.tolist())
 
 
@@ -311,9 +306,9 @@ def correlation(x: Tensor, y: Tensor) -> dict[str, float | None]:
 
 
 def calibration(margin: Tensor, bins: int = 10) -> list[dict]:
-    """Tenths of the pairs by |margin|, smallest first: is a pair that the model is p = σ(|margin|) sure of right in p?
+    """Tenths of the pairs by |margin|, smallest first: of pairs with confidence p = σ(|margin|), is a share p right?
 
-    By |margin|, the model's own certainty: which side is right would be known from the margin's sign alone.
+    Grouped by |margin|, the model's confidence: the signed margin alone would tell whether the pair is right.
     """
     order = margin.abs().argsort(stable=True)
     return [{"n": len(part), "confidence": torch.sigmoid(margin[part].abs().double()).mean().item(),
@@ -341,7 +336,16 @@ def evaluation(scores: Tensor, lengths: Tensor, centring: float) -> dict:
         "calibration_error": sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(margin)}
 
 
-def plot(scores: Tensor, lengths: Tensor, found: dict, title: str, path: Path) -> None:
+def write_results(directory: Path, record: dict, scores: Tensor, lengths: Tensor, figures: dict) -> None:
+    """Write directory/<name>.json, the run's identity and `figures`, and directory/<name>.png, its plot."""
+    identity = {k: record[k] for k in ("name", "model", "config_hash", "family", "seed", "train_invariants",
+                                       "adapter_sha256", "data", "data_sources", "command", "args")}
+    path = directory / record["name"]
+    common.write_json(f"{path}.json", {"schema_version": 1, **common.without_places(identity), **figures})
+    common.write_atomic(f"{path}.png", lambda p: plot(scores, lengths, figures, record["name"], p))
+
+
+def plot(scores: Tensor, lengths: Tensor, figures: dict, title: str, path: Path) -> None:
     """Scores by class, calibration, margin against the difference of lengths."""
     import matplotlib
     matplotlib.use("Agg")
@@ -353,7 +357,8 @@ def plot(scores: Tensor, lengths: Tensor, found: dict, title: str, path: Path) -
     left.set(xlabel="score", ylabel="answers")
     left.legend()
     middle.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8)
-    middle.plot([b["confidence"] for b in found["calibration"]], [b["accuracy"] for b in found["calibration"]], "o-")
+    bins = figures["calibration"]
+    middle.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-")
     middle.set(xlabel="σ(|margin|), mean of a tenth of the pairs", ylabel="accuracy", ylim=(-0.03, 1.03))
     right.axhline(0, color="grey", linewidth=0.8)
     right.plot((lengths[:, 0] - lengths[:, 1]).tolist(), (scores[:, 0] - scores[:, 1]).tolist(), ".", markersize=3)
@@ -396,8 +401,8 @@ def score_file(args: Args) -> None:
     if not scores.isfinite().all():
         raise FloatingPointError(f"{args.adapter} gives scores that are not finite")
     if common.rank() == 0:
-        common.write_text(out, "".join(json.dumps({**common.nulled(row), "score": score}, ensure_ascii=False, default=str) + "\n"
-                                       for row, score in zip(rows, scores.tolist())))
+        scored = [{**common.nulled(row), "score": score} for row, score in zip(rows, scores.tolist())]
+        common.write_text(out, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in scored))
     common.say(f"{out}: {len(rows):,} scores of {run['name']} ({run['config_hash']}), mean {scores.mean():.4g}, "
                f"sd {scores.std(correction=0):.4g}")
 

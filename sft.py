@@ -17,9 +17,7 @@ Deviations from the usual script, on purpose:
     python sft.py --epochs 2 --out runs/sft_2ep       # a control: is what a method gains just more training?
     python sft.py --sft-adapter runs/sft_v2 --data PAIRS --out runs/sft_chosen      # or just DPO's chosen answers?
 
-Measured (row sft_v2 of results/metrics.json): SmolLM2-135M-Instruct, --quantization none, 5,000 short conversations of
-0.67 M tokens: 42 s from command to end on one H100, of which the 313 steps took 16 (10 of them the first, which compiles),
-3.7 GiB; held-out loss 1.771 -> 1.565, eos_rate 0.83. Qwen2.5-0.5B's shape: bench/NOTES.md.
+Expected with SmolLM2-135M-Instruct on one H100: 42 s, 3.7 GiB, held-out loss 1.771 -> 1.565 (see bench/NOTES.md).
 
 A row: {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}, or a preference pair.
 Other layouts: docs/data-formats.md.
@@ -44,7 +42,7 @@ class Args:
     model: str | None = None
     """The pretrained base: a directory or a hub id[@revision]; by default Qwen2.5-0.5B, or that of --sft-adapter."""
     sft_adapter: str | None = None
-    """Go on from this policy, as DPO does (merged, a fresh LoRA): a run, or any plain PEFT LoRA (directory or hub id)."""
+    """Start from this policy, as DPO does (merged, a fresh LoRA): a run, or a plain PEFT LoRA (directory or hub id)."""
     other_base: bool = False
     """Accept a plain PEFT adapter that names another base than --model."""
     quantization: Literal["qlora", "none"] = "qlora"
@@ -73,7 +71,7 @@ class Args:
     lr: float = 2e-4
     """Peak learning rate [QLoRA: table 9, up to 13B]."""
     batch_size: int = 16
-    """Conversations a step, over all ranks [QLoRA: table 9]."""
+    """Conversations per step, over all ranks [QLoRA: table 9]."""
     epochs: int = 1
     """Passes over the rows."""
     warmup: float = 0.03
@@ -84,7 +82,7 @@ class Args:
     eos_prompts: int = 64
     """Held-out prompts answered greedily for eos_rate."""
     eos_tokens: int = 256
-    """Tokens an answer may take there."""
+    """Largest number of tokens per answer there."""
     # -- run --
     preview: int = 0
     """Show this many examples as they would be trained, and what would be dropped; load no weights, train nothing."""
@@ -97,7 +95,7 @@ class Args:
     micro_tokens: int = 8192
     """Tokens of one forward: memory and speed, not the update."""
     engine: Literal["auto", "fast", "plain"] = "auto"
-    """auto: the fast engine where it serves the model, else the plain one (any model, slower). Speed, not the update."""
+    """auto: the fast engine where it serves the model, else the plain one (any model, slower); same update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
@@ -119,7 +117,7 @@ def learning_rate(step: int, total: int, args: Args) -> float:
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
 
-# -- rows to tensors ------------------------------------------------------------------------------
+# -- a row, and which of its answers are trained (build_examples, below main) ---------------------
 
 @dataclass(frozen=True)
 class Conversation:
@@ -135,47 +133,6 @@ def conversation(row: dict, where: str) -> tuple[list[dict], str]:
         return inputs.as_conversation(row, where), "all"
     prompt, chosen, _ = inputs.as_pair(row, where)
     return [*prompt, {"role": "assistant", "content": chosen}], "last"
-
-
-def build_examples(tokenizer, args: Args):
-    """A function from what `conversation` gives, and names, to Conversations, or why one can't be used."""
-    def build(conversations: list[tuple[list[dict], str]], names: list[str]) -> list[Conversation | str]:
-        train = conversations[0][1] if conversations else "all"  # the same in all rows of a source
-        out = []
-        rendered = chat.render_many(tokenizer, [messages for messages, _ in conversations], train, names)
-        for (messages, _), (ids, mask) in zip(conversations, rendered):
-            # A trained part ends where the mask does: the place of a turn's stop token.
-            ends = [i + 1 for i in range(len(ids)) if mask[i] and not (i + 1 < len(ids) and mask[i + 1])]
-            fitting = [end for end in ends if end <= args.max_length]
-            if not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
-                out.append("empty answer")
-            elif not ends:
-                out.append("no answer to train")
-            elif not fitting:
-                out.append("too long" if train == "last" else "first exchange too long")
-            else:
-                end, first = fitting[-1], next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-                out.append(Conversation(Example.masked(ids[:end], mask[:end]), end < ends[-1], messages[:first],
-                                        "\n".join(m["content"] for m in messages)))
-        return out
-    return build
-
-
-@torch.no_grad()
-def heldout_nll(model, examples: list[Example], micro_tokens: int, device) -> Tensor:
-    """NLL of each held-out conversation's trained tokens, in nats [conversations], of all ranks."""
-    mine = common.my_share([len(e.ids) for e in examples])
-    nll = torch.zeros(len(examples), dtype=torch.float64, device=device)
-    for micro in common.micro_batches(model, [examples[i] for i in mine], micro_tokens):
-        nll[[mine[i] for i in micro.examples]] = -micro.sum_by_sequence(common.token_logprobs(model, micro)).double()
-    return common.all_reduce_(nll).cpu()
-
-
-def mean_loss(nll: Tensor, examples: list[Example]) -> tuple[float, list[float] | None]:
-    """Nats per token, and its 95 % interval over conversations: that of a ratio Σ nll / Σ tokens, by its residuals."""
-    tokens = torch.tensor([len(e.targets) for e in examples], dtype=torch.float64)
-    loss = nll.sum() / tokens.sum()
-    return loss.item(), common.interval(loss + (nll - loss * tokens) / tokens.mean(), range(len(examples)))
 
 
 def main(args: Args) -> None:
@@ -209,7 +166,7 @@ def main(args: Args) -> None:
     common.set_seed(args.seed)
     start = common.load_model(model_dir, adapter, "nf4" if nf4 else "none", dtype, device, engine)
     policy = common.add_lora(start)
-    before = heldout_nll(policy, heldout, args.micro_tokens, device)  # B = 0: that of what it starts from
+    before = heldout_nll(policy, heldout, args.micro_tokens, device)  # B = 0: the loss of the starting point
     params = common.flat_parameters(policy)
     optimizer = torch.optim.Adam([params], lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     steps = common.batches(len(examples), args.batch_size, args.epochs, args.seed)
@@ -263,11 +220,56 @@ def main(args: Args) -> None:
     _, metrics["heldout_loss_change_interval"] = mean_loss(after - before, heldout)
     if metrics["heldout_loss"] > metrics["heldout_loss_base"]:
         common.say(f"WARNING: the held-out loss of base + adapter ({metrics['heldout_loss']:.4f}) is worse than the "
-                   f"{'parent' if parent else 'base'}'s own ({metrics['heldout_loss_base']:.4f})")
+                   f"{'parent' if parent else 'base'}'s ({metrics['heldout_loss_base']:.4f})")
     metrics["eos_prompts"] = len(prompts)
     metrics["eos_rate"] = common.eos_rate(merged, tokenizer, prompts, args.eos_tokens) if prompts else None
     run.finish(metrics, ["loss", "accuracy", "grad_norm", "lr", "tokens_per_s", "peak_gib"],
                f"Supervised fine-tuning of {model} with LoRA on {len(examples):,} conversations of {args.data}.")
+
+
+# -- rows to tensors ------------------------------------------------------------------------------
+
+def build_examples(tokenizer, args: Args):
+    """Returns build(results of `conversation`, names): a Conversation per row, or why it can't be used."""
+    def build(conversations: list[tuple[list[dict], str]], names: list[str]) -> list[Conversation | str]:
+        train = conversations[0][1] if conversations else "all"  # the same in all rows of a source
+        out = []
+        rendered = chat.render_many(tokenizer, [messages for messages, _ in conversations], train, names)
+        for (messages, _), (ids, mask) in zip(conversations, rendered):
+            # A trained part ends where the mask does: after the turn's stop token.
+            ends = [i + 1 for i in range(len(ids)) if mask[i] and not (i + 1 < len(ids) and mask[i + 1])]
+            fitting = [end for end in ends if end <= args.max_length]
+            if not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
+                out.append("empty answer")
+            elif not ends:
+                out.append("no answer to train")
+            elif not fitting:
+                out.append("too long" if train == "last" else "first exchange too long")
+            else:
+                end, first = fitting[-1], next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+                out.append(Conversation(Example.masked(ids[:end], mask[:end]), end < ends[-1], messages[:first],
+                                        "\n".join(m["content"] for m in messages)))
+        return out
+    return build
+
+
+# -- the held-out loss ----------------------------------------------------------------------------
+
+@torch.no_grad()
+def heldout_nll(model, examples: list[Example], micro_tokens: int, device) -> Tensor:
+    """NLL of each held-out conversation's trained tokens, in nats [conversations], of all ranks."""
+    mine = common.my_share([len(e.ids) for e in examples])
+    nll = torch.zeros(len(examples), dtype=torch.float64, device=device)
+    for micro in common.micro_batches(model, [examples[i] for i in mine], micro_tokens):
+        nll[[mine[i] for i in micro.examples]] = -micro.sum_by_sequence(common.token_logprobs(model, micro)).double()
+    return common.all_reduce_(nll).cpu()
+
+
+def mean_loss(nll: Tensor, examples: list[Example]) -> tuple[float, list[float] | None]:
+    """Nats per token, and its 95 % interval over conversations: that of a ratio Σ nll / Σ tokens, by its residuals."""
+    tokens = torch.tensor([len(e.targets) for e in examples], dtype=torch.float64)
+    loss = nll.sum() / tokens.sum()
+    return loss.item(), common.interval(loss + (nll - loss * tokens) / tokens.mean(), range(len(examples)))
 
 
 if __name__ == "__main__":
