@@ -68,7 +68,8 @@ def load_tokenizer(model_dir: str | Path):
     """The tokenizer with the one chat template: the model's own where masks are certain with it, else PLAIN_TEMPLATE.
 
     The model's own is used if its generation prompt is a prefix of what it renders for every answered turn, and the
-    token after each answer is a stop token (see template_problem). Sets on the tokenizer:
+    token after each answer is a stop token (see template_problem). Either also writes the BOS (see write_bos). Sets on
+    the tokenizer:
     stop_ids: sorted ids that end an answer: its EOS and eos_token_id of generation_config.json;
     end_id: the one of them that the template writes;
     template_note: what was done to the template, or what it adds, in one line; None where there is nothing to say;
@@ -97,7 +98,10 @@ def load_tokenizer(model_dir: str | Path):
         notes = [f"plain role markers (User:, Assistant:), since {problem}"]
         if problem := template_problem(tokenizer):
             fail(f"{model_dir}: no chat template serves this tokenizer: {problem}")
+        write_bos(tokenizer)
     else:
+        if write_bos(tokenizer):
+            notes.append("the BOS written")
         notes = notes and [f"{OWN_TEMPLATE}, with {' and '.join(notes)}"]
         lead = " ".join(tokenizer.chat_format.split.sub(" ", render_text(tokenizer, SAMPLE[1:])[0][0])
                         .partition(SAMPLE[1]["content"])[0].split())
@@ -124,6 +128,28 @@ def pin_template(template: str) -> tuple[str, list[str]]:
             raise ValueError("the chat template writes today's date")
         notes.append(f"its date fixed at {time.strftime('%Y-%m-%d', TEMPLATE_DATE)}")
     return template, notes
+
+
+def write_bos(tokenizer) -> bool:
+    """Let the template write the BOS with which the tokenizer begins a text, where it doesn't; was that done?
+
+    apply_chat_template adds none by itself: with the saved template, a model would get sequences that it was not trained
+    on. The template stays as it is where the tokenizer encodes the text after a BOS differently.
+    """
+    template, begins = tokenizer.chat_template, render_text(tokenizer, SAMPLE[1:])[0][0]
+    if tokenizer.chat_format.bos is None or begins.startswith(tokenizer.bos_token):
+        return False
+    tokenizer.chat_template = "{{ bos_token }}" + template
+    if not template_problem(tokenizer):
+        return True
+    tokenizer.chat_template = template
+    template_problem(tokenizer)  # sets chat_format again
+    return False
+
+
+def has_plain_markers(tokenizer) -> bool:
+    """Is PLAIN_TEMPLATE in use, after the BOS or without one?"""
+    return tokenizer.chat_template.endswith(PLAIN_TEMPLATE)
 
 
 def template_problem(tokenizer) -> str | None:
@@ -230,9 +256,8 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
             try:
                 rendered += tokenise(tokenizer, [messages], train)
             except Unrenderable as e:
-                plain = tokenizer.chat_template == PLAIN_TEMPLATE
                 fail(f"{names[i] if names else f'conversation {i}'}: {e} (the chat template is "
-                     f"{'plain role markers' if plain else OWN_TEMPLATE})")
+                     f"{'plain role markers' if has_plain_markers(tokenizer) else OWN_TEMPLATE})")
         return rendered
 
 

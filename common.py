@@ -345,7 +345,7 @@ class TrainInvariants:
     model: str
     revision: str | None
     weights_sha256: str
-    chat_template: str  # as used: its date fixed, its thinking off
+    chat_template: str  # as used: its date fixed, its thinking off, its BOS written
     quantization: str   # the policy: "qlora" or "none"
     lora_r: int = 16
     lora_alpha: int = 32

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from chat import OWN_TEMPLATE, PLAIN_TEMPLATE, load_tokenizer
+from chat import OWN_TEMPLATE, has_plain_markers, load_tokenizer
 from common import (Example, QWEN, TrainInvariants, bucket, check_base, fail, permutation, read_adapter, read_policy,
                     resolve_model, say, sha256_json)
 
@@ -628,8 +628,11 @@ def take_rows(rows: Sequence, n: int, seed: int, read: Callable[[int, Any], Any]
     overlong = dropped["too long"] if max_overlong is not None else 0
     bad = sum(dropped.values()) - overlong
     if bad > max_dropped * max(seen, 20) and not preview:
+        remedy = "clean the data, "
+        if any("too long" in reason for reason in dropped):  # a limit of the flags, not a fault of the data
+            remedy += "raise the limit on tokens per row, "
         fail(f"{source}: {bad} of {seen} rows are degenerate ({why}), more than {max_dropped:.0%}; "
-             f"clean the data, or allow more with --max-dropped")
+             f"{remedy}or allow more with --max-dropped")
     if overlong and overlong > max_overlong * max(seen, 20) and not preview:
         fail(f"{source}: {overlong} of {seen} rows are beyond --max-length, more than {max_overlong:.0%}; "
              f"raise it, or allow more with --max-overlong")
@@ -781,7 +784,7 @@ def ngrams(text: str, n: int = 13) -> set[tuple[str, ...]]:
 
 def say_template(tokenizer) -> None:
     """One line on the chat template in use, the tokens that end an answer, and the BOS."""
-    warning = "WARNING: " if tokenizer.chat_template == PLAIN_TEMPLATE else ""
+    warning = "WARNING: " if has_plain_markers(tokenizer) else ""
     end, bos = tokenizer.convert_ids_to_tokens([tokenizer.end_id, tokenizer.chat_format.bos or 0])
     say(f"{warning}chat template: {tokenizer.template_note or OWN_TEMPLATE}; answers end with {end}; "
         + ("no BOS is added" if tokenizer.chat_format.bos is None else f"every sequence begins with {bos}"))

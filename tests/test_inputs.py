@@ -299,10 +299,11 @@ def test_many_degenerate_rows(refused, tmp_path, kind):
     n = len(in_play(script, chats() if script == "sft" else prefs()))
     limit, said, flag = (0.15, "beyond --max-length", "--max-overlong") if reason == "too long" \
         else (0.05, f"degenerate ({reason} {{count}})", "--max-dropped")
+    remedy = {"too long": "raise it, or", "first exchange too long": "clean the data, raise the limit on tokens per row, or"}
     count = int(limit * n) + 1
     data, _ = spoiled(script, bad, tmp_path, count)
     refused(script, {"data": data, "rows": n}, f"{data}: {count} of {n} rows are {said.format(count=count)}",
-            f"more than {limit:.0%}", flag)
+            f"more than {limit:.0%}; {remedy.get(reason, 'clean the data, or')}", flag)
     refused(script, {"data": data, "rows": n, flag[2:].replace("-", "_"): (count - 1) / n}, f"{count} of {n}")
 
 
