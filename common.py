@@ -115,6 +115,13 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(directory: str | Path) -> None:
+    """Remove what write_atomic of a process that was killed has left in a directory. The caller holds its lock."""
+    for path in Path(directory).glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
 
@@ -1712,6 +1719,7 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             fail(f"another process is training in {self.directory}")
+        self._tidy()
         finished = self.directory / "run.json"
         found = next((f for f in (finished, self.running) if f.is_file()), None)
         if found:
@@ -1733,6 +1741,13 @@ class Run:
             fail(f"{self.directory} is not empty and holds no run; choose another --out")
         write_json(self.running, self.record)
         return None
+
+    def _tidy(self) -> None:
+        """Remove temporary files of killed processes, and a checkpoint folder in which nothing was written yet."""
+        for directory in (self.directory, self.running.parent):
+            remove_temporaries(directory)
+        with contextlib.suppress(OSError):
+            self.running.parent.rmdir()
 
     @staticmethod
     def _identity(record: dict, key: str) -> Any:
@@ -1918,6 +1933,7 @@ class Run:
             write_text(self.directory / "README.md", model_card(self.record, description))
             write_json(self.directory / "run.json", self.record)
             shutil.rmtree(self.directory / "checkpoint", ignore_errors=True)
+            self._tidy()
             if self.tracker:
                 self.tracker.summary.update(metrics)
         self._release()

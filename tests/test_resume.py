@@ -555,3 +555,15 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(sft_args, sft_run, tmp_path,
     gc.collect()
     sft.main(sft.Args(**sft_args, out=str(tmp_path / "run")))
     assert adapter(tmp_path / "run") == adapter(sft_run)
+
+
+def test_temporary_files_of_a_killed_process_are_removed(sft_args, tmp_path):
+    """By the next start, which also takes a directory in which nothing else was written, and by its finish."""
+    out = tmp_path / "run"
+    (out / "checkpoint").mkdir(parents=True)
+    leftovers = [out / ".curves.png.99999.tmp", out / "checkpoint" / ".run.json.99999.tmp"]
+    for path in leftovers:
+        path.write_text("half")
+    (out / "checkpoint" / ".state.safetensors.12.tmp").write_text("half")
+    sft.main(sft.Args(**sft_args, out=str(out)))
+    assert (out / "run.json").is_file() and not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
