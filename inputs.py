@@ -15,10 +15,12 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -794,8 +796,8 @@ def preflight(tokenizer, examples: Sequence[Example], texts: Sequence[str], drop
               eval_data: str | None, preview: int = 0) -> dict[str, int]:
     """Print what will be trained on, and stop at a mask that can't be meant.
 
-    Shows one example (a preview: that many, and then ends the process) with its trained tokens between ⟦ ⟧, counts,
-    token totals and the 13-word overlap of the training texts with the evaluation prompts. Fails on an empty mask, a
+    Shows one example (a preview: that many, and then ends the process) with its trained tokens between ⟦ ⟧ (green on
+    a terminal), counts, token totals and the 13-word overlap of the training texts with the evaluation prompts. Fails on an empty mask, a
     trained part without a stop token, or a doubled BOS.
     """
     say_template(tokenizer)
@@ -807,14 +809,15 @@ def preflight(tokenizer, examples: Sequence[Example], texts: Sequence[str], drop
             fail(f"example {i} does not end with a trained stop token: …{tokenizer.decode(e.ids)[-200:]!r}")
         if bos is not None and bos not in tokenizer.stop_ids and e.ids[:2] == [bos, bos]:
             fail(f"example {i} begins with two BOS tokens; the chat template and the tokenizer both add one")
+    green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for k, shown in enumerate(examples[:max(1, preview)]):
-        trained, out = {p + 1 for p in shown.predict}, []
-        for i, t in enumerate(shown.ids):
-            out.append(("⟦" if i in trained and i - 1 not in trained else "") + tokenizer.decode([t])
-                       + ("⟧" if i in trained and i + 1 not in trained else ""))
+        trained, spans = {p + 1 for p in shown.predict}, []
+        for counts_in_loss, at in itertools.groupby(range(len(shown.ids)), lambda i: i in trained):
+            text = tokenizer.decode([shown.ids[i] for i in at])
+            spans.append(f"{green}⟦{text}⟧{plain}" if counts_in_loss else text)
         counts = f"example {k + 1}, {len(shown.ids)} tokens, {len(trained)} of them trained,"
         title = counts if preview else "one example,"
-        say(f"-- {title} trained tokens between ⟦ ⟧ {'-' * 40}\n{''.join(out)}\n{'-' * 83}")
+        say(f"-- {title} trained tokens between ⟦ ⟧ {'-' * 40}\n{''.join(spans)}\n{'-' * 83}")
     total, counted = sum(len(e.ids) for e in examples), sum(len(e.targets) for e in examples)
     say(f"{len(examples):,} sequences, {total:,} tokens, {counted:,} of them trained ({counted / total:.0%}); "
         f"longest {max(len(e.ids) for e in examples):,}; {truncated:,} cut at a turn's end; dropped "
