@@ -77,7 +77,7 @@ class Args:
     epochs: int = 1
     """Passes over the pairs."""
     warmup: float = 0.03
-    """Share of steps with a rising rate; then linear to 0."""
+    """Share of the steps over which the rate rises linearly; then it falls linearly to 0."""
     max_grad_norm: float = 1.0
     """Gradient clip, over all trained parameters."""
     # -- what is measured at the end --

@@ -25,7 +25,7 @@ Deviations from the usual script, on purpose:
   2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; the rounding's KL is logged) and a fresh
      LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
   3. Mismatched pairs are computed in separate micro-batches.
-  4. Rows beyond --max-length are dropped and counted, never cut. Only y' is cut, where x and y' together are longer.
+  4. Rows beyond --max-length are dropped and counted, never cut. Only y' is cut, where x and y' together exceed it.
 
     python kto.py --sft-adapter runs/sft_v2
 
@@ -94,7 +94,7 @@ class Args:
     epochs: int = 1
     """Passes over the rows."""
     warmup: float = 0.03
-    """Share of steps with a rising rate; then linear to 0."""
+    """Share of the steps over which the rate rises linearly; then it falls linearly to 0."""
     max_grad_norm: float = 1.0
     """Gradient clip, over all trained parameters."""
     # -- what is measured at the end --
@@ -272,8 +272,7 @@ def main(args: Args) -> None:
 # -- which rows share a step, and which answers z0 is measured on ---------------------------------
 
 def arrange(prompts: list[str], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """The rows of every step: no step has a prompt twice, and all steps of an epoch have one size or one row less, at
-    least 2.
+    """The rows of every step: no prompt twice per step; an epoch's steps have one size, or one row less, at least 2.
 
     An epoch shuffles the prompts, lists the rows prompt by prompt and deals them to its steps like cards: rows of one
     prompt go to different steps. (With an odd number of rows in steps of 2, one step takes 3.)
@@ -357,7 +356,7 @@ def build_rows(tokenizer, args: Args):
 
 
 def one_answer_each(items: list[list[Row]], seed: int) -> list[Row]:
-    """Of each pair the chosen answer where the seed's permutation is even, else the rejected: half of each."""
+    """One Row per item: of a pair the chosen where the seed's permutation is even, else the rejected (half of each)."""
     positions = common.permutation(len(items), seed, "sides")
     return [answers[position % len(answers)] for answers, position in zip(items, positions)]
 
@@ -411,7 +410,7 @@ def evaluate_rows(policy, rows: list[Row], args: Args, device) -> dict[str, floa
 def weights_advice(desirable: int, undesirable: int, args: Args) -> str | None:
     """A warning where λ_D n_D / (λ_U n_U) is outside [1, 4/3] (the paper's first versions; eq. 9 of its last: 3/2)."""
     if not desirable or not undesirable:
-        return f"all rows are {'desirable' if desirable else 'undesirable'}: nothing stands against their loss"
+        return f"all rows are {'desirable' if desirable else 'undesirable'}: no row of the other class balances them"
     ratio = args.desirable_weight * desirable / (args.undesirable_weight * undesirable)
     if 1 <= ratio <= 4 / 3:
         return None

@@ -84,7 +84,7 @@ class Args:
     epochs: int = 1
     """Passes over the pairs [2203.02155: one; more overfits]."""
     warmup: float = 0.03
-    """Share of steps with a rising rate; then linear to 0."""
+    """Share of the steps over which the rate rises linearly; then it falls linearly to 0."""
     max_grad_norm: float = 1.0
     """Gradient clip, over all trained parameters."""
     # -- scoring rows instead of training --
@@ -257,9 +257,9 @@ def main(args: Args) -> None:
 def build_pairs(tokenizer, args: Args):
     """Returns build(pairs of (prompt messages, chosen, rejected), names): a Pair per row, or why it can't be used."""
     def build(pairs: list[tuple[list[dict], str, str]], names: list[str]) -> list[Pair | str]:
-        sides = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
+        chats = [prompt + [{"role": "assistant", "content": text}] for prompt, *texts in pairs for text in texts]
         names = [name for name in names for _ in range(2)]
-        rendered = chat.render_many(tokenizer, sides, "last", names)
+        rendered = chat.render_many(tokenizer, chats, "last", names)
         out = []
         for (prompt, chosen, rejected), (w, w_mask), (l, l_mask) in zip(pairs, rendered[::2], rendered[1::2]):
             if not chosen.strip() or not rejected.strip():

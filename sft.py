@@ -14,8 +14,8 @@ Deviations from the usual script, on purpose:
     python sft.py                                     # Qwen2.5-0.5B on 5,000 rows of UltraChat
     python sft.py --model DIR --data my.jsonl --quantization none --out runs/mine
     torchrun --nproc-per-node 2 sft.py                # the same update on two GPUs
-    python sft.py --epochs 2 --out runs/sft_2ep       # a control: is what a method gains just more training?
-    python sft.py --sft-adapter runs/sft_v2 --data PAIRS --out runs/sft_chosen      # or just DPO's chosen answers?
+    python sft.py --epochs 2 --out runs/sft_2ep       # a control: does a method gain more than longer training?
+    python sft.py --sft-adapter runs/sft_v2 --data PAIRS --out runs/sft_chosen      # a control: DPO's chosen answers
 
 Expected with SmolLM2-135M-Instruct on one H100: 42 s, 3.7 GiB, held-out loss 1.771 -> 1.565 (see bench/NOTES.md).
 
@@ -51,8 +51,8 @@ class Args:
     """Base weights where they are not NF4. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRACHAT
-    """Training conversations: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]. Of preference rows the
-    chosen answers, of part A of the prompts: what DPO and KTO see, as mere demonstrations."""
+    """Training conversations: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]. Of preference rows, the
+    chosen answers to the prompts of part A: the ones that DPO and KTO see, used as demonstrations."""
     heldout_data: str | None = None
     """Held-out conversations; by default found beside --data (x.jsonl -> x_heldout.jsonl, train_sft -> test_sft)."""
     eval_data: str | None = None
@@ -75,7 +75,7 @@ class Args:
     epochs: int = 1
     """Passes over the rows."""
     warmup: float = 0.03
-    """Share of steps with a rising rate [QLoRA: its code]; then linear to 0 [ours; QLoRA holds it constant]."""
+    """Share of the steps over which the rate rises [QLoRA: its code]; then linear to 0 [ours; QLoRA: constant]."""
     max_grad_norm: float = 1.0
     """Gradient clip, over all trained parameters."""
     # -- what is measured at the end --
@@ -257,7 +257,7 @@ def build_examples(tokenizer, args: Args):
 
 @torch.no_grad()
 def heldout_nll(model, examples: list[Example], micro_tokens: int, device) -> Tensor:
-    """NLL of each held-out conversation's trained tokens, in nats [conversations], of all ranks."""
+    """NLL of each held-out conversation's trained tokens, in nats, over all ranks [conversations]."""
     mine = common.my_share([len(e.ids) for e in examples])
     nll = torch.zeros(len(examples), dtype=torch.float64, device=device)
     for micro in common.micro_batches(model, [examples[i] for i in mine], micro_tokens):
@@ -266,7 +266,7 @@ def heldout_nll(model, examples: list[Example], micro_tokens: int, device) -> Te
 
 
 def mean_loss(nll: Tensor, examples: list[Example]) -> tuple[float, list[float] | None]:
-    """Nats per token, and its 95 % interval over conversations: that of a ratio Σ nll / Σ tokens, by its residuals."""
+    """(nats per token, its 95 % interval over conversations), the interval from the residuals of Σ nll / Σ tokens."""
     tokens = torch.tensor([len(e.targets) for e in examples], dtype=torch.float64)
     loss = nll.sum() / tokens.sum()
     return loss.item(), common.interval(loss + (nll - loss * tokens) / tokens.mean(), range(len(examples)))
