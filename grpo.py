@@ -1,42 +1,41 @@
 """GRPO: reinforcement learning of an SFT policy on rewards that a program can check, with LoRA and without a critic.
 
-    A_i  = (r_i − mean(r_1 … r_G)) / (sd(r_1 … r_G) + 1e-4)                        the advantage of answer i to its prompt
+    A_i  = (r_i − mean(r_1 … r_G)) / (sd(r_1 … r_G) + 1e-4)                      the advantage of answer i to its prompt
     l_it = −min(ρ_it A_i, clip(ρ_it, 1−ε_low, 1+ε_high) A_i) + β k3_it,   ρ_it = π_θ(o_it|·) / π_old(o_it|·)
-    k3   = π_ref/π_θ − log(π_ref/π_θ) − 1                                           estimates KL(π_θ ‖ π_ref), never below 0
+    k3   = π_ref/π_θ − log(π_ref/π_θ) − 1                                       estimates KL(π_θ ‖ π_ref), never below 0
     L(θ) = Σ_i Σ_t w_i l_it        w_i = 1/(B |o_i|),  1/Σ_j |o_j|  or  1/(B L)      --aggregate sequence, token, fixed
 
-Papers: DeepSeekMath, Shao et al. 2024 (2402.03300), eq. 3 (objective), eq. 4 (k3), sec. 4.1.2 (advantage); "Dr. GRPO", Liu
-et al. 2025 (2503.20783), sec. 3.1-3.2: without the division by the sd (`--scale-advantages none`) and by the length
-(`--aggregate fixed`) the gradient has no bias to easy or hard prompts and to long wrong answers; DAPO, Yu et al. 2025
-(2503.14476), eq. 8 (token mean, ε_high 0.28) and eq. 11 (dynamic sampling: `--resample-groups`). These options are the
-ones that the papers dispute; everything else here is common to them. In symbols: o_i the i-th of G answers to a prompt,
-|o_i| its tokens, r_i its reward, B answers of a mini-batch, L = --completion-tokens, π_θ the policy, π_old the one that
-sampled, π_ref the reference (base + SFT). To compare with: deepseek-ai's paper, sail-sg/understand-r1-zero, volcengine/verl.
+Papers: DeepSeekMath, Shao et al. 2024 (2402.03300), eq. 3 (objective), eq. 4 (k3), sec. 4.1.2 (advantage); "Dr. GRPO",
+Liu et al. 2025 (2503.20783), sec. 3.1-3.2: without the division by the sd (`--scale-advantages none`) and by the length
+(`--aggregate fixed`) the gradient has no bias towards easy or hard prompts or towards long wrong answers; DAPO, Yu et
+al. 2025 (2503.14476), eq. 8 (token mean, ε_high 0.28) and eq. 11 (dynamic sampling: `--resample-groups`). These options
+are the ones on which the papers differ; they share everything else here. In symbols: o_i the i-th of G answers to a
+prompt, |o_i| its tokens, r_i its reward, B answers of a mini-batch, L = --completion-tokens, π_θ the policy, π_old the
+policy that sampled, π_ref the reference (base + SFT). Reference implementations: sail-sg/understand-r1-zero,
+volcengine/verl.
 
 Deviations, on purpose:
-  1. Sums run over the whole mini-batch and all ranks: `sequence` and `token` are means over it, not means of groups' means.
+  1. Sums run over the whole mini-batch and all ranks: `sequence` and `token` are means over the mini-batch, not means
+     of the groups' means.
   2. An answer that does not end within --completion-tokens has reward 0, whatever it says; it stays in the loss.
-  3. A group whose rewards are all equal has A = 0. With β = 0 its answers get no forward and no backward; they still count
-     in B and Σ|o|, so that the gradient is the one that computing them would have given.
-  4. With one optimizer step an update (the default, and the paper's μ = 1), π_old is π_θ: ρ ≡ 1, and its log-probs are those
-     of the forward that is trained. With more, they are computed before the first, from its very micro-batches (ρ ≡ 1 is asserted).
-     Either way they must agree with the sampler's own (`sampler_gap`).
+  3. A group whose rewards are all equal has A = 0. With β = 0 its answers get no forward and no backward; they still
+     count in B and Σ|o|, so that the gradient is the one that computing them would have given.
+  4. With one optimizer step per update (the default, and the paper's μ = 1), π_old is π_θ: ρ ≡ 1, and its log-probs are
+     those of the forward that is trained. With more, they are computed before the first step, on the same micro-batches
+     (ρ ≡ 1 is asserted). Either way they must agree with the sampler's (`sampler_gap`).
   5. Logits are divided by the sampling temperature in old, new and reference log-probs alike.
 
     python grpo.py --sft-adapter runs/sft_v2
     python grpo.py --task arithmetic --sft-adapter runs/sft_v2 --out runs/grpo_arithmetic
     python grpo.py --task my_task.py --sft-adapter runs/sft_v2 --out runs/grpo_mine
 
-Measured: SmolLM2-135M on one H100. Arithmetic, 120 updates of 256 answers (--completion-tokens 48 --lr 1e-4 --beta 0.01
---no-compile --micro-tokens 32768): 1.8 minutes; of 166 held-out problems pass@1 0.41 -> 0.67, pass@8 0.58 -> 0.81 (at the
-default lr 0.61 and 0.78). GSM8K with the defaults, 100 updates of 256 answers: 2.2 minutes, 22 GiB; the format is learned (its
-share of the reward 0.05 -> 0.09 of 0.10), the problems aren't: pass@1 0.006 -> 0.013, 3 and 6 of 473 in the table's run.
-results/grpo/. At Qwen2.5-0.5B's shape, 64 answers of 256 tokens: 0.77 s an update, 0.55 of it sampling.
+Expect for SmolLM2-135M on one H100, in about 2 minutes: arithmetic pass@1 from 0.41 to 0.6, GSM8K's format but hardly
+any of its problems; bench/NOTES.md.
 
-A task says what is asked and what an answer is worth. GSM8K: rows of question and answer (`#### 18`), or of prompt and
+A task defines the prompts and the reward of an answer. GSM8K: rows of question and answer (`#### 18`), or of prompt and
 answer. Arithmetic: generated, five grades. Your own: a Python file with `reward(row, completion)`, or TRL's or verl's
-reward function, and `rows()` unless --data gives them; see `load_task`. Shapes: P prompts of an update, G answers each,
-B = P·G, T tokens of the longest, K of a pack.
+reward function, and `rows()` unless --data gives them; see `load_task`. Shapes: P prompts per update, G answers to
+each, B = P·G, T tokens of the longest answer, K answer tokens of a micro-batch.
 """
 import functools
 import importlib.util
@@ -71,7 +70,7 @@ GSM8K = "openai/gsm8k@e53f048856ff4f594e959d75785d2c2d37b678ee:main/train"
 class Args:
     # -- model --
     sft_adapter: str = "runs/sft_v2"
-    """The start, which is also the reference: a run, any plain PEFT LoRA (directory or hub id), or none: --model itself."""
+    """The start and the reference: a run, any plain PEFT LoRA (directory or hub id), or none: --model itself."""
     model: str | None = None
     """The base model; by default the one that --sft-adapter was trained on, and with none Qwen2.5-0.5B."""
     other_base: bool = False
@@ -97,7 +96,7 @@ class Args:
     updates: int = 100
     """Rollouts, each followed by its epochs; the prompts are passed again when they run out."""
     batch_size: int = 32
-    """P, prompts of an update, over all ranks [2402.03300: 16, 1,024 answers]."""
+    """P, prompts per update, over all ranks [2402.03300: 16, 1,024 answers]."""
     group_size: int = 8
     """G, answers to each prompt [2402.03300: 64]."""
     completion_tokens: int = 256
@@ -118,22 +117,22 @@ class Args:
     clip_high: float = 0.2
     """ε_high: the ratio is clipped at 1 + ε_high [2503.14476: 0.28]."""
     epochs: int = 1
-    """μ, passes over an update's answers [2402.03300: 1]."""
+    """μ, epochs per update: passes over its answers [2402.03300: 1]."""
     minibatches: int = 1
-    """Optimizer steps of an epoch, each on whole groups; they divide --batch-size [2402.03300: 1]."""
+    """Optimizer steps per epoch, each on whole groups; they divide --batch-size [2402.03300: 1]."""
     # -- held-out measurement --
     eval_every: int = 20
     """Updates between held-out measurements; 0: only before and after."""
     pass_k: int = 8
-    """k of the held-out pass@k, estimated from 2k samples of each problem."""
+    """k of the held-out pass@k, estimated from 2k samples per problem."""
     # -- optimisation --
     lr: float = 3e-5
     """Peak learning rate [ours; 2402.03300: 1e-6 for full fine-tuning, LoRA takes ten times that or more]."""
     max_grad_norm: float = 1.0
-    """Gradient clip."""
+    """Largest norm of the gradient."""
     importance_cap: float = 0.0
-    """Weight a token's policy loss by min(π_old / π_sampler, this), for a sampler that is another program [Ionides 2008:
-    truncated importance sampling; 2 is usual]; 0: no weight, since here the sampler is the policy."""
+    """Weight a token's policy loss by min(π_old / π_sampler, this), for a sampler that is another program
+    [Ionides 2008: truncated importance sampling; 2 is usual]; 0: no weight, since here the sampler is the policy."""
     max_gap: float = 0.1
     """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise: 0.03 on SmolLM2]."""
     # -- run --
@@ -148,9 +147,9 @@ class Args:
     overwrite: bool = False
     """Move another configuration's run in --out aside."""
     micro_tokens: int = 8192
-    """Tokens of one forward: memory and speed, not the update."""
+    """Tokens per forward: memory and speed, not the update."""
     engine: Literal["auto", "fast", "plain"] = "auto"
-    """auto: the fast engine where it serves the model, else the plain one (any model, slower). Speed, not the update."""
+    """auto: the fast engine if it supports the model, else the plain one (any model, slower). Speed, not the update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 10
@@ -160,7 +159,7 @@ class Args:
 
 
 KL_ANSWERS = 64  # greedy held-out answers along which the trained policy's KL to its reference is measured
-ROUNDS = 10  # rollouts of an update with --resample-groups, at most [the limit in the DAPO recipe of volcengine/verl]
+ROUNDS = 10  # most rollouts per update with --resample-groups [the limit in the DAPO recipe of volcengine/verl]
 
 
 # -- the method's maths ---------------------------------------------------------------------------
@@ -182,7 +181,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """π_ref/π_θ − log(π_ref/π_θ) − 1 of each token, [K]: from samples of π_θ, KL(π_θ ‖ π_ref) on average. 2402.03300, eq. 4."""
+    """π_ref/π_θ − log(π_ref/π_θ) − 1 of each token, [K]. 2402.03300, eq. 4: its mean under π_θ is KL(π_θ ‖ π_ref)."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.expm1() - log_ratio
 
@@ -190,8 +189,8 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
     """min(π_old / q, cap) of each token, q the sampler's distribution; all 1 where cap is 0. Same shape as its inputs.
 
-    Truncated importance sampling: Ionides 2008 (J. Comput. Graph. Stat. 17:295), eq. 3; between a sampler and a trainer that
-    are two programs: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+    Truncated importance sampling: Ionides 2008 (J. Comput. Graph. Stat. 17:295), eq. 3; for a sampler and a trainer
+    that are two programs: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
     """
     return (old_logprobs - sampler_logprobs).exp().clamp(max=cap) if cap else torch.ones_like(old_logprobs)
 
@@ -202,14 +201,10 @@ def token_weights(lengths: Tensor, aggregate: str, limit: int) -> Tensor:
     sequence: mean over answers of their token means [2402.03300]; token: mean over tokens [2503.14476]; fixed: sum over
     tokens, divided by a constant that no answer's length moves [2503.20783].
     """
-    weights = {"sequence": 1 / (len(lengths) * lengths.float()), "token": 1 / lengths.sum().float().expand(len(lengths)),
+    weights = {"sequence": 1 / (len(lengths) * lengths.float()),
+               "token": 1 / lengths.sum().float().expand(len(lengths)),
                "fixed": torch.full(lengths.shape, 1 / (len(lengths) * limit), device=lengths.device)}
     return weights[aggregate]
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k samples hold a right one, without bias, from n of which c are: 1 − C(n−c, k)/C(n, k). 2107.03374, eq. 1."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
@@ -232,7 +227,7 @@ class Problem:
 @dataclass(frozen=True)
 class Score:
     reward: float
-    parts: dict[str, float]  # empty when reward() gives a plain number, or was not asked
+    parts: dict[str, float]  # empty when reward() gives a plain number or is not called
 
     @property
     def solved(self) -> bool:
@@ -246,23 +241,6 @@ class Task:
     read: Callable[[dict, str], tuple[list[dict], dict]]  # (row, where) -> (prompt messages, the row as reward sees it)
     rewards: Callable[[list[tuple[Problem, Completion]]], list[Score | str]]  # of answers that ended; a str is an error
     rows: Callable[[], Sequence[dict]] | None = None  # the task's own; None: --data
-
-
-def usable(index: int, item: tuple | str | None) -> tuple | None:
-    """An item of `read_data` with its row's index; None: not in this part. Raises Degenerate where it is a reason."""
-    if isinstance(item, str):
-        raise inputs.Degenerate(item)
-    return item and (index, *item)
-
-
-def build(tokenizer, args: Args):
-    """A function from (index, messages, row) to Problems, or the reason why a row can't be used."""
-    def problem(name: str, index: int, prompt: list[dict], row: dict) -> Problem | str:
-        ids = chat.render_prompt(tokenizer, prompt, name)
-        return "empty prompt" if not prompt[-1]["content"].strip() else \
-            "too long" if len(ids) > args.prompt_tokens else \
-            Problem(index, inputs.prompt_id(prompt), ids, prompt[-1]["content"], row)
-    return lambda items, names: [problem(name, *item) for name, item in zip(names, items)]
 
 
 # -- answers and their rewards --------------------------------------------------------------------
@@ -284,72 +262,36 @@ class Group:
 
 
 def score(task: Task, answered: list[tuple[Problem, Completion]]) -> list[Score | str]:
-    """What answers are worth, or the error that ends the run. An answer that did not end is worth 0."""
+    """The score of each answer, or the error that ends the run. An answer that did not end scores 0."""
     scores = iter(task.rewards([(p, c) for p, c in answered if c.stopped != "length"]))
     return [Score(0.0, {}) if c.stopped == "length" else next(scores) for _, c in answered]
 
 
 def roll_out(sampler, task: Task, problems: Sequence[Problem], n: int, temperature: float, args: Args, run,
              *salt: Any) -> list[Group]:
-    """n answers to each problem, cut at EOS, and their rewards. `salt` and the seed key the noise. Ranks share the work."""
-    asked = [p for p in problems for _ in range(n)]
+    """Sample and score n answers per problem, cut at EOS (ranks share the work). `salt` and the seed key the noise."""
+    repeated = [p for p in problems for _ in range(n)]
     seed = int(common.sha256_json([args.seed, *salt])[:8], 16)
-    done = common.rollout(sampler, [p.ids for p in asked], args.completion_tokens, temperature, seed)
-    mine = slice(common.rank() * len(asked) // common.world(), (common.rank() + 1) * len(asked) // common.world())
-    scores = common.gather_lists(score(task, list(zip(asked[mine], done[mine]))))
+    sampled = common.rollout(sampler, [p.ids for p in repeated], args.completion_tokens, temperature, seed)
+    rank, world, total_answers = common.rank(), common.world(), len(repeated)
+    shard = slice(rank * total_answers // world, (rank + 1) * total_answers // world)
+    scores = common.gather_lists(score(task, list(zip(repeated[shard], sampled[shard]))))
     if errors := [s for s in scores if isinstance(s, str)]:
         run.stop(errors[0])
-    return [Group(p, done[i * n:(i + 1) * n], scores[i * n:(i + 1) * n]) for i, p in enumerate(problems)]
+    return [Group(p, sampled[i * n:(i + 1) * n], scores[i * n:(i + 1) * n]) for i, p in enumerate(problems)]
 
-
-def evaluate(sampler, task: Task, heldout: list[Problem], args: Args,
-             run) -> tuple[dict[str, float], list[Group], dict[str, list[float]]]:
-    """Held-out figures: greedy pass@1, pass@k from 2k samples, and means over these; the greedy answers; and both rates
-    problem by problem."""
-    greedy = roll_out(sampler, task, heldout, 1, 0.0, args, run, "heldout")
-    sampled = roll_out(sampler, task, heldout, 2 * args.pass_k, args.temperature, args, run, "heldout")
-    rates = {"pass_1": [float(g.solved) for g in greedy],
-             "pass_k": [pass_at_k(2 * args.pass_k, g.solved, args.pass_k) for g in sampled]}
-    return {**{k: sum(v) / len(v) for k, v in rates.items()}, **means(sampled)}, greedy, rates
-
-
-def means(groups: list[Group]) -> dict[str, float]:
-    """Mean reward, each of its parts, length, and share of answers that did not end."""
-    scores, done = ([x for g in groups for x in getattr(g, name)] for name in ("scores", "completions"))
-    parts = sorted({k for s in scores for k in s.parts})
-    return {"rewards": sum(s.reward for s in scores) / len(scores),
-            **{f"reward_{k}": sum(s.parts.get(k, 0.0) for s in scores) / len(scores) for k in parts},
-            "completion_tokens": sum(len(c.ids) for c in done) / len(done),
-            "overlong": sum(c.stopped == "length" for c in done) / len(done)}
-
-
-# -- answers to tensors ---------------------------------------------------------------------------
 
 METRICS = ("policy_loss", "ratio_mean", "approx_kl", "clipfrac")
 
 
 def main(args: Args) -> None:
     # 1. Check everything that can be checked without a model.
-    common.check_positive(args, "heldout_rows", "prompt_tokens", "updates", "batch_size", "completion_tokens", "temperature",
-                          "clip_low", "clip_high", "epochs", "minibatches", "pass_k", "lr", "max_grad_norm", "max_gap",
-                          "checkpoint_every")
-    common.check_share(args, "clip_low", "max_dropped")
-    common.check_numbers(args)
-    for name in ("beta", "eval_every", "importance_cap"):
-        if not 0 <= getattr(args, name) < math.inf:
-            common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
-    if args.group_size < 2:
-        common.fail(f"--group-size {args.group_size}: a group needs 2 answers at least, to compare them")
-    if args.batch_size % args.minibatches:
-        common.fail(f"--batch-size {args.batch_size} is not a multiple of --minibatches {args.minibatches}; "
-                    f"give mini-batches of equal size")
+    check(args)
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
     parent, adapter, model, model_dir, tokenizer, invariants = inputs.read_start(
         args.sft_adapter, args.model, args.other_base)
-    if args.prompt_tokens + args.completion_tokens > common.max_positions(model_dir):
-        common.fail(f"--prompt-tokens {args.prompt_tokens} + --completion-tokens {args.completion_tokens} are beyond the "
-                    f"model's {common.max_positions(model_dir)} positions")
+    check_positions(args, model_dir)
     engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.prompt_tokens + args.completion_tokens, args.micro_tokens)
     task = load_task(args)
@@ -373,11 +315,11 @@ def main(args: Args) -> None:
     optimizer = torch.optim.Adam([params], lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     P, G, size = args.batch_size, args.group_size, args.batch_size // args.minibatches
     total_steps, single = args.updates * args.epochs * args.minibatches, args.epochs * args.minibatches == 1
-    common.say(f"{args.updates} updates of {P} prompts x {G} answers = {P * G}; {args.epochs} epochs x {args.minibatches} "
-               f"mini-batches of {size * G} = {total_steps:,} optimizer steps; {params.numel():,} trained "
-               f"parameters; {len(problems):,} problems, {len(heldout)} held out")
+    common.say(f"{args.updates} updates of {P} prompts x {G} answers = {P * G}; {args.epochs} epochs x "
+               f"{args.minibatches} mini-batches of {size * G} = {total_steps:,} optimizer steps; {params.numel():,} "
+               f"trained parameters; {len(problems):,} problems, {len(heldout)} held out")
 
-    # Before the first update the policy is the reference: what it can do, to compare with.
+    # Before the first update the policy is the reference: measured now, to compare with.
     first = run.resume(optimizer, args.updates)
     if not run.state:
         before, greedy, rates = evaluate(sampler, task, heldout, args, run)
@@ -385,16 +327,16 @@ def main(args: Args) -> None:
 
     # 3. Train.
     for update in range(first, args.updates):
-        # 3a. Measure when it is time; roll out and score. Resampling goes on, for all ranks alike, until P groups differ.
+        # 3a. Measure when it is due; roll out and score. Resampling goes on, for all ranks alike, until P groups vary.
         sampler.refresh(policy)
-        found = run.state["before"] if update == 0 else {}
+        measured = run.state["before"] if update == 0 else {}
         if update and args.eval_every and update % args.eval_every == 0:
-            found, _, _ = evaluate(sampler, task, heldout, args, run)
+            measured, _, _ = evaluate(sampler, task, heldout, args, run)
         began, drawn, groups = time.time(), [], []
         for turn in range(ROUNDS if args.resample_groups else 1):
-            places = range(run.state["drawn"], run.state["drawn"] + P - len(groups))
-            asked = [problems[endless(len(problems), place, args.seed)] for place in places]
-            new = roll_out(sampler, task, asked, G, args.temperature, args, run, "update", update, turn)
+            positions = range(run.state["drawn"], run.state["drawn"] + P - len(groups))
+            next_problems = [problems[endless(len(problems), position, args.seed)] for position in positions]
+            new = roll_out(sampler, task, next_problems, G, args.temperature, args, run, "update", update, turn)
             run.state["drawn"] += len(new)
             drawn += new
             groups += [g for g in new if g.varies or not args.resample_groups]
@@ -405,23 +347,23 @@ def main(args: Args) -> None:
             groups += [g for g in drawn if not g.varies][:P - len(groups)]
         row_ids, rolled = [g.problem.index for g in groups], time.time()
 
-        # 3b. Advantages of the B = P·G answers; those that the loss can learn from. A group's answers stand side by side.
-        done = [c for g in groups for c in g.completions]
-        rewards = torch.tensor([[s.reward for s in g.scores] for g in groups], dtype=torch.float64)         # [P, G]
-        advantages = group_advantages(rewards, args.scale_advantages).flatten().float().to(device)          # [B]
-        learns = (advantages != 0) | (args.beta > 0)                                                        # [B]
+        # 3b. Advantages of the B = P·G answers; those that the loss can learn from. A group's answers are adjacent.
+        completions = [c for g in groups for c in g.completions]
+        rewards = torch.tensor([[s.reward for s in g.scores] for g in groups], dtype=torch.float64)    # [P, G]
+        advantages = group_advantages(rewards, args.scale_advantages).flatten().float().to(device)     # [B]
+        learns = (advantages != 0) | (args.beta > 0)                                                   # [B]
         examples = [Example.completion(g.problem.ids, c.ids) for g in groups for c in g.completions]
-        lengths = torch.tensor([len(c.ids) for c in done], device=device)                                   # [B]
-        mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]) & learns[:, None]       # [B, T]
-        sampler_logprobs = torch.zeros(mask.shape, device=device)                                           # log q, [B, T]
-        sampler_logprobs[mask] = torch.tensor([lp for c, learn in zip(done, learns.tolist()) if learn for lp in c.logprobs],
-                                              device=device)
+        lengths = torch.tensor([len(c.ids) for c in completions], device=device)                       # [B]
+        mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]) & learns[:, None]  # [B, T]
+        sampler_logprobs = torch.zeros(mask.shape, device=device)                                      # log q, [B, T]
+        sampler_logprobs[mask] = torch.tensor(
+            [lp for c, learn in zip(completions, learns.tolist()) if learn for lp in c.logprobs], device=device)
 
         def minibatches(epoch: int) -> list[tuple]:
-            """[(micro-batches, tokens in them over all ranks, weight of a token of each answer [B])], in a new order each."""
+            """[(micro-batches, their tokens over all ranks, weight of a token of each answer [B])], newly shuffled."""
             order, parts = common.permutation(P, args.seed, "minibatches", update, epoch), []
-            for at in range(0, P, size):
-                rows = [g * G + i for g in order[at:at + size] for i in range(G)]
+            for start in range(0, P, size):
+                rows = [g * G + i for g in order[start:start + size] for i in range(G)]
                 weights = torch.zeros(P * G, device=device)
                 weights[rows] = token_weights(lengths[rows], args.aggregate, args.completion_tokens)
                 micros = common.placed_batches(policy, examples, [i for i in rows if learns[i]], args.micro_tokens, G)
@@ -433,25 +375,26 @@ def main(args: Args) -> None:
         micros = [micro for part, _, _ in first_epoch for micro in part]
         old = torch.zeros(2, *mask.shape, device=device)                       # log π_old and its entropy, each [B, T]
         if not single:
-            old = common.per_token(lambda micro: common.logprobs_and_entropy(policy, micro, args.temperature), micros,
-                                   old.shape, device)
+            old = common.per_token(
+                lambda micro: common.logprobs_and_entropy(policy, micro, args.temperature), micros, old.shape, device)
         if args.beta:
             with common.reference(policy):
-                ref_logprobs = common.per_token(lambda micro: common.token_logprobs(policy, micro, args.temperature), micros,
-                                                mask.shape, device)
+                ref_logprobs = common.per_token(
+                    lambda micro: common.token_logprobs(policy, micro, args.temperature), micros, mask.shape, device)
 
         # 3d. Epochs of mini-batches, an optimizer step each.
-        totals, ratio_max = torch.zeros(len(METRICS), dtype=torch.float64, device=device), torch.zeros((), device=device)
+        totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+        ratio_max = torch.zeros((), device=device)
         learned_from = 0
         for epoch in range(args.epochs):
             for part, (micros, tokens, weights) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
                 sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
                 for micro, (i, t) in micros:
                     if single:  # the policy is still the one that sampled
-                        now = common.logprobs_and_entropy(policy, micro, args.temperature)                   # [2, K]
+                        now = common.logprobs_and_entropy(policy, micro, args.temperature)             # [2, K]
                         old[:, i, t], logprobs = now.detach(), now[0]
                     else:
-                        logprobs = common.token_logprobs(policy, micro, args.temperature)                    # [K]
+                        logprobs = common.token_logprobs(policy, micro, args.temperature)              # [K]
                     losses = policy_loss(logprobs, old[0, i, t], advantages[i], args.clip_low, args.clip_high)
                     losses = losses * importance_weights(old[0, i, t], sampler_logprobs[i, t], args.importance_cap)
                     kl_losses = args.beta * k3(logprobs, ref_logprobs[i, t]) if args.beta else 0.0
@@ -459,19 +402,20 @@ def main(args: Args) -> None:
                     log_ratio = (logprobs - old[0, i, t]).detach()
                     ratio = log_ratio.exp()
                     clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
-                    sums += torch.stack([(weights[i] * losses.detach()).sum(), ratio.sum(), 0.5 * (log_ratio ** 2).sum(),
-                                         clipped.sum()])
+                    sums += torch.stack([(weights[i] * losses.detach()).sum(), ratio.sum(),
+                                         0.5 * (log_ratio ** 2).sum(), clipped.sum()])
                     ratio_max = torch.maximum(ratio_max, ratio.max())
                 totals += common.all_reduce_(sums)
                 if epoch == part == 0 and mask.any():  # before the first step: π_θ is π_old, and is it the sampler's?
                     if single:
                         common.all_reduce_(old)
-                    drift = (old[0] - sampler_logprobs)[mask]  # d = log π − log q: one policy in two programs, rounding alone
+                    drift = (old[0] - sampler_logprobs)[mask]  # d = log π − log q: rounding alone
                     gap = drift.abs().mean().item()
                     if not gap <= args.max_gap:
-                        run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, beyond "
-                                 f"--max-gap {args.max_gap}. Rounding to bfloat16 gives about 0.03; more means other weights, "
-                                 f"another temperature or another attention, which the recomputed ratio would hide")
+                        run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, "
+                                 f"beyond --max-gap {args.max_gap}. Rounding to bfloat16 gives about 0.03; more means "
+                                 f"other weights, another temperature or another attention, which the recomputed ratio "
+                                 f"would hide")
                     assert (sums[2:] <= common.step0_tolerance(policy) * max(tokens, 1)).all(), \
                         f"first mini-batch: sums of {METRICS}: {sums.tolist()}: the policy is not the one that sampled"
                 common.all_reduce_(params.grad)
@@ -484,22 +428,25 @@ def main(args: Args) -> None:
                 learned_from += tokens
         totals /= torch.tensor([args.epochs * args.minibatches] + [max(learned_from, 1)] * 3, device=device)
 
-        # 3e. Log and checkpoint: rewards and lengths of all answers drawn, the rest of those that were learned from, if any.
-        learned, solved, tokens = time.time(), [g.solved for g in drawn], sum(len(c.ids) for g in drawn for c in g.completions)
+        # 3e. Log and checkpoint: rewards and lengths of all answers drawn, the rest of those trained on, if any.
+        learned, solved = time.time(), [g.solved for g in drawn]
+        tokens = sum(len(c.ids) for g in drawn for c in g.completions)
         learning = {} if not mask.any() else {
             **dict(zip(METRICS, totals.tolist())), "ratio_max": max(common.gather_lists([ratio_max.item()])),
             "entropy": old[1][mask].mean().item(), "sampler_gap": gap, "sampler_gap_max": drift.abs().max().item(),
             "sampler_k3": (drift.expm1() - drift).mean().item(),                       # KL(q ‖ π) from samples of q
-            **({"importance_capped": (drift.exp() > args.importance_cap).float().mean().item()} if args.importance_cap else {}),
-            "learn_tokens_per_s": args.epochs * sum(len(e.ids) for e, l in zip(examples, learns) if l) / (learned - rolled)}
+            **({"importance_capped": (drift.exp() > args.importance_cap).float().mean().item()}
+               if args.importance_cap else {}),
+            "learn_tokens_per_s":
+                args.epochs * sum(len(e.ids) for e, learn in zip(examples, learns) if learn) / (learned - rolled)}
         if args.beta:  # a completion's sum, at the rollout
             learning |= {"kl": (old[0] - ref_logprobs).sum(1).mean().item(),
                          "k3": k3(old[0], ref_logprobs).sum(1).mean().item()}
         run.log(update, {
             **means(drawn), "zero_variance": sum(not g.varies for g in drawn) / len(drawn),
-            "all_right": solved.count(G) / len(drawn), "all_wrong": solved.count(0) / len(drawn), "drawn_groups": len(drawn),
-            **learning, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "rollout_tokens_per_s": tokens / (rolled - began),
-            **{f"heldout_{k}": v for k, v in found.items()}})
+            "all_right": solved.count(G) / len(drawn), "all_wrong": solved.count(0) / len(drawn),
+            "drawn_groups": len(drawn), **learning, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
+            "rollout_tokens_per_s": tokens / (rolled - began), **{f"heldout_{k}": v for k, v in measured.items()}})
         run.checkpoint(update + 1, optimizer)
 
     # 4. Save (relative to the pretrained base), and answer the held-out problems again.
@@ -508,26 +455,83 @@ def main(args: Args) -> None:
     after, greedy, rates = evaluate(sampler, task, heldout, args, run)
     sampler.release()
     moved = common.movement(policy, args.out, adapter, model_dir, [
-        Example.completion(g.problem.ids, g.completions[0].ids) for g in greedy[:KL_ANSWERS]], args.micro_tokens, args.temperature)
+        Example.completion(g.problem.ids, g.completions[0].ids) for g in greedy[:KL_ANSWERS]], args.micro_tokens,
+        args.temperature)
     if common.rank() == 0:
         write_results(run, args, heldout, answers(greedy), after)
-    changes = {f"{k}_change_interval": common.interval(torch.tensor(v) - torch.tensor(run.state["rates"][k]), range(len(v)))
-               for k, v in rates.items()}
+    changes = {f"{k}_change_interval": common.interval(
+        torch.tensor(v) - torch.tensor(run.state["rates"][k]), range(len(v))) for k, v in rates.items()}
+    figures = {"before": run.state["before"], "after": after}
     run.finish({**counts, **moved, **changes, "heldout_problems": len(heldout),
-                **{f"{k}_{when}": v for when, d in (("before", run.state["before"]), ("after", after)) for k, v in d.items()}},
-               CURVES, f"GRPO (β = {args.beta}) from {adapter or model} with LoRA on the task {task.name}: {args.updates} "
+                **{f"{k}_{when}": v for when in figures for k, v in figures[when].items()}}, CURVES,
+               f"GRPO (β = {args.beta}) from {adapter or model} with LoRA on the task {task.name}: {args.updates} "
                f"updates of {P} prompts x {G} answers.")
+
+
+# -- checks ---------------------------------------------------------------------------------------
+
+def check(args: Args) -> None:
+    """Ends the run when a flag is out of its range."""
+    common.check_positive(args, "heldout_rows", "prompt_tokens", "updates", "batch_size", "completion_tokens",
+                          "temperature", "clip_low", "clip_high", "epochs", "minibatches", "pass_k", "lr",
+                          "max_grad_norm", "max_gap", "checkpoint_every")
+    common.check_share(args, "clip_low", "max_dropped")
+    common.check_numbers(args)
+    for name in ("beta", "eval_every", "importance_cap"):
+        if not 0 <= getattr(args, name) < math.inf:
+            common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
+    if args.group_size < 2:
+        common.fail(f"--group-size {args.group_size}: a group needs 2 answers at least, to compare them")
+    if args.batch_size % args.minibatches:
+        common.fail(f"--batch-size {args.batch_size} is not a multiple of --minibatches {args.minibatches}; "
+                    f"give mini-batches of equal size")
+
+
+def check_positions(args: Args, model_dir) -> None:
+    """Ends the run when a prompt and its answer don't fit into the model's positions."""
+    if args.prompt_tokens + args.completion_tokens > common.max_positions(model_dir):
+        common.fail(f"--prompt-tokens {args.prompt_tokens} + --completion-tokens {args.completion_tokens} are beyond "
+                    f"the model's {common.max_positions(model_dir)} positions")
+
+
+# -- held-out evaluation --------------------------------------------------------------------------
+
+def evaluate(sampler, task: Task, heldout: list[Problem], args: Args,
+             run) -> tuple[dict[str, float], list[Group], dict[str, list[float]]]:
+    """Held-out figures: greedy pass@1, pass@k from 2k samples, and means over these; the greedy answers; and both rates
+    problem by problem."""
+    greedy = roll_out(sampler, task, heldout, 1, 0.0, args, run, "heldout")
+    sampled = roll_out(sampler, task, heldout, 2 * args.pass_k, args.temperature, args, run, "heldout")
+    rates = {"pass_1": [float(g.solved) for g in greedy],
+             "pass_k": [pass_at_k(2 * args.pass_k, g.solved, args.pass_k) for g in sampled]}
+    return {**{k: sum(v) / len(v) for k, v in rates.items()}, **means(sampled)}, greedy, rates
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 − C(n−c, k)/C(n, k), from n samples of which c are right: an unbiased estimate of the chance that at least
+    one of k samples is right. 2107.03374, eq. 1."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def means(groups: list[Group]) -> dict[str, float]:
+    """Mean reward, each of its parts, length, and share of answers that did not end."""
+    scores, completions = ([x for g in groups for x in getattr(g, name)] for name in ("scores", "completions"))
+    parts = sorted({k for s in scores for k in s.parts})
+    return {"rewards": sum(s.reward for s in scores) / len(scores),
+            **{f"reward_{k}": sum(s.parts.get(k, 0.0) for s in scores) / len(scores) for k in parts},
+            "completion_tokens": sum(len(c.ids) for c in completions) / len(completions),
+            "overlong": sum(c.stopped == "length" for c in completions) / len(completions)}
 
 
 # -- what is reported -----------------------------------------------------------------------------
 
-CURVES = ["rewards", "reward_correct", "reward_format", "heldout_pass_1", "heldout_pass_k", "completion_tokens", "overlong",
-          "zero_variance", "kl", "entropy", "clipfrac", "sampler_gap"]
+CURVES = ["rewards", "reward_correct", "reward_format", "heldout_pass_1", "heldout_pass_k", "completion_tokens",
+          "overlong", "zero_variance", "kl", "entropy", "clipfrac", "sampler_gap"]
 
 
-def endless(n: int, place: int, seed: int) -> int:
-    """Which of n rows stands at a place of an endless order: pass after pass, each in a shuffle of its own."""
-    return shuffle(n, seed, place // n)[place % n]
+def endless(n: int, position: int, seed: int) -> int:
+    """Which of n rows is at a position of an endless order: pass after pass, each newly shuffled."""
+    return shuffle(n, seed, position // n)[position % n]
 
 
 @functools.lru_cache(2)
@@ -537,50 +541,55 @@ def shuffle(n: int, seed: int, passes: int) -> list[int]:
 
 def answers(greedy: list[Group]) -> list[dict]:
     """Greedy answers as text, each with its length, its reward and whether it did not end."""
-    return [{"text": c.text, "reward": s.reward, **s.parts, "completion_tokens": len(c.ids), "overlong": c.stopped == "length"}
+    return [{"text": c.text, "reward": s.reward, **s.parts, "completion_tokens": len(c.ids),
+             "overlong": c.stopped == "length"}
             for g in greedy for c, s in zip(g.completions, g.scores)]
 
 
 def write_results(run, args: Args, heldout: list[Problem], after_answers: list[dict], after: dict) -> None:
-    """completions.jsonl (greedy answers to the held-out problems, before and after), results/grpo/<name>.json and .png."""
+    """completions.jsonl (greedy answers to held-out problems, before and after), results/grpo/<name>.json and .png."""
     common.write_text(run.directory / "completions.jsonl", "".join(
         common.to_json({"prompt": p.text, "row": common.nulled(p.row), "before": b, "after": a}) + "\n"
         for p, b, a in zip(heldout, run.state["answers"], after_answers)))
     log, record = [json.loads(line) for line in run.log_file.read_text().splitlines()], run.record
     measured = [*log, {"step": args.updates, **{f"heldout_{k}": v for k, v in after.items()}}]
-    place, called = Path(args.results) / "grpo" / record["name"], {"pass_1": "pass@1", "pass_k": f"pass@{args.pass_k}"}
-    before, after = ({called.get(k, k): v for k, v in figures.items()} for figures in (run.state["before"], after))
-    common.write_json(f"{place}.json", {"schema_version": 1, **{k: record[k] for k in (
+    results_path = Path(args.results) / "grpo" / record["name"]
+    labels = {"pass_1": "pass@1", "pass_k": f"pass@{args.pass_k}"}
+    before, after = ({labels.get(k, k): v for k, v in figures.items()} for figures in (run.state["before"], after))
+    evaluations = [{k.removeprefix("heldout_"): v for k, v in line.items() if k == "step" or k.startswith("heldout_")}
+                   for line in measured if "heldout_pass_1" in line]
+    common.write_json(f"{results_path}.json", {"schema_version": 1, **{k: record[k] for k in (
         "name", "model", "config_hash", "family", "seed", "train_invariants", "adapter_sha256", "data")},
         "task": args.task, "updates": args.updates, "heldout_problems": len(heldout), "samples": 2 * args.pass_k,
-        "before": before, "after": after, "heldout": [{k.removeprefix("heldout_"): v for k, v in line.items() if k == "step" or k.startswith("heldout_")}
-                                                       for line in measured if "heldout_pass_1" in line],
+        "before": before, "after": after, "heldout": evaluations,
         "curves": {k: [line.get(k) for line in log] for k in (*CURVES, "k3", "all_right", "all_wrong")
                    if not k.startswith("heldout_")}})
-    common.write_atomic(f"{place}.png", lambda p: common.plot_curves(measured, CURVES, record["name"], p))
+    common.write_atomic(f"{results_path}.png", lambda p: common.plot_curves(measured, CURVES, record["name"], p))
 
 
 # -- the verifier ---------------------------------------------------------------------------------
 
-# A number: sign and $ in either order, digits with or without thousands commas, decimals. What follows must not go on with
-# it (1,0000 · 1.2.3 · 1/2 · 3rd). ASCII digits only, as lm-eval's GSM8K reads them; nothing is ever evaluated.
-NUMBER = re.compile(r"(?P<sign>-?\$?-?)(?P<digits>[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?P<decimals>\.[0-9]{1,30})?"
-                    r"(?!\w|/|[.,][0-9])")
+# A number: sign and $ in either order, digits with or without thousands commas, decimals. It must not continue in the
+# text after it (1,0000 · 1.2.3 · 1/2 · 3rd). ASCII digits only, as lm-eval's GSM8K reads them; nothing is evaluated.
+NUMBER = re.compile(r"(?P<sign>-?\$?-?)(?P<digits>[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})"
+                    r"(?P<decimals>\.[0-9]{1,30})?(?!\w|/|[.,][0-9])")
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number right after the first ####, exactly; None without one. First, as in lm-eval's strict GSM8K: an answer that
-    gives two numbers is judged by the first, and saying more can't help it."""
+    """The number right after the first ####, exactly; None without one.
+
+    The first, as in lm-eval's strict GSM8K: an answer that gives two numbers is scored by the first.
+    """
     _, marked, rest = text.partition("####")
-    found = NUMBER.match(rest.lstrip()) if marked else None
-    if not found or found["sign"].count("-") > 1:
+    match = NUMBER.match(rest.lstrip()) if marked else None
+    if not match or match["sign"].count("-") > 1:
         return None
-    value = Fraction(found["digits"].replace(",", "") + (found["decimals"] or ""))
-    return -value if "-" in found["sign"] else value
+    value = Fraction(match["digits"].replace(",", "") + (match["decimals"] or ""))
+    return -value if "-" in match["sign"] else value
 
 
 def number_reward(row: dict, completion: str) -> dict[str, float]:
-    """correct: 1 when the final number is the row's; format: 0.1 when the answer ends in its only ####, with a number."""
+    """correct: 1 when the final number is the row's; format: 0.1 when its only #### and a number end the answer."""
     number = final_number(completion)
     tidy = number is not None and NUMBER.fullmatch(completion.split("####", 1)[1].strip())
     return {"correct": float(number is not None and number == final_number(row["answer"])), "format": 0.1 * bool(tidy)}
@@ -593,7 +602,8 @@ WORKED = {  # turns before the question: without them SmolLM2-135M-Instruct does
     "gsm8k": [("Tom has 3 boxes of 4 pens and gives 5 pens away. How many pens are left?",
                "Tom has 3 * 4 = 12 pens.\nAfter giving 5 away, 12 - 5 = 7 are left.\n#### 7")],
     "arithmetic": [("What is 2 + 5?", "2 + 5 = 7\n#### 7"), ("What is 14 - 6?", "14 - 6 = 8\n#### 8")]}
-GRADES = {1: ("+", 0, 9, 0, 9), 2: ("-", 0, 9, 0, 9), 3: ("*", 2, 9, 2, 9), 4: ("+-", 10, 99, 1, 9), 5: ("+-", 10, 99, 10, 99)}
+GRADES = {1: ("+", 0, 9, 0, 9), 2: ("-", 0, 9, 0, 9), 3: ("*", 2, 9, 2, 9),  # signs, range of a, range of b
+          4: ("+-", 10, 99, 1, 9), 5: ("+-", 10, 99, 10, 99)}
 
 
 def arithmetic_rows(first: int, last: int, n: int = 4096) -> list[dict]:
@@ -610,7 +620,10 @@ def arithmetic_rows(first: int, last: int, n: int = 4096) -> list[dict]:
 
 
 def read_question(row: dict, where: str, task: str) -> tuple[list[dict], dict]:
-    """A row of question or prompt, and answer (a number, alone or after ####): worked turns, the question, what is asked."""
+    """(messages, row) of a row with question or prompt, and answer (a number, alone or after ####).
+
+    The messages are worked examples, then the question with the request for the format (ASK).
+    """
     answer = str(row.get("answer"))
     answer = answer if "####" in answer else f"#### {answer}"
     if final_number(answer) is None:
@@ -637,15 +650,16 @@ def load_task(args: Args) -> Task:
     """
     if args.task == "gsm8k":
         return Task("gsm8k", "gsm8k", functools.partial(read_question, task="gsm8k"), each(number_reward, "gsm8k"))
-    if found := re.fullmatch(r"arithmetic(?::([1-5])(?:-([1-5]))?)?", args.task):
-        first, last = int(found[1] or 1), int(found[2] or found[1] or 5)
+    if match := re.fullmatch(r"arithmetic(?::([1-5])(?:-([1-5]))?)?", args.task):
+        first, last = int(match[1] or 1), int(match[2] or match[1] or 5)
         if first > last:
             common.fail(f"--task {args.task}: the first grade is above the last")
         return Task("arithmetic", f"arithmetic:{first}-{last}", functools.partial(read_question, task="arithmetic"),
                     each(number_reward, "arithmetic"), lambda: arithmetic_rows(first, last))
     path = Path(args.task)
     if path.suffix != ".py" or not path.is_file():
-        common.fail(f"--task {args.task}: want gsm8k, arithmetic (or arithmetic:1-3: grades 1 to 5) or an existing .py file")
+        common.fail(f"--task {args.task}: want gsm8k, arithmetic (or arithmetic:1-3: grades 1 to 5) or an existing "
+                    f".py file")
     spec = importlib.util.spec_from_file_location(f"task_{path.stem}", path)
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     try:
@@ -794,13 +808,13 @@ def read_data(task: Task, args: Args) -> tuple[str, list, list, dict[str, str]]:
     if held_source:
         held, data["heldout"] = read(*inputs.load_rows(held_source), held_source)
     else:  # the prompts with the smallest sha256, each once: a split that no seed and no order moves
-        place = {key: i for i, key in enumerate(keys) if key}
-        chosen = sorted(place, key=lambda key: (common.bucket(key), key))[:min(args.heldout_rows, max(1, len(place) // 10))]
+        row_of = {key: i for i, key in enumerate(keys) if key}
+        n = min(args.heldout_rows, max(1, len(row_of) // 10))
         held: list = [None] * len(rows)
-        for key in chosen:
-            held[place[key]] = rows[place[key]]
-    apart = {inputs.prompt_key(item[0]) for item in held if isinstance(item, tuple)}
-    return source, [None if key in apart else item for key, item in zip(keys, rows)], held, data
+        for key in sorted(row_of, key=lambda key: (common.bucket(key), key))[:n]:
+            held[row_of[key]] = rows[row_of[key]]
+    heldout_keys = {inputs.prompt_key(item[0]) for item in held if isinstance(item, tuple)}
+    return source, [None if key in heldout_keys else item for key, item in zip(keys, rows)], held, data
 
 
 def own_rows(task: Task) -> tuple[list[dict], str]:
@@ -811,6 +825,23 @@ def own_rows(task: Task) -> tuple[list[dict], str]:
     except Exception as e:  # the user's code, or rows that are not plain data
         common.fail(f"--task {task.name}: rows() gives no list of plain dicts: {raised(e)}")
     return (rows, fingerprint) if rows else common.fail(f"--task {task.name}: rows() gives none")
+
+
+def usable(index: int, item: tuple | str | None) -> tuple | None:
+    """An item of `read_data` with its row's index; None: not in this part. Raises Degenerate where it is a reason."""
+    if isinstance(item, str):
+        raise inputs.Degenerate(item)
+    return item and (index, *item)
+
+
+def build(tokenizer, args: Args):
+    """A function from (index, messages, row) to Problems, or the reason why a row can't be used."""
+    def problem(name: str, index: int, prompt: list[dict], row: dict) -> Problem | str:
+        ids = chat.render_prompt(tokenizer, prompt, name)
+        return "empty prompt" if not prompt[-1]["content"].strip() else \
+            "too long" if len(ids) > args.prompt_tokens else \
+            Problem(index, inputs.prompt_id(prompt), ids, prompt[-1]["content"], row)
+    return lambda items, names: [problem(name, *item) for name, item in zip(names, items)]
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """PPO: reinforcement learning of an SFT policy against a reward model (RLHF), with LoRA.
 
-    r_t = −β (log π_old(a_t|s_t) − log π_ref(a_t|s_t))  + score(x, y) at the last token y_T          the reward of a token
-    δ_t = r_t + γ V(s_{t+1}) − V(s_t),   A_t = δ_t + γλ A_{t+1},   R_t = A_t + V(s_t)                GAE
-    L_π = E_t[max(−A_t ρ_t, −A_t clip(ρ_t, 1±ε))],   ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)             the policy's loss
-    L_V = ½ E_t[max((V_t − R_t)², (clip(V_t, V_old,t ± ε_V) − R_t)²)]                                the critic's loss
+    r_t = −β (log π_old(a_t|s_t) − log π_ref(a_t|s_t))  + score(x, y) at the last token y_T        the reward of a token
+    δ_t = r_t + γ V(s_{t+1}) − V(s_t),   A_t = δ_t + γλ A_{t+1},   R_t = A_t + V(s_t)              GAE
+    L_π = E_t[max(−A_t ρ_t, −A_t clip(ρ_t, 1±ε))],   ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)           the policy's loss
+    L_V = ½ E_t[max((V_t − R_t)², (clip(V_t, V_old,t ± ε_V) − R_t)²)]                              the critic's loss
 
 Papers: Schulman et al. 2017 (1707.06347), eq. 7 and 11-12; GAE: Schulman et al. 2016 (1506.02438), eq. 16; RLHF:
-Ziegler et al. 2019 (1909.08593), Stiennon et al. 2020 (2009.01325); the details: Huang et al. 2024 (2403.17031), "The N+
-Implementation Details of RLHF with PPO". In symbols: s_t the prompt and the tokens before a_t, π_θ the policy, π_old the
-policy that sampled, π_ref the reference (base + SFT), V the critic. To compare with: vwxyzjn/summarize_from_feedback_details.
+Ziegler et al. 2019 (1909.08593), Stiennon et al. 2020 (2009.01325); the details: Huang et al. 2024 (2403.17031), "The
+N+ Implementation Details of RLHF with PPO". In symbols: s_t the prompt and the tokens before a_t, π_θ the policy, π_old
+the policy that sampled, π_ref the reference (base + SFT), V the critic. Reference implementation:
+vwxyzjn/summarize_from_feedback_details.
 
-The details of 2403.17031, and where they are below:
+The details of 2403.17031, and where this file has them:
   1. Dropout is off (common.add_lora).                        8. KL reward by k1, per token (`token_rewards`).
   2. Completions end at the first EOS (common.Sampler).       9. γ = 1, λ = 0.95 (`gae`).
   3. The score is read at the EOS; a completion without      10. Advantages are whitened over the batch (`whiten`).
@@ -23,24 +24,22 @@ The details of 2403.17031, and where they are below:
   7. Prompts are never the reward model's (`load_prompts`).
 
 Deviations from them, on purpose:
-  1. The critic is a copy of the reward model's adapter with a new head of zeros: V = 0 at first, not the reward's scale.
-  2. Reward model, critic and second scorer are adapters on one copy of the base, the policy's reference is the policy
-     with its adapter off: two copies of the weights are trained against, and the sampler has a third.
-  3. Policy and critic are clipped apart (2403.17031 clips their common gradient), and the rate rises over the first 3 %.
-  4. A second scorer that the policy never sees is logged beside the score: when the two part, it is over-optimisation.
-  5. The old log-probs come from the very micro-batches of the first epoch.
+  1. The critic is a copy of the reward model's adapter with a new head of zeros: V starts at 0, not at the reward.
+  2. Reward model, critic and second scorer are adapters on one copy of the base; the policy's reference is the policy
+     with its adapter off. Two copies of the base are in memory, and the sampler's copy of the policy is a third.
+  3. The gradients of policy and critic are clipped separately (2403.17031 clips their joint gradient), and the learning
+     rate rises over the first 3 % of the steps.
+  4. A second reward model, which the policy is not trained against, is logged beside the score: when only the score
+     rises, the policy over-optimises it.
+  5. The old log-probs are computed on the same micro-batches as the first epoch's, so that ρ is exactly 1 there.
 
     python ppo.py --sft-adapter runs/sft_v2 --reward-adapter runs/rm_v1
 
-Measured: SmolLM2-135M on one H100, 100 updates of 64 completions: 2.8 minutes, 9.9 GiB; results/ppo/ppo_v1.json.
-At Qwen2.5-0.5B's shape, 64 completions of 256 tokens: 2.6 s an update, 0.75 of it sampling and scoring, 12.8 GiB
-(`python bench/train.py --only ppo-step --system rungs`). In bfloat16 any change of weights re-rolls the
-rounding of every log-prob: sampler_gap 0.031 (mean), and an approx_kl of 0.0012 with a clipfrac of 0.008 are noise, not
-movement.
+Expect 3 minutes and 10 GiB for SmolLM2-135M on one H100 (the defaults); other sizes: bench/NOTES.md.
 
 A row: {"prompt": "…" or messages}, or a preference pair, whose answers are not read. Prompts come from part B (30 % by
-sha256); parts A and J train the reward models. Shapes: B completions of an update, T tokens of its longest, K tokens of
-a pack.
+sha256); parts A and J train the reward models. Shapes: B completions per update, T tokens of the longest completion, K
+completion tokens of a micro-batch.
 """
 import dataclasses
 import json
@@ -66,7 +65,7 @@ from common import Example
 class Args:
     # -- model --
     sft_adapter: str = "runs/sft_v2"
-    """The start, which is also the reference: a run, any plain PEFT LoRA (directory or hub id), or none: --model itself."""
+    """The start and the reference: a run, any plain PEFT LoRA (directory or hub id), or none: --model itself."""
     reward_adapter: str = "runs/rm_v1"
     """The reward model that gives the scores; the critic starts from it."""
     watch_adapter: str | None = None
@@ -94,7 +93,7 @@ class Args:
     updates: int = 100
     """Rollouts, each followed by its epochs; the prompts are passed again when they run out."""
     batch_size: int = 64
-    """Completions of an update, over all ranks [2403.17031: 512, with a million episodes]."""
+    """Completions per update, over all ranks [2403.17031: 512, with a million episodes]."""
     completion_tokens: int = 256
     """Tokens a completion may take [2403.17031: 53, for TL;DR summaries]."""
     temperature: float = 0.7
@@ -103,7 +102,7 @@ class Args:
     beta: float = 0.05
     """β, weight of the KL to the reference in the reward [2403.17031: 0.05]."""
     kl_target: float = 0.0
-    """Nats a completion that an adaptive β steers to [1909.08593, sec. 2.2]; 0 keeps β fixed."""
+    """Nats per completion that an adaptive β steers to [1909.08593, sec. 2.2]; 0 keeps β fixed."""
     gamma: float = 1.0
     """γ, discount [2403.17031: 1]."""
     lam: float = 0.95
@@ -113,21 +112,21 @@ class Args:
     value_clip: float = 0.2
     """ε_V, clip range of the values around the old ones [2403.17031: 0.2]."""
     epochs: int = 4
-    """Passes over an update's completions [2403.17031: 4]."""
+    """Epochs per update: passes over its completions [2403.17031: 4]."""
     minibatches: int = 1
-    """Optimizer steps of an epoch; they divide --batch-size [2403.17031: 1]."""
+    """Optimizer steps per epoch; they divide --batch-size [2403.17031: 1]."""
     missing_eos: float = -1.0
     """Score of a completion that doesn't end by itself, in normalised units [2403.17031: -1]."""
     normalise: int = 256
-    """Samples of the reference whose mean and sd of scores become 0 and 1 [1909.08593, sec. 2]; 0: raw scores."""
+    """Samples of the reference by whose mean and sd scores are normalised [1909.08593, sec. 2]; 0: raw scores."""
     # -- optimisation --
     lr: float = 3e-5
     """Peak learning rate of policy and critic [ours; 2403.17031: 3e-6 for full fine-tuning, LoRA ten times that]."""
     max_grad_norm: float = 1.0
-    """Gradient clip, of the policy and of the critic apart."""
+    """Largest norm of the gradient, of the policy and of the critic separately."""
     importance_cap: float = 0.0
-    """Weight a token's policy loss by min(π_old / π_sampler, this), for a sampler that is another program [Ionides 2008:
-    truncated importance sampling; 2 is usual]; 0: no weight, since here the sampler is the policy."""
+    """Weight a token's policy loss by min(π_old / π_sampler, this), for a sampler that is another program
+    [Ionides 2008: truncated importance sampling; 2 is usual]; 0: no weight, since here the sampler is the policy."""
     max_gap: float = 0.1
     """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise: 0.03 on SmolLM2]."""
     # -- run --
@@ -142,9 +141,9 @@ class Args:
     overwrite: bool = False
     """Move another configuration's run in --out aside."""
     micro_tokens: int = 4096
-    """Tokens of one forward: memory and speed, not the update; small, beside three copies of the base in 24 GB."""
+    """Tokens per forward: memory and speed, not the update; small, since three copies of the base share the memory."""
     engine: Literal["auto", "fast", "plain"] = "auto"
-    """auto: the fast engine where it serves the model, else the plain one (any model, slower). Speed, not the update."""
+    """auto: the fast engine if it supports the model, else the plain one (any model, slower). Speed, not the update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 10
@@ -153,10 +152,15 @@ class Args:
     """Log to Weights & Biases too (needs wandb)."""
 
 
-VALUE_COEF = 0.1  # [2403.17031: 0.1]; with a gradient clip and an Adam of its own it moves the critic's clip only
+VALUE_COEF = 0.1  # [2403.17031: 0.1]; Adam is invariant to it, so that it only matters to the critic's gradient clip
 
 
 # -- the method's maths ---------------------------------------------------------------------------
+
+def completion_scores(scores: Tensor, ended: Tensor, mean: float, sd: float, missing_eos: float) -> Tensor:
+    """Normalised scores, [B]; where a completion did not end by itself, the penalty, whatever its text."""
+    return torch.where(ended, (scores - mean) / sd, torch.full_like(scores, missing_eos))
+
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tensor:
     """r_t = −β k1_t, plus the completion's score at its last token. scores [B]; kl, mask [B, T] -> [B, T]."""
@@ -193,17 +197,11 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: 
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's unbiased, never negative estimator of KL(π ‖ ref) from samples of π: (ρ − 1) − log ρ, ρ = ref/π."""
-    log_ratio = ref_logprobs - logprobs
-    return log_ratio.expm1() - log_ratio
-
-
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
     """min(π_old / q, cap) of each token, q the sampler's distribution; all 1 where cap is 0. Same shape as its inputs.
 
-    Truncated importance sampling: Ionides 2008 (J. Comput. Graph. Stat. 17:295), eq. 3; between a sampler and a trainer that
-    are two programs: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+    Truncated importance sampling: Ionides 2008 (J. Comput. Graph. Stat. 17:295), eq. 3; for a sampler and a trainer
+    that are two programs: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
     """
     return (old_logprobs - sampler_logprobs).exp().clamp(max=cap) if cap else torch.ones_like(old_logprobs)
 
@@ -213,19 +211,13 @@ def adapted_beta(beta: float, kl: float, target: float) -> float:
     return beta * (1 + 0.1 * min(0.2, max(-0.2, kl / target - 1))) if target else beta
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 − Var(R − V) / Var(R): 1 is a perfect critic, 0 one that knows nothing. NaN-free: 0 where returns don't vary."""
-    spread = returns.var(correction=0)
-    return (1 - (returns - values).var(correction=0) / spread).item() if spread > 0 else 0.0
-
-
 def learning_rate(step: int, total: int, args: Args) -> float:
     """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈0.03 T⌉): no step, the last included, has rate 0."""
     w = max(1, math.ceil(0.03 * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
 
-# -- rows to prompts ------------------------------------------------------------------------------
+# -- roll-out -------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Prompt:
@@ -233,75 +225,6 @@ class Prompt:
     text: str
     id: str          # inputs.prompt_id
 
-
-def load_prompts(tokenizer, args: Args,
-                 taken: dict[str, str]) -> tuple[list[Prompt], Counter, list[int], dict[str, str], dict[str, int]]:
-    """(prompts, dropped reasons, their rows, fingerprints, sources): part B's prompts, each once, no held-out one.
-
-    taken: {prompt id: whose} of the reward models' prompts; one of them in part B is an error.
-    """
-    rows, data = inputs.load_rows(args.data)
-    inputs.recognise(rows, args.data, "pair", "label", "chat", "prompt")
-    held = inputs.load_heldout(args.data, args.heldout_data, rows)
-    prompts = [inputs.prompts_if_any(row, f"{args.data}, row {i}") for i, row in enumerate(rows)]
-    parts = inputs.preference_parts([several[-1] if several else None for several in prompts])
-    seen, left_out = set(), []
-
-    def read(i: int, row: dict) -> list[dict] | None:
-        several = inputs.as_prompts(row, f"{args.data}, row {i}")
-        prompt = several[-1]
-        name = inputs.prompt_id(prompt)
-        if parts[i] != "B" or name in seen:
-            return None
-        seen.add(name)
-        if held.holds(several):
-            left_out.append(i)
-            return None
-        if name in taken:
-            common.fail(f"{args.data}, row {i}: its prompt is one of {taken[name]}; a policy must not be trained on "
-                        f"prompts that its reward model has seen: give prompts that it has not")
-        return prompt
-
-    def build(prompts: list[list[dict]], names: list[str]) -> list[Prompt | str]:
-        rendered = [chat.render_prompt(tokenizer, prompt, name) for prompt, name in zip(prompts, names)]
-        return ["empty prompt" if not prompt[-1]["content"].strip() else
-                "too long" if len(ids) > args.prompt_tokens else
-                Prompt(ids, "\n".join(m["content"] for m in prompt), inputs.prompt_id(prompt))
-                for prompt, ids in zip(prompts, rendered)]
-    wanted = args.updates * args.batch_size + args.fixed_prompts
-    usable = inputs.take_rows(rows, wanted, args.seed, read, build, args.data, args.max_dropped, preview=args.preview)
-    if left_out:
-        common.say(f"note: {len(left_out)} prompts of part B are held out ({held.source}) and left out of training")
-    inputs.say_ignored((rows[i] for i in usable[2]), args.data)
-    return *usable, {"prompts": data, "heldout": held.fingerprint}, inputs.count_sources(rows[i] for i in usable[2])
-
-
-def fit(args: Args, n: int) -> Args:
-    """The arguments for n prompts, too few for them: fewer fixed prompts and completions per update, which is said."""
-    fixed = min(args.fixed_prompts, max(1, n // 4))
-    size = min(args.batch_size, n - fixed) // args.minibatches * args.minibatches
-    if not size:
-        common.fail(f"{args.data}: {n} usable prompts in part B, too few for one fixed prompt and --minibatches "
-                    f"{args.minibatches}")
-    if (fixed, size) != (args.fixed_prompts, args.batch_size):
-        common.say(f"note: {n} usable prompts: {fixed} fixed prompts, not {args.fixed_prompts}, and {size} completions per "
-                   f"update, not {args.batch_size}")
-    return dataclasses.replace(args, fixed_prompts=fixed, batch_size=size)
-
-
-def read_scorer(adapter: str, invariants, model: str) -> tuple[dict, dict[str, str]]:
-    """run.json of a reward model of the same invariants as the policy, and its prompts: {prompt id: whose}."""
-    run = inputs.read_start(adapter, model, reward=True).parent
-    if run["train_invariants"] != invariants.hash:
-        common.fail(f"{adapter} was trained under other invariants ({run['train_invariants']}) than the policy "
-                    f"({invariants.hash}): quantisation {run['invariants']['quantization']} / {invariants.quantization}")
-    if not (listed := Path(adapter) / "prompts.json").is_file():
-        common.fail(f"{adapter} has no prompts.json, so that its prompts can't be kept apart; train it again")
-    return run, {name: f"the {role} prompts of {adapter}"
-                 for role, names in common.read_json(listed).items() for name in names}
-
-
-# -- scores ---------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Rollout:
@@ -317,29 +240,15 @@ class Rollout:
         return self.scores[name][self.ended].mean().item() if self.ended.any() else None
 
 
-def roll_out(sampler, scorers, names: Sequence[str], prompts: Sequence[Prompt], args: Args, device, *salt) -> Rollout:
-    """Sample a completion of each prompt at args.temperature, cut at EOS, and score it. `salt` and the seed key the noise."""
+def roll_out(sampler, scorers, names: Sequence[str], prompts: Sequence[Prompt], args: Args, *salt) -> Rollout:
+    """Sample a completion of each prompt, cut at EOS, and score it by `names`. `salt` and the seed key the noise."""
     seed = int(common.sha256_json([args.seed, *salt])[:8], 16)
-    done = common.rollout(sampler, [p.ids for p in prompts], args.completion_tokens, args.temperature, seed)
-    examples = [Example.completion(p.ids, c.ids) for p, c in zip(prompts, done)]
+    sampled = common.rollout(sampler, [p.ids for p in prompts], args.completion_tokens, args.temperature, seed)
+    examples = [Example.completion(p.ids, c.ids) for p, c in zip(prompts, sampled)]
     scores = {name: common.score_examples(common.use_scorer(scorers, name), examples, args.micro_tokens)
               for name in names}
-    return Rollout(prompts, [c.ids for c in done], [c.logprobs for c in done],
-                   torch.tensor([c.stopped == "eos" for c in done]), scores)
-
-
-def reference_scores(rollout: Rollout, name: str) -> tuple[float, float]:
-    """Mean and sd of the reference policy's scores; (0, 1) when there is nothing to normalise by."""
-    found = rollout.scores[name][rollout.ended]
-    if len(found) < 2 or found.std(correction=0) == 0:
-        common.say(f"WARNING: {len(found)} of {len(rollout.ids)} samples of the reference end with EOS: raw scores")
-        return 0.0, 1.0
-    return found.mean().item(), found.std(correction=0).item()
-
-
-def completion_scores(scores: Tensor, ended: Tensor, mean: float, sd: float, missing_eos: float) -> Tensor:
-    """Normalised scores, [B]; where a completion did not end by itself, the penalty, whatever its text."""
-    return torch.where(ended, (scores - mean) / sd, torch.full_like(scores, missing_eos))
+    return Rollout(prompts, [c.ids for c in sampled], [c.logprobs for c in sampled],
+                   torch.tensor([c.stopped == "eos" for c in sampled]), scores)
 
 
 METRICS = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "clipfrac", "value_clipfrac")
@@ -347,38 +256,21 @@ METRICS = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "clipfrac", "
 
 def main(args: Args) -> None:
     # 1. Check everything that can be checked without a model.
-    common.check_positive(args, "prompt_tokens", "fixed_prompts", "updates", "batch_size", "completion_tokens",
-                          "temperature", "clip", "value_clip", "epochs", "minibatches", "lr", "max_grad_norm", "max_gap",
-                          "checkpoint_every")
-    common.check_share(args, "gamma", "lam", "max_dropped")
-    common.check_numbers(args)
-    for name in ("beta", "kl_target", "normalise", "importance_cap"):
-        if not 0 <= getattr(args, name) < math.inf:
-            common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
-    if args.batch_size % args.minibatches:
-        common.fail(f"--batch-size {args.batch_size} is not a multiple of --minibatches {args.minibatches}; "
-                    f"give mini-batches of equal size")
+    check(args)
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
     parent, adapter, model, model_dir, tokenizer, invariants = inputs.read_start(
         args.sft_adapter, args.model, args.other_base,
         quantization=common.read_adapter(args.reward_adapter, reward=True)["invariants"]["quantization"])
     adapters = {"reward": args.reward_adapter} | ({"watch": args.watch_adapter} if args.watch_adapter else {})
-    taken, scorer_runs = {}, {}
-    for name, scorer in adapters.items():
-        scorer_runs[name], its_prompts = read_scorer(scorer, invariants, model)
-        taken |= its_prompts
-    if "watch" in adapters and scorer_runs["watch"]["adapter_sha256"] == scorer_runs["reward"]["adapter_sha256"]:
-        common.fail(f"--watch-adapter {args.watch_adapter} is the reward model itself; give one of another seed or data")
-    if args.prompt_tokens + args.completion_tokens > common.max_positions(model_dir):
-        common.fail(f"--prompt-tokens {args.prompt_tokens} + --completion-tokens {args.completion_tokens} are beyond the "
-                    f"model's {common.max_positions(model_dir)} positions")
+    scorer_runs, scorer_prompts = read_scorers(adapters, invariants, model)
+    check_positions(args, model_dir)
     engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.prompt_tokens + args.completion_tokens, args.micro_tokens)
     nf4 = invariants.quantization == "qlora"
     if nf4:
         common.check_nf4(device)
-    prompts, dropped, kept, data, sources = load_prompts(tokenizer, args, taken)
+    prompts, dropped, row_indices, data, sources = load_prompts(tokenizer, args, scorer_prompts)
     args = fit(args, len(prompts)) if len(prompts) < args.fixed_prompts + args.batch_size else args
     fixed, prompts = prompts[:args.fixed_prompts], prompts[args.fixed_prompts:]
     passes = math.ceil(args.updates / (len(prompts) // args.batch_size))
@@ -388,8 +280,8 @@ def main(args: Args) -> None:
     run = common.Run("ppo", args, invariants, data, parent, adapter, scorer_runs)
     run.record["data_sources"] = {"prompts": sources}
 
-    # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference. On another copy of
-    # the base: the reward model, the critic (its adapter again, a head of zeros) and the second scorer.
+    # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference. On
+    # another copy of the base: the reward model, the critic (its adapter again, a head of zeros), the second scorer.
     common.set_seed(args.seed)
     policy = common.add_lora(common.load_model(model_dir, adapter, "none", dtype, device, engine))
     scorers = common.load_scorers(model_dir, {"critic": args.reward_adapter} | adapters, "nf4" if nf4 else "none",
@@ -408,28 +300,26 @@ def main(args: Args) -> None:
     # Before the first update the policy is the reference: its scores, to normalise by and to compare with.
     first = run.resume(optimizer, args.updates)
     if not run.state:
-        some = prompts[:args.normalise]
-        sample = roll_out(sampler, scorers, adapters, some, args, device, "normalise") if some else None
-        before = roll_out(sampler, scorers, adapters, fixed, args, device, "fixed")
-        run.state = {"beta": args.beta, "before": completions(before, tokenizer),
-                     "norm": {name: reference_scores(sample, name) if some else (0.0, 1.0) for name in adapters}}
+        run.state = {"beta": args.beta,
+                     "norm": normalisation(sampler, scorers, adapters, prompts[:args.normalise], args),
+                     "before": completions(roll_out(sampler, scorers, adapters, fixed, args, "fixed"), tokenizer)}
     mean, sd = run.state["norm"]["reward"]
 
     # 3. Train.
     for update in range(first, args.updates):
         beta, began = run.state["beta"], time.time()
-        row_ids = [kept[args.fixed_prompts + i] for i in batches[update]]
+        row_ids = [row_indices[args.fixed_prompts + i] for i in batches[update]]
 
         # 3a. Roll out and score. A completion is cut at its EOS; one without EOS gets the penalty.
         sampler.refresh(policy)
-        batch = roll_out(sampler, scorers, adapters, [prompts[i] for i in batches[update]], args, device, "update", update)
-        scores = completion_scores(batch.scores["reward"], batch.ended, mean, sd, args.missing_eos).to(device)  # [B]
+        batch = roll_out(sampler, scorers, adapters, [prompts[i] for i in batches[update]], args, "update", update)
+        scores = completion_scores(batch.scores["reward"], batch.ended, mean, sd, args.missing_eos).to(device)     # [B]
         examples = [Example.completion(p.ids, ids) for p, ids in zip(batch.prompts, batch.ids)]
         lengths = torch.tensor([len(ids) for ids in batch.ids], device=device)                     # [B]
         mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]                  # [B, T]
         rolled = time.time()
 
-        # 3b. Old and reference log-probs and old values, from the very micro-batches of the first epoch.
+        # 3b. Old and reference log-probs and old values, each [B, T], from the very micro-batches of the first epoch.
         def minibatches(epoch: int) -> list[tuple]:
             """[(micro-batches, response tokens over all ranks)] of an epoch, in a new order each."""
             order = common.permutation(args.batch_size, args.seed, "minibatches", update, epoch)
@@ -440,15 +330,16 @@ def main(args: Args) -> None:
         first_epoch = minibatches(0)
         micros = [micro for part, _ in first_epoch for micro in part]
         old_logprobs, entropy = common.per_token(
-            lambda micro: common.logprobs_and_entropy(policy, micro, args.temperature), micros, (2, *mask.shape), device)
+            lambda micro: common.logprobs_and_entropy(policy, micro, args.temperature), micros, (2, *mask.shape),
+            device)
         with common.reference(policy):
-            ref_logprobs = common.per_token(lambda micro: common.token_logprobs(policy, micro, args.temperature), micros,
-                                            mask.shape, device)                                    # each [B, T]
+            ref_logprobs = common.per_token(
+                lambda micro: common.token_logprobs(policy, micro, args.temperature), micros, mask.shape, device)
         common.use_scorer(scorers, "critic", train=True)
         old_values = common.per_token(lambda micro: common.token_values(scorers, micro), micros, mask.shape, device)
         sampler_logprobs = torch.zeros(mask.shape, device=device)                                  # log q, [B, T]
         sampler_logprobs[mask] = torch.tensor([lp for row in batch.logprobs for lp in row], device=device)
-        drift = (old_logprobs - sampler_logprobs)[mask]  # d = log π − log q: one policy in two programs, so rounding alone
+        drift = (old_logprobs - sampler_logprobs)[mask]  # d = log π − log q: one policy, two programs: rounding alone
         gap = drift.abs().mean().item()
         if not gap <= args.max_gap:
             run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, beyond --max-gap "
@@ -460,12 +351,13 @@ def main(args: Args) -> None:
         rewards = token_rewards(scores, kl, mask, beta)
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
         advantages = whiten(advantages, mask)
-        weights = importance_weights(old_logprobs, sampler_logprobs, args.importance_cap)          # [B, T], 1 by default
-        run.check_finite(update, row_ids, scores=scores.sum().item(), kl=kl.sum().item(), values=old_values.sum().item(),
-                         advantages=advantages.sum().item())
+        weights = importance_weights(old_logprobs, sampler_logprobs, args.importance_cap)       # [B, T], 1 by default
+        run.check_finite(update, row_ids, scores=scores.sum().item(), kl=kl.sum().item(),
+                         values=old_values.sum().item(), advantages=advantages.sum().item())
 
         # 3d. Epochs of mini-batches, an optimizer step each; its denominator is the mini-batch's response tokens.
-        totals, ratio_max = torch.zeros(len(METRICS), dtype=torch.float64, device=device), torch.zeros((), device=device)
+        totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+        ratio_max = torch.zeros((), device=device)
         for epoch in range(args.epochs):
             for part, (micros, tokens) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
                 sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
@@ -482,29 +374,30 @@ def main(args: Args) -> None:
                                          0.5 * (log_ratio ** 2).sum(), ((ratio - 1).abs() > args.clip).sum(),
                                          (moved > args.value_clip).sum()])
                     ratio_max = torch.maximum(ratio_max, ratio.max())
-                means = dict(zip(METRICS, (common.all_reduce_(sums) / tokens).tolist()))
+                step_means = dict(zip(METRICS, (common.all_reduce_(sums) / tokens).tolist()))
                 if epoch == part == 0:  # π_θ = π_old: ρ = 1
-                    assert means["approx_kl"] <= common.step0_tolerance(policy) and means["clipfrac"] == 0, \
-                        f"first mini-batch: {means}: the policy is not the one that sampled"
+                    assert step_means["approx_kl"] <= common.step0_tolerance(policy) and step_means["clipfrac"] == 0, \
+                        f"first mini-batch: {step_means}: the policy is not the one that sampled"
                 for params in (policy_params, critic_params):
                     common.all_reduce_(params.grad)
                 grad_norm, critic_grad_norm = (torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
                                                for params in (policy_params, critic_params))
                 run.check_finite(update, row_ids, grad_norm=grad_norm, critic_grad_norm=critic_grad_norm,
-                                 policy_loss=means["policy_loss"], value_loss=means["value_loss"])
+                                 policy_loss=step_means["policy_loss"], value_loss=step_means["value_loss"])
                 step = (update * args.epochs + epoch) * args.minibatches + part
                 lr = learning_rate(step, total_steps, args)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
-                totals += torch.tensor(list(means.values()), dtype=torch.float64, device=device)
+                totals += torch.tensor(list(step_means.values()), dtype=torch.float64, device=device)
         totals /= args.epochs * args.minibatches
 
         # 3e. Log, adapt β, checkpoint.
         kl_mean, tokens, learned = kl.sum(1).mean().item(), int(lengths.sum()), time.time()
         run.log(update, {
-            "scores": batch.mean_score("reward"), "watch_scores": batch.mean_score("watch") if "watch" in adapters else None,
+            "scores": batch.mean_score("reward"),
+            "watch_scores": batch.mean_score("watch") if "watch" in adapters else None,
             "normalised_scores": scores.mean().item(), "rewards": rewards.sum(1).mean().item(), "kl": kl_mean,
             "k3": (k3(old_logprobs, ref_logprobs) * mask).sum(1).mean().item(), "beta": beta,
             "entropy": entropy[mask].mean().item(), **dict(zip(METRICS, totals.tolist())),
@@ -522,50 +415,188 @@ def main(args: Args) -> None:
         run.state["beta"] = adapted_beta(beta, kl_mean, args.kl_target)
         run.checkpoint(update + 1, optimizer)
 
-    # 4. Save (relative to the pretrained base), answer the fixed prompts again, and measure the policy along its answers.
+    # 4. Save (relative to the pretrained base), answer the fixed prompts again, measure the policy along its answers.
     run.save(policy, tokenizer, {"train": sorted(p.id for p in prompts), "heldout": sorted(p.id for p in fixed)})
     sampler.refresh(policy)
-    answered = roll_out(sampler, scorers, adapters, fixed, args, device, "fixed")
+    answered = roll_out(sampler, scorers, adapters, fixed, args, "fixed")
     after = completions(answered, tokenizer)
-    found = {"before": summary(run.state["before"]), "after": summary(after)}
+    means = {"before": summary(run.state["before"]), "after": summary(after)}
     if common.rank() == 0:
-        write_results(run, args, fixed, after, found, scorer_runs)
-    if "watch" in adapters and found["after"]["scores"] and found["before"]["scores"]:
-        gain, watched = (found["after"][k] - found["before"][k] for k in ("scores", "watch_scores"))
-        if gain > 0 >= watched:
-            common.say(f"WARNING: over-optimisation: on the fixed prompts the score rose by {gain:.3f}, but by {watched:.3f} "
-                       f"for {args.watch_adapter}, which the policy was not trained against")
+        write_results(run, args, fixed, after, means, scorer_runs)
+    if "watch" in adapters and means["after"]["scores"] and means["before"]["scores"]:
+        gain, watch_gain = (means["after"][k] - means["before"][k] for k in ("scores", "watch_scores"))
+        if gain > 0 >= watch_gain:
+            common.say(f"WARNING: over-optimisation: on the fixed prompts the score rose by {gain:.3f}, but by "
+                       f"{watch_gain:.3f} for {args.watch_adapter}, which the policy was not trained against")
     sampler.release()
     moved = common.movement(policy, args.out, adapter, model_dir,
                             [Example.completion(p.ids, ids) for p, ids in zip(fixed, answered.ids)], args.micro_tokens,
                             args.temperature)
     run.finish({**counts, **moved, "fixed_prompts": len(fixed), **score_changes(run.state["before"], after),
-                **{f"{k}_{when}": v for when in found for k, v in found[when].items()}}, CURVES,
+                **{f"{k}_{when}": v for when in means for k, v in means[when].items()}}, CURVES,
                f"PPO (β = {args.beta}) from {adapter or model} with LoRA against {args.reward_adapter}: {args.updates} "
                f"updates of {args.batch_size} completions.")
 
 
-# -- what is reported of the fixed prompts --------------------------------------------------------
+# -- checks ---------------------------------------------------------------------------------------
 
-CURVES = ["scores", "watch_scores", "kl", "entropy", "completion_tokens", "missing_eos", "explained_variance", "clipfrac",
-          "sampler_gap"]
+def check(args: Args) -> None:
+    """Ends the run when a flag is out of its range."""
+    common.check_positive(args, "prompt_tokens", "fixed_prompts", "updates", "batch_size", "completion_tokens",
+                          "temperature", "clip", "value_clip", "epochs", "minibatches", "lr", "max_grad_norm",
+                          "max_gap", "checkpoint_every")
+    common.check_share(args, "gamma", "lam", "max_dropped")
+    common.check_numbers(args)
+    for name in ("beta", "kl_target", "normalise", "importance_cap"):
+        if not 0 <= getattr(args, name) < math.inf:
+            common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
+    if args.batch_size % args.minibatches:
+        common.fail(f"--batch-size {args.batch_size} is not a multiple of --minibatches {args.minibatches}; "
+                    f"give mini-batches of equal size")
+
+
+def check_positions(args: Args, model_dir) -> None:
+    """Ends the run when a prompt and its completion don't fit into the model's positions."""
+    if args.prompt_tokens + args.completion_tokens > common.max_positions(model_dir):
+        common.fail(f"--prompt-tokens {args.prompt_tokens} + --completion-tokens {args.completion_tokens} are beyond "
+                    f"the model's {common.max_positions(model_dir)} positions")
+
+
+# -- rows to prompts ------------------------------------------------------------------------------
+
+def load_prompts(
+    tokenizer, args: Args, scorer_prompts: dict[str, str],
+) -> tuple[list[Prompt], Counter, list[int], dict[str, str], dict[str, int]]:
+    """(prompts, dropped reasons, their rows, fingerprints, sources): part B's prompts, each once, no held-out one.
+
+    scorer_prompts: {prompt id: whose} of the reward models' prompts; one of them in part B is an error.
+    """
+    rows, data = inputs.load_rows(args.data)
+    inputs.recognise(rows, args.data, "pair", "label", "chat", "prompt")
+    held = inputs.load_heldout(args.data, args.heldout_data, rows)
+    prompts = [inputs.prompts_if_any(row, f"{args.data}, row {i}") for i, row in enumerate(rows)]
+    parts = inputs.preference_parts([several[-1] if several else None for several in prompts])
+    seen, left_out = set(), []
+
+    def read(i: int, row: dict) -> list[dict] | None:
+        several = inputs.as_prompts(row, f"{args.data}, row {i}")
+        prompt = several[-1]
+        name = inputs.prompt_id(prompt)
+        if parts[i] != "B" or name in seen:
+            return None
+        seen.add(name)
+        if held.holds(several):
+            left_out.append(i)
+            return None
+        if name in scorer_prompts:
+            common.fail(f"{args.data}, row {i}: its prompt is one of {scorer_prompts[name]}; a policy must not be "
+                        f"trained on prompts that its reward model has seen: give prompts that it has not")
+        return prompt
+
+    def build(prompts: list[list[dict]], names: list[str]) -> list[Prompt | str]:
+        rendered = [chat.render_prompt(tokenizer, prompt, name) for prompt, name in zip(prompts, names)]
+        return ["empty prompt" if not prompt[-1]["content"].strip() else
+                "too long" if len(ids) > args.prompt_tokens else
+                Prompt(ids, "\n".join(m["content"] for m in prompt), inputs.prompt_id(prompt))
+                for prompt, ids in zip(prompts, rendered)]
+    wanted = args.updates * args.batch_size + args.fixed_prompts
+    usable = inputs.take_rows(rows, wanted, args.seed, read, build, args.data, args.max_dropped, preview=args.preview)
+    if left_out:
+        common.say(f"note: {len(left_out)} prompts of part B are held out ({held.source}) and left out of training")
+    inputs.say_ignored((rows[i] for i in usable[2]), args.data)
+    return *usable, {"prompts": data, "heldout": held.fingerprint}, inputs.count_sources(rows[i] for i in usable[2])
+
+
+def fit(args: Args, n: int) -> Args:
+    """The arguments with fewer fixed prompts and completions per update where n prompts require it, with a note."""
+    fixed = min(args.fixed_prompts, max(1, n // 4))
+    size = min(args.batch_size, n - fixed) // args.minibatches * args.minibatches
+    if not size:
+        common.fail(f"{args.data}: {n} usable prompts in part B, too few for one fixed prompt and --minibatches "
+                    f"{args.minibatches}")
+    if (fixed, size) != (args.fixed_prompts, args.batch_size):
+        common.say(f"note: {n} usable prompts: {fixed} fixed prompts, not {args.fixed_prompts}, and {size} completions "
+                   f"per update, not {args.batch_size}")
+    return dataclasses.replace(args, fixed_prompts=fixed, batch_size=size)
+
+
+# -- reward models --------------------------------------------------------------------------------
+
+def read_scorers(adapters: dict[str, str], invariants, model: str) -> tuple[dict[str, dict], dict[str, str]]:
+    """({scorer: its run.json}, {prompt id: whose} of their prompts). Fails when watch is the reward model."""
+    scorer_runs, scorer_prompts = {}, {}
+    for name, adapter in adapters.items():
+        scorer_runs[name], its_prompts = read_scorer(adapter, invariants, model)
+        scorer_prompts |= its_prompts
+    if "watch" in adapters and scorer_runs["watch"]["adapter_sha256"] == scorer_runs["reward"]["adapter_sha256"]:
+        common.fail(f"--watch-adapter {adapters['watch']} is the reward model itself; give one of another seed or data")
+    return scorer_runs, scorer_prompts
+
+
+def read_scorer(adapter: str, invariants, model: str) -> tuple[dict, dict[str, str]]:
+    """run.json of a reward model of the same invariants as the policy, and its prompts: {prompt id: whose}."""
+    run = inputs.read_start(adapter, model, reward=True).parent
+    if run["train_invariants"] != invariants.hash:
+        common.fail(f"{adapter} was trained under other invariants ({run['train_invariants']}) than the policy "
+                    f"({invariants.hash}): quantisation {run['invariants']['quantization']} / "
+                    f"{invariants.quantization}")
+    if not (listed := Path(adapter) / "prompts.json").is_file():
+        common.fail(f"{adapter} has no prompts.json, so that its prompts can't be kept apart; train it again")
+    return run, {name: f"the {role} prompts of {adapter}"
+                 for role, names in common.read_json(listed).items() for name in names}
+
+
+def normalisation(sampler, scorers, names: Sequence[str], prompts: Sequence[Prompt],
+                  args: Args) -> dict[str, tuple[float, float]]:
+    """{scorer: mean and sd of its scores of the reference's completions}; (0, 1), raw scores, without prompts."""
+    if not prompts:
+        return {name: (0.0, 1.0) for name in names}
+    sample = roll_out(sampler, scorers, names, prompts, args, "normalise")
+    return {name: reference_scores(sample, name) for name in names}
+
+
+def reference_scores(rollout: Rollout, name: str) -> tuple[float, float]:
+    """Mean and sd of the reference policy's scores; (0, 1) when there is nothing to normalise by."""
+    scores = rollout.scores[name][rollout.ended]
+    if len(scores) < 2 or scores.std(correction=0) == 0:
+        common.say(f"WARNING: {len(scores)} of {len(rollout.ids)} samples of the reference end with EOS: raw scores")
+        return 0.0, 1.0
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+# -- what is reported -----------------------------------------------------------------------------
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Schulman's unbiased, never negative estimator of KL(π ‖ ref) from samples of π: (ρ − 1) − log ρ, ρ = ref/π."""
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.expm1() - log_ratio
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 − Var(R − V) / Var(R): 1 for a perfect critic, 0 for a constant one; 0, not NaN, where returns don't vary."""
+    spread = returns.var(correction=0)
+    return (1 - (returns - values).var(correction=0) / spread).item() if spread > 0 else 0.0
+
+
+CURVES = ["scores", "watch_scores", "kl", "entropy", "completion_tokens", "missing_eos", "explained_variance",
+          "clipfrac", "sampler_gap"]
 
 
 def completions(rollout: Rollout, tokenizer) -> list[dict]:
     """The answers as text, each with its length and scores; no score where it did not end."""
     key = {"reward": "scores", "watch": "watch_scores"}
-    return [{"text": tokenizer.decode(ids, skip_special_tokens=True), "completion_tokens": len(ids), "missing_eos": not end,
-             **{key[name]: s[i].item() if end else None for name, s in rollout.scores.items()}}
+    return [{"text": tokenizer.decode(ids, skip_special_tokens=True), "completion_tokens": len(ids),
+             "missing_eos": not end, **{key[name]: s[i].item() if end else None for name, s in rollout.scores.items()}}
             for i, (ids, end) in enumerate(zip(rollout.ids, rollout.ended.tolist()))]
 
 
 def summary(answers: list[dict]) -> dict[str, float | None]:
     """Means over the answers, of the scores over those that have one."""
-    out = {}
+    means = {}
     for k in answers[0].keys() - {"text"}:
-        found = [a[k] for a in answers if a[k] is not None]
-        out[k] = sum(found) / len(found) if found else None
-    return dict(sorted(out.items()))
+        values = [a[k] for a in answers if a[k] is not None]
+        means[k] = sum(values) / len(values) if values else None
+    return dict(sorted(means.items()))
 
 
 def score_changes(before: list[dict], after: list[dict]) -> dict[str, list[float] | None]:
@@ -573,23 +604,24 @@ def score_changes(before: list[dict], after: list[dict]) -> dict[str, list[float
     intervals = {}
     for k in [k for k in after[0] if k.endswith("scores")]:
         changes = [a[k] - b[k] for a, b in zip(after, before) if None not in (a[k], b[k])]
-        intervals[f"{k}_change_interval"] = common.interval(torch.tensor(changes), range(len(changes))) if changes else None
+        intervals[f"{k}_change_interval"] = (common.interval(torch.tensor(changes), range(len(changes)))
+                                             if changes else None)
     return intervals
 
 
-def write_results(run, args: Args, fixed: list[Prompt], after: list[dict], found: dict, scorer_runs: dict) -> None:
+def write_results(run, args: Args, fixed: list[Prompt], after: list[dict], means: dict, scorer_runs: dict) -> None:
     """completions.jsonl (the fixed prompts' answers, before and after), results/ppo/<name>.json and .png."""
     common.write_text(run.directory / "completions.jsonl", "".join(
         common.to_json({"prompt": p.text, "before": b, "after": a}) + "\n"
         for p, b, a in zip(fixed, run.state["before"], after)))
     log, record = [json.loads(line) for line in run.log_file.read_text().splitlines()], run.record
-    place = Path(args.results) / "ppo" / record["name"]
+    results_path = Path(args.results) / "ppo" / record["name"]
     models = {f"{k}_model": {"name": v["name"], "config_hash": v["config_hash"]} for k, v in scorer_runs.items()}
-    common.write_json(f"{place}.json", {"schema_version": 1, **{k: record[k] for k in (
+    common.write_json(f"{results_path}.json", {"schema_version": 1, **{k: record[k] for k in (
         "name", "model", "config_hash", "family", "seed", "train_invariants", "adapter_sha256", "data")}, **models,
-        "updates": args.updates, "fixed_prompts": len(fixed), **found,
+        "updates": args.updates, "fixed_prompts": len(fixed), **means,
         "curves": {k: [line[k] for line in log] for k in (*CURVES, "k3", "beta", "rewards")}})
-    common.write_atomic(f"{place}.png", lambda p: common.plot_curves(log, CURVES, record["name"], p))
+    common.write_atomic(f"{results_path}.png", lambda p: common.plot_curves(log, CURVES, record["name"], p))
 
 
 if __name__ == "__main__":
