@@ -152,7 +152,7 @@ class Args:
     """Log to Weights & Biases too (needs wandb)."""
 
 
-VALUE_COEF = 0.1  # [2403.17031: 0.1]; Adam is invariant to it, so that it only matters to the critic's gradient clip
+VALUE_COEF = 0.1  # [2403.17031: 0.1]; Adam all but cancels it, so that it matters to the critic's gradient clip only
 
 
 # -- the method's maths ---------------------------------------------------------------------------
