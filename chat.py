@@ -134,17 +134,13 @@ def write_bos(tokenizer) -> bool:
     """Let the template write the BOS with which the tokenizer begins a text, where it doesn't; was that done?
 
     apply_chat_template adds none by itself: with the saved template, a model would get sequences that it was not trained
-    on. The template stays as it is where the tokenizer encodes the text after a BOS differently.
+    on. The ids that render_many gives are the same either way.
     """
-    template, begins = tokenizer.chat_template, render_text(tokenizer, SAMPLE[1:])[0][0]
+    begins = render_text(tokenizer, SAMPLE[1:])[0][0]
     if tokenizer.chat_format.bos is None or begins.startswith(tokenizer.bos_token):
         return False
-    tokenizer.chat_template = "{{ bos_token }}" + template
-    if not template_problem(tokenizer):
-        return True
-    tokenizer.chat_template = template
-    template_problem(tokenizer)  # sets chat_format again
-    return False
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    return True
 
 
 def has_plain_markers(tokenizer) -> bool:
