@@ -227,6 +227,7 @@ class RungsLM(TemplateLM):
         self.bos = tokenizer.decode([self.prefix_token_id])
         self.by_line = lines_stand_alone(tokenizer)
         self.encoded: dict[str, list[int]] = {}  # strings tokenised ahead, many at a time
+        self.prompts_cut = 0  # requests whose context was cut from the left to the model's positions
 
     # -- conventions of HFLM: which token stands for an empty context, when BOS is added, how a chat becomes text
 
@@ -300,6 +301,7 @@ class RungsLM(TemplateLM):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise ValueError(f"{len(context)} + {len(continuation)} tokens, room for {self.max_length}: {texts!r}")
             # The last token is only predicted. An over-long context is cut from the left.
+            self.prompts_cut += len(context) + len(continuation) > self.max_length + 1
             groups[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(i)
         examples = []
         for ids, members in groups.items():
@@ -343,6 +345,7 @@ class RungsLM(TemplateLM):
             lengths.append(options.pop("max_gen_toks"))
             if options.pop("do_sample") or options.pop("temperature", 0.0) or options:
                 raise NotImplementedError(f"evaluation is greedy; the task asks for {request.args[1]}")
+            self.prompts_cut += len(prompts[i]) > self.max_length - lengths[i]
             prompts[i] = prompts[i][-(self.max_length - lengths[i]) :]  # over-long prompts are cut from the left
         with tqdm(total=len(requests), desc="responses", disable=disable_tqdm) as bar:
             sampler = Sampler(self.model, self.tokenizer, self.max_batch, short=True)
@@ -556,7 +559,7 @@ def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args
         unit.set_fewshot_seed(1234)
         if args.max_gen_toks and unit.OUTPUT_TYPE == "generate_until":
             unit.set_config("generation_kwargs", {"max_gen_toks": args.max_gen_toks}, update=True)
-    in_chat = args.protocol == "chat"
+    in_chat, lm.prompts_cut = args.protocol == "chat", 0
     jinja = lm_eval.utils.env  # lm-eval compiles a task's template for every example of every prompt: minutes on MMLU
     with (
         patch.object(jinja, "from_string", functools.lru_cache(1024)(jinja.from_string)),
@@ -576,7 +579,10 @@ def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args
             followed = [line["metrics"][f"inst_level_{level}_acc,none"] for line in lines]  # a list for each prompt
             metrics[f"ifeval/inst_level_{level}_acc_stderr,none"] = clustered_stderr(followed)
     seconds = round(time.time() - start, 2)
-    return {"metrics": metrics, "n": len(lines), "versions": found["versions"], "wall_time_s": seconds}, lines
+    if lm.prompts_cut:
+        common.say(f"note: {task}: {lm.prompts_cut} prompts were cut from the left to the model's {lm.max_length} positions")
+    return {"metrics": metrics, "n": len(lines), "versions": found["versions"], "wall_time_s": seconds,
+            "prompts_cut": lm.prompts_cut}, lines
 
 
 def write_gzip(path: Path, text: str) -> None:
@@ -766,6 +772,7 @@ def main(args: Args) -> dict:
         "metrics": merged["metrics"],
         "n": {task: results[task]["n"] for task in TASKS},
         "task_versions": merged["versions"],
+        "prompts_cut": {task: results[task].get("prompts_cut", 0) for task in TASKS},
         "samples": samples.as_posix(),
         **keep_records(out, samples, identity, run if ours else None, adapter),
         "training": {**run["metrics"], "wall_time_s": run["wall_time_s"]} if ours else None,

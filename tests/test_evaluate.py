@@ -284,6 +284,17 @@ def test_a_few_shot_prompt_is_computed_once(place, monkeypatch):
     assert all(abs(a - b) < 1e-4 and x == y for (a, x), (b, y) in zip(found, expected, strict=True))
 
 
+def test_cut_prompts_are_counted(place):
+    """Contexts beyond the model's positions lose their left end, as in HFLM, and are counted; the others are not."""
+    lm = RungsLM(make_model(), make_tokenizer(False), micro_tokens=10_000)
+    long = "the cat sat " * lm.max_length
+    lm.loglikelihood(instances("loglikelihood", [("the cat", " sat"), (long, " sat"), (long + "on", " it")]), disable_tqdm=True)
+    assert lm.prompts_cut == 2
+    lm.generate_until(instances("generate_until", [(long, {"until": ["."], "max_gen_toks": 4}),
+                                                   ("the", {"until": ["."], "max_gen_toks": 4})]), disable_tqdm=True)
+    assert lm.prompts_cut == 3
+
+
 def test_one_item_of_four_letters_is_one_sequence(place, monkeypatch):
     """MMLU's four choices cost one forward of the context."""
     lm, tokens, pack = RungsLM(make_model(), make_tokenizer(False), micro_tokens=10_000), [], fast.pack
