@@ -10,7 +10,7 @@ sum over the answer's tokens, EOS included. Reference implementation: eric-mitch
 Deviations from the usual script, on purpose:
   1. The reference is the policy with its new adapter switched off, over the same micro-batch: no second model, and at
      step 0 the margin is 0 and the loss ln 2, which is asserted.
-  2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; the rounding's KL is logged) and a fresh
+  2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; kl_merge in run.json is its cost) and a fresh
      LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
   3. Pairs with an over-long side are dropped and counted, never cut.
 
@@ -222,6 +222,7 @@ def main(args: Args) -> None:
     run.save(policy, tokenizer, split.prompts)
     metrics = {**counts, "heldout_pairs": len(heldout), "eos_prompts": len(prompts)}
     metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens) if prompts else None
+    # movement turns the base into fp32 where it fits: eos_rate belongs before it, the held-out figures after it
     metrics |= common.movement(policy, args.out, adapter, model_dir, [p.chosen for p in heldout[:args.eos_prompts]],
                                args.micro_tokens)
     metrics |= {f"heldout_{k}": v for k, v in evaluate_pairs(policy, heldout, args, device).items()}

@@ -29,8 +29,7 @@ that was cut off goes on at that task, and a row that is there is not evaluated 
 row holds no text of a data set and can be committed: the items' scores in results/scores/<the same>.json.gz, and the
 adapter's command, configuration and curves in results/runs/<name>-<weights>.json.
 
-Measured: SmolLM2-135M, all four tasks in full (13,508 + 817 + 1,319 + 541 items) on one H100: 68 s for the base, 75 s with
-an adapter, loading included. Beside plain lm-eval: bench/evaluation.py.
+What to expect: about a minute per row for SmolLM2-135M on one H100, loading included (bench/NOTES.md).
 
     python evaluate.py --adapter runs/sft_v2                  # on Qwen2.5-0.5B, with lm-eval's data sets from the hub
     python evaluate.py --model models/smollm2 --quantization none --eval-data data/demo/eval --limit 8 --max-gen-toks 64
@@ -191,9 +190,9 @@ def lines_of(text: str) -> list[str]:
 def lines_stand_alone(tokenizer) -> bool:
     """Whether a text's ids are those of its `lines_of`, one after the other.
 
-    BPE in general doesn't promise that; byte-level BPE over the words that GPT-2's or Qwen2's pattern finds does (SmolLM2,
-    Qwen2.5). Both patterns end a match at a LINE_END, whatever follows: no match goes on from a newline to a letter, and
-    the one that looks ahead, \\s+(?!\\S), has no whitespace before the newline to stop at. Everything else that could
+    BPE in general doesn't promise that; byte-level BPE over the words that GPT-2's or Qwen2's pattern finds does
+    (SmolLM2, Qwen2.5). Both patterns end a match at a LINE_END, whatever follows: no match goes on from a newline to a
+    letter, and the one that looks ahead, \\s+(?!\\S), has no whitespace before the newline to stop at. Everything else that could
     reach across a LINE_END (normalizer, added tokens, BOS) is excluded here.
     """
     if not tokenizer.is_fast:
@@ -272,7 +271,8 @@ class RungsLM(TemplateLM):
             if pieces:
                 options = {"add_special_tokens": False} if own_bos else {}
                 distinct = list(dict.fromkeys(chain.from_iterable(pieces.values())))
-                encoded = dict(zip(distinct, self.tokenizer(distinct, verbose=False, **options)["input_ids"], strict=True))
+                ids = self.tokenizer(distinct, verbose=False, **options)["input_ids"]
+                encoded = dict(zip(distinct, ids, strict=True))
                 for i, parts in pieces.items():
                     ids[i] = list(chain.from_iterable(encoded[part] for part in parts))
         return ids
@@ -311,7 +311,7 @@ class RungsLM(TemplateLM):
             examples.append(Example(list(ids), predict, [token for c in continuations for token in c]))
         members = list(groups.values())
         micro_tokens, found = max(self.micro_tokens, *map(len, groups)), []
-        # What sequences begin with alike (MMLU's five examples, a question of TruthfulQA) is computed once (fast engine).
+        # What sequences begin with alike (MMLU's five examples, a question of TruthfulQA) the fast engine computes once.
         packs = common.micro_batches(self.model, examples, micro_tokens)
         with torch.no_grad():
             for pack in packs:
@@ -355,7 +355,8 @@ class RungsLM(TemplateLM):
         return [self.cut(completion.ids, stop) for completion, stop in zip(completions, stops, strict=True)]
 
     def cut(self, ids: list[int], stops: list[str]) -> str:
-        """The text before a stop token, before a special token that has a stop string, and before the first stop string."""
+        """The text before a stop token, before a special token that has a stop string and before the first stop
+        string."""
         stops = handle_stop_sequences(list(stops), self.tokenizer.decode([self.eot_token_id]))  # and EOS
         ends = {i for i in self.tokenizer.all_special_ids if any(s in self.tokenizer.decode([i]) for s in stops)}
         ends |= {*getattr(self.tokenizer, "stop_ids", [])}
@@ -580,7 +581,8 @@ def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args
             metrics[f"ifeval/inst_level_{level}_acc_stderr,none"] = clustered_stderr(followed)
     seconds = round(time.time() - start, 2)
     if lm.prompts_cut:
-        common.say(f"note: {task}: {lm.prompts_cut} prompts were cut from the left to the model's {lm.max_length} positions")
+        common.say(f"note: {task}: {lm.prompts_cut} prompts were cut from the left to the model's {lm.max_length} "
+                   f"positions")
     return {"metrics": metrics, "n": len(lines), "versions": found["versions"], "wall_time_s": seconds,
             "prompts_cut": lm.prompts_cut}, lines
 
@@ -607,8 +609,8 @@ def read_finished(path: Path, identity: dict) -> dict | None:
 
 
 def score_columns(lines: list[dict]) -> dict[str, list]:
-    """The items of a task without their text: {"task", "doc_id", "doc_hash" (8 digits, to pair by), each metric, and of a
-    response "characters", without whitespace around it}."""
+    """The items of a task without their text: {"task", "doc_id", "doc_hash" (8 digits, to pair by), each metric,
+    and of a response "characters", without whitespace around it}."""
 
     def plain(x):  # true and 1.0 -> 1
         if isinstance(x, list):
@@ -681,7 +683,8 @@ def main(args: Args) -> dict:
     name = args.name or (Path(args.adapter).resolve().name if args.adapter else "base")
     if not re.fullmatch(r"[\w.+-]+", name):
         fail(f"--name {name!r}: only letters, digits and . _ + - (it names a directory)")
-    ours = run is not None and run["method"] != "peft"  # a plain PEFT adapter has no invariants; it takes the base row's
+    # a plain PEFT adapter has no invariants of its own; it takes the base row's
+    ours = run is not None and run["method"] != "peft"
     policy = run["invariants"]["quantization"] if ours else args.quantization or ("none" if run else "qlora")
     if args.quantization and args.quantization != policy:
         fail(f"--quantization {args.quantization}, but {args.adapter} was trained under {policy!r}; leave the flag out")

@@ -34,7 +34,7 @@ Deliberate choices:
     python judge.py --judge-model gpt-4o --judge-url https://api.openai.com/v1       # its key: OPENAI_API_KEY
 
 Completions, scores and verdicts are kept line by line in results/judge/cache: a run that was cut off goes on where it
-was, and nothing is sampled or asked twice. Measured: nothing yet.
+was, and nothing is sampled or asked twice.
 
 Shapes: n prompts, R resamples of the bootstrap.
 """

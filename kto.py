@@ -22,7 +22,7 @@ Public implementations differ in z0. Here:
 Deviations from the usual script, on purpose:
   1. The reference is the policy with its new adapter switched off, over the same micro-batch: no second model, and at
      step 0 z0 is 0 and every row's loss λ/2, which is asserted.
-  2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; the rounding's KL is logged) and a fresh
+  2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; kl_merge in run.json is its cost) and a fresh
      LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
   3. Mismatched pairs are computed in separate micro-batches.
   4. Rows beyond --max-length are dropped and counted, never cut. Only y' is cut, where x and y' together exceed it.
@@ -260,6 +260,7 @@ def main(args: Args) -> None:
     run.save(policy, tokenizer, split.prompts)
     metrics = {**counts, "heldout_rows": len(heldout), "eos_prompts": len(prompts)}
     metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens) if prompts else None
+    # movement turns the base into fp32 where it fits: eos_rate belongs before it, the held-out figures after it
     metrics |= common.movement(policy, args.out, adapter, model_dir, [r.example for r in heldout[:args.eos_prompts]],
                                args.micro_tokens)
     metrics |= {f"heldout_{k}": v for k, v in evaluate_rows(policy, heldout, args, device).items()}
