@@ -10,8 +10,8 @@ sum over the answer's tokens, EOS included. Reference implementation: eric-mitch
 Deviations from the usual script, on purpose:
   1. The reference is the policy with its new adapter switched off, over the same micro-batch: no second model, and at
      step 0 the margin is 0 and the loss ln 2, which is asserted.
-  2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; kl_merge in run.json is its cost) and a fresh
-     LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
+  2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; kl_merge in run.json is its cost) and a
+     fresh LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
   3. Pairs with an over-long side are dropped and counted, never cut.
 
     python dpo.py --beta 0.1 --sft-adapter runs/sft_v2

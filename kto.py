@@ -22,8 +22,8 @@ Public implementations differ in z0. Here:
 Deviations from the usual script, on purpose:
   1. The reference is the policy with its new adapter switched off, over the same micro-batch: no second model, and at
      step 0 z0 is 0 and every row's loss λ/2, which is asserted.
-  2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; kl_merge in run.json is its cost) and a fresh
-     LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
+  2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; kl_merge in run.json is its cost) and a
+     fresh LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
   3. Mismatched pairs are computed in separate micro-batches.
   4. Rows beyond --max-length are dropped and counted, never cut. Only y' is cut, where x and y' together exceed it.
 
