@@ -133,8 +133,8 @@ def pin_template(template: str) -> tuple[str, list[str]]:
 def write_bos(tokenizer) -> bool:
     """Let the template write the BOS with which the tokenizer begins a text, where it doesn't; was that done?
 
-    apply_chat_template adds none by itself: with the saved template, a model would get sequences that it was not trained
-    on. The ids that render_many gives are the same either way.
+    apply_chat_template adds none by itself: with the saved template, a model would get sequences that it was not
+    trained on. The ids that render_many gives are the same either way.
     """
     begins = render_text(tokenizer, SAMPLE[1:])[0][0]
     if tokenizer.chat_format.bos is None or begins.startswith(tokenizer.bos_token):

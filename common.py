@@ -1005,7 +1005,8 @@ def choose_engine(engine: str, model_dir: str | Path, device: torch.device) -> s
     if engine == "fast" and why_not:
         fail(f"--engine fast can't serve {model_dir}: {why_not}; give --engine auto or plain")
     chosen = "plain" if engine == "plain" or why_not else "fast"
-    reason = "as asked" if engine != "auto" else f"fast can't serve it: {why_not}" if why_not else "fast serves it"
+    slow = f"fast can't serve it: {why_not}; about ten times slower on a GPU"
+    reason = "as asked" if engine != "auto" else slow if why_not else "fast serves it"
     say(f"engine: {chosen} ({reason})")
     return chosen
 

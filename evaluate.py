@@ -192,8 +192,8 @@ def lines_stand_alone(tokenizer) -> bool:
 
     BPE in general doesn't promise that; byte-level BPE over the words that GPT-2's or Qwen2's pattern finds does
     (SmolLM2, Qwen2.5). Both patterns end a match at a LINE_END, whatever follows: no match goes on from a newline to a
-    letter, and the one that looks ahead, \\s+(?!\\S), has no whitespace before the newline to stop at. Everything else that could
-    reach across a LINE_END (normalizer, added tokens, BOS) is excluded here.
+    letter, and the one that looks ahead, \\s+(?!\\S), has no whitespace before the newline to stop at. Everything else
+    that could reach across a LINE_END (normalizer, added tokens, BOS) is excluded here.
     """
     if not tokenizer.is_fast:
         return False
@@ -311,7 +311,7 @@ class RungsLM(TemplateLM):
             examples.append(Example(list(ids), predict, [token for c in continuations for token in c]))
         members = list(groups.values())
         micro_tokens, found = max(self.micro_tokens, *map(len, groups)), []
-        # What sequences begin with alike (MMLU's five examples, a question of TruthfulQA) the fast engine computes once.
+        # What sequences begin with alike (MMLU's five examples, a TruthfulQA question) the fast engine computes once.
         packs = common.micro_batches(self.model, examples, micro_tokens)
         with torch.no_grad():
             for pack in packs:

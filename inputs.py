@@ -797,8 +797,8 @@ def preflight(tokenizer, examples: Sequence[Example], texts: Sequence[str], drop
     """Print what will be trained on, and stop at a mask that can't be meant.
 
     Shows one example (a preview: that many, and then ends the process) with its trained tokens between ⟦ ⟧ (green on
-    a terminal), counts, token totals and the 13-word overlap of the training texts with the evaluation prompts. Fails on an empty mask, a
-    trained part without a stop token, or a doubled BOS.
+    a terminal), counts, token totals and the 13-word overlap of the training texts with the evaluation prompts. Fails
+    on an empty mask, a trained part without a stop token, or a doubled BOS.
     """
     say_template(tokenizer)
     bos = tokenizer.bos_token_id

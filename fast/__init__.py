@@ -7,8 +7,8 @@ scripts never import it, and it never imports common.py: what both engines need 
 Why it is fast, in the order in which to read:
 
   packing.py    Sequences are laid end to end, not each padded to the longest: one forward for a whole micro-batch.
-                (Recorded passes pad a pack's end a little: graphs.py.) What they begin with alike (a pair's prompt, a group's prompt, few-shot examples) is
-                computed once.
+                (Recorded passes pad a pack's end a little: graphs.py.) What they begin with alike (a pair's prompt, a
+                group's prompt, few-shot examples) is computed once.
   attention.py  Causal attention inside each packed sequence, never across: one variable-length kernel on CUDA.
   decoder.py    The decoder layers of llama, qwen2 and qwen3 written out for packs, with LoRA and NF4: three
                 projections of one input are one matrix product, elementwise steps are compiled together; in
@@ -21,9 +21,9 @@ Why it is fast, in the order in which to read:
   sampler.py    Decoding with a cache that stays allocated, one recorded graph per step; rows that have ended leave the
                 batch.
 
-On a CPU the same code runs without compilation and recording. On CUDA, RUNGS_COMPILE=0 in the environment turns both off
-for passes over packs, which short runs want; the sampler always records its step, and compiles it unless common.Sampler
-was given short=True.
+On a CPU the same code runs without compilation and recording. On CUDA, RUNGS_COMPILE=0 in the environment turns both
+off for passes over packs, which short runs want; the sampler always records its step, and compiles it unless
+common.Sampler was given short=True.
 """
 from fast.decoder import dequantized
 from fast.graphs import compile_layers, hidden_states, is_compiled
