@@ -271,8 +271,8 @@ class RungsLM(TemplateLM):
             if pieces:
                 options = {"add_special_tokens": False} if own_bos else {}
                 distinct = list(dict.fromkeys(chain.from_iterable(pieces.values())))
-                ids = self.tokenizer(distinct, verbose=False, **options)["input_ids"]
-                encoded = dict(zip(distinct, ids, strict=True))
+                tokenised = self.tokenizer(distinct, verbose=False, **options)["input_ids"]
+                encoded = dict(zip(distinct, tokenised, strict=True))
                 for i, parts in pieces.items():
                     ids[i] = list(chain.from_iterable(encoded[part] for part in parts))
         return ids
