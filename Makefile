@@ -152,7 +152,7 @@ $(OUT)/.flags/%: force
 
 # -- the demo: a tiny climb without GPU or hub; in float32, since a CPU without AVX-512 multiplies bfloat16 8 times slower --
 
-demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 15 to 18 min on two cores after installation, 5 GiB
+demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 10 to 15 min on two cores after installation, 5 GiB
 	@$(MAKE) --no-print-directory all OUT=runs/demo RESULTS=runs/demo/results README=none MODEL=$(SMOLLM2) QUANT=none \
 	  PROTOCOL=plain SEED=42 NPROC=1 \
 	  SFT_DATA=data/demo/train/sft.jsonl PREF_DATA=data/demo/train/preference.jsonl \
