@@ -1507,13 +1507,15 @@ class Sampler:
 
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], temperature: float = 0.0,
                top_p: float = 1.0, seed: int = 0, stop_strings: Sequence[Sequence[str]] | None = None,
-               progress: Callable[[int], Any] | None = None, rows: Sequence[int] | None = None) -> list[Completion]:
+               progress: Callable[[int], Any] | None = None, rows: Sequence[int] | None = None,
+               stream: Callable[[int, list[int]], Any] | None = None) -> list[Completion]:
         """One completion per prompt, in order.
 
         prompts: token ids. max_new_tokens and stop_strings: for all, or one entry per prompt. A completion ends at a
         stop token, at a stop string or at its length. The noise of a prompt is keyed by (seed, its entry in `rows`,
         position); rows: range(n) by default, or a share of it when ranks divide the prompts. progress(n) is called as
-        rows finish. ValueError on an empty prompt or one beyond the model's positions.
+        rows finish, stream(i, ids so far of prompt i) as tokens come. ValueError on an empty prompt or one beyond the
+        model's positions.
         """
         n, config = len(prompts), base_of(self.model).config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or 1 << 30
@@ -1537,6 +1539,8 @@ class Sampler:
                     count, why = self._ended(ids[i], tokens, budgets[i], stops[i])
                     ids[i] += tokens[:count]
                     logprobs[i] += scores[:count]
+                    if stream:
+                        stream(i, ids[i])
                     if why:
                         text = self._text(ids[i], stops[i] if why == "string" else [])
                         done[i] = Completion(ids[i], logprobs[i], why, text)
