@@ -769,6 +769,14 @@ def attach_adapter(model: nn.Module, adapter: str | Path) -> PeftModel:
     return PeftModel.from_pretrained(model, adapter).eval().requires_grad_(False)
 
 
+def detach_adapter(policy: PeftModel) -> nn.Module:
+    """The model that attach_adapter was given, without the adapter and ready for another."""
+    model = policy.unload()
+    for made in ("peft_config", "adapted", "recordings"):
+        model.__dict__.pop(made, None)
+    return model
+
+
 def read_factors(adapter: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     """{module name: (A [r, in], B [out, r])} of a PEFT adapter directory, such that it adds LORA_SCALE · B A to each.
 

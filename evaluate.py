@@ -1,4 +1,4 @@
-"""evaluate.py: a base model, or a base model under an adapter, on four lm-eval tasks -> a row of results/metrics.json.
+"""evaluate.py: a base model and adapters of it on four lm-eval tasks -> a row of results/metrics.json for each.
 
     task            shots  score of an item                                  its keys in the row
     mmlu            5      is the right letter the likeliest of A-D          mmlu/acc,none, and those of each subject
@@ -6,6 +6,13 @@
     gsm8k           8      is the number after "####" (or the last) right    gsm8k/exact_match,strict-match, ...flexible
     ifeval          0      does the response follow every instruction        ifeval/prompt_level_strict_acc,none, ...
     * beyond the six worked pairs that its prompt has built in
+
+--tasks adds secondary tasks, any of lm-eval's by name, or one of ours:
+
+    gsm8k_zero_shot 0      as gsm8k, asked as grpo.py asks it: one turn of the chat template, whatever the protocol
+
+Their metrics stand in the row beside the others and are listed under "secondary", each with its own settings and hash;
+they don't enter the row's eval_hash.
 
 Each score is a mean over items and has its standard error beside it, under `<metric>_stderr,<filter>`. The tasks
 (prompts, filters, scores, versions) are those of lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness);
@@ -24,17 +31,21 @@ Deliberate deviations from `lm_eval --model hf --model_args peft=...`:
    then it is that of all items as one sample, which counts the differences between subjects as well.
 5. The adapter stays unmerged, as with `peft=`: merging would round the weights once more.
 
-Every task's items and result are kept as soon as it is done, in results/samples/<name>-<eval_hash>-<weights>/. A run
-that was cut off goes on at that task, and a row that is there is not evaluated again. What report.py needs besides the
-row holds no text of a data set and can be committed: the items' scores in results/scores/<the same>.json.gz, and the
-adapter's command, configuration and curves in results/runs/<name>-<weights>.json.
+The base, the tasks' prompts and their token ids are loaded and built once for all adapters of a call; between two rows
+only the adapter changes. Every task's items and result are kept as soon as it is done, in
+results/samples/<name>-<eval_hash>-<weights>/. A run that was cut off goes on at that task, and a row that is there is
+not evaluated again. What report.py needs besides the row holds no text of a data set and can be committed: the items'
+scores in results/scores/<the same>.json.gz, and the adapter's command, configuration and curves in
+results/runs/<name>-<weights>.json.
 
 What to expect: about a minute per row for SmolLM2-135M on one H100, loading included (bench/NOTES.md).
 
     python evaluate.py --adapter runs/sft_v2                  # on Qwen2.5-0.5B, with lm-eval's data sets from the hub
+    python evaluate.py --adapter none runs/sft_v2 runs/dpo_v1 --tasks gsm8k_zero_shot arc_easy
     python evaluate.py --model models/smollm2 --quantization none --eval-data data/demo/eval --limit 8 --max-gen-toks 64
 """
 
+import difflib
 import functools
 import gzip
 import json
@@ -44,11 +55,12 @@ import re
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
 import datasets
@@ -62,6 +74,7 @@ import yaml
 from lm_eval.api.metrics import mean_stderr
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate as lm_eval_evaluate
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import (
     handle_stop_sequences,
     has_bos_prefix,
@@ -84,16 +97,17 @@ class Args:
     model: str | None = None
     """Base model: a local directory or a hub id[@revision]. By default the one the adapter was trained on, or
     Qwen2.5-0.5B."""
-    adapter: str | None = None
-    """Adapter to evaluate on the base model: a run directory (runs/dpo_v1), or any plain PEFT LoRA (a directory or hub
-    id). Without it, the base model is evaluated."""
+    adapter: tuple[str, ...] = ()
+    """Adapters to evaluate on the base model, a row for each: run directories (runs/dpo_v1), or plain PEFT LoRAs
+    (directories or hub ids). "none" is the base model itself, which is also the default."""
     other_base: bool = False
     """Accept a plain PEFT adapter that names another base than --model."""
     name: str | None = None
-    """Name of the row; by default the adapter's directory name, or "base"."""
+    """Name of the only row; by default the adapter's directory name, or "base"."""
     quantization: Literal["qlora", "none"] | None = None
-    """Quantisation policy of the training runs that the row stands beside. It only names the row's train_invariants:
-    evaluation is never quantised. By default the run's own, "none" for a plain PEFT adapter, "qlora" for the base."""
+    """Quantisation policy of the training runs that a row stands beside. It only names the row's train_invariants:
+    evaluation is never quantised. By default that of the runs given, "none" for plain PEFT adapters, "qlora" for the
+    base alone."""
     # evaluation: these enter eval_hash
     protocol: Literal["plain", "chat"] = "plain"
     """"plain": no chat template, as the published numbers; "chat": the chat template, few-shot examples as turns."""
@@ -105,11 +119,19 @@ class Args:
     """Generated tokens at most, of GSM8K and IFEval; by default the tasks' own 256 and 1,280."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of the base model's weights and forward; the adapter is fp32."""
+    # evaluation: these don't
+    tasks: tuple[str, ...] = ()
+    """Secondary tasks beside the four: any of lm-eval's by name, or gsm8k_zero_shot. Their data: <task>/<split>.jsonl
+    in --eval-data where it has that folder, else lm-eval's own from the hub."""
     # run: these change speed and places, not numbers (beyond the rounding of the dtype)
     out: str = "results"
     """Directory of metrics.json, samples/, scores/ and runs/."""
+    log_samples: bool = False
+    """Write every item in lm-eval's own layout too, for its table tools: samples/<row>/lm-eval/<task>/samples_*.jsonl
+    and results_*.json. A task that was evaluated without is evaluated again."""
     stamp: str | None = None
-    """File to write the row's train_invariants and eval_hash to when it is done (what make goes by)."""
+    """File to write a row's train_invariants and eval_hash to when it is done (what make goes by). A % in it stands for
+    the row's name."""
     micro_tokens: int = 16384
     """Tokens of a packed forward at most; a longer sequence makes a pack of its own."""
     max_batch: int | None = None
@@ -131,6 +153,7 @@ LAYOUT = {  # (task, split): columns of DIR/<task>/<split>.jsonl or .jsonl.gz
     ("gsm8k", "test"): {"question": str, "answer": str},
     ("ifeval", "train"): {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list},
 }
+ZERO_SHOT = "gsm8k_zero_shot"
 # IFEval's checks that split text into sentences, for which NLTK needs its punkt_tab data.
 NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 PHASES = {"sft": 1, "peft": 1, "dpo": 2, "reward": 3, "ppo": 3, "grpo": 4, "kto": 5}
@@ -226,6 +249,7 @@ class RungsLM(TemplateLM):
         self.bos = tokenizer.decode([self.prefix_token_id])
         self.by_line = lines_stand_alone(tokenizer)
         self.encoded: dict[str, list[int]] = {}  # strings tokenised ahead, many at a time
+        self.tokenised: dict[tuple, list] = {}  # arguments of requests -> their token ids, for the adapters that follow
         self.prompts_cut = 0  # requests whose context was cut from the left to the model's positions
 
     # -- conventions of HFLM: which token stands for an empty context, when BOS is added, how a chat becomes text
@@ -261,7 +285,7 @@ class RungsLM(TemplateLM):
             return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         return self.encoded.get(string) or self.encode_many([string], self.bos)[0]
 
-    def encode_many(self, strings: list[str], bos: str | None) -> list[list[int]]:
+    def encode_many(self, strings: Sequence[str], bos: str | None) -> list[list[int]]:
         """Token ids of each string, with what special tokens the tokenizer adds unless it begins with `bos` already.
         Where lines stand alone, each different line is tokenised once: most of MMLU's are those of its examples."""
         ids: list[list[int]] = [[]] * len(strings)
@@ -285,15 +309,22 @@ class RungsLM(TemplateLM):
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as self.bar:
             for i in range(0, len(requests), 4096):  # bounds the ids held in memory; neighbours share contexts
                 chunk = requests[i : i + 4096]
-                # TemplateLM._encode_pair encodes the context without trailing spaces, and context + continuation
-                pairs = [(r.args[0].rstrip(), r.args[0] + r.args[1]) for r in chunk]
-                strings = list(dict.fromkeys(s for pair in pairs for s in pair if s))
-                self.encoded = dict(zip(strings, self.encode_many(strings, self.bos), strict=True))
-                results += super().loglikelihood(chunk, disable_tqdm=True)  # makes pairs, calls _loglikelihood_tokens
+                arguments = tuple(r.args for r in chunk)
+                if arguments not in self.tokenised:
+                    # TemplateLM._encode_pair encodes the context without trailing spaces, and context + continuation
+                    pairs = [(context.rstrip(), context + continuation) for context, continuation in arguments]
+                    strings = list(dict.fromkeys(s for pair in pairs for s in pair if s))
+                    self.encoded = dict(zip(strings, self.encode_many(strings, self.bos), strict=True))
+                    self.tokenised[arguments] = super().loglikelihood(chunk, disable_tqdm=True)
+                results += self.score(self.tokenised[arguments])
         self.encoded = {}
         return results
 
-    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[tuple[str, str], list[int], list[int]]]:
+        """What TemplateLM.loglikelihood makes of its requests, as it is: `score` takes it."""
+        return requests
+
+    def score(self, requests: list[tuple[tuple[str, str], list[int], list[int]]]) -> list[tuple[float, bool]]:
         """requests: ((context, continuation), context ids, continuation ids). Those whose inputs are the same (the four
         letters of an MMLU item) are one sequence, whose last positions are read once for each of them."""
         groups: dict[tuple, list[int]] = defaultdict(list)  # input ids -> requests
@@ -331,13 +362,16 @@ class RungsLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
-        raise NotImplementedError("none of the four tasks measures perplexity")
+        raise NotImplementedError("no task here measures perplexity")
 
     # -- greedy text
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The greedy response of each request, cut before EOS and before the task's stop strings."""
-        prompts = self.encode_many([r.args[0] for r in requests], self.tokenizer.bos_token)
+        texts = tuple(r.args[0] for r in requests)
+        if texts not in self.tokenised:
+            self.tokenised[texts] = self.encode_many(texts, self.tokenizer.bos_token)
+        prompts = list(self.tokenised[texts])
         lengths, stops = [], []
         for i, request in enumerate(requests):
             options = normalize_gen_kwargs(request.args[1])  # max_gen_toks: 256 where the task says nothing, as in HFLM
@@ -453,18 +487,20 @@ def write_tasks(sources: dict[str, dict], index: dict, folder: Path) -> None:
     """Write lm-eval task files that `include` the original definitions and read other data: one for each task of
     `sources`, and MMLU's groups over the subjects among them."""
 
-    def write(name: str, **overrides) -> None:
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(index[name].yaml_path), **overrides}))
-
     for name, source in sources.items():
         if name not in index:
             fail(f"mmlu/test has subject {name.removeprefix('mmlu_')!r}, which lm-eval's mmlu doesn't have")
-        write(name, **source)
+        write_task(folder, name, index[name], **source)
     tags = {tag for name in sources if name.startswith("mmlu_") for tag in index[name].tags}
     groups = [group for group in index["mmlu"].cfg["task"] if tags & set(index[group].cfg["task"])]
     for group in groups:
-        write(group)
-    write("mmlu", task=groups)
+        write_task(folder, group, index[group])
+    write_task(folder, "mmlu", index["mmlu"], task=groups)
+
+
+def write_task(folder: Path, name: str, entry, **overrides) -> None:
+    """Write a task file that includes the definition of an entry of lm-eval's index, with some fields replaced."""
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(entry.yaml_path), **overrides}))
 
 
 def prepare_ifeval(rows: list[dict] | None, data_dir: Path | None) -> None:
@@ -515,6 +551,86 @@ def load_tasks(args: Args, folder: Path):
     return manager, tuple((task, shots, limits[task]) for task, (shots, _) in TASKS.items()), fingerprint
 
 
+def load_secondary(args: Args, index: dict, fingerprint: str, folder: Path):
+    """-> (lm-eval's task manager, {task: (shots, fingerprint of its definition and data)}) of --tasks.
+
+    index, fingerprint: what load_tasks gives; gsm8k_zero_shot reads the gsm8k of that index. Ends the run on a task
+    that lm-eval doesn't have, or that can't be evaluated here.
+    """
+    if four := [task for task in args.tasks if task in TASKS]:
+        fail(f"--tasks {four[0]}: it is one of the four tasks of every row")
+    folder.mkdir()
+    found: dict[str, tuple[int, str]] = {}
+    for task in args.tasks:
+        if task == ZERO_SHOT:
+            asked = {"doc_to_text": "{{question}}" + inputs.GSM8K_PROMPT, "num_fewshot": 0,
+                     "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 400}}  # fmt: skip
+            write_task(folder, task, index["gsm8k"], task=task, **asked)
+            version = index["gsm8k"].cfg["metadata"]["version"]
+            found[task] = 0, f"{fingerprint.split(':')[0]}:{common.sha256_json([fingerprint, version, asked])}"
+            continue
+        entry = find_secondary(task)
+        cfg, local = entry.cfg, Path(args.eval_data or "") / task
+        if args.eval_data and local.is_dir():
+            files = {path.name.split(".")[0]: path for path in sorted(local.glob("*.jsonl*"))}
+            content: Any = {split: common.file_sha256(path) for split, path in files.items()}
+            options = {"data_files": {split: str(path.resolve()) for split, path in files.items()},
+                       "cache_dir": str(folder / "cache")}  # fmt: skip
+            source = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": options}
+            parts = [f"{part}_split" for part in ("training", "validation", "test", "fewshot")]
+            source |= {part: None for part in parts if cfg.get(part) not in files}
+            if not {cfg.get("test_split"), cfg.get("validation_split")} & files.keys():
+                wanted = cfg.get("test_split") or cfg.get("validation_split")
+                fail(f"--tasks {task}: {local} has no {wanted}.jsonl (or .jsonl.gz)")
+        else:
+            try:
+                path, commit = inputs.locate_dataset(cfg["dataset_path"])
+            except OSError as error:
+                fail(f"--tasks {task}: can't read its data set: {error} ({task}/<split>.jsonl in --eval-data)")
+            content = f"{cfg['dataset_path']}@{commit}"
+            options = inputs.dataset_options(path, commit, cfg.get("dataset_name"))
+            source = {"dataset_path": path, "dataset_kwargs": options}
+        write_task(folder, task, entry, **source)
+        kind = "sha256" if isinstance(content, dict) else "hub"
+        version = (cfg.get("metadata") or {}).get("version")
+        found[task] = cfg.get("num_fewshot") or 0, f"{kind}:{common.sha256_json([content, version])}"
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folder), found
+
+
+@functools.cache
+def task_files() -> dict[str, set[Path]]:
+    """{name of a task, group or tag: folders of the definitions that have it}. lm-eval's index of all takes 7 s."""
+    named = re.compile(r"^(?:(?:task|group|tag):|[ \t]*-)[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.M)
+    folders = defaultdict(set)
+    for file in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
+        for match in named.finditer(file.read_text(encoding="utf-8")):
+            folders[match[1]].add(file.parent)
+    return dict(folders)
+
+
+def find_secondary(task: str):
+    """The entry of a task in lm-eval's index. Ends the run on one that can't be evaluated here: greedily or by
+    log-likelihoods, without running what the model writes."""
+    folders = task_files().get(task, ())
+    known = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[*folders]).task_index if folders else {}
+    entry = known.get(task)
+    if entry is None:
+        near = ", ".join(difflib.get_close_matches(task, [*task_files(), ZERO_SHOT], 5))
+        fail(f"--tasks {task}: lm-eval has no such task" + (f"; it has {near}" if near else ""))
+    if entry.kind.name != "TASK" or not entry.cfg.get("dataset_path"):
+        members = (entry.cfg or {}).get("task") or sorted(name for name, e in known.items() if task in e.tags)
+        named = ", ".join(m for m in members if isinstance(m, str)) if isinstance(members, list) else ""
+        fail(f"--tasks {task}: only a single task with a data set can be a column, and this is none"
+             + (f"; name one of its own: {named[:400]}" if named else ""))
+    options = entry.cfg.get("generation_kwargs") or {}
+    for reason, holds in (("measures perplexity", entry.cfg.get("output_type") == "loglikelihood_rolling"),
+                          ("runs code that the model writes", entry.cfg.get("unsafe_code")),
+                          ("samples, and evaluation here is greedy", options.get("do_sample"))):  # fmt: skip
+        if holds:
+            fail(f"--tasks {task}: it {reason}, which is not supported")
+    return entry
+
+
 # ------------------------------------------------------------------ one task: run, score, keep
 
 
@@ -547,8 +663,15 @@ def sample_lines(samples: dict[str, list[dict]]) -> list[dict]:
     return common.nulled(json.loads(json.dumps(list(lines.values()), default=lambda o: o.item())))
 
 
-def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args: Args) -> tuple[dict, list[dict]]:
-    """-> (result: metrics, n, versions, wall time; the items' lines)."""
+def protocol_of(task: str, args: Args) -> str:
+    """GRPO's prompt is a turn of the chat template in either protocol."""
+    return "chat" if task == ZERO_SHOT else args.protocol
+
+
+def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args: Args,
+             log: Path | None = None) -> tuple[dict, list[dict]]:  # fmt: skip
+    """-> (result: metrics, n, versions, wall time; the items' lines). The same `loaded` serves one adapter after the
+    other: its prompts are built in the first call. log: directory for the items in lm-eval's own layout."""
     start = time.time()
     # What lm_eval.simple_evaluate sets, without its survey of the machine for every call.
     random.seed(0)
@@ -560,7 +683,11 @@ def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args
         unit.set_fewshot_seed(1234)
         if args.max_gen_toks and unit.OUTPUT_TYPE == "generate_until":
             unit.set_config("generation_kwargs", {"max_gen_toks": args.max_gen_toks}, update=True)
-    in_chat, lm.prompts_cut = args.protocol == "chat", 0
+        if hasattr(unit, "_instances"):  # built for the adapter before, with its responses
+            for instance in unit.instances:
+                instance.resps, instance.filtered_resps = [], {}
+            unit.build_all_requests = lambda **_: None
+    in_chat, lm.prompts_cut = protocol_of(task, args) == "chat", 0
     jinja = lm_eval.utils.env  # lm-eval compiles a task's template for every example of every prompt: minutes on MMLU
     with (
         patch.object(jinja, "from_string", functools.lru_cache(1024)(jinja.from_string)),
@@ -579,12 +706,28 @@ def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args
         for level in ("strict", "loose"):
             followed = [line["metrics"][f"inst_level_{level}_acc,none"] for line in lines]  # a list for each prompt
             metrics[f"ifeval/inst_level_{level}_acc_stderr,none"] = clustered_stderr(followed)
+    if log:
+        log_samples(found, log, lm)
     seconds = round(time.time() - start, 2)
     if lm.prompts_cut:
         common.say(f"note: {task}: {lm.prompts_cut} prompts were cut from the left to the model's {lm.max_length} "
                    f"positions")
     return {"metrics": metrics, "n": len(lines), "versions": found["versions"], "wall_time_s": seconds,
             "prompts_cut": lm.prompts_cut}, lines
+
+
+def log_samples(found: dict, folder: Path, lm: RungsLM) -> None:
+    """What lm-eval returned, as its own --output_path with --log_samples writes it: results_<time>.json, and
+    samples_<task>_<time>.jsonl for each task, subjects of MMLU among them."""
+    tracker = EvaluationTracker(output_path=str(folder / "results.json"))
+    model = f"pretrained={lm.tokenizer.name_or_path}"
+    tracker.general_config_tracker.log_experiment_args("hf", model, None, None, False)
+    samples = {task: [{**item} for item in items] for task, items in found["samples"].items()}  # it changes them
+    tracker.save_results_aggregated({key: value for key, value in found.items() if key != "samples"}, samples)
+    for task, items in samples.items():
+        tracker.save_results_samples(task, items)
+    if not [*folder.glob("results_*.json")] or len([*folder.glob("samples_*.jsonl")]) < len(samples):
+        fail(f"lm-eval could not write its samples to {folder}")  # the tracker only warns
 
 
 def write_gzip(path: Path, text: str) -> None:
@@ -634,18 +777,21 @@ def thin(log: list[dict], points: int = 100) -> dict[str, list]:
     return {key: [float(f"{sum(v) / len(v):.6g}") if v else None for v in values] for key, values in found.items()}
 
 
-def keep_records(out: Path, samples: Path, identity: dict, run: dict | None, adapter: str | None) -> dict:
-    """Write scores/<name of samples>.json.gz and, of an adapter, runs/<name>-<its hash>.json; -> the row's fields for
-    them: "scores" and "cost", what training took. Places on this machine are cut to their last part."""
+def keep_records(out: Path, policy: "Policy", secondary: Sequence[str]) -> dict:
+    """Write scores/<name of samples>.json.gz and, of a run of ours, runs/<name>-<its hash>.json; -> the row's fields
+    for them: "scores" and "cost", what training took. Places on this machine are cut to their last part."""
     columns = {}
-    for task in TASKS:
-        with gzip.open(out / samples / f"{task}.jsonl.gz", "rt", encoding="utf-8") as lines:
+    for task in (*TASKS, *secondary):
+        with gzip.open(out / policy.samples / f"{task}.jsonl.gz", "rt", encoding="utf-8") as lines:
             columns[task] = score_columns([json.loads(line) for line in lines])
-    scores = Path("scores") / f"{samples.name}.json.gz"
-    write_gzip(out / scores, common.to_json({"schema_version": common.SCHEMA_VERSION, **identity, "tasks": columns}))
-    if not run:
+    scores, run = Path("scores") / f"{policy.samples.name}.json.gz", policy.run
+    record = {"schema_version": common.SCHEMA_VERSION, **policy.identity, "tasks": {t: columns[t] for t in TASKS}}
+    if secondary:
+        record["secondary"] = {task: columns[task] for task in secondary}
+    write_gzip(out / scores, common.to_json(record))
+    if not policy.ours:
         return {"scores": scores.as_posix(), "cost": None}
-    file = Path(adapter) / "log.jsonl"
+    file = policy.directory / "log.jsonl"
     log = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     hardware = run.get("hardware") or {}
     tokens, peaks = ([line[key] for line in log if line.get(key)] for key in ("tokens", "peak_gib"))
@@ -653,18 +799,37 @@ def keep_records(out: Path, samples: Path, identity: dict, run: dict | None, ada
             "peak_gib": max(peaks, default=None), "tokens": sum(tokens) if tokens else None}  # fmt: skip
     kept = {key: run.get(key) for key in "method config_hash adapter_sha256 train_invariants family seed command "
             "args data data_sources parent scorers versions git_commit hardware wall_time_s metrics".split()}
-    name = samples.name.rsplit("-", 2)[0]
-    record = {"schema_version": common.SCHEMA_VERSION, "name": name, **common.without_places(kept), "steps": len(log),
-              "curves": thin(log)}  # fmt: skip
-    common.write_json(out / "runs" / f"{name}-{run['adapter_sha256'][:8]}.json", record)
+    record = {"schema_version": common.SCHEMA_VERSION, "name": policy.name, **common.without_places(kept),
+              "steps": len(log), "curves": thin(log)}  # fmt: skip
+    common.write_json(out / "runs" / f"{policy.name}-{run['adapter_sha256'][:8]}.json", record)
     return {"scores": scores.as_posix(), "cost": cost}
 
 
 # ------------------------------------------------------------------ main
 
 
-def main(args: Args) -> dict:
-    """Evaluate, write the row, return it."""
+class Policy(NamedTuple):
+    """What a row is about: the base model, or it under an adapter."""
+    name: str
+    adapter: str | None      # as given; None: the base
+    run: dict | None         # record of the adapter
+    directory: Path | None   # where the adapter is
+    identity: dict           # hashes of the policy and its evaluation
+    train_invariants: str
+    samples: Path            # directory of its items, in --out
+
+    @property
+    def ours(self) -> bool:
+        """Whether one of the scripts here made it; a plain PEFT adapter has no invariants of its own."""
+        return self.run is not None and self.run["method"] != "peft"
+
+    def is_of(self, row: dict) -> bool:
+        wanted = {"name": self.name, "train_invariants": self.train_invariants, **self.identity}
+        return all(row.get(key) == value for key, value in wanted.items())
+
+
+def main(args: Args) -> list[dict]:
+    """Evaluate each adapter, write its row as soon as it is done, return the rows in the order given."""
     # 1. Check everything that can be wrong with the input before a model loads; write nothing.
     if common.world() > 1:
         fail("evaluate.py runs in one process; start it without torchrun")
@@ -672,134 +837,196 @@ def main(args: Args) -> dict:
         if (value := getattr(args, flag)) is not None and value < 1:
             fail(f"--{flag.replace('_', '-')} {value}: must be at least 1")
     common.check_numbers(args)
+    adapters = [None if given == "none" else given for given in dict.fromkeys(args.adapter or ("none",))]
+    if args.name and len(adapters) > 1:
+        fail(f"--name {args.name} names one row, but --adapter gives {len(adapters)}; leave it out")
+    if args.stamp and "%" not in args.stamp and len(adapters) > 1:
+        fail(f"--stamp {args.stamp} is one file, but --adapter gives {len(adapters)} rows; write % for a row's name")
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
     out = Path(args.out)
     stored = common.read_results(out / "metrics.json")
-    run, adapter = common.read_policy(args.adapter) if args.adapter else (None, None)
-    model_name = args.model or (run["model"] if run else common.QWEN) or fail(
-        f"{args.adapter} names no base model; give it with --model")
+    found = [common.read_policy(adapter) if adapter else (None, None) for adapter in adapters]
+    runs = [run for run, _ in found if run]
+    model_name = args.model or next((run["model"] for run in runs if run["model"]), None if runs else common.QWEN) \
+        or fail(f"{adapters[-1]} names no base model; give it with --model")
     model_dir = common.resolve_model(model_name)
-    name = args.name or (Path(args.adapter).resolve().name if args.adapter else "base")
-    if not re.fullmatch(r"[\w.+-]+", name):
-        fail(f"--name {name!r}: only letters, digits and . _ + - (it names a directory)")
-    # a plain PEFT adapter has no invariants of its own; it takes the base row's
-    ours = run is not None and run["method"] != "peft"
-    policy = run["invariants"]["quantization"] if ours else args.quantization or ("none" if run else "qlora")
-    if args.quantization and args.quantization != policy:
-        fail(f"--quantization {args.quantization}, but {args.adapter} was trained under {policy!r}; leave the flag out")
+    names = [args.name or (Path(adapter).resolve().name if adapter else "base") for adapter in adapters]
+    for name in names:
+        if not re.fullmatch(r"[\w.+-]+", name):
+            fail(f"--name {name!r}: only letters, digits and . _ + - (it names a directory)")
+    # The base and plain PEFT adapters, which have no policy of their own, stand beside the runs.
+    policies = {run["invariants"]["quantization"]: run["name"] for run in runs if run["method"] != "peft"}
+    if len(policies) > 1:
+        fail("--adapter: " + " and ".join(f"{name} was trained under {policy!r}" for policy, name in policies.items())
+             + "; their rows stand in different tables, so evaluate them in two calls")
+    if args.quantization and policies and args.quantization not in policies:
+        (policy, name), = policies.items()
+        fail(f"--quantization {args.quantization}, but {name} was trained under {policy!r}; leave the flag out")
+    policy = next(iter(policies), args.quantization or ("none" if runs else "qlora"))
     tokenizer = chat.load_tokenizer(model_dir)
-    if args.protocol == "chat":
+    asks_in_chat = args.protocol == "chat" or ZERO_SHOT in args.tasks
+    if asks_in_chat:
         inputs.say_template(tokenizer)
     invariants = TrainInvariants.of(model_name, model_dir, tokenizer, policy)
     weights = invariants.weights_sha256
-    if run:
-        common.check_base(adapter, run, model_name, model_dir, weights, args.other_base)
-    if ours and args.protocol == "chat" and run["invariants"]["chat_template"] != tokenizer.chat_template:
-        fail(f"--protocol chat: {args.adapter} was trained with another chat template than {model_name} has now")
+    for adapter, (run, directory) in zip(adapters, found):
+        if run:
+            common.check_base(directory, run, model_name, model_dir, weights, args.other_base)
+        if run and run["invariants"] and asks_in_chat and run["invariants"]["chat_template"] != tokenizer.chat_template:
+            fail(f"{'--protocol chat' if args.protocol == 'chat' else ZERO_SHOT}: {adapter} was trained with another "
+                 f"chat template than {model_name} has now")
     scratch = tempfile.TemporaryDirectory(prefix="rungs-eval-")  # task files and data cache, gone at the end
     manager, tasks, fingerprint = load_tasks(args, Path(scratch.name))
+    others, secondary = load_secondary(args, manager.task_index, fingerprint, Path(scratch.name) / "secondary")
+    generating = [manager.task_index["ifeval"], *(others.task_index[task] for task in secondary)]
+    lengths = [(entry.cfg.get("generation_kwargs") or {}).get("max_gen_toks", 256) for entry in generating]
+    longest = args.max_gen_toks or max(lengths)
     room = resolve_max_length(AutoConfig.from_pretrained(model_dir), tokenizer)
-    longest = args.max_gen_toks or manager.task_index["ifeval"].cfg["generation_kwargs"]["max_gen_toks"]
     if room <= longest:
-        fail(f"{model_name} has room for {room} tokens, of which IFEval's responses take {longest}: use --max-gen-toks")
+        fail(f"{model_name} has room for {room} tokens, of which responses take up to {longest}: use --max-gen-toks")
 
-    # 2. What is there already: the row, or some of its tasks.
-    protocol = EvalProtocol(args.protocol, tasks, fingerprint, args.max_gen_toks, str(dtype).removeprefix("torch."))
-    identity = {
-        "config_hash": run["config_hash"] if run else common.sha256_json(["base", invariants.hash])[:8],
-        "adapter_sha256": run["adapter_sha256"] if run else None,
-        "weights_sha256": weights,
-        "eval_hash": protocol.hash,
+    # 2. What is there already: rows, or some of their tasks.
+    kind = str(dtype).removeprefix("torch.")
+    protocol = EvalProtocol(args.protocol, tasks, fingerprint, args.max_gen_toks, kind)
+    beside = {  # protocols of the secondary tasks
+        task: EvalProtocol(protocol_of(task, args), ((task, shots, args.limit),), content, args.max_gen_toks, kind)
+        for task, (shots, content) in secondary.items()
     }
-    train_invariants = run["train_invariants"] if ours else invariants.hash
-    samples = Path("samples") / f"{name}-{protocol.hash}-{run['adapter_sha256'][:8] if run else weights[:8]}"
-    results = {task: read_finished(out / samples / f"{task}.json", identity) for task in TASKS}
-    wanted = {"name": name, "train_invariants": train_invariants, **identity}
-    for row in stored["runs"]:
-        if all(results.values()) and all(row.get(key) == value for key, value in wanted.items()):
-            if not row.get("scores") or not (out / row["scores"]).is_file():  # written before there were any
-                row = row | keep_records(out, samples, identity, run if ours else None, adapter)
-                common.upsert_row(out / "metrics.json", row)
-            print(f"{out / 'metrics.json'} has this row already; nothing to do")
-            return finish(row, args)
-    if done := [task for task in TASKS if results[task]]:
-        print(f"{name}: finished before, read from {out / samples}: {', '.join(done)}")
+    plan = [(*task, protocol) for task in tasks] + [(*p.tasks[0], p) for p in beside.values()]
+    rows = []
+    for name, adapter, (run, directory) in zip(names, adapters, found):
+        identity = {
+            "config_hash": run["config_hash"] if run else common.sha256_json(["base", invariants.hash])[:8],
+            "adapter_sha256": run["adapter_sha256"] if run else None,
+            "weights_sha256": weights,
+            "eval_hash": protocol.hash,
+        }
+        samples = Path("samples") / f"{name}-{protocol.hash}-{run['adapter_sha256'][:8] if run else weights[:8]}"
+        ours = run is not None and run["method"] != "peft"
+        train_invariants = run["train_invariants"] if ours else invariants.hash
+        rows.append(Policy(name, adapter, run, directory, identity, train_invariants, samples))
+
+    def read_result(policy: Policy, task: str, protocol: EvalProtocol) -> dict | None:
+        identity = policy.identity | {"eval_hash": protocol.hash}
+        result = read_finished(out / policy.samples / f"{task}.json", identity)
+        logged = not args.log_samples or [*(out / policy.samples / "lm-eval" / task).glob("results_*.json")]
+        return result if logged else None
+
     datasets.disable_progress_bars()
     loaded = {}
-    for task in TASKS:
-        if not results[task]:
+    for task, _, _, p in plan:
+        if not all(read_result(policy, task, p) for policy in rows):
             try:
-                loaded[task] = manager.load([task])
+                loaded[task] = (others if task in beside else manager).load([task])
             except Exception as error:  # every reader and template raises its own kind
                 where = args.eval_data or "the hub (without it, give local files with --eval-data DIR)"
                 fail(f"lm-eval can't load {task} from {where}: {type(error).__name__}: {error}")
 
-    # 3. The model, and one lm-eval call a task.
-    if loaded:
-        engine = common.choose_engine(args.engine, model_dir, device)
-        model = common.load_model(model_dir, None, "none", dtype, device, engine)
-        if adapter:
-            model = common.attach_adapter(model, adapter)
-        if dtype == torch.bfloat16:
-            common.base_of(model).set_output_embeddings(Float32Head(common.base_of(model).get_output_embeddings()))
-        lm = RungsLM(model, tokenizer, args.micro_tokens, args.max_batch)
-    for task, shots, limit in tasks:
-        if task in loaded:
+    # 3. The model; for each row its adapter, and one lm-eval call a task.
+    lm, written = None, []
+    for policy in rows:
+        results = {task: read_result(policy, task, p) for task, _, _, p in plan}
+        before = next((row for row in stored["runs"] if policy.is_of(row)), None)
+        asked = {task: p.hash for task, p in beside.items()}
+        if before and all(results.values()) and asked.items() <= hashes_of(before).items():
+            if not before.get("scores") or not (out / before["scores"]).is_file():  # written before there were any
+                before = before | keep_records(out, policy, list(before.get("secondary", {})))
+                common.upsert_row(out / "metrics.json", before)
+            print(f"{out / 'metrics.json'} has this row already; nothing to do")
+            written.append(finish(before, args))
+            continue
+        if done := [task for task in results if results[task]]:
+            print(f"{policy.name}: finished before, read from {out / policy.samples}: {', '.join(done)}")
+        if not lm and not all(results.values()):
+            engine = common.choose_engine(args.engine, model_dir, device)
+            model = common.load_model(model_dir, None, "none", dtype, device, engine)
+            if dtype == torch.bfloat16:
+                model.set_output_embeddings(Float32Head(model.get_output_embeddings()))
+            lm = RungsLM(model, tokenizer, args.micro_tokens, args.max_batch)
+        if lm and policy.directory:
+            lm.model = common.attach_adapter(model, policy.directory)
+        for task, shots, limit, p in plan:
+            if results[task]:
+                continue
             at_most = f", {limit} items{' a subject' if task == 'mmlu' else ''} at most" if limit else ""
-            print(f"{name}: {task}, {shots}-shot{at_most}", flush=True)
-            result, lines = run_task(lm, loaded.pop(task), task, shots, limit, args)
-            path = out / samples / f"{task}.json"
+            print(f"{policy.name}: {task}, {shots}-shot{at_most}", flush=True)
+            log = out / policy.samples / "lm-eval" / task if args.log_samples else None
+            result, lines = run_task(lm, loaded[task], task, shots, limit, args, log)
+            path = out / policy.samples / f"{task}.json"
             write_lines(path.with_suffix(".jsonl.gz"), lines)
             digest = common.file_sha256(path.with_suffix(".jsonl.gz"))
+            identity = policy.identity | {"eval_hash": p.hash}
             results[task] = {**result, "identity": identity, "samples_sha256": digest}
             common.write_json(path, results[task])  # the mark of a finished task, so written last
+        if lm and policy.directory:
+            lm.model = common.detach_adapter(lm.model)
 
-    # 4. The row.
-    merged = {key: {k: v for task in TASKS for k, v in results[task][key].items()} for key in ("metrics", "versions")}
-    row = {
-        **wanted,
-        "phase": PHASES[run["method"]] if run else 0,
-        "method": run["method"] if run else "base",
-        "model": common.split_model(model_name)[0],
-        "revision": invariants.revision,
-        "adapter": args.adapter,
-        "invariants": run["invariants"] if ours else asdict(invariants),
-        "template": run.get("template") if ours else tokenizer.template_note,
-        "eval": asdict(protocol),
-        **{key: run[key] if run else None for key in ("family", "seed", "parent", "data")},
-        "protocol": args.protocol,
-        "limit": args.limit,
-        "quantization": protocol.quantization,
-        "dtype": protocol.dtype,
-        "metrics": merged["metrics"],
-        "n": {task: results[task]["n"] for task in TASKS},
-        "task_versions": merged["versions"],
-        "prompts_cut": {task: results[task].get("prompts_cut", 0) for task in TASKS},
-        "samples": samples.as_posix(),
-        **keep_records(out, samples, identity, run if ours else None, adapter),
-        "training": {**run["metrics"], "wall_time_s": run["wall_time_s"]} if ours else None,
-        "batch": {"micro_tokens": args.micro_tokens, "max_batch": args.max_batch},
-        "wall_time_s": round(sum(results[task]["wall_time_s"] for task in TASKS), 2),
-        "versions": common.versions(),
-        "hardware": common.hardware(),
-        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    common.upsert_row(out / "metrics.json", row)
-    print(f"row written to {out / 'metrics.json'}, items to {out / samples}, their scores to {out / row['scores']}")
-    return finish(row, args)
+        # 4. The row. Secondary tasks of an earlier call stay in it.
+        kept = {task: EvalProtocol(**{key: p[key] for key in EvalProtocol.__dataclass_fields__})
+                for task, p in (before or {}).get("secondary", {}).items() if task not in beside}  # fmt: skip
+        for task, p in kept.items():
+            results[task] = read_result(policy, task, p)
+        columns = {task: p for task, p in (kept | beside).items() if results[task]}
+        results = {task: result for task, result in results.items() if result}
+        run, ours = policy.run, policy.run if policy.ours else None
+        row = {
+            "name": policy.name,
+            "train_invariants": policy.train_invariants,
+            **policy.identity,
+            "phase": PHASES[run["method"]] if run else 0,
+            "method": run["method"] if run else "base",
+            "model": common.split_model(model_name)[0],
+            "revision": invariants.revision,
+            "adapter": policy.adapter,
+            "invariants": ours["invariants"] if ours else asdict(invariants),
+            "template": ours.get("template") if ours else tokenizer.template_note,
+            "eval": asdict(protocol),
+            **{key: run[key] if run else None for key in ("family", "seed", "parent", "data")},
+            "protocol": args.protocol,
+            "limit": args.limit,
+            "quantization": protocol.quantization,
+            "dtype": protocol.dtype,
+            "metrics": {key: value for result in results.values() for key, value in result["metrics"].items()},
+            "secondary": {task: {**asdict(p), "eval_hash": p.hash, "n": results[task]["n"],
+                                 "versions": results[task]["versions"]} for task, p in columns.items()},
+            "n": {task: results[task]["n"] for task in TASKS},
+            "task_versions": {key: v for task in TASKS for key, v in results[task]["versions"].items()},
+            "prompts_cut": {task: result.get("prompts_cut", 0) for task, result in results.items()},
+            "samples": policy.samples.as_posix(),
+            **keep_records(out, policy, list(columns)),
+            "training": {**ours["metrics"], "wall_time_s": ours["wall_time_s"]} if ours else None,
+            "batch": {"micro_tokens": args.micro_tokens, "max_batch": args.max_batch},
+            "wall_time_s": round(sum(result["wall_time_s"] for result in results.values()), 2),
+            "versions": common.versions(),
+            "hardware": common.hardware(),
+            "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }  # fmt: skip
+        common.upsert_row(out / "metrics.json", row)
+        print(f"row written to {out / 'metrics.json'}, items to {out / policy.samples}, their scores to "
+              f"{out / row['scores']}")
+        written.append(finish(row, args))
+    return written
+
+
+def hashes_of(row: dict) -> dict[str, str]:
+    """{secondary task: hash of how it was evaluated} of a row."""
+    return {task: record["eval_hash"] for task, record in row.get("secondary", {}).items()}
 
 
 def finish(row: dict, args: Args) -> dict:
-    """Print the headline metrics of a row, leave its stamp, return it."""
+    """Print the headline metrics of a row and those of its secondary tasks, leave its stamp, return it."""
     common.say(f"{row['name']} ({row['protocol']}, eval_hash {row['eval_hash']})")
-    for title, key in HEADLINE.items():
+    items = row["n"] | {task: record["n"] for task, record in row.get("secondary", {}).items()}
+    beside = {key.replace("/", " ").replace(",", " "): key for key in row["metrics"]
+              if key.split("/")[0] in items.keys() - row["n"].keys() and "_stderr," not in key}  # fmt: skip
+    for title, key in (HEADLINE | beside).items():
         metric, filter_name = key.split(",")
-        score, stderr = row["metrics"][key], row["metrics"][f"{metric}_stderr,{filter_name}"]
-        error = "  ?" if stderr is None else f"{100 * stderr:5.2f}"
-        common.say(f"  {title:<26} {100 * score:6.2f} ± {error}   n = {row['n'][key.split('/')[0]]:,}")
+        score, stderr = row["metrics"][key], row["metrics"].get(f"{metric}_stderr,{filter_name}")
+        value, error = (f"{'?':>6}" if x is None else f"{100 * x:6.2f}" for x in (score, stderr))
+        common.say(f"  {title:<26} {value} ± {error}   n = {items[key.split('/')[0]]:,}")
     if args.stamp:
-        common.write_text(args.stamp, f"{row['train_invariants']} {row['eval_hash']}\n")
+        common.write_text(args.stamp.replace("%", row["name"]), f"{row['train_invariants']} {row['eval_hash']}\n")
     return row
 
 

@@ -186,7 +186,7 @@ def test_every_script_runs_without_the_folder(tiny_model, sft_args, dpo_args, kt
         "grpo": {**grpo_args, **parent, "updates": 1, "heldout_rows": 2, "eval_every": 0, "pass_k": 1}}
     for script, args in given.items():
         args["out"] = str(runs / script)
-    given["evaluate"] = dict(model=tiny_model, adapter=str(runs / "dpo"), eval_data=str(REPO / "data" / "demo" / "eval"), limit=1,
+    given["evaluate"] = dict(model=tiny_model, adapter=(str(runs / "dpo"),), eval_data=str(REPO / "data" / "demo" / "eval"), limit=1,
                              max_gen_toks=4, dtype="float32", device="cpu", out=str(tmp_path / "results"))
     given["judge"] = dict(rows=[str(runs / "dpo")], against=str(runs / "sft"), judge_model=str(runs / "reward"),
                           pref_data=str(data_dir / "preference.jsonl"), prompts=2, max_new_tokens=4, dtype="float32", device="cpu",

@@ -18,7 +18,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import make_table
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -26,8 +28,9 @@ import chat
 import common
 import fast
 import evaluate
+import inputs
 import report
-from evaluate import Args, RungsLM, clustered_stderr, main
+from evaluate import Args, RungsLM, clustered_stderr
 
 # ------------------------------------------------------------------ a tiny model, adapter and evaluation directory
 
@@ -152,7 +155,15 @@ def args(place: Path, out: Path, **changes) -> Args:
         "model": str(place / "model"), "eval_data": str(place / "data" / "eval"), "max_gen_toks": 8,
         "quantization": "none", "dtype": "float32", "device": "cpu", "out": str(out), "micro_tokens": 700,
     }  # fmt: skip
-    return Args(**(values | changes))
+    values |= changes
+    adapter = values.pop("adapter", ())
+    return Args(**values, adapter=(adapter,) if isinstance(adapter, str) else adapter)
+
+
+def main(args: Args) -> dict:
+    """The only row of an evaluation."""
+    row, = evaluate.main(args)
+    return row
 
 
 def lines_of(out: Path, row: dict, task: str) -> list[dict]:
@@ -601,6 +612,140 @@ def test_eval_hash(place, tmp_path):
     assert len({plain, *others}) == 1 + len(others)
 
 
+# ------------------------------------------------------------------ several adapters, secondary tasks
+
+
+def test_several_adapters_in_one_call(base_run, place, tmp_path, monkeypatch):
+    """The rows and items are those of one call each; the base is loaded and each prompt built once."""
+    tiny, second = place / "runs" / "tiny", make_adapter(tmp_path / "second", place / "model", seed=4)
+    options = {"tasks": ("gsm8k_zero_shot",), "limit": 2}
+    alone = [main(args(place, tmp_path / "alone", adapter=str(a), **options)) for a in (tiny, second)]
+    calls = {"load_model": 0, "fewshot_context": 0}
+
+    def count(owner, name):
+        function = getattr(owner, name)
+
+        def counted(*a, **k):
+            calls[name] += 1
+            return function(*a, **k)
+        monkeypatch.setattr(owner, name, counted)
+
+    count(common, "load_model")
+    count(ConfigurableTask, "fewshot_context")
+    out = tmp_path / "together"
+    rows = evaluate.main(args(place, out, adapter=("none", str(tiny), str(second)), stamp=str(tmp_path / "%.stamp"), **options))
+    assert calls == {"load_model": 1, "fewshot_context": 2 + 2 + 2 + 2 + 2}  # items of the five tasks
+    assert [row["name"] for row in rows] == ["base", "tiny", "second"] and rows[0]["adapter"] is None
+    assert common.read_results(out / "metrics.json")["runs"] == sorted(
+        json.loads(json.dumps(rows)), key=lambda row: (row["phase"], row["name"]))
+    for one, row in zip(alone, rows[1:], strict=True):
+        differ = {key for key in row if row[key] != one[key]}
+        assert differ <= {"wall_time_s", "timestamp"}
+        for task in (*row["n"], *row["secondary"]):
+            assert lines_of(out, row, task) == lines_of(tmp_path / "alone", one, task)
+    assert rows[0]["metrics"] != rows[1]["metrics"] != rows[2]["metrics"]
+    stamps = [(tmp_path / f"{row['name']}.stamp").read_text() for row in rows]
+    assert stamps == [f"{rows[0]['train_invariants']} {rows[0]['eval_hash']}\n"] * 3  # one table
+
+
+def test_a_crash_loses_one_row_at_most(place, tmp_path, monkeypatch):
+    """The rows that were done are there, and the same call again evaluates only the others."""
+    sample, tiny = common.Sampler.sample, str(place / "runs" / "tiny")
+    options = args(place, tmp_path, adapter=("none", tiny), limit=2)
+    generated = []
+
+    def break_at(n):
+        def sampled(self, *a, **k):
+            generated.append(1)
+            if len(generated) == n:
+                raise RuntimeError("out of memory")
+            return sample(self, *a, **k)
+        return sampled
+
+    monkeypatch.setattr(common.Sampler, "sample", break_at(4))  # GSM8K and IFEval of base, GSM8K of tiny, and then
+    with pytest.raises(RuntimeError):
+        evaluate.main(options)
+    assert [row["name"] for row in common.read_results(tmp_path / "metrics.json")["runs"]] == ["base"]
+    monkeypatch.setattr(common.Sampler, "sample", break_at(None))
+    assert [row["name"] for row in evaluate.main(options)] == ["base", "tiny"]
+    assert len(generated) == 4 + 1
+
+
+def test_gsm8k_in_the_prompt_of_grpo(place, tmp_path, monkeypatch):
+    """Zero-shot, a turn of our template in the plain protocol too, 400 tokens; the two scores by hand."""
+    data = shutil.copytree(place / "data" / "eval", tmp_path / "eval")
+    answers = ["7", "7", "1,234", "7", "7", "-3"]
+    write_jsonl(data / "gsm8k" / "test.jsonl", [{"question": f"How many is {i}?", "answer": f"Because.\n#### {answer}"}
+                                                for i, answer in enumerate(answers)])
+    replies = ["3 + 4 = 7\n#### 7", "It is 7.", "#### 1234 in all", "7 #### 8", "none", "#### -3"]
+    strict, flexible = [1, 0, 1, 0, 0, 1], [1, 1, 1, 0, 0, 1]
+    tokenizer, seen = chat.load_tokenizer(place / "model"), []
+
+    def reply(self, prompts, lengths, *a, **k):
+        seen.append((prompts, lengths, k))
+        return [common.Completion(tokenizer.encode(text) + [tokenizer.eos_token_id], [], "eos", text)
+                for text in (replies * 9)[:len(prompts)]]  # fmt: skip
+
+    monkeypatch.setattr(common.Sampler, "sample", reply)
+    row = main(args(place, tmp_path / "out", eval_data=str(data), tasks=("gsm8k_zero_shot",), max_gen_toks=None))
+    prompts, lengths, options = seen[-1]
+    assert prompts == [chat.render_prompt(tokenizer, [{"role": "user", "content": f"How many is {i}?" + inputs.GSM8K_PROMPT}])
+                       for i in range(6)]  # fmt: skip
+    assert lengths == [400] * 6 and options["temperature"] == 0.0 and options["stop_strings"] == [[]] * 6
+    items = scores_of(tmp_path / "out", row)["secondary"]["gsm8k_zero_shot"]
+    assert (items["exact_match,strict-match"], items["exact_match,flexible-extract"]) == (strict, flexible)
+    for key, values in (("strict-match", strict), ("flexible-extract", flexible)):
+        mean = sum(values) / 6
+        assert row["metrics"][f"gsm8k_zero_shot/exact_match,{key}"] == pytest.approx(mean)
+        assert row["metrics"][f"gsm8k_zero_shot/exact_match_stderr,{key}"] == pytest.approx(math.sqrt(mean * (1 - mean) / 5))
+    assert row["secondary"]["gsm8k_zero_shot"]["protocol"] == "chat" and row["protocol"] == "plain"
+    report.main(report.Args(results=str(tmp_path / "out"), readme="none"))  # which takes the four from such a row
+
+
+def test_secondary_tasks_leave_the_row_comparable(base_run, place, tmp_path, monkeypatch):
+    """The same eval_hash with and without; added to a row that is there without evaluating the four again, and kept by a
+    call that doesn't name them. Their data come from --eval-data where it has their folder."""
+    out, row = Path(shutil.copytree(base_run[0], tmp_path / "out")), base_run[1]
+    data = Path(shutil.copytree(place / "data" / "eval", tmp_path / "eval"))
+    rng = random.Random(0)
+    write_jsonl(data / "arc_easy" / "test.jsonl", [
+        {"question": sentence(rng, 5), "choices": {"text": [sentence(rng, 2) for _ in "AB"], "label": ["A", "B"]},
+         "answerKey": rng.choice("AB")} for _ in range(4)])  # fmt: skip
+    monkeypatch.setattr(common.Sampler, "sample", lambda *a, **k: pytest.fail("one of the four was evaluated again"))
+    options = args(place, out, eval_data=str(data), tasks=("arc_easy",), log_samples=False)
+    added = main(options)
+    assert {k for k in added if added[k] != row[k]} <= {"metrics", "secondary", "prompts_cut", "wall_time_s", "timestamp"}
+    assert row["metrics"].items() < added["metrics"].items() and added["secondary"]["arc_easy"]["n"] == 4
+    items = scores_of(out, added)["secondary"]["arc_easy"]
+    assert added["metrics"]["arc_easy/acc,none"] == pytest.approx(sum(items["acc,none"]) / 4)
+    assert scores_of(out, added)["tasks"] == scores_of(out, row)["tasks"]
+    assert main(args(place, out)) == json.loads(json.dumps(added)) == main(options)
+    write_jsonl(data / "arc_easy" / "test.jsonl", [json.loads(line) for line in open(data / "arc_easy" / "test.jsonl")][:3])
+    changed = main(options)
+    assert changed["secondary"]["arc_easy"]["n"] == 3 and changed["eval_hash"] == row["eval_hash"]
+    assert len(common.read_results(out / "metrics.json")["runs"]) == 1
+
+
+def test_samples_in_the_layout_of_lm_eval(base_run, place, tmp_path):
+    """Its table is the row; its items are ours, one line per item and filter."""
+    row = main(args(place, tmp_path, log_samples=True))
+    assert row["metrics"] == base_run[1]["metrics"]
+    for task in ("gsm8k", "mmlu"):
+        folder = tmp_path / row["samples"] / "lm-eval" / task
+        (results,) = folder.glob("results_*.json")
+        table = make_table(json.loads(results.read_text()))
+        for key, value in row["metrics"].items():
+            metric, filter_name = key.removeprefix(f"{task}/").split(",")
+            if key.startswith(f"{task}/") and "_stderr" not in key:
+                assert re.search(rf"\|{filter_name} *\|.*\|{metric} *\|.*\| *({value:.4f}|{value:g}) *\|", table), key
+    lines = [json.loads(line) for line in next((tmp_path / row["samples"] / "lm-eval" / "gsm8k").glob("samples_gsm8k_*")).open()]
+    ours = {line["doc_id"]: line for line in lines_of(tmp_path, row, "gsm8k")}
+    assert len(lines) == 2 * len(ours)
+    for line in lines:
+        assert line["resps"] == [[ours[line["doc_id"]]["response"]]] and line["doc_hash"] == ours[line["doc_id"]]["doc_hash"]
+        assert line["exact_match"] == ours[line["doc_id"]]["metrics"][f"exact_match,{line['filter']}"]
+
+
 # ------------------------------------------------------------------ IFEval
 
 
@@ -690,10 +835,15 @@ def each(**changes):
 
 def flag(**changes):
     """Flags; a value that is a tuple is a path under the fixture's directory."""
-    return lambda place, root: {k: str(place.joinpath(*v)) if isinstance(v, tuple) else v for k, v in changes.items()}
+    return lambda place, root: {k: str(place.joinpath(*v)) if isinstance(v, tuple) and k not in LISTS else v
+                                for k, v in changes.items()}  # fmt: skip
 
 
-TINY = ("runs", "tiny")
+def two_bases(place: Path, root: Path) -> dict:
+    return {"adapter": (str(place / "runs" / "tiny"), str(make_adapter(root / "runs" / "other", place / "other")))}
+
+
+TINY, LISTS = ("runs", "tiny"), ("tasks",)
 BAD = {  # case: (changes of the arguments, what the error says)
     "no such adapter": (flag(adapter=("runs", "nothing")), "nothing"),
     "adapter of another base": (flag(adapter=TINY, model=("other",)), "was trained on base"),
@@ -702,6 +852,15 @@ BAD = {  # case: (changes of the arguments, what the error says)
     "no eval data": (flag(eval_data=("nowhere",)), "expected layout: mmlu/dev.jsonl"),
     "limit of nothing": (flag(limit=0), "--limit 0"),
     "a name that leaves the directory": (flag(name="../x"), "--name"),
+    "a name for two rows": (lambda place, root: {"adapter": ("none", "runs/x"), "name": "x"},
+                             "names one row, but --adapter gives 2"),
+    "a stamp for two rows": (lambda place, root: {"adapter": ("none", "runs/x"), "stamp": "s"}, "write % for a row's name"),
+    "two bases": (two_bases, "but the base given has"),
+    "one of the four": (flag(tasks=("gsm8k",)), "one of the four"),
+    "no such task": (flag(tasks=("gsm8k_zero_shot", "arc_esy")), "it has arc_easy"),
+    "a group of tasks": (flag(tasks=("ai2_arc",)), "arc_challenge, arc_easy"),
+    "perplexity": (flag(tasks=("wikitext",)), "measures perplexity"),
+    "code is run": (flag(tasks=("humaneval",)), "runs code that the model writes"),
     "too long for the model": (flag(max_gen_toks=4096), "--max-gen-toks"),
     "a file is missing": (breaks("gsm8k/test.jsonl", lambda rows: None), "gsm8k/test.jsonl (or .jsonl.gz) is missing"),
     "an empty file": (breaks("gsm8k/test.jsonl", lambda rows: []), "no rows"),

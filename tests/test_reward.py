@@ -484,7 +484,7 @@ def test_a_policy_is_not_a_reward_model(refused, sft_run, answers):
 def test_a_reward_model_is_not_a_policy(refused, reward_run, dpo_args, tmp_path):
     refused(lambda: dpo.main(dpo.Args(**dpo_args, sft_adapter=reward_run, out=str(tmp_path / "x"))),
             reward_run, "is a reward model, not a policy")
-    refused(lambda: evaluate.main(evaluate.Args(adapter=reward_run, out=str(tmp_path / "r"))),
+    refused(lambda: evaluate.main(evaluate.Args(adapter=(reward_run,), out=str(tmp_path / "r"))),
             reward_run, "is a reward model, not a policy")
 
 
