@@ -4,12 +4,19 @@
 #   make all                                        the real defaults: Qwen2.5-0.5B, UltraChat, UltraFeedback, GSM8K
 #   make all MODEL=… SFT_DATA=… PREF_DATA=… EVAL_DATA=… OUT=…        any part replaced
 #   make all PY=python3                             your own environment instead of .venv
-#   make all NPROC=2                                two GPUs: the same update
+#   make all NPROC=2                                two GPUs for each phase: the same update
+#   make all GPUS=4                                 four GPUs: phases that don't wait for one another, side by side
+#   make seeds SEEDS='42 43 44' GPUS=4              the same for several seeds, each in $(OUT)/s<seed>, and one table
 
 VENV    ?= .venv
 PY      ?= $(VENV)/bin/python
 NPROC   ?= 1
-TRAIN   := $(PY)$(if $(filter-out 1,$(NPROC)), -m torch.distributed.run --nproc-per-node $(NPROC))
+GPUS    ?= 1
+PER_GPU ?= 1
+JOBS    := $(shell expr $(GPUS) \* $(PER_GPU))
+ON_GPU  := $(if $(filter-out 1,$(JOBS)),python3 tools/on_gpu.py $(GPUS) $(PER_GPU) )
+RUN     := $(ON_GPU)$(PY)
+TRAIN   := $(RUN)$(if $(filter-out 1,$(NPROC)), -m torch.distributed.run --nproc-per-node $(NPROC))
 SMOLLM2 := models/smollm2-135m-instruct
 
 # What a user replaces. Empty: the script's own default.
@@ -22,6 +29,7 @@ EVAL_DATA ?=
 LIMIT     ?=
 PROTOCOL  ?= plain
 SEED      ?= 42
+SEEDS     ?= 42 43 44 45 46
 OUT       ?= runs
 RESULTS   ?= $(if $(filter runs,$(OUT)),results,$(OUT)/results)
 README    ?= $(if $(filter results,$(RESULTS)),README.md,none)
@@ -32,11 +40,12 @@ PPO_FLAGS ?=
 GRPO_FLAGS ?=
 KTO_FLAGS ?=
 EVAL_FLAGS ?=
-JUDGE_MODEL ?= $(OUT)/rm_watch
+REWARD_MODELS ?= $(OUT)
+JUDGE_MODEL ?= $(REWARD_MODELS)/rm_watch
 JUDGE_FLAGS ?= --best-of 8
 
 # They may come from the environment as well; said, since other programs use such names too.
-GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA LIMIT PROTOCOL SEED OUT RESULTS README NPROC PY VENV JUDGE_MODEL \
+GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA LIMIT PROTOCOL SEED SEEDS OUT RESULTS README NPROC GPUS PER_GPU PY VENV REWARD_MODELS JUDGE_MODEL \
   $(foreach s,SFT RM DPO PPO GRPO KTO EVAL JUDGE,$(s)_FLAGS)
 $(if $(filter all controls,$(MAKECMDGOALS)),$(foreach v,$(GIVEN),$(if $(filter environment,$(origin $(v))),\
   $(info note: $(v)=$($(v)), from the environment))))
@@ -52,14 +61,16 @@ SFT_CHOSEN = $(strip $(COMMON) --quantization $(QUANT) $(SFT_FLAGS))
 ULTRAFEEDBACK = $(shell $(PY) -c 'import common; print(common.ULTRAFEEDBACK)')
 DPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(DPO_FLAGS))
 RM   = $(strip $(COMMON) --quantization $(QUANT) $(call flag,--data,$(PREF_DATA)) $(RM_FLAGS))
+REWARD_RUNS   = rm_v1 rm_watch rm_select
 PART_rm_v1    = A
 PART_rm_watch = J
+PART_rm_select = B
 PPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(PPO_FLAGS))
 GRPO = $(strip $(COMMON) $(call flag,--data,$(GRPO_DATA)) $(GRPO_FLAGS))
 KTO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(KTO_FLAGS))
 EVAL = $(strip --out $(RESULTS) $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) $(call flag,--limit,$(LIMIT)) \
        --protocol $(PROTOCOL) --quantization $(QUANT) $(EVAL_FLAGS))
-JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))) --against $(OUT)/sft_v2 --reward-adapter $(OUT)/rm_v1 \
+JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))) --against $(OUT)/sft_v2 --reward-adapter $(REWARD_MODELS)/rm_v1 \
        $(call flag,--model,$(MODEL)) $(call flag,--pref-data,$(PREF_DATA)) --judge-model $(JUDGE_MODEL) --seed $(SEED) \
        --results $(RESULTS) $(JUDGE_FLAGS))
 
@@ -67,14 +78,18 @@ JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))
 # from other prompts than all others (part J), watches PPO and judges. A method that is added is named here, beside its rule.
 POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1 kto_v1
 CONTROLS = sft_2ep sft_chosen
-RUNS     = $(foreach run,$(POLICIES) rm_v1 rm_watch,$(OUT)/$(run)/run.json)
+RUNS     = $(foreach run,$(POLICIES),$(OUT)/$(run)/run.json) $(REWARD_MODELS)/rm_v1/run.json $(REWARD_MODELS)/rm_watch/run.json
 EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
-.PHONY: all controls demo env test help gpu-check hub-check bench bench-cpu clean-demo force
+.PHONY: all controls seeds sweep speedrun demo env test help gpu-check hub-check bench bench-cpu clean-demo force
 .DELETE_ON_ERROR:
 .PRECIOUS: $(OUT)/%/run.json
+ifeq ($(JOBS),1)
 .NOTPARALLEL:
+else ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j$(JOBS)
+endif
 .SECONDARY:
 .DEFAULT_GOAL := help
 
@@ -94,14 +109,14 @@ $(OUT)/dpo_v1/run.json: $(OUT)/.flags/dpo_v1 $(OUT)/sft_v2/run.json $(wildcard $
 	$(TRAIN) dpo.py $(DPO) --sft-adapter $(OUT)/sft_v2 --out $(@D) --overwrite
 	@touch $@
 
-$(OUT)/rm_v1/run.json $(OUT)/rm_watch/run.json: $(OUT)/%/run.json: $(OUT)/.flags/% $(BASE) $(wildcard $(PREF_DATA)) | $(ENV)
+$(foreach run,$(REWARD_RUNS),$(OUT)/$(run)/run.json): $(OUT)/%/run.json: $(OUT)/.flags/% $(BASE) $(wildcard $(PREF_DATA)) | $(ENV)
 	$(TRAIN) reward.py $(RM) --part $(PART_$*) --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
-$(OUT)/ppo_v1/run.json: $(OUT)/.flags/ppo_v1 $(foreach run,sft_v2 rm_v1 rm_watch,$(OUT)/$(run)/run.json) \
-                        $(wildcard $(PREF_DATA)) | $(ENV)
-	$(TRAIN) ppo.py $(PPO) --sft-adapter $(OUT)/sft_v2 --reward-adapter $(OUT)/rm_v1 --watch-adapter $(OUT)/rm_watch \
-	  --out $(@D) --results $(RESULTS) --overwrite
+$(OUT)/ppo_v1/run.json: $(OUT)/.flags/ppo_v1 $(OUT)/sft_v2/run.json $(REWARD_MODELS)/rm_v1/run.json \
+                        $(REWARD_MODELS)/rm_watch/run.json $(wildcard $(PREF_DATA)) | $(ENV)
+	$(TRAIN) ppo.py $(PPO) --sft-adapter $(OUT)/sft_v2 --reward-adapter $(REWARD_MODELS)/rm_v1 \
+	  --watch-adapter $(REWARD_MODELS)/rm_watch --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
 $(OUT)/grpo_v1/run.json: $(OUT)/.flags/grpo_v1 $(OUT)/sft_v2/run.json $(wildcard $(GRPO_DATA)) | $(ENV)
@@ -123,16 +138,69 @@ $(OUT)/sft_chosen/run.json: $(OUT)/.flags/sft_chosen $(OUT)/sft_v2/run.json $(wi
 # -- evaluation: the base, then any adapter; its stamp holds the hashes of its table --
 
 $(OUT)/.done/base-$(PROTOCOL): $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA)) | $(ENV)
-	$(PY) evaluate.py $(EVAL) --stamp $@
+	$(RUN) evaluate.py $(EVAL) --stamp $@
 
 $(OUT)/.done/%-$(PROTOCOL): $(OUT)/%/run.json $(OUT)/.flags/evaluate $(wildcard $(EVAL_DATA)) | $(ENV)
-	$(PY) evaluate.py $(EVAL) --adapter $(OUT)/$* --stamp $@
+	$(RUN) evaluate.py $(EVAL) --adapter $(OUT)/$* --stamp $@
 
 # -- the judge: all policies at a time; its stamp is empty, since it is in no table's group --
 
 $(OUT)/.done/judge: $(OUT)/.flags/judge $(RUNS) | $(ENV)
-	$(PY) judge.py $(JUDGE)
+	$(RUN) judge.py $(JUDGE)
 	@mkdir -p $(@D); touch $@
+
+# -- seeds: the climb once per seed; the reward models are the first seed's --
+
+seeds: $(foreach seed,$(SEEDS),seed-$(seed)) ## make all for each of SEEDS, in $(OUT)/s<seed>, with one table; on several GPUs side by side
+	$(PY) report.py --results $(RESULTS) --readme $(README)
+
+FIRST_SEED = $(firstword $(SEEDS))
+seed-%: $(if $(filter-out 1,$(words $(SEEDS))),seed-reward-models)
+	@$(MAKE) --no-print-directory all SEED=$* OUT=$(OUT)/s$* RESULTS=$(RESULTS) README=none REWARD_MODELS=$(OUT)/s$(FIRST_SEED)
+
+seed-reward-models:
+	@$(MAKE) --no-print-directory $(foreach run,rm_v1 rm_watch,$(OUT)/s$(FIRST_SEED)/$(run)/run.json) SEED=$(FIRST_SEED) \
+	  OUT=$(OUT)/s$(FIRST_SEED) RESULTS=$(RESULTS)
+
+# -- sweeps: one run per setting, named method+flag_value; the rule by which one is chosen: tools/sweep.py --
+
+SWEEP      = $(OUT)/sweep
+SWEEP_SFT  ?= lr_1e-4 lr_2e-4 lr_5e-4
+SWEEP_DPO  ?= lr_5e-6 lr_2e-5 lr_5e-5 lr_1e-4 lr_5e-5+beta_0.03 lr_5e-5+beta_0.3
+SWEEP_PPO  ?= lr_3e-5+beta_0.05 lr_1e-4+beta_0.05 lr_3e-5+beta_0.02 lr_1e-4+beta_0.02
+SWEEP_GRPO ?= lr_2e-5 lr_5e-5 lr_1e-4
+SWEEP_KTO  ?= lr_5e-6 lr_2e-5 lr_5e-5 lr_1e-4
+SWEEP_JUDGE_FLAGS ?= --prompts 256
+SWEPT      = $(foreach m,DPO KTO,$(foreach s,$(SWEEP_$(m)),$(SWEEP)/$(if $(filter DPO,$(m)),dpo,kto)+$(s)))
+SWEPT_ALL  = $(SWEPT) $(foreach s,$(SWEEP_SFT),$(SWEEP)/sft+$(s)) $(foreach s,$(SWEEP_PPO),$(SWEEP)/ppo+$(s)) \
+             $(foreach s,$(SWEEP_GRPO),$(SWEEP)/grpo+$(s))
+setting    = $(foreach pair,$(subst +, ,$(1)),--$(subst _, ,$(pair))) --out $(@D)
+PREF_HELDOUT ?= $(wildcard $(subst .jsonl,_heldout.jsonl,$(PREF_DATA)))
+
+sweep: $(foreach run,$(SWEPT_ALL),$(run)/run.json) $(SWEEP)/.judged ## every setting of docs/recipes.md, the choice, and a record of each in results/sweeps; use SEED=41
+	$(PY) tools/sweep.py $(SWEEP) --results $(RESULTS)/sweeps
+
+$(SWEEP)/sft+%/run.json: $(BASE) | $(ENV)
+	$(TRAIN) sft.py $(SFT) $(call setting,$*)
+$(SWEEP)/dpo+%/run.json: $(OUT)/sft_v2/run.json | $(ENV)
+	$(TRAIN) dpo.py $(DPO) --sft-adapter $(OUT)/sft_v2 $(call setting,$*)
+$(SWEEP)/kto+%/run.json: $(OUT)/sft_v2/run.json | $(ENV)
+	$(TRAIN) kto.py $(KTO) --sft-adapter $(OUT)/sft_v2 $(call setting,$*)
+$(SWEEP)/ppo+%/run.json: $(OUT)/sft_v2/run.json $(OUT)/rm_v1/run.json $(OUT)/rm_watch/run.json | $(ENV)
+	$(TRAIN) ppo.py $(PPO) --fixed-prompts 256 --sft-adapter $(OUT)/sft_v2 --reward-adapter $(OUT)/rm_v1 \
+	  --watch-adapter $(OUT)/rm_watch $(call setting,$*) --results $(SWEEP)/results
+$(SWEEP)/grpo+%/run.json: $(OUT)/sft_v2/run.json | $(ENV)
+	$(TRAIN) grpo.py $(GRPO) --pass-k 0 --sft-adapter $(OUT)/sft_v2 $(call setting,$*) --results $(SWEEP)/results
+$(SWEEP)/.judged: $(foreach run,$(SWEPT),$(run)/run.json) $(OUT)/rm_select/run.json
+	$(RUN) judge.py --rows $(SWEPT) --against $(OUT)/sft_v2 --judge-model $(OUT)/rm_select $(call flag,--model,$(MODEL)) \
+	  $(call flag,--pref-data,$(PREF_DATA)) $(call flag,--data,$(PREF_HELDOUT)) --seed $(SEED) --results $(SWEEP)/results \
+	  $(SWEEP_JUDGE_FLAGS)
+	@touch $@
+
+# -- the speedrun: GSM8K by GRPO from the base, start-up included --
+
+speedrun: $(BASE) | $(ENV) ## GRPO on GSM8K from --model itself, pass@1 against minutes; on one GPU
+	$(PY) grpo.py $(strip $(GRPO) --sft-adapter none --pass-k 0 --eval-every 10 $(SPEEDRUN_FLAGS)) --out $(OUT)/speedrun --results $(RESULTS) --overwrite
 
 # -- what a phase was built with: the file changes only when the flags do --
 
@@ -140,6 +208,7 @@ $(OUT)/.flags/sft_v2:   LINE = $(SFT)
 $(OUT)/.flags/dpo_v1:   LINE = $(DPO)
 $(OUT)/.flags/rm_v1:    LINE = $(RM) --part A
 $(OUT)/.flags/rm_watch: LINE = $(RM) --part J
+$(OUT)/.flags/rm_select: LINE = $(RM) --part B
 $(OUT)/.flags/ppo_v1:   LINE = $(PPO)
 $(OUT)/.flags/grpo_v1:  LINE = $(GRPO)
 $(OUT)/.flags/kto_v1:   LINE = $(KTO)

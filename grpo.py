@@ -29,13 +29,11 @@ Deviations, on purpose:
     python grpo.py --task arithmetic --sft-adapter runs/sft_v2 --out runs/grpo_arithmetic
     python grpo.py --task my_task.py --sft-adapter runs/sft_v2 --out runs/grpo_mine
 
-Expect, for SmolLM2-135M in 2 minutes on one H100: pass@1 of arithmetic rises from 0.41 to 0.67, that of GSM8K stays
-near 0.01, since only its format is learned. Flags and figures: bench/NOTES.md.
-
 A task defines the prompts and the reward of an answer. GSM8K: rows of question and answer (`#### 18`), or of prompt and
-answer. Arithmetic: generated, five grades. Your own: a Python file with `reward(row, completion)`, or TRL's or verl's
-reward function, and `rows()` unless --data gives them; see `load_task`. Shapes: P prompts per update, G answers to
-each, B = P·G, T tokens of the longest answer, K answer tokens of a micro-batch.
+answer; a correct answer is paid 1, and nothing else is paid. Arithmetic: the same for generated problems of five grades,
+for models too small for GSM8K. Your own: a Python file with `reward(row, completion)`, or TRL's or verl's reward
+function, and `rows()` unless --data gives them; see `load_task`. Shapes: P prompts per update, G answers to each,
+B = P·G, T tokens of the longest answer, K answer tokens of a micro-batch.
 """
 import functools
 import importlib.util
@@ -79,7 +77,8 @@ class Args:
     """Weights of base + SFT. Adapter and Adam state are always fp32."""
     # -- task and data --
     task: str = "gsm8k"
-    """gsm8k, arithmetic (grades 1 to 5; arithmetic:2 or arithmetic:1-3 for some), or a .py file with reward()."""
+    """gsm8k, gsm8k:format (pays the form alone, a control), arithmetic (grades 1 to 5; arithmetic:2 or arithmetic:1-3
+    for some), or a .py file with reward()."""
     data: str | None = None
     """Rows of the task, any source as everywhere [gsm8k: its train split]; none for a task that makes its own."""
     heldout_data: str | None = None
@@ -99,7 +98,7 @@ class Args:
     """P, prompts per update, over all ranks [2402.03300: 16, 1,024 answers]."""
     group_size: int = 8
     """G, answers to each prompt [2402.03300: 64]."""
-    completion_tokens: int = 256
+    completion_tokens: int = 400
     """L, tokens an answer may take; one that takes more has reward 0 [2402.03300: 1024]."""
     temperature: float = 1.0
     """Sampling temperature; every log-prob is taken at it [2503.14476 and 2503.20783: 1]."""
@@ -108,9 +107,9 @@ class Args:
     # -- method --
     scale_advantages: Literal["std", "none"] = "std"
     """Divide r − mean by the group's sd [2402.03300] or not [2503.20783]."""
-    aggregate: Literal["sequence", "token", "fixed"] = "sequence"
+    aggregate: Literal["sequence", "token", "fixed"] = "token"
     """Weight of a token: by its answer's length [2402.03300], the batch's [2503.14476] or the limit L [2503.20783]."""
-    beta: float = 0.04
+    beta: float = 0.0
     """β, weight of the KL to the reference in the loss; 0 leaves it out [2402.03300: 0.04; the other two: 0]."""
     clip_low: float = 0.2
     """ε_low: the ratio is clipped at 1 − ε_low [2503.14476: 0.2]."""
@@ -122,11 +121,11 @@ class Args:
     """Optimizer steps per epoch, each on whole groups; they divide --batch-size [2402.03300: 1]."""
     # -- held-out measurement --
     eval_every: int = 20
-    """Updates between held-out measurements; 0: only before and after."""
+    """Updates between measurements of the held-out pass@1; 0: only before and after."""
     pass_k: int = 8
-    """k of the held-out pass@k, estimated from 2k samples per problem."""
+    """k of the held-out pass@k, estimated before and after from 2k samples per problem; 0 leaves it out."""
     # -- optimisation --
-    lr: float = 3e-5
+    lr: float = 5e-5
     """Peak learning rate [ours; 2402.03300: 1e-6 for full fine-tuning, LoRA takes ten times that or more]."""
     max_grad_norm: float = 1.0
     """Largest norm of the gradient."""
@@ -322,7 +321,7 @@ def main(args: Args) -> None:
     # Before the first update the policy is the reference: measured now, to compare with.
     first = run.resume(optimizer, args.updates)
     if not run.state:
-        before, greedy, rates = evaluate(sampler, task, heldout, args, run)
+        before, greedy, rates = evaluate(sampler, task, heldout, args.pass_k, args, run)
         run.state = {"drawn": 0, "before": before, "answers": answers(greedy), "rates": rates}
 
     # 3. Train.
@@ -331,7 +330,7 @@ def main(args: Args) -> None:
         sampler.refresh(policy)
         measured = run.state["before"] if update == 0 else {}
         if update and args.eval_every and update % args.eval_every == 0:
-            measured, _, _ = evaluate(sampler, task, heldout, args, run)
+            measured, _, _ = evaluate(sampler, task, heldout, 0, args, run)
         began, drawn, groups = time.time(), [], []
         for turn in range(ROUNDS if args.resample_groups else 1):
             positions = range(run.state["drawn"], run.state["drawn"] + P - len(groups))
@@ -452,7 +451,7 @@ def main(args: Args) -> None:
     # 4. Save (relative to the pretrained base), and answer the held-out problems again.
     run.save(policy, tokenizer, {"train": sorted({p.id for p in problems}), "heldout": sorted({p.id for p in heldout})})
     sampler.refresh(policy)
-    after, greedy, rates = evaluate(sampler, task, heldout, args, run)
+    after, greedy, rates = evaluate(sampler, task, heldout, args.pass_k, args, run)
     sampler.release()
     moved = common.movement(policy, args.out, adapter, model_dir, [
         Example.completion(g.problem.ids, g.completions[0].ids) for g in greedy[:KL_ANSWERS]], args.micro_tokens,
@@ -473,11 +472,11 @@ def main(args: Args) -> None:
 def check(args: Args) -> None:
     """Ends the run when a flag is out of its range."""
     common.check_positive(args, "heldout_rows", "prompt_tokens", "updates", "batch_size", "completion_tokens",
-                          "temperature", "clip_low", "clip_high", "epochs", "minibatches", "pass_k", "lr",
+                          "temperature", "clip_low", "clip_high", "epochs", "minibatches", "lr",
                           "max_grad_norm", "max_gap", "checkpoint_every")
     common.check_share(args, "clip_low", "max_dropped")
     common.check_numbers(args)
-    for name in ("beta", "eval_every", "importance_cap"):
+    for name in ("beta", "eval_every", "pass_k", "importance_cap"):
         if not 0 <= getattr(args, name) < math.inf:
             common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
     if args.group_size < 2:
@@ -496,15 +495,21 @@ def check_positions(args: Args, model_dir) -> None:
 
 # -- held-out evaluation --------------------------------------------------------------------------
 
-def evaluate(sampler, task: Task, heldout: list[Problem], args: Args,
+def evaluate(sampler, task: Task, heldout: list[Problem], k: int, args: Args,
              run) -> tuple[dict[str, float], list[Group], dict[str, list[float]]]:
-    """Held-out figures: greedy pass@1, pass@k from 2k samples, and means over these; the greedy answers; and both rates
-    problem by problem."""
+    """Held-out figures; the greedy answers; and the rates problem by problem.
+
+    Rates: pass_1, solved by the greedy answer; flexible_1, the same where only the last number has to be right, if the
+    task says so ("flexible"); pass_k, from 2k samples, unless k is 0. The other figures are means over greedy answers.
+    """
     greedy = roll_out(sampler, task, heldout, 1, 0.0, args, run, "heldout")
-    sampled = roll_out(sampler, task, heldout, 2 * args.pass_k, args.temperature, args, run, "heldout")
-    rates = {"pass_1": [float(g.solved) for g in greedy],
-             "pass_k": [pass_at_k(2 * args.pass_k, g.solved, args.pass_k) for g in sampled]}
-    return {**{k: sum(v) / len(v) for k, v in rates.items()}, **means(sampled)}, greedy, rates
+    rates = {"pass_1": [float(g.solved) for g in greedy]}
+    if any("flexible" in g.scores[0].parts for g in greedy):
+        rates["flexible_1"] = [g.scores[0].parts.get("flexible", 0.0) for g in greedy]
+    if k:
+        sampled = roll_out(sampler, task, heldout, 2 * k, args.temperature, args, run, "heldout")
+        rates["pass_k"] = [pass_at_k(2 * k, g.solved, k) for g in sampled]
+    return {**{name: sum(v) / len(v) for name, v in rates.items()}, **means(greedy)}, greedy, rates
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -525,8 +530,8 @@ def means(groups: list[Group]) -> dict[str, float]:
 
 # -- what is reported -----------------------------------------------------------------------------
 
-CURVES = ["rewards", "reward_correct", "reward_format", "heldout_pass_1", "heldout_pass_k", "completion_tokens",
-          "overlong", "zero_variance", "kl", "entropy", "clipfrac", "sampler_gap"]
+CURVES = ["rewards", "reward_correct", "reward_format", "reward_flexible", "heldout_pass_1", "heldout_flexible_1",
+          "completion_tokens", "overlong", "zero_variance", "kl", "entropy", "clipfrac", "sampler_gap"]
 
 
 def endless(n: int, position: int, seed: int) -> int:
@@ -554,7 +559,7 @@ def write_results(run, args: Args, heldout: list[Problem], after_answers: list[d
     log, record = [json.loads(line) for line in run.log_file.read_text().splitlines()], run.record
     measured = [*log, {"step": args.updates, **{f"heldout_{k}": v for k, v in after.items()}}]
     results_path = Path(args.results) / "grpo" / record["name"]
-    labels = {"pass_1": "pass@1", "pass_k": f"pass@{args.pass_k}"}
+    labels = {"pass_1": "pass@1", "flexible_1": "flexible pass@1", "pass_k": f"pass@{args.pass_k}"}
     before, after = ({labels.get(k, k): v for k, v in figures.items()} for figures in (run.state["before"], after))
     evaluations = [{k.removeprefix("heldout_"): v for k, v in line.items() if k == "step" or k.startswith("heldout_")}
                    for line in measured if "heldout_pass_1" in line]
@@ -588,20 +593,29 @@ def final_number(text: str) -> Fraction | None:
     return -value if "-" in match["sign"] else value
 
 
+def last_number(text: str) -> Fraction | None:
+    """The last number in a text, exactly; None without one. What lm-eval's flexible GSM8K reads."""
+    last = None
+    for last in re.finditer(r"(?<![\w.,/])" + NUMBER.pattern, text):
+        pass
+    return final_number(f"#### {last[0]}") if last else None
+
+
 def number_reward(row: dict, completion: str) -> dict[str, float]:
-    """correct: 1 when the final number is the row's; format: 0.1 when its only #### and a number end the answer."""
-    number = final_number(completion)
-    tidy = number is not None and NUMBER.fullmatch(completion.split("####", 1)[1].strip())
-    return {"correct": float(number is not None and number == final_number(row["answer"])), "format": 0.1 * bool(tidy)}
+    """correct: 1 when the number after #### is the row's; flexible: 1 when the last number of the answer is, whatever
+    its form; format: 1 when the answer works something out and then ends with its only #### and a number."""
+    number, expected = final_number(completion), final_number(row["answer"])
+    working, _, end = completion.partition("####")
+    return {"correct": float(number is not None and number == expected),
+            "flexible": float(last_number(completion) == expected),
+            "format": float(bool(re.search(r"\w", working) and NUMBER.fullmatch(end.strip())))}
 
 
 # -- tasks ----------------------------------------------------------------------------------------
 
-ASK = '\n\nEnd with the answer on a line of its own: "#### number".'
-WORKED = {  # turns before the question: without them SmolLM2-135M-Instruct doesn't take up the format
-    "gsm8k": [("Tom has 3 boxes of 4 pens and gives 5 pens away. How many pens are left?",
-               "Tom has 3 * 4 = 12 pens.\nAfter giving 5 away, 12 - 5 = 7 are left.\n#### 7")],
-    "arithmetic": [("What is 2 + 5?", "2 + 5 = 7\n#### 7"), ("What is 14 - 6?", "14 - 6 = 8\n#### 8")]}
+# Arithmetic is for models too small for GSM8K: worked examples, without which SmolLM2-135M doesn't take up the form.
+ARITHMETIC_PROMPT = '\n\nEnd with the answer on a line of its own: "#### number".'
+WORKED = [("What is 2 + 5?", "2 + 5 = 7\n#### 7"), ("What is 14 - 6?", "14 - 6 = 8\n#### 8")]
 GRADES = {1: ("+", 0, 9, 0, 9), 2: ("-", 0, 9, 0, 9), 3: ("*", 2, 9, 2, 9),  # signs, range of a, range of b
           4: ("+-", 10, 99, 1, 9), 5: ("+-", 10, 99, 10, 99)}
 
@@ -619,21 +633,22 @@ def arithmetic_rows(first: int, last: int, n: int = 4096) -> list[dict]:
     return rows
 
 
-def read_question(row: dict, where: str, task: str) -> tuple[list[dict], dict]:
+def read_question(row: dict, where: str, ask: str, worked: Sequence[tuple[str, str]] = ()) -> tuple[list[dict], dict]:
     """(messages, row) of a row with question or prompt, and answer (a number, alone or after ####).
 
-    The messages are worked examples, then the question with the request for the format (ASK).
+    The messages are worked examples (question, solution), then the question; `ask`, the request for the form, is
+    appended to each question.
     """
     answer = str(row.get("answer"))
     answer = answer if "####" in answer else f"#### {answer}"
     if final_number(answer) is None:
         common.fail(f"{where}: no answer: want a number, alone or after ####, got {str(row.get('answer'))[-80:]!r}")
     *before, last = inputs.as_prompt(row if row.get("question") is None else {"prompt": row["question"]}, where)
-    worked = [{"role": role, "content": text} for question, solved in WORKED[task]
-              for role, text in (("user", question + ASK), ("assistant", solved))]
+    turns = [{"role": role, "content": text} for question, solved in worked
+             for role, text in (("user", question + ask), ("assistant", solved))]
     system = int(bool(before) and before[0]["role"] == "system")
-    last = {**last, "content": last["content"] + ASK}
-    return [*before[:system], *worked, *before[system:], last], {**row, "answer": answer}
+    last = {**last, "content": last["content"] + ask}
+    return [*before[:system], *turns, *before[system:], last], {**row, "answer": answer}
 
 
 def load_task(args: Args) -> Task:
@@ -648,18 +663,21 @@ def load_task(args: Args) -> Task:
     And, unless --data gives them, rows() -> a list of dicts with a prompt (text or messages), the same at every call.
     An answer counts as solved (pass@k) when the part "correct", or else the reward, is 1 or more.
     """
-    if args.task == "gsm8k":
-        return Task("gsm8k", "gsm8k", functools.partial(read_question, task="gsm8k"), each(number_reward, "gsm8k"))
+    if args.task in ("gsm8k", "gsm8k:format"):
+        paid = args.task.partition(":")[2] or "correct"
+        return Task("gsm8k", f"gsm8k, {paid} paid, asked{inputs.GSM8K_PROMPT}",
+                    functools.partial(read_question, ask=inputs.GSM8K_PROMPT), each(number_reward, "gsm8k", paid))
     if match := re.fullmatch(r"arithmetic(?::([1-5])(?:-([1-5]))?)?", args.task):
         first, last = int(match[1] or 1), int(match[2] or match[1] or 5)
         if first > last:
             common.fail(f"--task {args.task}: the first grade is above the last")
-        return Task("arithmetic", f"arithmetic:{first}-{last}", functools.partial(read_question, task="arithmetic"),
-                    each(number_reward, "arithmetic"), lambda: arithmetic_rows(first, last))
+        return Task("arithmetic", f"arithmetic:{first}-{last}, correct paid",
+                    functools.partial(read_question, ask=ARITHMETIC_PROMPT, worked=WORKED),
+                    each(number_reward, "arithmetic", "correct"), lambda: arithmetic_rows(first, last))
     path = Path(args.task)
     if path.suffix != ".py" or not path.is_file():
-        common.fail(f"--task {args.task}: want gsm8k, arithmetic (or arithmetic:1-3: grades 1 to 5) or an existing "
-                    f".py file")
+        common.fail(f"--task {args.task}: want gsm8k, gsm8k:format, arithmetic (or arithmetic:1-3: grades 1 to 5) or "
+                    f"an existing .py file")
     spec = importlib.util.spec_from_file_location(f"task_{path.stem}", path)
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     try:
@@ -693,20 +711,20 @@ def load_task(args: Args) -> Task:
     return Task(path.stem, "sha256:" + common.file_sha256(path), read, rewards, getattr(module, "rows", None))
 
 
-def total(value: Any) -> Score:
-    """The score of a reward function's value: a number, or parts whose sum it is."""
+def total(value: Any, paid: str | None = None) -> Score:
+    """The score of a reward function's value: a number, or parts whose sum it is, or of which only `paid` is paid."""
     parts = {k: float(v) for k, v in value.items()} if isinstance(value, dict) else {}
-    reward = sum(parts.values()) if parts else float(value)
+    reward = parts[paid] if paid else sum(parts.values()) if parts else float(value)
     if not math.isfinite(reward):
         raise ValueError(f"a reward must be finite, got {value}")
     return Score(reward, parts)
 
 
-def each(reward: Callable[[dict, str], Any], name: str):
+def each(reward: Callable[[dict, str], Any], name: str, paid: str | None = None):
     """Task.rewards of a function of one answer. What it raises becomes the error that ends the run, on every rank."""
     def one(problem: Problem, completion: Completion) -> Score | str:
         try:
-            return total(reward(problem.row, completion.text))
+            return total(reward(problem.row, completion.text), paid)
         except Exception as e:  # the user's code may raise anything
             return (f"reward() of --task {name}: {raised(e)}; row {problem.index}: {str(problem.row)[:300]!r}, "
                     f"completion: {completion.text[:300]!r}")

@@ -33,6 +33,9 @@ from chat import OWN_TEMPLATE, has_plain_markers, load_tokenizer
 from common import (Example, QWEN, TrainInvariants, bucket, check_base, fail, permutation, read_adapter, read_policy,
                     resolve_model, say, sha256_json)
 
+# What is appended to a GSM8K question by grpo.py and by evaluate.py's zero-shot GSM8K [volcengine/verl's baseline].
+GSM8K_PROMPT = ' Let\'s think step by step and output the final answer after "####".'
+
 
 # Reading files. A row is what the file says: dates stay text, numbers stay numbers, and a column may begin or change
 # its type in any row. The fingerprint is of the very bytes that the rows were parsed from.

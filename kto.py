@@ -91,8 +91,8 @@ class Args:
     """Peak learning rate [paper: its advice for KTO; as for DPO here, so that the rows compare]."""
     batch_size: int = 16
     """Rows per step, over all ranks, at least 2; some steps may have one row less [paper: 32]."""
-    epochs: int = 1
-    """Passes over the rows."""
+    epochs: int = 2
+    """Passes over the rows [ours: of pairs one answer each is used, so that two passes see as many as DPO's one]."""
     warmup: float = 0.03
     """Share of the steps over which the rate rises linearly; then it falls linearly to 0."""
     max_grad_norm: float = 1.0

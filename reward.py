@@ -71,8 +71,9 @@ class Args:
     """Largest share of degenerate pairs (empty or equal answers) that doesn't end the run."""
     max_overlong: float = 0.15
     """Largest share of pairs beyond --max-length that doesn't end the run [at least 6 % of UltraFeedback]."""
-    part: Literal["A", "J"] = "A"
-    """Part of the prompts to learn from: A for the model that PPO is trained against, J for one that judges."""
+    part: Literal["A", "J", "B"] = "A"
+    """Part of the prompts to learn from: A for the model that PPO is trained against, J for one that watches and judges,
+    B for one that selects settings of DPO and KTO (`make sweep`)."""
     # -- method --
     centring: float = 0.01
     """λ, the weight of (r_c + r_r)² [the term: 2312.09244; 0.01: TRL's advice]; 0 is plain Bradley–Terry."""

@@ -246,8 +246,8 @@ def grpo_args(sft_run, tmp_path_factory):
     directory = tmp_path_factory.mktemp("grpo")
     (directory / "task.py").write_text(OWN_TASK)
     return dict(sft_adapter=sft_run, dtype="float32", task=str(directory / "task.py"), heldout_rows=3, updates=3, batch_size=4, group_size=4,
-                completion_tokens=12, prompt_tokens=64, eval_every=2, pass_k=2, lr=3e-3, micro_tokens=512, device="cpu",
-                checkpoint_every=1, results=str(directory / "results"))
+                completion_tokens=12, prompt_tokens=64, eval_every=2, pass_k=2, aggregate="sequence", beta=0.04, lr=3e-3,
+                micro_tokens=512, device="cpu", checkpoint_every=1, results=str(directory / "results"))
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import common
 import fast
 import grpo
+import inputs
 import sft
 
 REPO = Path(common.__file__).parent
@@ -152,11 +153,20 @@ def test_no_rounding_and_no_evaluation(tmp_path):
     assert grpo.final_number("#### 2**3") == 2 and grpo.final_number("#### (4)") is None
 
 
-@pytest.mark.parametrize("text, correct, tidy", [
-    ("5 + 13 = 18\n#### 18", 1, 1), ("#### 18.0\n", 1, 1), ("#### $18", 1, 1), ("#### 17", 0, 1), ("#### 18 apples", 1, 0),
-    ("#### 18\n#### 18", 1, 0), ("#### 17\n#### 18", 0, 0), ("#### 18\nbecause", 1, 0), ("18", 0, 0), ("", 0, 0)])
-def test_correctness_and_format_apart(text, correct, tidy):
-    assert grpo.number_reward({"answer": "#### 18"}, text) == {"correct": correct, "format": pytest.approx(0.1 * tidy)}
+@pytest.mark.parametrize("text, correct, flexible, tidy", [
+    ("5 + 13 = 18\n#### 18", 1, 1, 1), ("So\n#### 18.0\n", 1, 1, 1), ("I think #### $18", 1, 1, 1), ("So\n#### 17", 0, 0, 1),
+    ("#### 18", 1, 1, 0), ("\n **\n#### 18", 1, 1, 0),  # nothing is worked out before the marker
+    ("So\n#### 18 apples", 1, 1, 0), ("So\n#### 18\n#### 18", 1, 1, 0), ("So\n#### 17\n#### 18", 0, 1, 0),
+    ("So\n#### 18\nbecause", 1, 1, 0), ("18", 0, 1, 0), ("", 0, 0, 0), ("\\boxed{18}", 0, 1, 0),
+    ("5 + 13 = 18, so Ann has $18.00.", 0, 1, 0), ("18 in all, 3 each", 0, 0, 0), ("10-18", 0, 1, 0), ("a18", 0, 0, 0)])
+def test_correctness_form_and_flexible_extraction_apart(text, correct, flexible, tidy):
+    """Only correctness is paid by gsm8k, and only the form by gsm8k:format."""
+    parts = {"correct": correct, "flexible": flexible, "format": tidy}
+    assert grpo.number_reward({"answer": "#### 18"}, text) == parts
+    problem = grpo.Problem(0, "", [], "", {"answer": "#### 18"})
+    for task, paid in (("gsm8k", correct), ("gsm8k:format", tidy)):
+        (found,) = grpo.load_task(grpo.Args(task=task)).rewards([(problem, common.Completion([], [], "eos", text))])
+        assert found == grpo.Score(paid, parts) and found.solved == bool(correct)
 
 
 # -- tasks and rows -------------------------------------------------------------------------------
@@ -197,18 +207,18 @@ def test_heldout_rows_of_a_file_are_never_trained_on(tmp_path):
 
 
 def test_layouts_of_a_question_and_what_is_asked():
-    """question or prompt, text or messages, a system turn, a plain or marked answer: the same reward, one worked turn."""
-    ask = [("user", "How many?" + grpo.ASK)]
+    """question or prompt, text or messages, a system turn, a plain or marked answer: the same prompt and reward."""
+    ask = [("user", "How many?" + inputs.GSM8K_PROMPT)]
     for row in ({"question": "How many?", "answer": "so\n#### 1,200"}, {"prompt": "How many?", "answer": "1200"},
                 {"prompt": [{"role": "user", "content": "How many?"}], "answer": 1200}):
         messages, row = grpo.load_task(grpo.Args()).read(row, "here")
-        assert [(m["role"], m["content"]) for m in messages][2:] == ask
-        assert grpo.number_reward(row, messages[1]["content"])["correct"] == 0
-        assert grpo.number_reward({"answer": "#### 7"}, messages[1]["content"]) == {"correct": 1, "format": 0.1}
+        assert [(m["role"], m["content"]) for m in messages] == ask
         assert grpo.number_reward(row, "#### 1200.0")["correct"] == 1
     system = {"prompt": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "How many?"}], "answer": 1}
     roles = [m["role"] for m in grpo.load_task(grpo.Args()).read(system, "here")[0]]
-    assert roles == ["system", "user", "assistant", "user"]
+    assert roles == ["system", "user"]
+    roles = [m["role"] for m in grpo.load_task(grpo.Args(task="arithmetic")).read(system, "here")[0]]
+    assert roles == ["system", *["user", "assistant"] * len(grpo.WORKED), "user"]
 
 
 def test_the_demo_rows_fit(tmp_path):
@@ -234,15 +244,15 @@ def test_arithmetic_is_graded_right_and_the_same_every_time():
 def test_arithmetic_holds_problems_of_every_grade_out():
     found = data_of(task="arithmetic")
     kept, held, data = found[2], heldout(found), found[4]
-    assert data.keys() == {"task", "train"} and data["task"] == "arithmetic:1-5"
+    assert data.keys() == {"task", "train"} and data["task"] == "arithmetic:1-5, correct paid"
     assert {row["grade"] for _, row in held} == {1, 2, 3, 4, 5} and 100 < len(held) <= 473
     assert not {row["question"] for _, row in held} & {r[1]["question"] for r in kept if r}
     for messages, row in held[:5]:
         assert messages[-1]["content"].startswith(row["question"]) and "####" in messages[-1]["content"]
         for question, worked in zip(messages[:-1:2], messages[1::2]):
-            assert grpo.number_reward({"answer": worked["content"]}, worked["content"]) == {"correct": 1, "format": 0.1}
+            assert {*grpo.number_reward({"answer": worked["content"]}, worked["content"]).values()} == {1.0}
     assert len(heldout(data_of(task="arithmetic:1"))) == 10  # of a hundred sums
-    assert data_of(task="arithmetic:2-3")[0].identity == "arithmetic:2-3"
+    assert data_of(task="arithmetic:2-3")[0].identity == "arithmetic:2-3, correct paid"
 
 
 def test_the_readmes_own_task_runs(grpo_args, tmp_path):
@@ -598,7 +608,8 @@ def test_run_directory_and_results(grpo_run, grpo_args, sft_run):
 
 
 def test_heldout_figures_are_those_of_the_answers(grpo_args, tmp_path, rollouts):
-    """pass@1 from one greedy answer, pass@k by brute force over the 2k samples, the same noise before and after."""
+    """pass@1 from one greedy answer, pass@k by brute force over the 2k samples, the same noise before and after; in
+    between, and without pass@k, only the greedy answers."""
     out = train(tmp_path / "run", **{**grpo_args, "heldout_rows": 5, "eval_every": 0, "results": str(tmp_path)})
     held = [groups for salt, groups in rollouts if salt[0] == "heldout"]
     assert [len(groups[0].completions) for groups in held] == [1, 4, 1, 4]
@@ -609,9 +620,13 @@ def test_heldout_figures_are_those_of_the_answers(grpo_args, tmp_path, rollouts)
         pairs = [any(r[i] for i in pair) for r in right for pair in itertools.combinations(range(4), 2)]
         assert metrics["pass_k"] == pytest.approx(sum(pairs) / len(pairs))
         assert metrics["pass_1"] == sum(g.scores[0].parts.get("correct", 0) == 1 for g in greedy) / 5
-        assert metrics["rewards"] == pytest.approx(statistics.mean(s.reward for g in sampled for s in g.scores))
+        assert metrics["rewards"] == pytest.approx(statistics.mean(g.scores[0].reward for g in greedy))
         assert not trained & {g.problem.index for g in greedy}
     assert [g.problem.index for g in held[0]] == [g.problem.index for g in held[3]]
+    rollouts.clear()
+    out = train(tmp_path / "other", **{**grpo_args, "pass_k": 0, "eval_every": 1, "updates": 2, "results": str(tmp_path)})
+    assert [len(g[0].completions) for salt, g in rollouts if salt[0] == "heldout"] == [1, 1, 1]
+    assert not [k for k in record(out)["metrics"] if "pass_k" in k]
 
 
 def test_saved_adapter_is_the_trained_policy_on_the_pretrained_base(grpo_args, tiny_model, tmp_path, monkeypatch):
@@ -720,25 +735,26 @@ def test_it_climbs_a_reward_it_can_see(grpo_args, tmp_path):
 
 
 def test_a_tiny_model_climbs_the_easiest_arithmetic(tmp_path, monkeypatch):
-    """A random model of two layers that has seen some answers (SFT): on one-digit sums the mean reward (1 for the number,
-    0.1 for the form) of updates 31 to 40 is above that of the first ten by more than 0.05. Prompts are bare, for speed.
-    The rates are small enough that rounding, which parts two runs by chance, leaves the gain: 0.1, 0.04, 0.09 for three seeds."""
-    monkeypatch.setitem(grpo.WORKED, "arithmetic", [])
-    monkeypatch.setattr(grpo, "ASK", "")
+    """A random model of two layers that has seen answers (SFT), half of them right and half "no idea": on one-digit sums
+    the mean reward of updates 31 to 40 is above that of the first ten by more than 0.1 (seen: 0.40 to 0.60). Prompts are
+    bare, for speed."""
+    monkeypatch.setattr(grpo, "WORKED", [])
+    monkeypatch.setattr(grpo, "ARITHMETIC_PROMPT", "")
     task, rows = grpo.load_task(grpo.Args(task="arithmetic:1")), grpo.arithmetic_rows(1, 1, 400)
-    chats = [{"messages": task.read(row, "")[0] + [{"role": "assistant", "content":
-              f"{row['question'][8:-1]} = {row['answer']}\n#### {row['answer']}"}]} for row in rows]
+    chats = [{"messages": [*task.read(row, "")[0], {"role": "assistant", "content":
+              f"{row['question'][8:-1]} = {row['answer']}\n#### {row['answer']}" if i % 2 else "no idea\n#### 0"}]}
+             for i, row in enumerate(rows)]
     data = write_jsonl(tmp_path / "sums.jsonl", chats)
     write_jsonl(tmp_path / "sums_heldout.jsonl", chats[:4])
     sft.main(sft.Args(model=make_model(tmp_path / "model", hidden_size=128), quantization="none", dtype="float32",
-                      data=data, rows=400, heldout_rows=4, max_length=100, batch_size=16, epochs=3, lr=5e-3, eos_prompts=4,
+                      data=data, rows=400, heldout_rows=4, max_length=100, batch_size=16, epochs=20, lr=5e-3, eos_prompts=4,
                       eos_tokens=24, device="cpu", out=str(tmp_path / "sft")))
     out = train(tmp_path / "run", sft_adapter=str(tmp_path / "sft"), task="arithmetic:1", updates=40, batch_size=8,
-                group_size=8, completion_tokens=24, prompt_tokens=60, eval_every=0, pass_k=1, heldout_rows=4, beta=0.0,
+                group_size=8, completion_tokens=24, prompt_tokens=60, eval_every=0, pass_k=0, heldout_rows=4, beta=0.0,
                 lr=2e-3, max_gap=1e-3, dtype="float32", device="cpu", results=str(tmp_path))
     rewards = [line["rewards"] for line in log(out)]
     print([round(r, 3) for r in rewards])
-    assert statistics.mean(rewards[-10:]) > statistics.mean(rewards[:10]) + 0.05
+    assert statistics.mean(rewards[-10:]) > statistics.mean(rewards[:10]) + 0.1
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -771,14 +787,14 @@ def test_sizes_that_do_not_fit(refused):
 
 @pytest.mark.parametrize("name, value", [("beta", -0.1), ("beta", math.nan), ("eval_every", -1), ("clip_low", 0.0),
                                          ("clip_low", 1.5), ("clip_high", 0.0), ("temperature", 0.0), ("epochs", 0),
-                                         ("updates", 0), ("pass_k", 0), ("heldout_rows", 0), ("max_gap", 0.0)])
+                                         ("updates", 0), ("pass_k", -1), ("heldout_rows", 0), ("max_gap", 0.0)])
 def test_numbers_out_of_range(refused, name, value):
     refused(f"--{name.replace('_', '-')} must be", **{name: value})
 
 
 @pytest.mark.parametrize("task", ["gsm9k", "arithmetic:6", "arithmetic:0-3", "arithmetic:1-", "nowhere.py", "README.md"])
 def test_unknown_tasks(refused, task):
-    refused(f"--task {task}", "gsm8k, arithmetic", task=task)
+    refused(f"--task {task}", "gsm8k, gsm8k:format, arithmetic", task=task)
 
 
 def test_grades_the_wrong_way_round(refused):

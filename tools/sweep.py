@@ -1,0 +1,107 @@
+"""Reads the runs of a sweep, applies the selection rule, writes one small record per run: `make sweep`'s last step.
+
+The rule, per method, fixed before the runs. Every run has the same budget of data and steps and the seed 41; nothing here
+is measured on a benchmark.
+
+    sft        the lowest held-out loss of base + adapter in bfloat16
+    dpo, kto   the highest length-controlled win rate against SFT, on held-out preference prompts, judged by a reward model
+               of part B (whose pairs train nothing else; part J's model is kept for the comparison's own judge)
+    ppo        the largest mean change of the reward model's score over the fixed prompts, paired
+    grpo       the highest held-out pass@1, strict
+    admissible among dpo, kto and ppo: a rate of answers that end at most 5 points below SFT's on the same prompts, and at
+               most 10 nats of KL to SFT, measured in fp32
+
+    python tools/sweep.py runs/sweep --results results/sweeps
+
+A run's directory is named by its method and what differs from the defaults: dpo+lr_5e-5+beta_0.3. Beside the records it
+writes <runs>/chosen.mk: the flags of the winners, for make.
+"""
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+
+EOS_MARGIN, LARGEST_KL = 0.05, 10.0
+OBJECTIVES = {"sft": "held-out loss", "dpo": "length-controlled win rate", "kto": "length-controlled win rate",
+              "ppo": "score change", "grpo": "held-out pass@1"}
+
+
+@dataclass(frozen=True)
+class Args:
+    runs: tyro.conf.Positional[str]
+    """Directory of the sweep's runs; its judge/summaries has what judge.py wrote about them."""
+    results: str = "results/sweeps"
+    """Where <base>-<run>.json goes."""
+
+
+def measured(method: str, name: str, metrics: dict, judge: Path, guardrails: dict[str, dict]) -> dict:
+    """Value and 95 % interval of a run's objective, and what its admissibility is decided by."""
+    before, after = (guardrails.get(n, {}).get("eos_rate") for n in ("sft_v2", name))
+    kl = metrics.get("kl_reference")
+    if method == "sft":
+        return {"value": metrics["heldout_loss"], "interval": metrics["heldout_loss_interval"]}
+    if method == "grpo":
+        return {"value": metrics["pass_1_after"], "before": metrics["pass_1_before"], "kl": kl,
+                "change_interval": metrics["pass_1_change_interval"], "flexible_before": metrics.get("flexible_1_before"),
+                "flexible_after": metrics.get("flexible_1_after"), "completion_tokens": metrics["completion_tokens_after"]}
+    if method == "ppo":
+        interval = metrics["scores_change_interval"]
+        return {"value": interval and sum(interval) / 2, "interval": interval, "kl": kl,
+                "eos_rate_before": 1 - metrics["missing_eos_before"], "eos_rate": 1 - metrics["missing_eos_after"],
+                "watch_interval": metrics.get("watch_scores_change_interval")}
+    summary = common.read_json(judge / f"{name}_vs_sft_v2.json")["summary"]
+    return {"value": summary["length_controlled_win_rate"], "interval": summary["length_controlled_ci95"], "kl": kl,
+            "win_rate": summary["win_rate"], "judged_prompts": summary["n"], "eos_rate_before": before, "eos_rate": after,
+            "heldout_accuracy": metrics.get("heldout_auc", metrics.get("heldout_accuracy"))}
+
+
+def admissible(figures: dict) -> bool:
+    ends = figures.get("eos_rate") is None or figures["eos_rate"] >= figures["eos_rate_before"] - EOS_MARGIN
+    return figures["value"] is not None and ends and (figures.get("kl") is None or figures["kl"] <= LARGEST_KL)
+
+
+def main(args: Args) -> None:
+    runs, judge = Path(args.runs), Path(args.runs) / "results" / "judge"
+    guardrails = {}
+    if (judge / "guardrails.json").is_file():
+        guardrails = {row["name"]: row for row in common.read_json(judge / "guardrails.json")["rows"]}
+    records = []
+    for file in sorted(runs.glob("*+*/run.json")):
+        run = common.read_json(file)
+        method, *settings = run["name"].split("+")
+        figures = measured(method, run["name"], run["metrics"], judge / "summaries", guardrails)
+        records.append({
+            "schema_version": 1, "name": run["name"], "method": method,
+            "setting": {key: value for key, _, value in (s.partition("_") for s in settings)},
+            "objective": OBJECTIVES[method], **figures,
+            "admissible": method in ("sft", "grpo") or admissible(figures), "chosen": False,
+            "lr": run["args"]["lr"], "beta": run["args"].get("beta"), "model": run["model"],
+            "seed": run["seed"], "config_hash": run["config_hash"], "train_invariants": run["train_invariants"],
+            "data": run["data"], "wall_time_s": run["wall_time_s"], "hardware": run.get("hardware")})
+    if not records:
+        common.fail(f"{runs} has no finished run named as method+flag_value")
+    chosen = {}
+    for record in records:
+        best, sign = chosen.get(record["method"]), -1 if record["method"] == "sft" else 1
+        if record["admissible"] and (best is None or sign * record["value"] > sign * best["value"]):
+            chosen[record["method"]] = record
+    for record in records:
+        record["chosen"] = chosen.get(record["method"]) is record
+        value = "–" if record["value"] is None else f"{record['value']:.4f}"
+        ends, kl = (f"{record[k]:.3f}" if record.get(k) is not None else "–" for k in ("eos_rate", "kl"))
+        common.say(f"{record['name']:34} {record['objective']:27} {value:>8}  ends {ends}  KL {kl}"
+                   f"{'' if record['admissible'] else '  not admissible'}{'  chosen' if record['chosen'] else ''}")
+        base = Path(str(record["model"])).name.lower()
+        common.write_json(Path(args.results) / f"{base}-{record['name']}.json", record)
+    common.write_text(runs / "chosen.mk", "".join(
+        f"{method.upper()}_FLAGS = {' '.join(f'--{k} {v}' for k, v in record['setting'].items())}\n"
+        for method, record in sorted(chosen.items())))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
