@@ -39,7 +39,7 @@ DPO_FLAGS ?=
 PPO_FLAGS ?=
 GRPO_FLAGS ?=
 KTO_FLAGS ?=
-EVAL_FLAGS ?=
+EVAL_FLAGS ?= --tasks gsm8k_zero_shot
 REWARD_MODELS ?= $(OUT)
 JUDGE_MODEL ?= $(REWARD_MODELS)/rm_watch
 JUDGE_FLAGS ?= --best-of 8
@@ -79,7 +79,7 @@ JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))
 POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1 kto_v1
 CONTROLS = sft_2ep sft_chosen
 RUNS     = $(foreach run,$(POLICIES),$(OUT)/$(run)/run.json) $(REWARD_MODELS)/rm_v1/run.json $(REWARD_MODELS)/rm_watch/run.json
-EVALS    = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-$(PROTOCOL))
+EVALS    = $(foreach row,$(if $(filter 1,$(JOBS)),rows,base $(POLICIES)),$(OUT)/.done/$(row)-$(PROTOCOL))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
 .PHONY: all controls seeds sweep speedrun demo env test help gpu-check hub-check bench bench-cpu clean-demo force
@@ -135,7 +135,12 @@ $(OUT)/sft_chosen/run.json: $(OUT)/.flags/sft_chosen $(OUT)/sft_v2/run.json $(wi
 	$(TRAIN) sft.py $(SFT_CHOSEN) --data $(or $(PREF_DATA),$(ULTRAFEEDBACK)) --sft-adapter $(OUT)/sft_v2 --out $(@D) --overwrite
 	@touch $@
 
-# -- evaluation: the base, then any adapter; its stamp holds the hashes of its table --
+# -- evaluation: all rows in one process, or on several GPUs a row each; a row's stamp holds the hashes of its table --
+
+$(OUT)/.done/rows-$(PROTOCOL): $(foreach row,$(POLICIES),$(OUT)/$(row)/run.json) $(OUT)/.flags/evaluate $(BASE) \
+                               $(wildcard $(EVAL_DATA)) | $(ENV)
+	$(PY) evaluate.py $(EVAL) --adapter none $(addprefix $(OUT)/,$(POLICIES)) --stamp $(OUT)/.done/%-$(PROTOCOL)
+	@touch $@
 
 $(OUT)/.done/base-$(PROTOCOL): $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA)) | $(ENV)
 	$(RUN) evaluate.py $(EVAL) --stamp $@
@@ -166,14 +171,14 @@ seed-reward-models:
 
 SWEEP      = $(OUT)/sweep
 SWEEP_SFT  ?= lr_1e-4 lr_2e-4 lr_5e-4
-SWEEP_DPO  ?= lr_5e-6 lr_2e-5 lr_5e-5 lr_1e-4 lr_5e-5+beta_0.03 lr_5e-5+beta_0.3
+SWEEP_DPO  ?= lr_5e-6 lr_2e-5 lr_5e-5 lr_1e-4 lr_5e-5+beta_0.3
 SWEEP_PPO  ?= lr_3e-5+beta_0.05 lr_1e-4+beta_0.05 lr_3e-5+beta_0.02 lr_1e-4+beta_0.02
 SWEEP_GRPO ?= lr_2e-5 lr_5e-5 lr_1e-4
 SWEEP_KTO  ?= lr_5e-6 lr_2e-5 lr_5e-5 lr_1e-4
 SWEEP_JUDGE_FLAGS ?= --prompts 256
 SWEPT      = $(foreach m,DPO KTO,$(foreach s,$(SWEEP_$(m)),$(SWEEP)/$(if $(filter DPO,$(m)),dpo,kto)+$(s)))
-SWEPT_ALL  = $(SWEPT) $(foreach s,$(SWEEP_SFT),$(SWEEP)/sft+$(s)) $(foreach s,$(SWEEP_PPO),$(SWEEP)/ppo+$(s)) \
-             $(foreach s,$(SWEEP_GRPO),$(SWEEP)/grpo+$(s))
+SWEPT_ALL  = $(foreach s,$(SWEEP_GRPO),$(SWEEP)/grpo+$(s)) $(foreach s,$(SWEEP_PPO),$(SWEEP)/ppo+$(s)) $(SWEPT) \
+             $(foreach s,$(SWEEP_SFT),$(SWEEP)/sft+$(s))
 setting    = $(foreach pair,$(subst +, ,$(1)),--$(subst _, ,$(pair))) --out $(@D)
 PREF_HELDOUT ?= $(wildcard $(subst .jsonl,_heldout.jsonl,$(PREF_DATA)))
 
@@ -200,7 +205,7 @@ $(SWEEP)/.judged: $(foreach run,$(SWEPT),$(run)/run.json) $(OUT)/rm_select/run.j
 # -- the speedrun: GSM8K by GRPO from the base, start-up included --
 
 speedrun: $(BASE) | $(ENV) ## GRPO on GSM8K from --model itself, pass@1 against minutes; on one GPU
-	$(PY) grpo.py $(strip $(GRPO) --sft-adapter none --pass-k 0 --eval-every 10 $(SPEEDRUN_FLAGS)) --out $(OUT)/speedrun --results $(RESULTS) --overwrite
+	$(RUN) grpo.py $(strip $(GRPO) --sft-adapter none --pass-k 0 --eval-every 10 $(SPEEDRUN_FLAGS)) --out $(OUT)/speedrun --results $(RESULTS) --overwrite
 
 # -- what a phase was built with: the file changes only when the flags do --
 

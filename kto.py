@@ -100,8 +100,8 @@ class Args:
     # -- what is measured at the end --
     eos_prompts: int = 64
     """Held-out prompts answered greedily for eos_rate."""
-    eos_tokens: int = 256
-    """Largest number of tokens per answer there."""
+    eos_tokens: int = 512
+    """Largest number of tokens per answer there [room for all but the longest answers of chat data]."""
     # -- run --
     preview: int = 0
     """Show this many examples as they would be trained, and what would be dropped; load no weights, train nothing."""
