@@ -1,6 +1,7 @@
 """Tokens per second of sampling: common.Sampler against transformers' generate, on random weights made in memory.
 
     python bench/sample.py --rows 64 256 --system rungs transformers-generate static-cache
+    python bench/sample.py --rows 64 --system rungs rungs-kernels --lora-rank 16     # Triton kernels (fast/kernels.py)
     python bench/sample.py --rows 64 --profile        # the kernels of one decoding step, by time
     python bench/sample.py --shape tiny --tokens 16   # a trial without a GPU
 
@@ -14,6 +15,7 @@ capturing, 1.8 and 2.6 GiB of tensors. Floor of a step: 1 GB of weights at 3 TB/
 """
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -32,8 +34,10 @@ from workload import SHAPES
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    system: tuple[Literal["rungs", "rungs-plain", "transformers-generate", "static-cache"], ...] = ("rungs",)
-    """What samples: common.Sampler with the fast or the plain engine, or generate with its dynamic or its static (compiled) cache."""
+    system: tuple[Literal["rungs", "rungs-kernels", "rungs-plain", "transformers-generate", "static-cache"],
+                  ...] = ("rungs",)
+    """What samples: common.Sampler with the fast engine, with the fast engine and its Triton kernels, or with the plain
+    engine; or generate with its dynamic or its static (compiled) cache."""
     lora_rank: tuple[int, ...] = (0,)
     """Rank of an adapter beside the weights (rungs); 0: none, which is what an adapter merged into them costs. One case each."""
     rows: tuple[int, ...] = (64,)
@@ -143,13 +147,15 @@ def profile(sampler: common.Sampler, rows: int, longest: int, device: torch.devi
 def main(args: Args) -> None:
     device = common.setup_device(args.device)
     model = make_model(args.shape, device)
-    cases = [(system, rank, rows) for system in args.system
-             for rank in (args.lora_rank if system.startswith("rungs") else (0,)) for rows in args.rows]
+    cases = [(system, rank, rows) for rank in args.lora_rank for rows in args.rows for system in args.system
+             if system.startswith("rungs") or rank == args.lora_rank[0]]  # the others without an adapter, once
     for system, rank, rows in cases:
         prompts = make_prompts(args, rows, model.config.vocab_size)
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        os.environ["RUNGS_KERNELS"] = "1" if system == "rungs-kernels" else "0"
+        rank = rank if system.startswith("rungs") else 0
         policy = policy_of(model, rank, "plain" if system == "rungs-plain" else "fast")
         if system.startswith("rungs"):
             sampler, call = rungs(policy, prompts, args)
@@ -160,7 +166,7 @@ def main(args: Args) -> None:
                  "ms_per_step": round(taken / args.tokens * 1e3, 3), "setup_s": round(first - taken, 1)}
         if device.type == "cuda":
             found["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-        if args.profile and system == "rungs":
+        if args.profile and system in ("rungs", "rungs-kernels"):
             found.update(profile(sampler, rows, max(map(len, prompts)) + args.tokens, device))
         settings = dataclasses.asdict(args) | {"rows": rows, "lora_rank": rank, "device": common.hardware()["device"],
                                                "torch": torch.__version__}

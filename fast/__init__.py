@@ -20,6 +20,7 @@ Why it is fast, in the order in which to read:
                 can be reused.
   sampler.py    Decoding with a cache that stays allocated, one recorded graph per step; rows that have ended leave the
                 batch.
+  kernels.py    What stands between the matrix products of a decoding step, in Triton: used with RUNGS_KERNELS=1.
 
 On a CPU the same code runs without compilation and recording. On CUDA, RUNGS_COMPILE=0 in the environment turns both
 off for passes over packs, which short runs want; the sampler always records its step, and compiles it unless

@@ -3,7 +3,9 @@ per step."""
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ class Projection(NamedTuple):
     """Linear layers of one input as one product; the rows of an adapter's A stand below those of W."""
     weight: Tensor             # [out + r, in]
     bias: Tensor | None        # [out + r]
-    b: Tensor | None = None    # [out, r], times alpha/r; None: no adapter, r = 0
+    b: Tensor | None = None    # Bᵀ [r, out], times alpha/r; None: no adapter, r = 0
 
 
 class Layer(NamedTuple):
@@ -43,13 +45,18 @@ class Layer(NamedTuple):
     eps: float
 
 
+def with_low(x: Tensor, p: Projection) -> Tensor:
+    """[x Wᵀ + bias | x Aᵀ]: [T, in] -> [T, out + r]."""
+    return F.linear(x, p.weight, p.bias)
+
+
 def project(x: Tensor, p: Projection) -> Tensor:
     """x Wᵀ + bias + alpha/r (x Aᵀ) Bᵀ: [T, in] -> [T, out]."""
-    y = F.linear(x, p.weight, p.bias)
+    y = with_low(x, p)
     if p.b is None:
         return y
-    out = len(p.b)
-    return y[:, :out] + F.linear(y[:, out:], p.b)  # not addmm, which copies y first; this sum joins what follows
+    out = p.b.shape[1]
+    return y[:, :out] + y[:, out:] @ p.b  # not addmm, which copies y first; this sum joins what follows
 
 
 def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,15 +77,19 @@ def attention_out(x: Tensor, attended: Tensor, w: Layer) -> tuple[Tensor, Tensor
 # token.
 
 
-def decode_begin(token: Tensor, start: Tensor, position: Tensor, first_slot: Tensor, columns: Tensor, embedding: Tensor,
-                 cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """For the tokens to feed [B]: embeddings [B, H], slots [B], cos and sin [B, 1, d], attention mask [B, 1, 1, L].
+def decode_begin(token: Tensor, start: Tensor, position: Tensor, columns: Tensor, embedding: Tensor):
+    """For the tokens to feed [B]: embeddings [B, H], and the place of each in its row [B].
 
     Token `position` of a completion is chosen by feeding the one before it, which stands at start + position of its
     row. columns: arange(L), the tokens of a row that attention looks at. A row that has ended stays within them.
     """
-    at = torch.minimum(start + position, columns[-1])                                           # [B]
-    x = F.embedding(token, embedding)
+    return F.embedding(token, embedding), torch.minimum(start + position, columns[-1])
+
+
+def decode_places(token: Tensor, start: Tensor, position: Tensor, columns: Tensor, embedding: Tensor,
+                  first_slot: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """decode_begin's embeddings [B, H], slots [B], cos and sin [B, 1, d], attention mask [B, 1, 1, L]."""
+    x, at = decode_begin(token, start, position, columns, embedding)
     mask = torch.where(columns <= at[:, None], 0.0, -math.inf).to(x.dtype)                      # [B, L]
     return x, first_slot + at, cos[at][:, None], sin[at][:, None], mask[:, None, None]
 
@@ -123,6 +134,7 @@ class Decoder:
     READBACK = 16            # steps between two looks at what was sampled
     LENGTH_BUCKET = 128      # lengths of the cache and of attention are multiples of it
     PREFILL_TOKENS = 8192    # of prompts in one forward
+    RANK_STEP = 16           # ranks are padded to multiples of it
 
     def __init__(self, base: nn.Module, choose: Callable, note: Callable[[str], Any], compile: bool = True):
         self.choose, self.note, self.noted = choose, note, False
@@ -170,25 +182,42 @@ class Decoder:
         addresses = [self.head, *(t.data_ptr() for t in tensors if isinstance(t, Tensor))]
         if addresses != self.addresses:  # graphs hold addresses; these are another model's
             self.addresses, self.graphs = addresses, {}
+        self.kernels = self._choose_kernels()
+
+    def _choose_kernels(self):
+        """fast.kernels where RUNGS_KERNELS=1 asks for them, there is Triton and they serve this model; else None."""
+        wanted = os.environ.get("RUNGS_KERNELS", "0") == "1"
+        runs = self.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        if not (wanted and runs and importlib.util.find_spec("triton")):
+            return None
+        from fast import kernels
+        return None if kernels.unsupported(self.config) else kernels
 
     def _fuse(self, name: str, *modules: nn.Module) -> Projection:
         """Linear layers (plain, NF4, with or without LoRA) as one projection in the compute dtype."""
-        bases = [getattr(m, "base_layer", m) for m in modules]
-        adapters = [[(scale, a.float(), b.float()) for scale, a, b in low_rank(m)] for m in modules]
-        factors_a = [a for factors in adapters for _, a, _ in factors]
-        rank, bias, b = sum(map(len, factors_a)), None, None
+        bases, adapters = [getattr(m, "base_layer", m) for m in modules], [low_rank(m) for m in modules]
+        # of each module; zeros fill up a smaller rank, so that rows are aligned and the kernels know where each begins
+        rank = round_up(max(sum(len(a) for _, a, _ in factors) for factors in adapters), self.RANK_STEP)
+        ranks, bias, b = rank * len(modules), None, None
         if len(modules) == 1 and not rank and bases[0].weight.dtype == self.dtype:
             weight = bases[0].weight
-        else:  # [W1; W2; …; A1; A2; …]
-            rows = [*(dequantized(m.weight) for m in bases), *factors_a]
+        else:  # [W1; W2; …; A1; A2; …], and B1ᵀ, B2ᵀ, … as blocks on a diagonal
+            a = torch.zeros(ranks, modules[0].in_features, device=self.device)
+            b = torch.zeros(ranks, sum(m.out_features for m in modules), device=self.device)
+            column = 0
+            for i, (m, factors) in enumerate(zip(modules, adapters)):
+                row = i * rank
+                for scale, factor_a, factor_b in factors:
+                    a[row:row + len(factor_a)] = factor_a
+                    b[row:row + len(factor_a), column:column + m.out_features] = scale * factor_b.float().T
+                    row += len(factor_a)
+                column += m.out_features
+            rows = [*(dequantized(m.weight) for m in bases), a]
             weight = self._store(f"{name} {rank}", [w.to(self.dtype) for w in rows])
+            b = self._store(f"{name}.b {rank}", [b.to(self.dtype)]) if rank else None
         if bases[0].bias is not None:
             biases = [m.bias for m in bases]
-            bias = self._store(f"{name}.bias {rank}", [*biases, biases[0].new_zeros(rank)])
-        if rank:  # the blocks B1, B2, … on a diagonal
-            blocks = [torch.cat([scale * b for scale, _, b in factors], 1) if factors else
-                      torch.zeros(m.out_features, 0, device=self.device) for factors, m in zip(adapters, bases)]
-            b = self._store(f"{name}.b", [torch.block_diag(*blocks).to(self.dtype)])
+            bias = self._store(f"{name}.bias {rank}", [*biases, biases[0].new_zeros(ranks)])
         return Projection(weight, bias, b)
 
     def _store(self, name: str, parts: Sequence[Tensor]) -> Tensor:
@@ -347,14 +376,12 @@ class Decoder:
     def _step(self, size: int, length: int, stride: int, kind: str) -> None:
         """Feed each row its token and choose the next: into the buffers, for the next step and for the readback."""
         fused = compiled if self.compile else lambda function: function
-        begin, enter, leave, end = map(fused, (decode_begin, decode_in, attention_out, decode_end))
-        x, slots, cos, sin, mask = begin(self.token[:size], self.start[:size], self.position, self.first_slot[:size],
-                                         self.columns[:length], self.embedding, self.cos, self.sin)
-        update = torch.zeros_like(x)
-        for w, cache in zip(self.layers, self.cache):
-            x, q = enter(x, update, w, cos, sin, cache, slots)
-            x, update = leave(x, attend(q, cache, stride, mask), w)
-        logits = self.head(end(x, update, self.norm))
+        fed = (self.token[:size], self.start[:size], self.position, self.columns[:length], self.embedding)
+        if self.kernels:
+            h = self._layers_by_kernels(*fused(decode_begin)(*fed), stride, length)
+        else:
+            h = self._layers(fused, *fused(decode_places)(*fed, self.first_slot[:size], self.cos, self.sin), stride)
+        logits = self.head(h)
         noise = (None, None, None) if kind == "greedy" else (self.seed, self.key[:size], self.position)
         # a sort, which nucleus sampling takes, is not fused anyway
         pick, top_p = (self.choose, self.top_p) if kind == "nucleus" else (fused(self.choose), None)
@@ -364,3 +391,24 @@ class Decoder:
         self.logprobs[:, :size].index_copy_(0, at, logprob[None])
         self.token[:size] = token
         self.position += 1
+
+    def _layers(self, fused: Callable, x: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
+                stride: int) -> Tensor:
+        """The decoder's layers over one token per row, in torch: embeddings -> last hidden states, [B, H]."""
+        enter, leave, end = map(fused, (decode_in, attention_out, decode_end))
+        update = torch.zeros_like(x)
+        for w, cache in zip(self.layers, self.cache):
+            x, q = enter(x, update, w, cos, sin, cache, slots)
+            x, update = leave(x, attend(q, cache, stride, mask), w)
+        return end(x, update, self.norm)
+
+    def _layers_by_kernels(self, x: Tensor, at: Tensor, stride: int, length: int) -> Tensor:
+        """The same by fast/kernels.py; at: each row's new position [B]."""
+        kernels, update, b = self.kernels, torch.zeros_like(x), None
+        for w, cache in zip(self.layers, self.cache):
+            h = kernels.add_norm(x, update, b, (w.input_norm, w.eps))
+            attended = kernels.attend(with_low(h, w.qkv), w.qkv.b, w.q_norm, w.k_norm, w.eps, self.cos, self.sin, at,
+                                      cache, stride, length)
+            h = kernels.add_norm(x, with_low(attended, w.o), w.o.b, (w.post_norm, w.eps))
+            update, b = with_low(kernels.swiglu(with_low(h, w.gate_up), w.gate_up.b), w.down), w.down.b
+        return kernels.add_norm(x, update, b, self.norm)

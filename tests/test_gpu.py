@@ -280,6 +280,46 @@ def test_sampler_noise_is_the_rows_alone(pair, compiled, top_p):
     assert [c.ids for c in sampler.sample(prompts, 24, **how | {"seed": 6})] != [c.ids for c in whole]
 
 
+@pytest.mark.parametrize("kind, rank", [("qwen2", 16), ("qwen3", 32)])
+def test_sampler_by_kernels(pair, kind, rank, monkeypatch):
+    """Triton kernels (fast/kernels.py): in fp32 the torch path's tokens, greedy and sampled; in bf16 as near to fp32 as
+    the torch path is."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    _, tokenizer, _, _ = pair
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, hidden_size=896, intermediate_size=1200, num_hidden_layers=3, head_dim=64,
+                                  num_attention_heads=14, num_key_value_heads=2, vocab_size=len(tokenizer),
+                                  max_position_embeddings=1024, initializer_range=0.05)
+    policy = AutoModelForCausalLM.from_config(config).to(DEVICE, torch.float32).eval().requires_grad_(False)
+    if rank:
+        policy = common.add_lora(policy, rank, 2 * rank)
+        for p in common.trainable(policy):
+            torch.nn.init.normal_(p, std=0.02)
+    prompts = random_prompts(tokenizer, 40) + [[5] * 600] * 2  # at 8 rows, the long ones' keys are split
+    budgets = [1 + (i * 37) % 60 for i in range(40)] + [70, 80]
+    for how in ({}, {"temperature": 1.0, "seed": 3}):
+        done = []
+        for kernels in "01":
+            monkeypatch.setenv("RUNGS_KERNELS", kernels)
+            sampler = common.Sampler(policy, tokenizer, short=True)
+            assert bool(sampler.decoder.kernels) == (kernels == "1")
+            done.append(sampler.sample(prompts, budgets, **how))
+        assert [c.ids for c in done[1]] == [c.ids for c in done[0]]
+        for a, b in zip(*done):
+            torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
+    exact = common.Sampler(policy, tokenizer, short=True).sample(prompts, 1)
+    common.base_of(policy).to(torch.bfloat16)
+    gaps = []
+    for kernels in "01":
+        monkeypatch.setenv("RUNGS_KERNELS", kernels)
+        done = common.Sampler(policy, tokenizer, short=True).sample(prompts, 1)
+        same = [(a, b) for a, b in zip(done, exact) if a.ids == b.ids]
+        assert len(same) > len(prompts) / 2
+        gaps.append(sum(abs(a.logprobs[0] - b.logprobs[0]) for a, b in same) / len(same))
+    print("mean gap to fp32: torch", gaps[0], "kernels", gaps[1])
+    assert gaps[1] < 2 * gaps[0]
+
+
 def test_sampler_graphs_follow_the_policy(pair):
     """A graph captured with one policy decodes the next one after refresh, as a fresh sampler does."""
     directory, tokenizer, _, _ = pair

@@ -1,0 +1,194 @@
+"""Check each kernel of fast/kernels.py against torch, and time it on a GPU.
+
+    python bench/kernels.py                         # on a GPU: fp32 and bfloat16, then microseconds
+    TRITON_INTERPRET=1 python bench/kernels.py      # on a CPU, by Triton's interpreter: small shapes, fp32 and float16
+
+One JSON line per kernel and case: `gap` is the largest difference from the torch functions of fast/sampler.py, computed
+in fp32 from the same inputs, relative to the largest value of the result. The exit status is 1 unless it stays below
+1e-5 in fp32, and below eight roundings in half precision (4e-3 in float16, 3e-2 in bfloat16, whose products Triton 3.8's
+interpreter can't compute). `us` is the mean time of one call inside a CUDA graph of many. What the kernels replace:
+`python bench/sample.py --profile`.
+"""
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from fast import kernels
+from fast.decoder import add_norm, split_heads, swiglu
+from fast.sampler import attend
+
+BOUND = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# heads, kv heads, d, H, I: Qwen2.5-0.5B, Qwen3-0.6B, SmolLM2-135M; and small ones for the interpreter
+SHAPES = {"qwen2.5-0.5b": (14, 2, 64, 896, 4864), "qwen3-0.6b": (16, 8, 128, 1024, 3072),
+          "smollm2-135m": (9, 3, 64, 576, 1536)}
+SMALL = {"small": (6, 2, 32, 80, 72), "small-normed": (4, 4, 32, 64, 64)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    rows: tuple[int, ...] = (8, 64, 256)
+    """Rows; one case each (the interpreter takes 3)."""
+    lora_rank: tuple[int, ...] = (0, 16, 32)
+    """Rank of the adapter beside the weights; one case each."""
+    length: int = 384
+    """Slots of a row that attention may look at; rows stand at random places in them."""
+    shape: tuple[str, ...] = tuple(SHAPES)
+    """Models whose layers' shapes are taken (the interpreter has small ones of its own)."""
+    dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Types (the interpreter takes fp32 and float16)."""
+    time: bool = True
+    """Time each kernel (GPU)."""
+    tune: bool = False
+    """Time attention with other settings, too (GPU)."""
+
+
+def low_term(y, b, sizes):
+    """Projections [B, Σ out] from [x Wᵀ | x Aᵀ], in fp32."""
+    out = sum(sizes)
+    return y[:, :out] + (0 if b is None else y[:, out:] @ b)
+
+
+def make_b(sizes, rank, scale, like):
+    """Bᵀ of projections of these sizes as blocks on a diagonal, [n r, Σ out]."""
+    if not rank:
+        return None
+    return torch.block_diag(*(scale * torch.randn(rank, n) for n in sizes)).to(like.device, like.dtype)
+
+
+class Case:
+    """Random inputs of one layer's three kernels, and what torch makes of them."""
+
+    def __init__(self, shape, rows, rank, length, dtype, device, normed):
+        torch.manual_seed(rows + rank)
+        self.heads, self.kv, self.d, self.H, self.I = shape
+        self.rows, self.length, self.dtype = rows, length, dtype
+        like = torch.zeros((), dtype=dtype, device=device)
+
+        def random(*size, scale=1.0):
+            return (scale * torch.randn(*size)).to(like)
+        self.x, self.norm = random(rows, self.H), (random(self.H), 1e-6)
+        self.y, self.b = random(rows, self.H + rank), make_b([self.H], rank, 0.1, like)
+        self.qkv_sizes = [self.heads * self.d, self.kv * self.d, self.kv * self.d]
+        self.qkv, self.qkv_b = random(rows, sum(self.qkv_sizes) + 3 * rank), make_b(self.qkv_sizes, rank, 0.1, like)
+        self.q_norm, self.k_norm = (random(self.d), random(self.d)) if normed else (None, None)
+        self.stride = length + 128  # rows don't end where attention does
+        angle = torch.rand(length, self.d // 2) * 6.28
+        self.cos, self.sin = (f(angle).repeat(1, 2).to(like) for f in (torch.cos, torch.sin))
+        self.cache = random((rows + 1) * self.stride, 2, self.kv, self.d)
+        self.at = torch.randint(length, (rows,))
+        self.at[0], self.at[-1] = 0, length - 1  # the shortest and the longest possible
+        self.at = self.at.to(device)
+        self.gate_up = random(rows, 2 * self.I + 2 * rank)
+        self.gate_up_b = make_b([self.I, self.I], rank, 0.1, like)
+
+    # Each kernel: the tensors to compare, and the call to time. `_torch`: the same in fp32 from the same inputs.
+
+    def add_norm(self):
+        x = self.x.clone()
+        return self.add_norm_alone(x), x
+
+    def add_norm_alone(self, x=None):
+        return kernels.add_norm(self.x if x is None else x, self.y, self.b, self.norm)
+
+    def add_norm_torch(self):
+        f = torch.float32
+        b = None if self.b is None else self.b.to(f)
+        x, h = add_norm(self.x.to(f), low_term(self.y.to(f), b, [self.H]), (self.norm[0].to(f), self.norm[1]))
+        return h, x
+
+    def attend(self):
+        self.cache, kept = self.cache.clone(), self.cache
+        out, cache = self.attend_alone(), self.cache
+        self.cache = kept
+        return out, cache
+
+    def attend_alone(self):
+        return kernels.attend(self.qkv, self.qkv_b, self.q_norm, self.k_norm, 1e-6, self.cos, self.sin, self.at,
+                              self.cache, self.stride, self.length)
+
+    def attend_torch(self):
+        f = torch.float32
+        b = None if self.qkv_b is None else self.qkv_b.to(f)
+        norms = () if self.q_norm is None else ((self.q_norm.to(f), 1e-6), (self.k_norm.to(f), 1e-6))
+        q, k, v = split_heads(low_term(self.qkv.to(f), b, self.qkv_sizes), self.heads, self.kv, norms,
+                              self.cos.to(f)[self.at][:, None], self.sin.to(f)[self.at][:, None])
+        cache = self.cache.to(f, copy=True)
+        cache[self.stride * torch.arange(self.rows, device=self.at.device) + self.at] = torch.stack([k, v], 1)
+        columns = torch.arange(self.length, device=self.at.device)
+        mask = torch.where(columns <= self.at[:, None], 0.0, -torch.inf).to(f)[:, None, None]
+        return attend(q, cache, self.stride, mask), cache
+
+    def swiglu(self):
+        return self.swiglu_alone(),
+
+    def swiglu_alone(self):
+        return kernels.swiglu(self.gate_up, self.gate_up_b)
+
+    def swiglu_torch(self):
+        f = torch.float32
+        b = None if self.gate_up_b is None else self.gate_up_b.to(f)
+        return swiglu(low_term(self.gate_up.to(f), b, [self.I, self.I])),
+
+
+def microseconds(call, repeats: int = 50) -> float:
+    """Mean time of a call on the GPU, in a CUDA graph of `repeats` calls."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    graph.replay()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(4):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / repeats / 4 * 1e3
+
+
+def tune(case: Case) -> dict[str, float]:
+    """Time of attention by (keys per iteration, warps, stages); the module's settings stay."""
+    settings = kernels.ATTEND_BLOCK, kernels.ATTEND_WARPS, kernels.ATTEND_STAGES
+    times = {}
+    for choice in ((32, 4, 3), (32, 2, 4), (64, 2, 3), (64, 4, 2), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 2)):
+        kernels.ATTEND_BLOCK, kernels.ATTEND_WARPS, kernels.ATTEND_STAGES = choice
+        times["/".join(map(str, choice))] = round(microseconds(case.attend_alone), 2)
+    kernels.ATTEND_BLOCK, kernels.ATTEND_WARPS, kernels.ATTEND_STAGES = settings
+    return times
+
+
+def main(args: Args) -> None:
+    gpu = torch.cuda.is_available()
+    device, right = torch.device("cuda" if gpu else "cpu"), True
+    shapes = {name: SHAPES[name] for name in args.shape} if gpu else SMALL
+    dtypes = [getattr(torch, name) for name in args.dtype] if gpu else [torch.float32, torch.float16]
+    rows, ranks = (args.rows, args.lora_rank) if gpu else ((3,), (0, 16))
+    length = args.length if gpu else 600  # two splits
+    for name, shape in shapes.items():
+        for n, rank in ((n, rank) for n in rows for rank in ranks):
+            for dtype in dtypes:
+                case = Case(shape, n, rank, length, dtype, device, normed=name in ("qwen3-0.6b", "small-normed"))
+                for kernel in ("add_norm", "attend", "swiglu"):
+                    gap = max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in
+                              zip(getattr(case, kernel)(), getattr(case, kernel + "_torch")(), strict=True))
+                    line = {"kernel": kernel, "shape": name, "rows": n, "rank": rank, "dtype": str(dtype)[6:],
+                            "gap": gap, "right": gap < BOUND[dtype]}  # False for a NaN
+                    right = right and line["right"]
+                    if gpu and args.time and dtype == torch.bfloat16:
+                        line["us"] = round(microseconds(getattr(case, kernel + "_alone")), 2)
+                        if args.tune and kernel == "attend":
+                            line["tuned"] = tune(case)
+                    print(json.dumps(line), flush=True)
+    sys.exit(0 if right else 1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
