@@ -13,10 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer
-from transformers.utils.chat_template_utils import _compile_jinja_template
-
 from common import fail, read_json
 
 # A base model already reads plain role markers. Its EOS ends the assistant's turn (Qwen2.5-base: <|endoftext|>).
@@ -76,6 +72,7 @@ def load_tokenizer(model_dir: str | Path):
     chat_format: see ChatFormat.
     Fails on a tokenizer without EOS, one that no template serves, and ids beyond the model's embedding.
     """
+    from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
     except (OSError, ValueError) as e:
@@ -155,6 +152,7 @@ def template_problem(tokenizer) -> str | None:
     stop token; the token ids must be those of the text as a whole. A template that fails only with a system message is
     used, and conversations with one are refused.
     """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
     named = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {*tokenizer.all_special_tokens}
     try:
         template = _compile_jinja_template(tokenizer.chat_template)
@@ -204,6 +202,7 @@ def same_text(a: str, b: str) -> bool:
 
 def knows_every_byte(tokenizer) -> bool:
     """Does the vocabulary hold every byte, as a byte-level tokenizer's characters or as <0x00> to <0xFF>?"""
+    from tokenizers.pre_tokenizers import ByteLevel
     for bytes_ in (ByteLevel.alphabet(), [f"<0x{i:02X}>" for i in range(256)]):
         if all(i not in (None, tokenizer.unk_token_id) for i in tokenizer.convert_tokens_to_ids([*bytes_])):
             return True
@@ -319,6 +318,7 @@ def render_text(tokenizer, messages: list[dict], train: str = "all",
     Raises Unrenderable where the template refuses the conversation, or writes other text than the answer's (but for
     whitespace around it), or no stop token after it.
     """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
     chat = tokenizer.chat_format
     template = _compile_jinja_template(tokenizer.chat_template)
 

@@ -38,25 +38,24 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its note on optional CPU kernels at every import
-gc.disable()  # half a million objects of libraries stay: looking through them for garbage, now and later, takes seconds
+gc.disable()  # what a library makes at import stays: no search for garbage in it, now or later (as import_library)
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from filelock import FileLock, Timeout
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:  # transformers and PEFT take seconds to import: done in the functions that need them
+    from peft import PeftModel
 
 try:
     import fast
@@ -66,8 +65,6 @@ except ModuleNotFoundError as e:  # without the folder everything runs on the pl
     fast = None
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks transformers the old way
-transformers.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
 gc.freeze()
 gc.enable()
 
@@ -479,6 +476,17 @@ def resolve_model(model: str) -> Path:
     return path
 
 
+@functools.cache
+def import_library(name: str) -> None:
+    """Import a large library without looking for garbage meanwhile, or in its objects later."""
+    gc.disable()
+    try:
+        importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def skeleton(model_dir: str | Path) -> nn.Module:
     """The model that a directory's config.json describes, without weights (a few hundredths of a second).
 
@@ -489,6 +497,9 @@ def skeleton(model_dir: str | Path) -> nn.Module:
     if method := config.get("quantization_config"):
         fail(f"{model_dir}: its weights are quantised already ({method.get('quant_method')}); adapters are merged into "
              f"full-precision weights, so give the original model")
+    import_library("transformers.modeling_utils")
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
@@ -496,7 +507,7 @@ def skeleton(model_dir: str | Path) -> nn.Module:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         fail(f"{model_dir}: transformers {transformers.__version__} makes no causal language model of its config.json "
              f"(model_type {config.get('model_type')}): {reason}")
-    if any(isinstance(module, Conv1D) for module in model.modules()):
+    if any(isinstance(module, transformers.pytorch_utils.Conv1D) for module in model.modules()):
         fail(f"{model_dir}: the projections of {config['model_type']} are transposed (Conv1D), which LoRA here doesn't "
              f"serve; choose a model with ordinary linear layers")
     return model
@@ -615,6 +626,10 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
     The merge W + (alpha/r)·B·A is computed in fp32 from the original weights and rounded once.
     engine: "fast" or "plain", as choose_engine gives it; by default fast where it serves the model.
     """
+    import_library("peft")  # with it transformers' modelling
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()  # of a load that takes a second
     capped = read_json(Path(model_dir) / "config.json").get("attn_logit_softcapping")  # which sdpa leaves out
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager" if capped else "sdpa",
                               "use_safetensors": True}
@@ -656,6 +671,7 @@ def lora_targets(model: nn.Module) -> tuple[str, ...]:
 
 def add_lora(model: nn.Module, r: int = 16, alpha: int = 32) -> PeftModel:
     """The model with a fresh trainable LoRA on its lora_targets: fp32, cast in the forward, B = 0."""
+    from peft import LoraConfig, get_peft_model
     policy = get_peft_model(model, LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=list(lora_targets(model)),
         task_type="CAUSAL_LM"))
@@ -697,6 +713,7 @@ def load_scorers(model_dir: str | Path, adapters: dict[str, str | Path], quantiz
     model = load_model(model_dir, None, quantization, dtype, device, engine)
     setattr(model, HEAD, new_head(model))
     (first, path), *others = adapters.items()
+    from peft import PeftModel
     scorers = PeftModel.from_pretrained(model, path, adapter_name=first)
     for name, path in others:
         scorers.load_adapter(path, name)
@@ -766,6 +783,7 @@ def reference(policy: PeftModel):
 
 def attach_adapter(model: nn.Module, adapter: str | Path) -> PeftModel:
     """The model with a saved adapter beside its weights (unmerged, fp32, cast in the forward), for evaluation."""
+    from peft import PeftModel
     return PeftModel.from_pretrained(model, adapter).eval().requires_grad_(False)
 
 
@@ -798,7 +816,9 @@ def read_factors(adapter: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
 def lora_scale(config: dict[str, Any], module: str) -> float:
     """The factor of B A at a module, from an adapter_config.json."""
     def value(field: str, pattern: str) -> float:
-        by_module = config.get(pattern) or {}
+        if not (by_module := config.get(pattern)):
+            return config[field]
+        from peft.utils.other import get_pattern_key
         return by_module.get(get_pattern_key(by_module.keys(), module), config[field])
     r, alpha = value("r", "rank_pattern"), value("lora_alpha", "alpha_pattern")
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
@@ -816,6 +836,7 @@ def check_plain_adapter(adapter: Path) -> None:
     if not (adapter / "adapter_model.safetensors").is_file():
         pickled = "; adapter_model.bin is not read, since unpickling runs code: load it with PEFT, then save_pretrained"
         fail(f"{adapter}: no adapter_model.safetensors" + pickled * (adapter / "adapter_model.bin").is_file())
+    from peft import LoraConfig
     config = read_json(adapter / "adapter_config.json")
     default = LoraConfig().to_dict()
     for field, value in config.items():
@@ -945,6 +966,7 @@ def save_policy(policy: PeftModel, parent: str | Path | None, directory: Path, t
         tensors[f"base_model.model.{HEAD}.weight"] = head.weight.detach().float().cpu().contiguous()
     directory.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, directory)
+    from peft import LoraConfig
     config = LoraConfig(r=r, lora_alpha=LORA_SCALE * r, lora_dropout=0.0, bias="none",
                         task_type="CAUSAL_LM" if head is None else "SEQ_CLS", inference_mode=True,
                         modules_to_save=None if head is None else [HEAD],
@@ -1029,7 +1051,7 @@ def is_fast(model: nn.Module) -> bool:
 
 def base_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT one; any other model as it is."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # a method of PEFT's alone
 
 
 def device_of(model: nn.Module) -> torch.device:

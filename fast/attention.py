@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:  # CUDA's variable-length kernel; the CPU path below has the same semantics
+
+@functools.cache
+def varlen():
+    """CUDA's variable-length kernel and its parameters. Its import brings in torch's compiler, which takes seconds."""
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover
-    varlen_attn = None
-VARLEN = inspect.signature(varlen_attn).parameters if varlen_attn else {}
+    return varlen_attn, inspect.signature(varlen_attn).parameters
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float | None = None,
@@ -26,8 +27,9 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_le
         k, v = k.index_select(0, keys), v.index_select(0, keys)  # [L, kv, d]
     grouped = q.shape[1] != k.shape[1]
     if q.is_cuda and q.dtype != torch.float32:
-        mask = {"window_size": (-1, 0)} if "window_size" in VARLEN else {"is_causal": True}
-        if "enable_gqa" in VARLEN:  # torch 2.11 accepts fewer key heads than query heads without the argument
+        varlen_attn, options = varlen()
+        mask = {"window_size": (-1, 0)} if "window_size" in options else {"is_causal": True}
+        if "enable_gqa" in options:  # torch 2.11 accepts fewer key heads than query heads without the argument
             mask["enable_gqa"] = grouped
         # FlashAttention's causal mask puts the last query at the last key.
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, max_length, max_length, scale=scale, **mask)
