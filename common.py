@@ -2051,6 +2051,12 @@ SCHEMA_VERSION = 1
 ROW_KEY = ("name", "config_hash", "adapter_sha256", "eval_hash")
 
 
+def results_stem(record: dict[str, Any]) -> str:
+    """`<name>-<train_invariants>-s<seed>`: the name of a run's file of figures, so that one results directory holds
+    several seeds and bases, while a run that is repeated with other settings replaces its own file."""
+    return f"{record['name']}-{record['train_invariants']}-s{record['seed']}"
+
+
 def read_results(path: str | Path) -> dict[str, Any]:
     """{"schema_version": 1, "runs": [row, …]}; empty when there is no file. Fails on a newer schema."""
     path = Path(path)

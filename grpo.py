@@ -142,7 +142,7 @@ class Args:
     out: str = "runs/grpo_v1"
     """Run directory."""
     results: str = "results"
-    """Where grpo/<name>.json and grpo/<name>.png go."""
+    """Where grpo/<name>-<train_invariants>-s<seed>.json and .png go."""
     overwrite: bool = False
     """Move another configuration's run in --out aside."""
     micro_tokens: int = 8192
@@ -552,13 +552,13 @@ def answers(greedy: list[Group]) -> list[dict]:
 
 
 def write_results(run, args: Args, heldout: list[Problem], after_answers: list[dict], after: dict) -> None:
-    """completions.jsonl (greedy answers to held-out problems, before and after), results/grpo/<name>.json and .png."""
+    """completions.jsonl (greedy answers to held-out problems, before and after), results/grpo/<name>-….json, .png."""
     common.write_text(run.directory / "completions.jsonl", "".join(
         common.to_json({"prompt": p.text, "row": common.nulled(p.row), "before": b, "after": a}) + "\n"
         for p, b, a in zip(heldout, run.state["answers"], after_answers)))
     log, record = [json.loads(line) for line in run.log_file.read_text().splitlines()], run.record
     measured = [*log, {"step": args.updates, **{f"heldout_{k}": v for k, v in after.items()}}]
-    results_path = Path(args.results) / "grpo" / record["name"]
+    results_path = Path(args.results) / "grpo" / common.results_stem(record)
     labels = {"pass_1": "pass@1", "flexible_1": "flexible pass@1", "pass_k": f"pass@{args.pass_k}"}
     before, after = ({labels.get(k, k): v for k, v in figures.items()} for figures in (run.state["before"], after))
     evaluations = [{k.removeprefix("heldout_"): v for k, v in line.items() if k == "step" or k.startswith("heldout_")}

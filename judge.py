@@ -33,8 +33,8 @@ Deliberate choices:
     python judge.py --rows runs/dpo_v1 runs/ppo_v1 --against runs/sft_v2 --judge-model runs/rm_watch
     python judge.py --judge-model gpt-4o --judge-url https://api.openai.com/v1       # its key: OPENAI_API_KEY
 
-Completions, scores and verdicts are kept line by line in results/judge/cache: a run that was cut off goes on where it
-was, and nothing is sampled or asked twice.
+Completions, scores and verdicts are kept line by line in cache/ beside the results: a run that was cut off goes on where
+it was, and nothing is sampled or asked twice.
 
 Shapes: n prompts, R resamples of the bootstrap.
 """
@@ -123,7 +123,8 @@ class Args:
     """Tokens the reply of an API may take."""
     # -- run --
     results: str = "results"
-    """Where judge/<a>_vs_<b>.json, the same without text in judge/summaries/, judge/guardrails.json and the page go."""
+    """Its directory judge/<train_invariants>-s<seed of the policies>/ gets <a>_vs_<b>.json, the same without text in
+    summaries/, guardrails.json and the page index.html."""
     micro_tokens: int = 16384
     """Tokens of one forward: memory and speed, not the figures; a longer sequence makes a pack of its own."""
     engine: Literal["auto", "fast", "plain"] = "auto"
@@ -491,7 +492,7 @@ def sample(policy: Callable[[], Any], tokenizer, prompts: Sequence[Prompt], n: i
 def reward_scores(adapter: str, run: dict, model_dir: Path, pairs: Sequence[tuple[Prompt, Answer]], end_id: int,
                   args: Args, device) -> list[float]:
     """A reward model's score of each answer, read at its stop token; an answer without one is given end_id."""
-    lines = Lines(Path(args.results) / "judge" / "cache" / f"scores-{run['adapter_sha256'][:16]}.jsonl")
+    lines = Lines(Path(args.results) / "cache" / f"scores-{run['adapter_sha256'][:16]}.jsonl")
     examples = [Example.completion(p.ids, a.ids if a.ended else [*a.ids, end_id]) for p, a in pairs]
     keys = [common.sha256_json(e.ids)[:16] for e in examples]
     if todo := {key: e for key, e in zip(keys, examples) if key not in lines.found}:
@@ -661,7 +662,7 @@ COST = ("requests", "prompt_tokens", "completion_tokens", "seconds")
 def ask_all(judge: Judge, compared: dict[str, list[dict]], args: Args, device) -> dict[str, dict[str, float]]:
     """Put both verdicts into each entry of every comparison. Returns what those of each comparison cost."""
     name = f"verdicts-{common.sha256_json(judge.identity)[:16]}.jsonl"
-    lines = Lines(Path(args.results) / "judge" / "cache" / name)
+    lines = Lines(Path(args.results) / "cache" / name)
     keys, questions, costs = {}, {}, {}
     for pair, entries in compared.items():
         for e in entries:
@@ -789,9 +790,8 @@ def page_html(comparisons: list[dict], guardrails: dict | None) -> str:
     return html.replace(PAGE_DATA, PAGE_DATA.replace("null", records.replace("<", "\\u003c")))
 
 
-def write_page(results: Path) -> None:
-    """<results>/judge/index.html: every <a>_vs_<b>.json beside it, in the order of their names, and guardrails.json."""
-    directory = Path(results) / "judge"
+def write_page(directory: Path) -> None:
+    """<directory>/index.html: every <a>_vs_<b>.json beside it, in the order of their names, and guardrails.json."""
     comparisons = [{"file": path.stem, **common.read_json(path)} for path in sorted(directory.glob("*_vs_*.json"))]
     guardrails = directory / "guardrails.json"
     rows = common.read_json(guardrails) if guardrails.is_file() else None
@@ -857,7 +857,9 @@ def main(args: Args) -> None:
         scores = iter(reward_scores(args.reward_adapter, scorer, model_dir, flat, tokenizer.end_id, args, device))
         return [choose_best(each, list(itertools.islice(scores, len(each)))) for each in drawn]
 
-    directory = Path(args.results) / "judge"
+    seed = next((row.run["seed"] for row in (reference, *rows) if row.run), None)
+    directory = Path(args.results) / "judge" / f"{invariants.hash}-s{seed}"  # one per base and seed of the policies
+    args = replace(args, results=str(directory))
     with locked(directory):
         # 2. Completions and guardrails of each row.
         reference_id = {k: reference.record[k] for k in ("name", "config_hash", "adapter_sha256")}
@@ -887,11 +889,14 @@ def main(args: Args) -> None:
                 "cost": {k: round(v, 2) for k, v in costs[row.name].items()}, "prompts": entries}
             place = place_for(directory, row.name, reference.name, result["judge"])
             common.write_json(place, result)
-            common.write_json(directory / "summaries" / place.name, {k: v for k, v in result.items() if k != "prompts"})
+            scores = [[e["id"], e["score"], e["tokens_a"] - e["tokens_b"]] for e in entries]
+            summary = {k: v for k, v in result.items() if k != "prompts"} | {"scores": scores}
+            common.write_json(directory / "summaries" / place.name, summary)
             show(result)
         if judge and judge.kind != "reward":  # of a reward model report.py says it, from its held-out pairs
             common.say(f'note: whether {judge.model} beats "the longer answer wins" on held-out pairs is not known')
-        write_page(Path(args.results))
+        write_page(directory)
+        common.say(f"side by side: {directory / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ class Args:
     out: str = "runs/ppo_v1"
     """Run directory."""
     results: str = "results"
-    """Where ppo/<name>.json and ppo/<name>.png go."""
+    """Where ppo/<name>-<train_invariants>-s<seed>.json and .png go."""
     overwrite: bool = False
     """Move another configuration's run in --out aside."""
     micro_tokens: int = 4096
@@ -610,12 +610,12 @@ def score_changes(before: list[dict], after: list[dict]) -> dict[str, list[float
 
 
 def write_results(run, args: Args, fixed: list[Prompt], after: list[dict], means: dict, scorer_runs: dict) -> None:
-    """completions.jsonl (the fixed prompts' answers, before and after), results/ppo/<name>.json and .png."""
+    """completions.jsonl (the fixed prompts' answers, before and after), results/ppo/<name>-….json, .png."""
     common.write_text(run.directory / "completions.jsonl", "".join(
         common.to_json({"prompt": p.text, "before": b, "after": a}) + "\n"
         for p, b, a in zip(fixed, run.state["before"], after)))
     log, record = [json.loads(line) for line in run.log_file.read_text().splitlines()], run.record
-    results_path = Path(args.results) / "ppo" / record["name"]
+    results_path = Path(args.results) / "ppo" / common.results_stem(record)
     models = {f"{k}_model": {"name": v["name"], "config_hash": v["config_hash"]} for k, v in scorer_runs.items()}
     common.write_json(f"{results_path}.json", {"schema_version": 1, **{k: record[k] for k in (
         "name", "model", "config_hash", "family", "seed", "train_invariants", "adapter_sha256", "data")}, **models,

@@ -159,10 +159,9 @@ def read_records(results: Path, rows: list[dict], group: tuple[str, ...]) -> dic
     file ("": none), and a `note` on one whose train_invariants are not those of `rows`. Fails on a newer schema."""
     records = {kind: [] for kind in ("rm", "ppo", "grpo", "judge", "guardrails", "runs")}
     climb = rows[0] if rows else None
-    folders = [kind for kind in records if kind != "guardrails"]
-    places = [(folder, path) for folder in folders for path in sorted((results / folder).glob("*.json"))]
-    places += [("judge", path) for path in sorted((results / "judge" / "summaries").glob("*.json"))
-               if not (results / "judge" / path.name).is_file()]  # without the text of prompts and answers
+    places = [(folder, path) for folder in ("rm", "ppo", "grpo", "runs") for path in sorted((results / folder).glob("*.json"))]
+    places += [("guardrails", path) for path in sorted(results.glob("judge/*/guardrails.json"))]
+    places += [("judge", path) for path in sorted(results.glob("judge/*/summaries/*.json"))]  # without the answers
     for folder, path in places:
         record, plot = {"name": path.stem, **read_json(path)}, path.with_suffix(".png")
         version = record.get("schema_version")
@@ -180,7 +179,7 @@ def read_records(results: Path, rows: list[dict], group: tuple[str, ...]) -> dic
         note = f"‡ {record['name']}: train_invariants {own}, where {climb['name']} has {theirs}; no part of this climb."
         record |= {"label": record["name"] + "‡" * (own != theirs), "note": note if own != theirs else ""}
         record["plot"] = f"{folder}/{plot.name}" if plot.is_file() else ""
-        records["guardrails" if path.stem == "guardrails" else folder].append(record)
+        records[folder].append(record)
     return {kind: sorted(found, key=lambda record: bool(record["note"])) for kind, found in records.items()}
 
 

@@ -101,7 +101,7 @@ class Args:
     out: str = "runs/rm_v1"
     """Run directory; with --score the file to write (by default FILE.scored.jsonl)."""
     results: str = "results"
-    """Where rm/<name>.json and rm/<name>.png go."""
+    """Where rm/<name>-<train_invariants>-s<seed>.json and .png go."""
     overwrite: bool = False
     """Move another configuration's run in --out aside."""
     micro_tokens: int = 8192
@@ -323,7 +323,7 @@ def length_matched(lengths: Tensor, tolerance: float = 0.1) -> Tensor:
 
 
 def evaluation(scores: Tensor, lengths: Tensor, centring: float) -> dict:
-    """results/rm/<name>.json's figures, from scores and answer lengths in tokens of (chosen, rejected), [pairs, 2]."""
+    """results/rm/<name>-….json's figures, from scores and answer lengths in tokens of (chosen, rejected), [pairs, 2]."""
     margin, longer = scores[:, 0] - scores[:, 1], (lengths[:, 0] - lengths[:, 1]).double()
     bins = calibration(margin)
     return {
@@ -338,10 +338,10 @@ def evaluation(scores: Tensor, lengths: Tensor, centring: float) -> dict:
 
 
 def write_results(directory: Path, record: dict, scores: Tensor, lengths: Tensor, figures: dict) -> None:
-    """Write directory/<name>.json, the run's identity and `figures`, and directory/<name>.png, its plot."""
+    """Write directory/<name>-<train_invariants>-s<seed>.json, the run's identity and `figures`, and its plot, .png."""
     identity = {k: record[k] for k in ("name", "model", "config_hash", "family", "seed", "train_invariants",
                                        "adapter_sha256", "data", "data_sources", "command", "args")}
-    path = directory / record["name"]
+    path = directory / common.results_stem(record)
     common.write_json(f"{path}.json", {"schema_version": 1, **common.without_places(identity), **figures})
     common.write_atomic(f"{path}.png", lambda p: plot(scores, lengths, figures, record["name"], p))
 

@@ -444,7 +444,7 @@ def test_nothing_to_learn_moves_nothing(grpo_args, tmp_path, capsys):
         assert not {"policy_loss", "entropy", "sampler_gap", "kl"} & line.keys()
     saved = load_file(Path(out) / "adapter_model.safetensors")
     assert all((t[:, 16:] == 0).all() for k, t in saved.items() if "lora_B" in k)
-    results = json.loads((tmp_path / "grpo" / "run.json").read_text())
+    results = json.loads(next(tmp_path.glob("grpo/run-*.json")).read_text())
     assert results["curves"]["kl"] == [None] * 3
 
 
@@ -583,7 +583,7 @@ def test_run_directory_and_results(grpo_run, grpo_args, sft_run):
     assert run["data"].keys() == {"task", "train"} and run["data"]["task"].startswith("sha256:")
     assert run["data_sources"] == {"train": {}, "heldout": {}}  # the task's rows name no source
     assert [line["step"] for line in lines] == [0, 1, 2]
-    results = json.loads((Path(grpo_args["results"]) / "grpo" / "grpo_v1.json").read_text())
+    results = json.loads(next(Path(grpo_args["results"]).glob("grpo/grpo_v1-*.json")).read_text())
     assert results["curves"]["kl"] == [line["kl"] for line in lines] and results["updates"] == 3
     assert results["curves"]["rewards"] == [line["rewards"] for line in lines]
     assert results.items() >= {"schema_version": 1, "name": "grpo_v1", "task": grpo_args["task"], "heldout_problems": 3,
@@ -594,7 +594,7 @@ def test_run_directory_and_results(grpo_run, grpo_args, sft_run):
         assert results[when]["pass@1"] == point["pass_1"] == run["metrics"][f"pass_1_{when}"]
         assert results[when]["pass@2"] == point["pass_k"] == run["metrics"][f"pass_k_{when}"]
     assert lines[0]["heldout_pass_k"] == results["before"]["pass@2"] and "heldout_pass_k" not in lines[1]
-    assert (Path(grpo_args["results"]) / "grpo" / "grpo_v1.png").stat().st_size > 10_000
+    assert next(Path(grpo_args["results"]).glob("grpo/grpo_v1-*.png")).stat().st_size > 10_000
     for name in ("pass_1", "pass_k"):  # the middle of the paired interval is the change of the mean
         change = run["metrics"][f"{name}_after"] - run["metrics"][f"{name}_before"]
         assert sum(run["metrics"][f"{name}_change_interval"]) / 2 == pytest.approx(change)
@@ -678,7 +678,8 @@ def test_stopped_after_every_update(grpo_args, tmp_path, monkeypatch):
     a, b = (load_file(Path(d) / "adapter_model.safetensors") for d in (out, whole))
     assert all(torch.equal(a[k], b[k]) for k in b)
     assert log(out) == log(whole) and record(out)["metrics"] == record(whole)["metrics"]
-    for name in ("b/grpo_v1/completions.jsonl", "b/grpo/grpo_v1.json"):
+    for path in (tmp_path / "b" / "grpo_v1" / "completions.jsonl", next(tmp_path.glob("b/grpo/grpo_v1-*.json"))):
+        name = path.relative_to(tmp_path).as_posix()
         assert (tmp_path / name).read_text() == (tmp_path / name.replace("b/", "a/", 1)).read_text()
 
 

@@ -99,8 +99,13 @@ def results(generated, tmp_path):
     return Path(shutil.copytree(generated, tmp_path / "results"))
 
 
+def folder(results):
+    """Where judge.py writes for policies of this base and seed."""
+    return next(path for path in (Path(results) / "judge").iterdir())
+
+
 def read(results, name="dpo_v1_vs_sft_v2"):
-    return json.loads((Path(results) / "judge" / f"{name}.json").read_text())
+    return json.loads((folder(results) / f"{name}.json").read_text())
 
 
 def guardrail_rows(results):
@@ -110,7 +115,7 @@ def guardrail_rows(results):
 def completions(results):
     """{row name: its answers} as the cache has them, by the key of their file."""
     return {p.stem: [json.loads(line) for line in p.read_text().splitlines()]
-            for p in sorted((Path(results) / "judge" / "cache").glob("generations-*.jsonl"))}
+            for p in sorted((folder(results) / "cache").glob("generations-*.jsonl"))}
 
 
 # -- verdicts and figures ----------------------------------------------------------------------------
@@ -378,22 +383,22 @@ def test_plain_peft_adapters_are_judged_like_runs(judge_args, tiny_model, dpo_ru
 
 def test_completions_are_sampled_once(results, judge_args, monkeypatch):
     """A second run, with a judge that asks nothing of a policy, loads none and changes neither cache nor guardrails."""
-    before = {p.name: p.read_bytes() for p in (results / "judge").rglob("*.json*")}
+    before = {p.name: p.read_bytes() for p in (folder(results)).rglob("*.json*")}
 
     def loads(*args):
         raise AssertionError("a policy was loaded")
     monkeypatch.setattr(judge, "load_policy", loads)
     judge.main(judge.Args(**judge_args, results=str(results)))
-    assert {p.name: p.read_bytes() for p in (results / "judge").rglob("*.json*")} == before
+    assert {p.name: p.read_bytes() for p in (folder(results)).rglob("*.json*")} == before
 
 
 def test_a_cut_off_sampling_goes_on(generated, results, judge_args):
     """Half of the lines and a torn one are left: the others are sampled again, the same; what was there stays."""
     whole = completions(results)
-    files = sorted((results / "judge" / "cache").glob("generations-*.jsonl"))
+    files = sorted((folder(results) / "cache").glob("generations-*.jsonl"))
     lines = files[0].read_bytes().splitlines(True)
     files[0].write_bytes(b"".join(lines[:3]) + lines[3][:20])
-    (results / "judge" / "guardrails.json").unlink()
+    (folder(results) / "guardrails.json").unlink()
     judge.main(judge.Args(**judge_args, results=str(results)))
     assert completions(results) == whole
     assert files[0].read_bytes().splitlines(True)[:3] == lines[:3]
@@ -401,7 +406,7 @@ def test_a_cut_off_sampling_goes_on(generated, results, judge_args):
 
 
 def test_a_damaged_cache_is_an_error(results, judge_args, capsys):
-    file = next((results / "judge" / "cache").glob("generations-*.jsonl"))
+    file = next((folder(results) / "cache").glob("generations-*.jsonl"))
     file.write_text("not json\n" + file.read_text())
     with pytest.raises(SystemExit) as stop:
         judge.main(judge.Args(**judge_args, results=str(results)))
@@ -538,7 +543,7 @@ def test_a_policy_as_its_own_judge_is_circular(results, judge_args, dpo_run, sft
     for run, against, why in ((dpo_run, sft_run, "the judge is dpo_v1 itself"),
                               (sft_run, sft_run, "the judge is sft_v2 itself"),
                               (sft_run, "base", "a policy on the base")):
-        shutil.rmtree(results / "judge", ignore_errors=True)
+        shutil.rmtree(folder(results), ignore_errors=True)
         judge.main(judge.Args(**judge_args | {"against": against}, results=str(results), judge_model=run))
         found = read(results, f"dpo_v1_vs_{Path(against).name}")["judge"]
         assert found["kind"] == "local" and found["circular"] and why in found["circular_why"]
@@ -686,7 +691,7 @@ def test_the_bound_on_best_of_n_is_reached_without_ties(n):
 def test_a_second_judge_has_a_file_of_its_own(results, judge_args, says_a, reward_run):
     for model in (says_a, reward_run, says_a + "/"):
         judge.main(judge.Args(**judge_args, results=str(results), judge_model=model))
-    names = {p.name for p in (results / "judge").glob("dpo_v1_vs_*")}
+    names = {p.name for p in (folder(results)).glob("dpo_v1_vs_*")}
     assert names == {"dpo_v1_vs_sft_v2.json", f"dpo_v1_vs_sft_v2.{Path(reward_run).name}.json"}
     assert read(results)["judge"]["model"] == says_a
 
@@ -704,10 +709,11 @@ def test_the_record_has_what_was_agreed(results, judge_args, reward_run, dpo_run
     guardrails = read(results, "guardrails")
     assert guardrails["n_prompts"] == len(PROMPTS) and guardrails["sampling"] == found["sampling"]
     published = [read(results, "summaries/dpo_v1_vs_sft_v2"), guardrails]  # what git takes: no text
-    assert published[0] == {k: v for k, v in found.items() if k != "prompts"}
+    assert published[0] == {k: v for k, v in found.items() if k != "prompts"} | {
+        "scores": [[e["id"], e["score"], e["tokens_a"] - e["tokens_b"]] for e in found["prompts"]]}
     assert not any(text in json.dumps(published) for e in found["prompts"] for text in (
         e["prompt"][0]["content"], e["completion_a"]) if len(text) > 8)
-    assert (results / "judge" / "index.html").is_file()
+    assert (folder(results) / "index.html").is_file()
 
 
 # -- an API ------------------------------------------------------------------------------------------
@@ -835,7 +841,7 @@ def api(judge_args, results, proxy, says_a, monkeypatch):
 
 def kept(results):
     """Verdicts in the cache."""
-    files = (results / "judge" / "cache").glob("verdicts-*")
+    files = (folder(results) / "cache").glob("verdicts-*")
     return [json.loads(line) for p in files for line in p.read_text().splitlines()]
 
 
@@ -881,7 +887,7 @@ def test_an_api_that_stays_busy_ends_the_run(api, proxy, results, capsys):
         api(judge_parallel=1, judge_retries=1)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "in 2 tries" in error and "HTTP 500" in error and "3 of 12 verdicts" in error
-    assert not (results / "judge" / "dpo_v1_vs_sft_v2.json").exists() and len(kept(results)) == 3
+    assert not (folder(results) / "dpo_v1_vs_sft_v2.json").exists() and len(kept(results)) == 3
     answered = set(proxy.asked[:3])
     proxy.seen.clear()
     check_first_always(api())
@@ -1006,7 +1012,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(judge_args, results, proxy,
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def whole_lines():
-        return sum(p.read_bytes().count(b"\n") for p in (results / "judge" / "cache").glob("verdicts-*"))
+        return sum(p.read_bytes().count(b"\n") for p in (folder(results) / "cache").glob("verdicts-*"))
     while whole_lines() < 4 and process.poll() is None:
         time.sleep(0.02)
     process.kill()
@@ -1097,7 +1103,7 @@ def test_prompts_that_cant_be_asked(refused, tmp_path):
 
 
 def test_two_at_a_time_in_one_directory_are_refused(results, judge_args, capsys):
-    with judge.locked(results / "judge"), pytest.raises(SystemExit):
+    with judge.locked(folder(results)), pytest.raises(SystemExit):
         judge.main(judge.Args(**judge_args, results=str(results)))
     assert "another process" in capsys.readouterr().err
 

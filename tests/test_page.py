@@ -86,11 +86,11 @@ EVIL = ("</script><script>window.pwned=1</script>", "<!--", "--><img src=x onerr
 
 def write(results, records=RECORDS, guardrails=GUARDRAILS):
     """index.html of these records, written as judge.py does it; its path."""
-    (results / "judge").mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     for name, record in {**records, **({"guardrails": guardrails} if guardrails else {})}.items():
-        (results / "judge" / f"{name}.json").write_text(json.dumps(record))  # ASCII: a lone surrogate has no UTF-8
+        (results / f"{name}.json").write_text(json.dumps(record))  # ASCII: a lone surrogate has no UTF-8
     write_page(results)
-    return results / "judge" / "index.html"
+    return results / "index.html"
 
 
 def records_in(html):
@@ -114,8 +114,8 @@ def test_the_records_come_back_from_the_page():
 
 
 def test_write_page_takes_the_comparisons_in_the_order_of_their_names(tmp_path):
-    (tmp_path / "judge" / "cache").mkdir(parents=True)
-    write_json(tmp_path / "judge" / "cache" / "x_vs_y.json", {"not": "a comparison"})
+    (tmp_path / "cache").mkdir(parents=True)
+    write_json(tmp_path / "cache" / "x_vs_y.json", {"not": "a comparison"})
     index = write(tmp_path, dict(reversed(RECORDS.items())))
     first = index.read_bytes()
     _, found = records_in(first.decode())
@@ -130,7 +130,7 @@ def test_write_page_takes_the_comparisons_in_the_order_of_their_names(tmp_path):
 def test_a_record_that_is_not_json_is_named(tmp_path, capsys):
     index = write(tmp_path)
     before = index.read_bytes()
-    (tmp_path / "judge" / "kto_v1_vs_sft_v2.json").write_text("{")
+    (tmp_path / "kto_v1_vs_sft_v2.json").write_text("{")
     with pytest.raises(SystemExit):
         write_page(tmp_path)
     assert "kto_v1_vs_sft_v2.json is not JSON" in capsys.readouterr().err

@@ -432,9 +432,9 @@ def test_run_directory_and_results(ppo_run, ppo_args, reward_run, sft_run):
     assert run["data_sources"] == {"prompts": {}}  # the rows name no source
     lines = log(ppo_run)
     assert [line["step"] for line in lines] == [0, 1, 2]
-    results = json.loads((Path(ppo_args["results"]) / "ppo" / "ppo_v1.json").read_text())
+    results = json.loads(next(Path(ppo_args["results"]).glob("ppo/ppo_v1-*.json")).read_text())
     assert results["curves"]["kl"] == [line["kl"] for line in lines] and results["updates"] == 3
-    assert (Path(ppo_args["results"]) / "ppo" / "ppo_v1.png").stat().st_size > 10_000
+    assert next(Path(ppo_args["results"]).glob("ppo/ppo_v1-*.png")).stat().st_size > 10_000
     answers = [json.loads(line) for line in (Path(ppo_run) / "completions.jsonl").read_text().splitlines()]
     assert len(answers) == 4
     for when in ("before", "after"):
