@@ -7,17 +7,18 @@ It answers three questions, in this order, for every method:
     3. Is it a win?                     The verdict, against base.
 Tests, intervals and the rules of the verdict are in verdicts.py, the figures in plots.py.
 
-1. A report is about one train_invariants, and a table about one protocol (plain, chat) and one eval_hash. A results
-   file that holds more is refused, naming the rows and the fields that differ; --group HASH picks. So are rows whose
-   items (doc_id, doc_hash) are not the same.
+1. A table is about one train_invariants, one protocol (plain, chat) and one eval_hash. Where a results file holds
+   several of them, each train_invariants has a part of its own, whose beginning says in what it differs from the first;
+   README.md is about the first (--first HASH). Rows of one eval_hash whose items (doc_id, doc_hash) are not the same are
+   refused.
 2. A row's own parent is the one that the row names, by the hash of its adapter; without one it is the base. Where the
    parent has no row the difference is left out, and a note says so.
 3. The same config_hash with another adapter hash is a run that did not reproduce: both rows stay, the later marked †.
 4. What is missing is shown as missing, never as zero: a row as "planned", a score as "–", a standard error as "?".
 5. A reward model scores answers and has no benchmark row: its own table comes from rm/*.json, beside the baseline "the
    longer answer wins". What PPO and GRPO say of themselves comes from ppo/*.json and grpo/*.json, what a judge says of
-   held-out answers from judge/*.json, README.md's line on speed from bench/*.json. A record of other train_invariants
-   than the rows' is listed with ‡ and both hashes, and left out where --group names theirs.
+   held-out answers from judge/*/summaries, README.md's line on speed from bench/*.json. A record whose
+   train_invariants no row has is listed with ‡ and both hashes, and left out where --group names theirs.
 
     python report.py            print what was learned and the verdicts; write results/README.md, a page per run in
                                 results/runs/, the plots in results/plots/, and README.md between its two markers
@@ -48,10 +49,10 @@ from statsmodels.stats.proportion import confint_proportions_2indep, proportion_
 
 from common import SCHEMA_VERSION, fail, read_json, write_atomic
 from plots import PLOTS, STYLE, draw, encode
-from verdicts import (ALPHA, LADDER, METRICS, ROW_ID, Change, Comparison, Paired, Verdict, at, comparisons,
-                      endpoint_protocols, finite, is_at_floor, is_instruct, label_rows, ladder_first, paired_over_items,
-                      read_items, read_rows, rung, same_policy, score, seed_groups, signed, tables_of, title_of,
-                      verdicts_of, with_holm)
+from verdicts import (ALPHA, LADDER, METRICS, ROW_ID, Change, Comparison, Paired, Verdict, at, climbs_of,
+                      comparisons, differences, endpoint_protocols, finite, is_at_floor, is_instruct, label_group, label_rows, paired_over_items,
+                      read_items, read_rows, rung, same_policy, score, seed_groups, signed, title_of, verdicts_of,
+                      with_holm)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class Args:
     README.md for the directory results, and none for another."""
     group: tuple[str, ...] = ()
     """Report only rows of these train_invariants and eval_hashes; a kind of hash that isn't named is not restricted."""
+    first: str = ""
+    """The train_invariants or eval_hash of the rows that come first and make README.md's table; by default those with
+    most rows, of several the newest."""
     full: bool = False
     """Print every table, not only what was learned and the verdicts."""
     check: bool = False
@@ -154,9 +158,11 @@ VERDICTS = (
 # ------------------------------------------------------------------ records
 
 
-def read_records(results: Path, rows: list[dict], group: tuple[str, ...]) -> dict[str, list[dict]]:
+def read_records(results: Path, rows: list[dict], group: tuple[str, ...],
+                 elsewhere: set[str] = frozenset()) -> dict[str, list[dict]]:
     """{"rm", "ppo", "grpo", "judge", "guardrails", "runs": what the files hold}, with a `label`, the `plot` beside the
-    file ("": none), and a `note` on one whose train_invariants are not those of `rows`. Fails on a newer schema."""
+    file ("": none), and a `note` on one whose train_invariants are not those of `rows`; without those of the
+    train_invariants `elsewhere`, which have a part of their own. Fails on a newer schema."""
     records = {kind: [] for kind in ("rm", "ppo", "grpo", "judge", "guardrails", "runs")}
     climb = rows[0] if rows else None
     places = [(folder, path) for folder in ("rm", "ppo", "grpo", "runs") for path in sorted((results / folder).glob("*.json"))]
@@ -174,12 +180,16 @@ def read_records(results: Path, rows: list[dict], group: tuple[str, ...]) -> dic
         first = next(iter(sides.values() if isinstance(sides, dict) else sides))
         climb = climb or {"name": record["name"]} | first  # without rows, the first record says what others must be
         own, theirs = (r.get("train_invariants") or "unknown" for r in (first, climb))
-        if rows and own != theirs and theirs in group:
+        if own in elsewhere or rows and own != theirs and theirs in group:
             continue
         note = f"‡ {record['name']}: train_invariants {own}, where {climb['name']} has {theirs}; no part of this climb."
-        record |= {"label": record["name"] + "‡" * (own != theirs), "note": note if own != theirs else ""}
+        record |= {"label": record["name"], "note": note if own != theirs else ""}
         record["plot"] = f"{folder}/{plot.name}" if plot.is_file() else ""
         records[folder].append(record)
+    for found in records.values():
+        names = Counter(record["name"] for record in found)
+        for record in found:
+            record["label"] += f"-s{record.get('seed')}" * (names[record["name"]] > 1) + "‡" * bool(record["note"])
     return {kind: sorted(found, key=lambda record: bool(record["note"])) for kind, found in records.items()}
 
 
@@ -321,7 +331,7 @@ def scores_table(rows: list[dict]) -> Table:
     for group in seed_groups(rows):
         if len(group) > 1:
             cells = [spread([score(row, column)[0] for row in group], 1, 1) for column in METRICS]
-            lines.append(["", f"mean ± sd of {', '.join(row['name'] for row in group)}", *cells])
+            lines.append(["", f"{label_group(group, {})}, mean ± sd", *cells])
     return Table(["phase", "row", *titles(rows, tuple(METRICS))], lines, 2, score_notes(rows, lines))
 
 
@@ -341,7 +351,7 @@ def compact_table(rows: list[dict], compared: list[Comparison], verdicts: list[V
     labels = {id(row): label for label, row in label_rows(rows)}
     rungs = []
     for group in seed_groups(rows):
-        name = ladder_first([labels[id(row)] for row in group])
+        name = label_group(group, labels)
         row, changes = group[0], next((c.changes for c in compared if c.row is group[0]), {})
         cells = []
         for column in METRICS:
@@ -355,7 +365,6 @@ def compact_table(rows: list[dict], compared: list[Comparison], verdicts: list[V
         if changes and not word:
             word = "(descriptive)"
         key = f"family {row['family']}" if len(group) > 1 else row["config_hash"] or ""
-        name += f" ({len(group)} seeds)" * (len(group) > 1)
         rungs.append((*rung(row["phase"], row["name"]), [name, *cells, word, key and f"`{key}`"]))
     names = {row["name"] for row in rows}
     rungs += [(*rung(phase, name), [name, "planned"] + [""] * (len(METRICS) + 1))
@@ -540,8 +549,7 @@ def families(rows: list[dict]) -> list[tuple[str, list[dict]]]:
     """[(label, the rows of a family, one per seed)] of policies, each once."""
     rows = once(rows)
     labels = {id(row): label for label, row in label_rows(rows)}
-    return [(ladder_first([labels[id(row)] for row in group]) + f" ({len(group)} seeds)" * (len(group) > 1), group)
-            for group in seed_groups(rows)]
+    return [(label_group(group, labels), group) for group in seed_groups(rows)]
 
 
 def learned_table(rows: list[dict], reward_models: list[dict]) -> Table | None:
@@ -680,8 +688,15 @@ def controlled_cell(record: dict) -> str:
 
 
 def judged_label(row: dict, rows: list[dict]) -> str:
-    """The row's name, with the adapter's hash where no row of that name and adapter is in the tables."""
-    known = [r["adapter_sha256"] for r in rows if r["name"] == row.get("name")]
+    """The row's label in the tables; its name where they hold no such name (with its seed, if they hold the adapter);
+    with the adapter's hash where no row of that name has it."""
+    known = {r["adapter_sha256"]: label for label, r in label_rows(once(rows)) if r["name"] == row.get("name")}
+    if row.get("adapter_sha256") in known:
+        return known[row.get("adapter_sha256")]
+    seeds = [label.removeprefix(r["name"]) for label, r in label_rows(once(rows)) if r["adapter_sha256"]
+             and r["adapter_sha256"] == row.get("adapter_sha256")]
+    if seeds and not known:
+        return str(row.get("name")) + seeds[0]  # best of N: its policy's adapter under another name
     other = known and row.get("adapter_sha256") not in known
     return str(row.get("name")) + f"@{(row.get('adapter_sha256') or 'none')[:8]}" * bool(other)
 
@@ -841,6 +856,14 @@ class Results:
     protocols: dict[str, str]  # endpoint -> the protocol it is tested in
     verdicts: list[Verdict]
     plots: list[str]
+    suffix: str = ""  # of the names of plots and pages
+    apart: str = ""  # in what it differs from the first part of the report
+
+    def image(self, stem: str) -> str:
+        """The plot by its path, if it is there: the SVG, which opens sharp at any size."""
+        name = Path(stem).name
+        title = PLOTS.get(name, "Curves of the run")
+        return f"![{title}]({stem}{self.suffix}.svg)" if name in self.plots else ""
 
     @property
     def rows(self) -> list[dict]:
@@ -860,16 +883,17 @@ def first_answers(results: Results) -> list[str | Table]:
     if table := verdict_table(results.verdicts, results.rows, results.records["judge"]):
         note = tests_note(results.protocols, results.tables, results.compared)
         blocks += ["## 3. Is it a win? Verdicts against base", table, note, VERDICTS]
-        blocks += [image("plots/tradeoff", results.plots)]
+        blocks += [results.image("plots/tradeoff")]
     return blocks
 
 
 def full_report(results: Results, pages: list[str]) -> list[str | Table]:
     """Blocks of text and tables, for results/README.md and the terminal, without the legend."""
-    tables, records, plots = results.tables, results.records, results.plots
+    tables, records = results.tables, results.records
     answers = first_answers(results)
     third = next((i for i, block in enumerate(answers) if str(block).startswith("## 3")), len(answers))
-    blocks = ["# Results", *answers[:third]]
+    model = Path(next((row["model"] for row in results.rows), "")).name
+    blocks = [f"# Results: {model}" if results.suffix else "# Results", results.apart, *answers[:third]]
     if tables:
         blocks += ["## 2. What did it change?"]
     for protocol, table in tables.items():
@@ -878,27 +902,27 @@ def full_report(results: Results, pages: list[str]) -> list[str | Table]:
         for against, title in (("parent", "its own parent"), ("base", "base")):
             if changes := delta_table(*results.compared[protocol, against], results.endpoints(protocol)):
                 blocks += [f"#### Change against {title}, points", changes]
-        blocks += [image(f"plots/deltas-{protocol}", plots)]
+        blocks += [results.image(f"plots/deltas-{protocol}")]
     if not tables:
         blocks.append(scores_table([]))
     blocks += answers[third:]
     blocks += records_report(records, results.rows)
-    blocks += [image(f"plots/{name}", plots) for name in ("winrate-kl", "ppo", "grpo")]
+    blocks += [results.image(f"plots/{name}") for name in ("winrate-kl", "ppo", "grpo")]
     if lines := cost_table(results.rows, records["guardrails"]):
         blocks += ["## What training took", lines]
     if pages:
-        blocks.append("Runs: " + ", ".join(f"[{label}](runs/{label}.md)" for label in pages))
+        blocks.append("Runs: " + ", ".join(f"[{label}](runs/{label}{results.suffix}.md)" for label in pages))
     return [block for block in blocks if block]
 
 
 def compact_report(results: Results, directory: str) -> list[str | Table]:
     """README.md's section: the current state with each difference to base and the verdict, win rates, reward models."""
-    blocks, records, plots = [], results.records, results.plots
+    blocks, records = [], results.records
     for protocol, rows in results.tables.items():
         blocks.append(f"**{protocol.capitalize()} protocol**, % (difference to base, points)")
         against_base, endpoints = results.compared[protocol, "base"][0], results.endpoints(protocol)
         blocks.append(compact_table(rows, against_base, results.verdicts, endpoints))
-        blocks += [image(f"{directory}/plots/deltas-{protocol}", plots), empty_note(rows), *describe(rows, records)]
+        blocks += [results.image(f"{directory}/plots/deltas-{protocol}"), empty_note(rows), *describe(rows, records)]
     blocks = [block for block in blocks if block] or [compact_table([], [], [], ())]
     if results.verdicts:
         blocks.append(tests_note(results.protocols, results.tables, results.compared))
@@ -937,11 +961,6 @@ def judge_evidence(record: dict, reward_models: list[dict]) -> str:
         return f"Whether {judge.get('model')} beats \"the longer answer wins\" on held-out pairs is not known."
     text = against_length(own[0])
     return ("As evidence: " if " pairs: beats " in text else "No evidence by itself: ") + text
-
-
-def image(stem: str, plots: list[str]) -> str:
-    """The plot by its path, if it is there: the SVG, which opens sharp at any size."""
-    return f"![{PLOTS.get(Path(stem).name, 'Curves of the run')}]({stem}.svg)" if Path(stem).name in plots else ""
 
 
 def policies(tables: dict[str, list[dict]]) -> dict[str, list[dict]]:
@@ -985,7 +1004,7 @@ def page(label: str, rows: list[dict], results: Results) -> list:
     for record in records["guardrails"]:
         if own := [r for r in record.get("rows") or [] if same_policy(r, row)]:
             blocks += ["## Held-out answers", guardrails_table(record | {"rows": own}, results.rows)]
-    curves = image(f"../plots/run-{label}", results.plots)
+    curves = results.image(f"../plots/run-{label}")
     blocks += ["## Training", cost_table([row], records["guardrails"]) or "Not recorded with this run.", curves]
     parents = [row.get("parent"), *(run.get("scorers") or {}).values()]
     data = data_lines(row | {"data_sources": run.get("data_sources")}, run.get("args"))
@@ -1059,59 +1078,80 @@ def generated(results: Path) -> list[Path]:
     """The pages and plots that a report has written, now or before; what else lies beside them is not ours."""
     pages = [path for path in results.glob("runs/*.md") if path.read_bytes().startswith(STAMP.encode())]
     plots = [path for kind in ("svg", "png") for path in results.glob(f"plots/*.{kind}")]
-    return pages + [path for path in plots if path.stem in PLOTS or path.stem.startswith("run-")]
+    return pages + [path for path in plots if path.stem.startswith((*PLOTS, "run-"))]
 
 
-def main(args: Args) -> None:
-    # 1. The rows, and whether they may stand together.
-    results = Path(args.results)
-    if not results.is_dir():
-        fail(f"no such directory: {results}; --results names the one that holds metrics.json")
-    tables = tables_of(read_rows(results / "metrics.json"), args.group, results / "metrics.json")
+def results_of(results: Path, climbs: list[dict[str, list[dict]]], i: int, group: tuple[str, ...]) -> Results:
+    """Everything that is known of the i-th climb, {protocol: its rows}; its plots come later."""
+    tables = climbs[i]
     rows = [row for table in tables.values() for row in table]
-    records = read_records(results, rows, args.group)
+    invariants = [next((row["train_invariants"] for t in climb.values() for row in t), "") for climb in climbs]
+    records = read_records(results, rows, group, {*invariants} - {invariants[i]})
+    if i:  # what belongs to no rows is listed once, with the first
+        records = {kind: [record for record in found if not record["note"]] for kind, found in records.items()}
     for row in rows:
         row["items"] = read_items(results, row)
     protocols = endpoint_protocols(tables)
     compared = {(name, to): comparisons(table, to) for name, table in tables.items() for to in ("base", "parent")}
     compared = with_holm(compared, protocols)
+    verdicts, apart, suffix = verdicts_of(compared, tables, protocols), "", ""
+    if i:
+        protocol = next(iter(tables))
+        first = climbs[0].get(protocol) or next(iter(climbs[0].values()))
+        apart = f"Not comparable with the rows above; they differ in (above / here) {differences(first[0], rows[0])}."
+        same = invariants[:i].count(invariants[i])  # the same training, evaluated otherwise
+        suffix = f"-{tables[protocol][0]['eval_hash'] if same else invariants[i]}"
+    return Results(tables, records, compared, protocols, verdicts, [], suffix, apart)
+
+
+def main(args: Args) -> None:
+    # 1. The rows, and which of them may stand together.
+    results = Path(args.results)
+    if not results.is_dir():
+        fail(f"no such directory: {results}; --results names the one that holds metrics.json")
+    climbs = climbs_of(read_rows(results / "metrics.json"), args.group, results / "metrics.json", args.first) or [{}]
+    reports = [results_of(results, climbs, i, args.group) for i in range(len(climbs))]
 
     # 2. The plots, and the files as they should read.
-    runs = policies(tables)
-    with rc_context(STYLE):
-        figures = draw(compared, records, runs)
-        files = {results / "plots" / f"{name}.svg": encode(figure, "svg") for name, figure in figures.items()}
-        pictures = {results / "plots" / f"{name}.png": figure for name, figure in figures.items() if name in PLOTS}
-        if not args.check:  # a PNG's bytes depend on the machine: that it is there is all that is checked
-            files |= {path: encode(figure, "png") for path, figure in pictures.items()}
-    flags = {"--results": args.results, "--readme": args.readme, "--group": " ".join(args.group)}
-    defaults = {"--results": Args.results, "--readme": Args.readme, "--group": ""}
+    flags = {"--results": args.results, "--readme": args.readme, "--group": " ".join(args.group), "--first": args.first}
+    defaults = {"--results": Args.results, "--readme": Args.readme, "--group": "", "--first": ""}
     given = [f"{flag} {value}" for flag, value in flags.items() if value and value != defaults[flag]]
     command = " ".join(["python report.py", *given])
-    report = Results(tables, records, compared, protocols, verdicts_of(compared, tables, protocols), list(figures))
     stamp = f"{STAMP}{command}`; edits are lost -->\n\n"
-    own_rewards = [record for record in records["rm"] if not record["note"] and record["name"] not in runs]
-    pages = [*runs, *(record["name"] for record in own_rewards)]
-    full = [*full_report(report, pages), LEGEND]
-    texts = {results / "README.md": stamp + markdown(full)}
-    for label, own in runs.items():
-        texts[results / "runs" / f"{label}.md"] = stamp + markdown(page(label, own, report))
-    for record in own_rewards:
-        texts[results / "runs" / f"{record['name']}.md"] = stamp + markdown(reward_page(record))
+    files, pictures, texts, full = {}, [], {}, []
+    for report in reports:
+        runs, plots = policies(report.tables), results / "plots"
+        with rc_context(STYLE):
+            figures = draw(report.compared, report.records, runs)
+            report.plots.extend(figures)
+            files |= {plots / f"{name}{report.suffix}.svg": encode(figure, "svg") for name, figure in figures.items()}
+            shown = {plots / f"{name}{report.suffix}.png": figure for name, figure in figures.items() if name in PLOTS}
+            if not args.check:  # a PNG's bytes depend on the machine: that it is there is all that is checked
+                files |= {path: encode(figure, "png") for path, figure in shown.items()}
+        pictures += shown
+        rewards = [record for record in report.records["rm"] if not record["note"] and record["label"] not in runs]
+        own_pages = {label: page(label, own, report) for label, own in runs.items()}
+        own_pages |= {record["label"]: reward_page(record) for record in rewards}
+        full += full_report(report, list(own_pages))
+        texts |= {results / "runs" / f"{label}{report.suffix}.md": stamp + markdown(blocks)
+                  for label, blocks in own_pages.items()}
+    pages, full = len(texts), [*full, LEGEND]
+    texts[results / "README.md"] = stamp + markdown(full)
     chosen = args.readme or ("README.md" if results == Path(Args.results) else "none")
     if chosen != "none":
         readme = Path(chosen)
         directory = Path(os.path.relpath(results, readme.parent)).as_posix()
-        compact = [*compact_report(report, directory), *filter(None, [speed_line(results, directory)]), LEGEND]
+        compact = [*compact_report(reports[0], directory), *filter(None, [speed_line(results, directory)]), LEGEND]
         texts[readme] = with_section(readme, stamp + markdown(compact) + "\n")
     names = [str(path) for path in texts if path.parent != results / "runs"]
-    names += [f"pages of {len(pages)} runs"] * bool(pages) + [f"plots: {len(figures)}"] * bool(figures)
+    names += [f"pages of {pages} runs"] * bool(pages) + [f"plots: {len(pictures)}"] * bool(pictures)
     files |= {path: text.encode() for path, text in texts.items()}
     leftover = sorted(set(generated(results)) - set(files) - set(pictures))  # of rows that are no longer there
 
     # 3. Compare, or show and write.
     if not args.check:
-        show(full if args.full else first_answers(report) or full)
+        brief = [block for report in reports for block in ([report.apart] if report.apart else []) + first_answers(report)]
+        show(full if args.full else brief or full)
         for path, content in files.items():
             write_atomic(path, lambda p: p.write_bytes(content))
         for path in leftover:

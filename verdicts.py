@@ -234,32 +234,50 @@ def listing(rows: list[dict]) -> str:
     return "\n".join(key + ", ".join(names) for key, names in groups.items()) or "  no rows"
 
 
-def tables_of(rows: list[dict], group: tuple[str, ...], path: Path) -> dict[str, list[dict]]:
-    """{protocol: its rows}; ends the run when a table would hold rows that can't be compared."""
-    kept, unknown = rows, set(group)
+def climbs_of(rows: list[dict], group: tuple[str, ...], path: Path, first: str = "") -> list[dict[str, list[dict]]]:
+    """[{protocol: its rows}] of what may be compared: one train_invariants and, per protocol, one eval_hash each. The
+    climb that holds the hash `first`, else the one of most rows (of several the newest) comes first. Ends the run when
+    rows of one eval_hash were not scored on the same items."""
+    kept, unknown = rows, {*group, *filter(None, [first])}
     for key in ("train_invariants", "eval_hash"):
-        if chosen := unknown & {row[key] for row in rows}:
-            kept, unknown = [row for row in kept if row[key] in chosen], unknown - chosen
+        if chosen := set(group) & {row[key] for row in rows}:
+            kept = [row for row in kept if row[key] in chosen]
+        unknown -= {row[key] for row in rows}
     if unknown or (group and not kept):
-        fail(f"--group {' '.join(group)}: {path} has no such row. It holds\n{listing(rows)}")
-    protocols = sorted({row["protocol"] for row in kept}, reverse=True)  # plain first
-    tables = {protocol: [row for row in kept if row["protocol"] == protocol] for protocol in protocols}
-    clashes = [(table[0], row) for table in tables.values() for row in table if differences(table[0], row)]
-    clashes += [(kept[0], t[0]) for t in tables.values() if t[0]["train_invariants"] != kept[0]["train_invariants"]]
+        fail(f"no row of {path} has the hash {' or '.join(sorted(unknown) or group)}. It holds\n{listing(rows)}")
+    evaluations = {}  # train_invariants -> protocol -> eval_hash -> rows
+    for row in kept:
+        by_protocol = evaluations.setdefault(row["train_invariants"], {})
+        by_protocol.setdefault(row["protocol"], {}).setdefault(row["eval_hash"], []).append(row)
+
+    def rank(table: list[dict]) -> tuple[bool, int, str]:
+        hashes = {row[key] for row in table for key in ("train_invariants", "eval_hash")}
+        return first in hashes, len(table), max(row.get("timestamp") or "" for row in table)
+
+    climbs = []
+    for by_protocol in evaluations.values():
+        ranked = {name: sorted(tables.values(), key=rank, reverse=True) for name, tables in by_protocol.items()}
+        names = sorted(ranked, reverse=True)  # plain first
+        climbs += [{name: ranked[name][i] for name in names if i < len(ranked[name])}
+                   for i in range(max(map(len, ranked.values())))]
+    clashes = [(t[0], row) for climb in climbs for t in climb.values() for row in t if differences(t[0], row)]
     if clashes:
         lines = [f"  {a['name']} / {b['name']}: {differences(a, b)}" for a, b in clashes]
-        fail(
-            f"{path} holds rows that can't be compared:\n{listing(kept)}\nThey differ in\n" + "\n".join(lines)
-            + "\nPick with --group HASH [HASH], or evaluate the rows again alike."
-        )
-    return tables
+        fail(f"{path} holds rows that can't be compared:\n{listing(kept)}\nThey differ in\n" + "\n".join(lines)
+             + "\nEvaluate them again alike.")
+    return sorted(climbs, key=lambda climb: rank([row for table in climb.values() for row in table]), reverse=True)
 
 
 def label_rows(rows: list[dict]) -> list[tuple[str, dict]]:
-    """[(label, row)]: the name; with the adapter's hash where it isn't unique, and † on a rerun."""
-    count, first, labelled = Counter(row["name"] for row in rows), {}, []
+    """[(label, row)]: the name; where it isn't unique with the seed, or where that is not either, with the adapter's
+    hash; and † on a rerun."""
+    first, labelled = {}, []
+    count, of_seed = Counter(row["name"] for row in rows), Counter((row["name"], row.get("seed")) for row in rows)
     for row in rows:
-        suffix = f"@{(row['adapter_sha256'] or 'none')[:8]}" if count[row["name"]] > 1 else ""
+        suffix = ""
+        if count[row["name"]] > 1:
+            alone = row.get("seed") is not None and of_seed[row["name"], row["seed"]] == 1
+            suffix = f"-s{row['seed']}" if alone else f"@{(row['adapter_sha256'] or 'none')[:8]}"
         rerun = first.setdefault((row["name"], row["config_hash"]), row["adapter_sha256"]) != row["adapter_sha256"]
         labelled.append((row["name"] + suffix + "†" * rerun, row))
     return labelled
@@ -446,17 +464,21 @@ def comparisons(rows: list[dict], against: str) -> tuple[list[Comparison], list[
                 parent = row["parent"]["name"]
                 notes.append(f"{labels[id(row)]} is left out: {parent}, from which it was trained, has no row here.")
         if pairs:
-            names, references = (list(dict.fromkeys(labels[id(r)] for r in side)) for side in zip(*pairs))
-            seeds = f" ({len(pairs)} seeds)" * (len(pairs) > 1)
+            references = list(dict.fromkeys(labels[id(other)] for _, other in pairs))
+            label = label_group([row for row, _ in pairs], labels)
             reference = references[0] if len(references) == 1 else "parent"
             changes = {column: compare(pairs, column) for column in METRICS}
-            found.append(Comparison(ladder_first(names) + seeds, tuple(row for row, _ in pairs), reference, changes,
+            found.append(Comparison(label, tuple(row for row, _ in pairs), reference, changes,
                                     any(group is other for other in tested)))
     return found, notes
 
 
-def ladder_first(names: list[str]) -> str:
-    return next((name for name in names if name.split("@")[0] in LADDER), names[0])
+def label_group(group: list[dict], labels: dict[int, str]) -> str:
+    """The label of a family's rows, one per seed: of one its own; of several a name, and how many seeds."""
+    if len(group) == 1:
+        return labels[id(group[0])]
+    names = [row["name"] for row in group]
+    return next((name for name in names if name in LADDER), names[0]) + f" ({len(group)} seeds)"
 
 
 def is_instruct(model: str) -> bool:

@@ -1046,9 +1046,9 @@ def test_seeds_of_a_family_are_aggregated_each_once(here):
     run([row | {"n": dict.fromkeys(N, 60)} for row in (*rows, *seeds)])
     # sd of 10, 20, 30 with n - 1: 10; of seed 1 the first by name counts
     lines = Path("results/README.md").read_text()
-    assert "|  | mean ± sd of dpo_again, dpo_s2, dpo_s3 | 50.0 ± 0.0 | 20.0 ± 10.0 |" in lines
+    assert "|  | dpo_again (3 seeds), mean ± sd | 50.0 ± 0.0 | 20.0 ± 10.0 |" in lines
     run(three_rows())
-    assert "mean ± sd of" not in Path("results/README.md").read_text()
+    assert "mean ± sd |" not in Path("results/README.md").read_text()
 
 
 def test_what_a_run_took(here):
@@ -1307,7 +1307,7 @@ def changed(path, value, **hashes):
     return rows
 
 
-REFUSED = {
+APART = {
     "lora": (changed(["invariants", "lora_r"], 64, train_invariants="ffff0000"), "invariants.lora_r 16 / 64"),
     "model": (changed(["model"], "org/other", train_invariants="ffff0000"), "model org/base / org/other"),
     "data": (changed(["eval", "data"], "another", eval_hash="ffff0000"), f"eval.data {'d' * 64} / another"),
@@ -1315,23 +1315,33 @@ REFUSED = {
     "limit": (changed(["eval", "tasks"], [["gsm8k", 8, 4]], eval_hash="ffff0000"), "eval.gsm8k.limit None / 4"),
     "shots": (changed(["eval", "tasks"], [["mmlu", 0, 1000]], eval_hash="ffff0000"), "eval.mmlu.num_fewshot 5 / 0"),
     "unexplained": (changed(["family"], "x", train_invariants="ffff0000"), "train_invariants aaaa1111 / ffff0000"),
-    "items": (changed(["n", "gsm8k"], 500), "n.gsm8k 1319 / 500"),
-    "version": (changed(["task_versions", "mmlu"], 1), "task_versions.mmlu 2 / 1"),
 }
 
 
-@pytest.mark.parametrize("rows, named", REFUSED.values(), ids=REFUSED)
-def test_rows_that_differ_are_refused_with_the_field_named(here, capsys, rows, named):
-    exits(2, rows)
+@pytest.mark.parametrize("rows, named", APART.values(), ids=APART)
+def test_rows_that_differ_have_a_part_of_their_own_with_the_field_named(here, rows, named):
+    run(rows)
+    text = Path("results/README.md").read_text()
+    assert "Not comparable with the rows above; they differ in (above / here) " in text and named in text
+    first, other = text.split("# Results: ")
+    assert "| base | 50.0" in first and "| dpo_v1 | planned |" in first and "| dpo_v1 | planned |" not in other
+    assert "dpo_v1 − base" not in text  # nothing is compared across the two
+    assert "| dpo_v1 | planned |" in Path("README.md").read_text().replace("| 2 ", "")
+
+
+@pytest.mark.parametrize("place, value, named", [
+    (["n", "gsm8k"], 500, "n.gsm8k 1319 / 500"), (["task_versions", "mmlu"], 1, "task_versions.mmlu 2 / 1")])
+def test_rows_of_one_evaluation_on_other_items_are_refused(here, capsys, place, value, named):
+    exits(2, changed(place, value))
     error = capsys.readouterr().err
     assert "base / dpo_v1: " in error and named in error
     assert "base / sft_v2" not in error  # only those that differ
     assert not Path("results/README.md").exists() and Path("README.md").read_text() == README
 
 
-def test_long_values_are_named_by_their_hash(here, capsys):
-    exits(2, changed(["invariants", "chat_template"], "{% for m in messages %}" * 50, train_invariants="ffff0000"))
-    assert re.search(r"invariants.chat_template absent / \(sha256 [0-9a-f]{8}\)", capsys.readouterr().err)
+def test_long_values_are_named_by_their_hash(here):
+    run(changed(["invariants", "chat_template"], "{% for m in messages %}" * 50, train_invariants="ffff0000"))
+    assert re.search(r"invariants.chat_template absent / \(sha256 [0-9a-f]{8}\)", Path("results/README.md").read_text())
 
 
 def test_group_picks_one_side(here, capsys):
@@ -1349,16 +1359,41 @@ def test_group_picks_one_side(here, capsys):
     assert "deadbeef" in error and "eval_hash ffff0000: dpo_v1" in error
 
 
-def test_protocols_are_separate_tables_of_one_training_setup(here, capsys):
+def test_protocols_are_separate_tables_of_one_training_setup(here):
     plain, chat = three_rows(), three_rows(protocol="chat", mmlu=(0.61, 0.004))
     run([*plain, *chat])
     assert table("### Plain protocol")["base"][1] == "50.0 ± 0.3"
     assert table("### Chat protocol")["base"][1] == "61.0 ± 0.4"
-    for row in chat:
-        row["train_invariants"] = "ffff0000"
-        row["revision"] = "another"
-    exits(2, [*plain, *chat])
-    assert "revision 0123abcd / another" in capsys.readouterr().err
+    assert "# Results: " not in Path("results/README.md").read_text()
+
+
+def test_two_bases_stand_one_after_the_other_and_first_names_the_readmes(here):
+    """Two bases, the second with two seeds of SFT and records of both in one directory: each part has its own rows,
+    figures and pages, and nothing of the other's."""
+    one, two = three_rows(), three_rows(mmlu=(0.31, 0.004))
+    two.append(two[1] | {"seed": 43, "adapter_sha256": "6" * 64, "config_hash": "c43"})
+    for row in two:
+        row |= {"model": "org/other-it", "train_invariants": "ffff0000", "family": f"other-{row['method']}"}
+        if row["adapter_sha256"]:
+            row["adapter_sha256"] = row["adapter_sha256"][::-1].replace("d", "e")
+    write_reward("rm_one", 60)
+    write_reward("rm_two", 70, train_invariants="ffff0000")
+    run([*one, *two])
+    text = Path("results/README.md").read_text()
+    first, other = text.split("\n# Results: base\n")  # the second base has more rows
+    assert "sft_v2-s42" in first and "sft_v2 (2 seeds), mean ± sd" in first and "31.0 ± 0.4" in first
+    assert "rm_two" in first and "rm_one" not in first and "rm_one" in other and "rm_two" not in other and "‡" not in text
+    assert "31.0" not in other and "model org/other-it / org/base" in other
+    assert "sft_v2 (2 seeds)" in Path("README.md").read_text()
+    pages = {p.name for p in Path("results/runs").glob("*.md")}
+    assert pages == {"sft_v2-s42.md", "sft_v2-s43.md", "dpo_v1.md", "rm_two.md", "sft_v2-aaaa1111.md", "dpo_v1-aaaa1111.md",
+                     "rm_one-aaaa1111.md"}
+    assert all(f"(runs/{name})" in text for name in pages)
+    run(None, "--check")
+    run(None, "--first", "aaaa1111")
+    assert "2 seeds" not in Path("README.md").read_text() and "# Results: other-it" in Path("results/README.md").read_text()
+    assert {"dpo_v1.md", "sft_v2-s43-ffff0000.md"} < {p.name for p in Path("results/runs").glob("*.md")}
+    exits(2, None, "--first", "deadbeef")
 
 
 def test_a_row_without_its_fields_is_refused(here, capsys):
