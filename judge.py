@@ -15,6 +15,8 @@ Judges, by --judge-model:
   local   a causal LM or a policy of ours; the verdict is the likeliest of the three letters, nothing is sampled
   reward  a reward model of ours; the higher score wins
 A judge that is the base, one of the policies, or what a policy was trained against is circular, and the result says so.
+A judge is evidence only if it beats "the longer answer wins", paired, on held-out pairs of the preference data: a
+reward model's record has them, a language model is asked about --check-pairs of them in both orders.
 A judge that learned from prompts that a row, its parents or its reward model learned from is not independent: computed
 from the prompts.json of every run directory, and stated as a share. Prompts that stand in any of these training sets
 are not asked, and counted.
@@ -121,6 +123,11 @@ class Args:
     """Seconds to wait for a reply."""
     judge_tokens: int = 16
     """Tokens the reply of an API may take."""
+    check_pairs: int = 256
+    """Held-out pairs of --pref-data that a language model is asked about too: does it beat "the longer answer wins"? 0:
+    none. A reward model's are in results/rm."""
+    decides: bool = True
+    """Whether this judge decides if DPO beats SFT: named before it is asked, and recorded."""
     # -- run --
     results: str = "results"
     """Its directory judge/<train_invariants>-s<seed of the policies>/ gets <a>_vs_<b>.json, the same without text in
@@ -686,6 +693,45 @@ def ask_all(judge: Judge, compared: dict[str, list[dict]], args: Args, device) -
     return costs
 
 
+def held_out_pairs(args: Args, tokenizer) -> tuple[list[dict], str]:
+    """(held-out pairs of the preference data as entries of a comparison, a the chosen answer; their fingerprint)."""
+    rows, _ = inputs.load_rows(args.pref_data)
+    held = inputs.load_heldout(args.pref_data, args.heldout_data, rows)
+
+    seen = set()
+
+    def read(i: int, row: dict) -> tuple | None:
+        pair = None if row.get("rejected") is None else inputs.as_pair(row, f"{held.source}, row {i}")
+        if pair is None or inputs.prompt_id(pair[0]) in seen:  # one pair per prompt
+            return None
+        seen.add(inputs.prompt_id(pair[0]))
+        return pair
+
+    def build(pairs: list[tuple], names: list[str]) -> list[dict | str]:
+        lengths = [[len(ids) for ids in tokenizer(list(pair[1:]), add_special_tokens=False)["input_ids"]] for pair in pairs]
+        return ["equal answers" if chosen == rejected else
+                {"id": inputs.prompt_id(prompt), "prompt": prompt, "completion_a": chosen, "completion_b": rejected,
+                 "tokens_a": a, "tokens_b": b} for (prompt, chosen, rejected), (a, b) in zip(pairs, lengths)]
+    entries, _, _ = inputs.take_rows(held.rows, args.check_pairs, args.seed, read, build, held.source, args.max_dropped)
+    return entries, held.fingerprint
+
+
+def against_longer(entries: list[dict], data: str, seed: int) -> dict[str, Any]:
+    """What the record says of a judge's verdicts on held-out pairs: accuracy of the judge and of the rule that the
+    longer answer wins, a tie half, with bootstrap intervals, and the outcomes pair by pair (1 right, 0 wrong, - a tie
+    or no verdict)."""
+    scores = {"model": [prompt_score(e["verdict_ab"], e["verdict_ba"]) for e in entries],
+              "longer_wins": [0.5 + np.sign(e["tokens_a"] - e["tokens_b"]) / 2 for e in entries]}
+    outcomes = {name: "".join({1.0: "1", 0.0: "0"}.get(s, "-") for s in each) for name, each in scores.items()}
+    weights, shares = resamples(len(entries), seed), {}
+    for name, outcome in outcomes.items():
+        values = np.array([{"1": 1.0, "0": 0.0, "-": 0.5}[o] for o in outcome])
+        shares[name] = {"n": len(values), "accuracy": values.mean().item(), "interval": interval(win_rate(values, weights))}
+    both = [e["verdict_ab"] != e["verdict_ba"] for e in entries if e["verdict_ab"] and e["verdict_ba"]]
+    return {**shares["model"], "longer_wins": shares["longer_wins"], "outcomes": outcomes, "data": data,
+            "position_inconsistency": fmean(both) if both else None}
+
+
 def score_all(judge: Judge, compared: dict[str, list[dict]], reference: str, prompts: Sequence[Prompt],
               answers: dict[str, list[Answer]], end_id: int, args: Args, device) -> dict[str, dict[str, float]]:
     """The same with a reward model: one verdict for both orders, by the scores, which are kept beside it."""
@@ -804,6 +850,8 @@ def main(args: Args) -> None:
         fail("judge.py runs in one process; start it without torchrun")
     common.check_positive(args, "prompts", "top_p", "max_new_tokens", "micro_tokens", "judge_parallel", "judge_timeout",
                           "judge_tokens")
+    if args.check_pairs < 0:
+        fail(f"--check-pairs must be 0 or above, got {args.check_pairs}")
     common.check_share(args, "top_p", "max_dropped")
     common.check_numbers(args)
     for name in ("temperature", "judge_retries"):
@@ -846,6 +894,14 @@ def main(args: Args) -> None:
                 "seed": args.seed, "dtype": args.dtype}
     common.say(f"{len(prompts)} prompts, each answered by {', '.join(row.name for row in (reference, *rows))}; "
                + (f"{2 * len(prompts) * len(rows)} verdicts of {judge.model}" if judge else "no judge (--judge-model)"))
+    check, check_data = [], ""
+    if judge and judge.kind != "reward" and args.check_pairs:
+        if args.data and args.pref_data == Args.pref_data:
+            common.say(f'note: whether {judge.model} beats "the longer answer wins" is not checked: --pref-data names no '
+                       "pairs beside --data")
+        else:
+            check, check_data = held_out_pairs(args, tokenizer)
+            common.say(f'{2 * len(check)} verdicts more, on held-out pairs: does the judge beat "the longer answer wins"?')
     api_checked = functools.cache(lambda: check_api(judge.api) if judge and judge.api else None)
 
     def load(row: Row):
@@ -871,7 +927,14 @@ def main(args: Args) -> None:
         if judge and judge.kind == "reward":
             costs = score_all(judge, compared, reference.name, prompts, answers, tokenizer.end_id, args, device)
         elif judge:
-            costs = ask_all(judge, compared, args, device)
+            pairs = {"held-out pairs": check} if check else {}
+            costs = ask_all(judge, pairs | compared, args, device)
+        checked = against_longer(check, check_data, args.seed) if check else None
+        if checked:
+            ends = ", ".join(f"{100 * end:.1f}" for end in checked["interval"])
+            common.say(f"{judge.model} on {checked['n']} held-out pairs: right on {100 * checked['accuracy']:.1f} % "
+                       f"[{ends}], the longer answer on {100 * checked['longer_wins']['accuracy']:.1f} %; report.py "
+                       "compares them")
         for row in rows if judge else []:
             entries, why = compared[row.name], circular_why(judge, row, reference, invariants.weights_sha256)
             for e in entries:
@@ -884,6 +947,7 @@ def main(args: Args) -> None:
                 "rows": {"a": row.record, "b": reference.record},
                 "judge": {"kind": judge.kind, "model": judge.model,
                           "circular": why is not None, "circular_why": why, **independence(judge, (row, reference)),
+                          "decides": args.decides, "heldout": checked,
                           "sha256": None if judge.kind == "api" else judge.identity[1], "temperature": 0.0},
                 "sampling": sampling, **fingerprints, "summary": summary,
                 "cost": {k: round(v, 2) for k, v in costs[row.name].items()}, "prompts": entries}
@@ -893,8 +957,6 @@ def main(args: Args) -> None:
             summary = {k: v for k, v in result.items() if k != "prompts"} | {"scores": scores}
             common.write_json(directory / "summaries" / place.name, summary)
             show(result)
-        if judge and judge.kind != "reward":  # of a reward model report.py says it, from its held-out pairs
-            common.say(f'note: whether {judge.model} beats "the longer answer wins" on held-out pairs is not known')
         write_page(directory)
         common.say(f"side by side: {directory / 'index.html'}")
 

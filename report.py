@@ -51,7 +51,7 @@ from common import SCHEMA_VERSION, fail, read_json, write_atomic
 from plots import PLOTS, STYLE, draw, encode
 from verdicts import (ALPHA, LADDER, METRICS, ROW_ID, Change, Comparison, Paired, Verdict, at, climbs_of,
                       comparisons, differences, endpoint_protocols, finite, is_at_floor, is_instruct, label_group, label_rows, paired_over_items,
-                      read_items, read_rows, rung, same_policy, score, seed_groups, signed, title_of, verdicts_of,
+                      paired_over_seeds, read_items, read_rows, rung, same_policy, score, seed_groups, signed, title_of, verdicts_of,
                       with_holm)
 
 
@@ -389,11 +389,11 @@ def delta_table(compared: list[Comparison], notes: list[str], endpoints: tuple[s
     return Table(["difference", *header], lines + detectable_row(compared, 1), 1, notes)
 
 
-def verdict_table(verdicts: list[Verdict], rows: list[dict], judge: list[dict]) -> Table | None:
+def verdict_table(verdicts: list[Verdict], rows: list[dict], records: dict[str, list[dict]]) -> Table | None:
     """A line per method: the verdict against base and what it rests on, and DPO's own criterion."""
     lines = []
     for v in verdicts:
-        own = own_criterion(v.rows, rows, judge) if v.rows[0]["method"] == "dpo" else "–"
+        own = own_criterion(v.rows, rows, records["judge"], records["rm"]) if v.rows[0]["method"] == "dpo" else "–"
         lines.append([v.label, f"**{v.word}**", v.why, own])
     header = ["row", "verdict", "clearly moved endpoints, points", "own criterion"]
     return Table(header, lines, 4) if lines else None
@@ -428,24 +428,75 @@ def independence(record: dict) -> str:
     return f"not independent: it shares training prompts, {', '.join(shared)}"
 
 
-def own_criterion(family: tuple[dict, ...], rows: list[dict], judge: list[dict]) -> str:
-    """DPO's: the judged win rate against its SFT row, with its whole interval, is above 50 %, by a judge that shares no
-    training prompt with it, over FEWEST prompts or more; a line per seed and judge."""
-    adapters = {row["adapter_sha256"]: row["parent"]["adapter_sha256"] for row in family if row.get("parent")}
-    said = []
+def pool(records: list[dict]) -> dict:
+    """The figures of a comparison over seeds: judge.py's own of one; of several, over the prompts that all were asked,
+    which are crossed with the seeds, the interval of verdicts.paired_over_seeds. Length-controlled: the mean of the
+    seeds' rates, SE^2 = s^2(seed rates)/S + the mean of the seeds' own SE^2, a little too wide."""
+    summaries = [record.get("summary") or {} for record in records]
+    scored = [{key: score for key, score, _ in record.get("scores") or [] if score is not None} for record in records]
+    n = min((s.get("n") or 0) - (s.get("unparsable") or 0) for s in summaries)
+    if len(records) == 1:
+        return {"n": n, "seeds": 1, **{key: summaries[0].get(key) for key in (
+            "win_rate", "win_rate_ci95", "length_controlled_win_rate", "length_controlled_ci95")}}
+    shared = sorted(set.intersection(*map(set, scored)))
+    found = {"n": len(shared), "seeds": len(records)}
+    if len(shared) > 1:
+        d = np.array([[scores[key] for key in shared] for scores in scored])  # [S, n]
+        paired = paired_over_seeds(d, np.ones(len(shared), int))
+        found |= {"win_rate": float(d.mean()), "win_rate_ci95": [max(0.0, paired.interval[0]), min(1.0, paired.interval[1])]}
+    rates = [s.get("length_controlled_win_rate") for s in summaries]
+    ends = [s.get("length_controlled_ci95") or [None] for s in summaries]
+    if None not in map(finite, [*rates, *(end for pair in ends for end in pair)]):
+        own = [((high - low) / 3.92) ** 2 for low, high in ends]
+        half = 1.96 * math.sqrt(statistics.variance(rates) / len(rates) + statistics.fmean(own))
+        rate = statistics.fmean(rates)
+        found |= {"length_controlled_win_rate": rate,
+                  "length_controlled_ci95": [max(0.0, rate - half), min(1.0, rate + half)]}
+    return found
+
+
+def judged_families(judge: list[dict], rows: list[dict]) -> list[tuple[str, str, list[dict]]]:
+    """[(label of a, label of b, its records, one per seed)]: the comparisons of a judge, the seeds of a family and of
+    what it is compared with together; judges in the order of their records."""
+    family = {id(row): (label, [(r["name"], r["adapter_sha256"]) for r in group]) for label, group in families(rows)
+              for row in group}
+
+    def label_of(row: dict) -> str:
+        policy = row.get("name"), row.get("adapter_sha256")
+        return next((label for label, group in family.values() if policy in group), judged_label(row, rows))
+
+    found = {}
     for record in judge:
-        a, b = (at(record, "rows", side, "adapter_sha256") for side in "ab")
-        low = finite((at(record, "summary", "win_rate_ci95") or [None])[0])
-        if a not in adapters or adapters[a] != b or low is None or independence(record) == "circular":
+        a, b = (label_of(at(record, "rows", side) or {"name": record.get(side)}) for side in "ab")
+        who = [at(record, "judge", key) for key in ("kind", "model", "sha256")]
+        found.setdefault(json.dumps([who, a, b, record["note"]]), (a, b, []))[2].append(record)
+    return list(found.values())
+
+
+def own_criterion(family: tuple[dict, ...], rows: list[dict], judge: list[dict], reward_models: list[dict]) -> str:
+    """DPO's: the judged win rate against its SFT row, with its whole interval, is above 50 %, by the judge that was
+    named to decide, that beats "the longer answer wins" and shares no training prompt with it, over FEWEST prompts or
+    more; a line per judge, seeds pooled."""
+    adapters, said = {r["adapter_sha256"]: r["parent"]["adapter_sha256"] for r in family if r.get("parent")}, []
+    against_parent = [record for record in judge if independence(record) != "circular" and at(
+        record, "rows", "b", "adapter_sha256") == adapters.get(at(record, "rows", "a", "adapter_sha256"), "none")]
+    for _, _, records in judged_families(against_parent, rows):
+        pooled, record = pool(records), records[0]
+        low = finite((pooled.get("win_rate_ci95") or [None])[0])
+        if low is None:
             continue
-        scored = (at(record, "summary", "n") or 0) - (at(record, "summary", "unparsable") or 0)
         met = "met" if low > 0.5 else "not met"
-        if scored < FEWEST:
+        if at(record, "judge", "decides") is False:
+            met = "beside it"
+        elif pooled["n"] < FEWEST:
             met = "open, too few"
-        elif independence(record).startswith("not"):
+        elif any(independence(record).startswith("not") for record in records):
             met = "open, no independent judge"
-        said.append(f"{met}: beats SFT in {win_rate_cell(record)} % of {number(scored)} prompts (length-controlled "
-                    f"{controlled_cell(record)}), says {at(record, 'judge', 'model')}"
+        elif not is_evidence(record, reward_models):
+            met = "open, the judge is not known to beat longer-wins"
+        seeds = f" in {pooled['seeds']} seeds" * (pooled["seeds"] > 1)
+        said.append(f"{met}: beats SFT in {win_rate_cell(pooled)} % of {number(pooled['n'])} prompts{seeds} "
+                    f"(length-controlled {controlled_cell(pooled)}), says {at(record, 'judge', 'model')}"
                     + f", {independence(record) or 'whose training prompts are not known'}")
     return "\n".join(said) or "open: not judged against SFT"
 
@@ -591,8 +642,9 @@ def moved_table(rows: list[dict]) -> Table | None:
 
 
 def paired_with_length(record: dict) -> tuple[Paired, str] | None:
-    """(accuracy minus that of the better rule of length, paired on the same pairs; the rule's name), from a reward
-    model's per-pair outcomes: strings of "1" right, "0" wrong, "-" a tie. None where they are not recorded."""
+    """(accuracy minus that of the better rule of length, paired on the same pairs; the rule's name), from a judge's
+    per-pair outcomes: strings of "1" right, "0" wrong, "-" a tie. None where they are not recorded. A tie of a reward
+    model tells nothing; one of a language model, whose two orders disagree, is half right."""
     model, longer = at(record, "outcomes", "model"), at(record, "outcomes", "longer_wins")
     if not model or not longer:
         return None
@@ -600,6 +652,11 @@ def paired_with_length(record: dict) -> tuple[Paired, str] | None:
     if longer.count("1") < longer.count("0"):
         longer, name = longer.translate(str.maketrans("10", "01")), "shorter-wins"
     pairs = Counter(zip(model, longer, strict=True))
+    if "position_inconsistency" in record:
+        value = {"1": 1.0, "0": 0.0, "-": 0.5}
+        d = np.array([value[a] - value[b] for (a, b), n in sorted(pairs.items()) for _ in range(n)])
+        paired = paired_over_items(d, np.ones(len(d), int), bool(np.isin(d, (-1, 0, 1)).all()))
+        return (paired, name) if paired else None
     gained, lost = pairs["1", "0"], pairs["0", "1"]  # a tie of either tells nothing
     d = np.array([1] * gained + [-1] * lost + [0] * (len(model) - gained - lost))
     return paired_over_items(d, np.ones(len(d), int), True), name
@@ -679,11 +736,12 @@ def records_report(records: dict[str, list[dict]], rows: list[dict]) -> list[str
 
 
 def win_rate_cell(record: dict) -> str:
-    return with_interval(at(record, "summary", "win_rate"), at(record, "summary", "win_rate_ci95"), 1, 100)
+    summary = record.get("summary") or record  # or pooled figures
+    return with_interval(summary.get("win_rate"), summary.get("win_rate_ci95"), 1, 100)
 
 
 def controlled_cell(record: dict) -> str:
-    summary = record.get("summary") or {}
+    summary = record.get("summary") or record
     return with_interval(summary.get("length_controlled_win_rate"), summary.get("length_controlled_ci95"), 1, 100)
 
 
@@ -880,7 +938,7 @@ def first_answers(results: Results) -> list[str | Table]:
         blocks += ["## 1. Did it learn what it optimises?", learned]
     if moved := moved_table(results.rows):
         blocks += ["### How far did it move?", moved]
-    if table := verdict_table(results.verdicts, results.rows, results.records["judge"]):
+    if table := verdict_table(results.verdicts, results.rows, results.records):
         note = tests_note(results.protocols, results.tables, results.compared)
         blocks += ["## 3. Is it a win? Verdicts against base", table, note, VERDICTS]
         blocks += [results.image("plots/tradeoff")]
@@ -935,32 +993,47 @@ def win_rates(results: Results) -> list[str]:
     """A sentence per judge: each row's win rate, beside it the length-controlled one, and how far the judge is to be
     trusted."""
     by_judge, records = {}, results.records
-    for record in records["judge"]:
-        if not record["note"] and not at(record, "judge", "circular"):
-            name = f"{at(record, 'judge', 'model')}" + " in both orders" * (at(record, "judge", "kind") != "reward")
-            by_judge.setdefault((name, record.get("b")), []).append(record)
+    told = [record for record in records["judge"] if not record["note"] and not at(record, "judge", "circular")]
+    for a, b, of_judge in judged_families(told, results.rows):
+        judge = of_judge[0].get("judge") or {}
+        name = f"{judge.get('model')}" + " in both orders" * (judge.get("kind") != "reward")
+        by_judge.setdefault((name, b), []).append((a, of_judge))
     lines = []
-    for (name, b), of_judge in by_judge.items():
-        rates = [f"{judged_label(record['rows']['a'], results.rows)} {win_rate_cell(record)} (length-controlled "
-                 f"{controlled_cell(record)})" for record in of_judge]
+    for (name, b), compared in by_judge.items():
+        pooled = [(a, pool(of_judge)) for a, of_judge in compared]
+        rates = [f"{a} {win_rate_cell(p)} (length-controlled {controlled_cell(p)})" for a, p in pooled]
         text = f"**Win rate** against {b}, judged by {name}, %: {', '.join(rates)}."
-        dependent = {judged_label(r["rows"]["a"], results.rows): independence(r) for r in of_judge
-                     if independence(r).startswith("not")}
+        every = [record for _, of_judge in compared for record in of_judge]
+        dependent = {a: independence(r) for a, of_judge in compared for r in of_judge if independence(r).startswith("not")}
         text += "".join(f" For {label} the judge is {why}." for label, why in dependent.items())
-        text += " Its training prompts are not known." * all(not independence(record) for record in of_judge)
-        lines.append(f"{text} {judge_evidence(of_judge[0], records['rm'])}")
+        text += " Its training prompts are not known." * all(not independence(record) for record in every)
+        lines.append(f"{text} {judge_evidence(every[0], records['rm'])}")
     return lines
 
 
 def judge_evidence(record: dict, reward_models: list[dict]) -> str:
-    """One sentence: does the judge beat "the longer answer wins", paired, on held-out pairs? Of a reward model by its
-    own record; another judge was asked about no such pairs."""
+    """One sentence: does the judge beat "the longer answer wins", paired, on held-out pairs?"""
+    own = checked_pairs(record, reward_models)
+    if not own or not paired_with_length(own):
+        model = at(record, "judge", "model")
+        return f"Whether {model} beats \"the longer answer wins\" on held-out pairs is not known."
+    return ("As evidence: " if is_evidence(record, reward_models) else "No evidence by itself: ") + against_length(own)
+
+
+def checked_pairs(record: dict, reward_models: list[dict]) -> dict | None:
+    """A judge's outcomes on held-out pairs: of a reward model its own record, of a language model what judge.py asked."""
     judge = record.get("judge") or {}
+    if judge.get("heldout"):
+        return {"label": judge.get("model"), **judge["heldout"]}
     own = [r for r in reward_models if judge.get("kind") == "reward" and r.get("adapter_sha256") == judge.get("sha256")]
-    if not own or not paired_with_length(own[0]):
-        return f"Whether {judge.get('model')} beats \"the longer answer wins\" on held-out pairs is not known."
-    text = against_length(own[0])
-    return ("As evidence: " if " pairs: beats " in text else "No evidence by itself: ") + text
+    return own[0] if own else None
+
+
+def is_evidence(record: dict, reward_models: list[dict]) -> bool | None:
+    """Does the judge beat the better rule of length, p < 0.05, on the same pairs? None where that is not known."""
+    own = checked_pairs(record, reward_models)
+    found = paired_with_length(own) if own else None
+    return found and found[0].p < ALPHA and sum(found[0].interval) > 0
 
 
 def policies(tables: dict[str, list[dict]]) -> dict[str, list[dict]]:
@@ -983,7 +1056,7 @@ def page(label: str, rows: list[dict], results: Results) -> list:
         if any(same_policy(row, r) for r in v.rows):
             blocks.append(f"**Verdict: {v.word}** ({v.why}).")
             if row["method"] == "dpo":
-                own = own_criterion(v.rows, results.rows, records["judge"]).replace("\n", "; ")
+                own = own_criterion(v.rows, results.rows, records["judge"], records["rm"]).replace("\n", "; ")
                 blocks.append(f"Own criterion: {own}.")
     if learned := learned_table([row], []):
         blocks += ["## Did it learn what it optimises?", learned]

@@ -28,7 +28,8 @@ and more than 2 points. The verdict is the first that holds:
     inconclusive    nothing up or down, and a change of more than 2 points remains possible
 "inherited" behind the word: every drop that it rests on is one that the parent had already, clearly, and to which the
 method itself added nothing clear. DPO has a criterion of its own besides: the lower bound of its judged win rate
-against SFT is above 50 %, by a judge that shares no training prompt with it.
+against SFT is above 50 %, by the judge that was named to decide (judge.py --decides), that beats "the longer answer
+wins" on held-out pairs and shares no training prompt with it; seeds pooled by the formula above, prompts for items.
 
 Shapes: n items, S seeds, d differences of items, m sizes of items. report.py prints what comes out of here.
 """

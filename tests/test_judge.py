@@ -495,6 +495,7 @@ def test_a_judge_that_always_says_the_first_decides_nothing(results, judge_args,
     found = read(results)
     assert found["judge"] == {"kind": "local", "model": says_a, "circular": False, "circular_why": None,
                               "independent": None, "shared_prompts": None,  # a model from elsewhere: nothing is known
+                              "decides": True, "heldout": None,  # --data alone has no pairs
                               "sha256": common.weights_sha256(Path(says_a)), "temperature": 0.0}
     check_first_always(found)
     assert found["cost"]["requests"] == 2 * len(PROMPTS) and found["cost"]["completion_tokens"] == 0
@@ -506,6 +507,35 @@ def check_first_always(found):
     assert (summary["wins"], summary["losses"], summary["ties"], summary["unparsable"]) == (0, 0, len(PROMPTS), 0)
     assert summary["position_inconsistency"] == 1
     assert summary["win_rate"] == 0.5 and summary["win_rate_ci95"] == [0.5, 0.5]
+
+
+def test_a_judge_of_places_does_not_beat_the_longer_answer(judge_args, says_a, data_dir, results, capsys):
+    """Asked about held-out pairs in both orders, one that always says the first has half of them right; the rule of
+    length has what the rows' own lengths say; both stand in the record, which git keeps."""
+    judge.main(judge.Args(**judge_args, results=str(results), judge_model=says_a, check_pairs=20, decides=False,
+                          pref_data=str(data_dir / "preference.jsonl")))
+    found = read(results)["judge"]
+    assert found["decides"] is False and read(results, "summaries/dpo_v1_vs_sft_v2")["judge"] == found
+    checked = found["heldout"]
+    assert checked["n"] == 20 and checked["accuracy"] == 0.5 and checked["interval"] == [0.5, 0.5]
+    assert checked["outcomes"]["model"] == "-" * 20 and checked["position_inconsistency"] == 1
+    rows = [json.loads(line) for line in (data_dir / "preference_heldout.jsonl").read_text().splitlines()]
+    tokenizer = chat.load_tokenizer(judge_args["against"])
+    longer = sum(len(tokenizer(r["chosen"][0]["content"])["input_ids"]) > len(tokenizer(r["rejected"][0]["content"])["input_ids"])
+                 for r in rows)
+    assert 0 < checked["outcomes"]["longer_wins"].count("1") <= longer
+    assert "does the judge beat" in capsys.readouterr().out
+
+
+def test_a_judge_against_length_by_hand():
+    """Five pairs: right, wrong, orders that disagree, one verdict of two, none of two."""
+    verdicts = [("a", "a"), ("b", "b"), ("a", "b"), (None, "a"), (None, None)]
+    entries = [{"verdict_ab": ab, "verdict_ba": ba, "tokens_a": a, "tokens_b": b}
+               for (ab, ba), (a, b) in zip(verdicts, [(9, 3), (9, 3), (3, 9), (5, 5), (3, 9)])]
+    found = judge.against_longer(entries, "data", 0)
+    assert found["outcomes"] == {"model": "10---", "longer_wins": "110-0"}
+    assert found["accuracy"] == 0.5 and found["longer_wins"]["accuracy"] == 0.5 and found["position_inconsistency"] == 1 / 3
+    assert 0 <= found["interval"][0] < 0.5 < found["interval"][1] <= 1
 
 
 def test_a_local_verdict_is_the_likeliest_letter(results, judge_args, long_model):

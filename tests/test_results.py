@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -1081,7 +1082,7 @@ def judged(a, b, stem=None, **changes):
     def identity(row):
         return {key: row[key] for key in ("name", "config_hash", "adapter_sha256", "train_invariants")}
 
-    judge = {"kind": "api", "model": "judge-70b", "circular": False, "circular_why": None, "temperature": 0.0}
+    judge = {"kind": "api", "decides": True, "model": "judge-70b", "circular": False, "circular_why": None, "temperature": 0.0}
     judge |= changes.pop("judge", {})
     prompts, scores = changes.pop("prompts_fingerprint", "sha256:200"), changes.pop("scores", [])
     summary = {"n": 200, "wins": 120, "ties": 20, "losses": 59, "unparsable": 1, "unparsable_verdicts": 5, "win_rate": 0.654,
@@ -1127,6 +1128,8 @@ def test_judged_win_rates(here):
 
 
 CONTROLLED = "(length-controlled 60.1 [53.0, 67.0]), says judge-70b, whose training prompts are not known"
+CHECKED = {"n": 100, "accuracy": 0.8, "interval": [0.7, 0.9], "longer_wins": {"n": 100, "accuracy": 0.6},
+           "position_inconsistency": 0.1, "outcomes": {"model": "1" * 80 + "0" * 20, "longer_wins": "1" * 50 + "0" * 50}}
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -1136,6 +1139,9 @@ CONTROLLED = "(length-controlled 60.1 [53.0, 67.0]), says judge-70b, whose train
     ({"judge": {"independent": False, "shared_prompts": {"dpo_v1": {"prompts": 85, "share": 0.85}}}},
      "open, no independent judge: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts (length-controlled 60.1 [53.0, "
      "67.0]), says judge-70b, not independent: it shares training prompts, 85 % with dpo_v1"),
+    ({"judge": {"heldout": None}}, f"open, the judge is not known to beat longer-wins: beats SFT in 65.4 [59.0, 72.0] % of 199 "
+     f"prompts {CONTROLLED}"),
+    ({"judge": {"decides": False}}, f"beside it: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts {CONTROLLED}"),
     ({"win_rate_ci95": [0.5, 0.72]}, f"not met: beats SFT in 65.4 [50.0, 72.0] % of 199 prompts {CONTROLLED}"),  # above, not at
     ({"n": 2, "unparsable": 0, "win_rate": 1.0, "win_rate_ci95": [1.0, 1.0]},
      f"open, too few: beats SFT in 100.0 [100.0, 100.0] % of 2 prompts {CONTROLLED}"),
@@ -1146,6 +1152,7 @@ CONTROLLED = "(length-controlled 60.1 [53.0, 67.0]), says judge-70b, whose train
 def test_the_criterion_of_dpo_is_a_lower_bound_above_one_half(here, changes, said):
     base, sft, dpo = rows = three_rows()
     if changes is not None:
+        changes = changes | {"judge": {"heldout": CHECKED} | changes.get("judge", {})}
         judged(dpo, sft, **changes)
     run(rows)
     found = table("## 3. Is it a win?")
@@ -1153,6 +1160,45 @@ def test_the_criterion_of_dpo_is_a_lower_bound_above_one_half(here, changes, sai
     dpo |= {"adapter_sha256": "7" * 64}  # the judge saw other weights
     run(rows)
     assert table("## 3. Is it a win?")["dpo_v1"][2] == "open: not judged against SFT"
+
+
+@pytest.mark.parametrize("model, word", [
+    ("1" * 80 + "0" * 20, "As evidence: judge-70b: accuracy 80.0 [70.0, 90.0] %"),
+    ("-" * 100, "No evidence by itself: judge-70b"), ("1" * 50 + "-" * 50, "As evidence: judge-70b")])
+def test_a_language_model_judge_is_compared_with_length_on_held_out_pairs(here, model, word):
+    """Right on 80, the longer on the first 50: 30 : 0, McNemar. Ties of a judge's two orders are half right: all of them
+    are the chance of the rule; on the other 50 they are half a point each, where the rule has none."""
+    base, sft, dpo = rows = three_rows()
+    judged(dpo, sft, judge={"heldout": CHECKED | {"outcomes": CHECKED["outcomes"] | {"model": model}}})
+    run(rows)
+    assert word in said("**Win rate**", "README.md")
+    if model[0] == "1" and "-" not in model:
+        half = 1.959964 * (((31 + 1) / 102 - (30 / 102) ** 2) / 102) ** 0.5  # Bonett and Price
+        ends = f"[{100 * (30 / 102 - half):.1f}, {100 * (30 / 102 + half):.1f}]"
+        assert f"beats longer-wins (paired difference {ends} points, p < 0.001)" in said("**Win rate**", "README.md")
+
+
+def test_win_rates_of_seeds_are_pooled_over_the_prompts_that_all_were_asked(here):
+    """Two seeds of DPO, each against its own SFT: prompts crossed with seeds, by the formula of the benchmarks."""
+    base, sft, dpo = three_rows()
+    rows = [base, *([row | {"seed": seed, "family": row["method"], "adapter_sha256": f"{row['phase']}{seed}" + "0" * 61,
+                            "config_hash": f"{row['method']}{seed}"} for seed in (42, 43) for row in (sft, dpo)])]
+    for i, seed in enumerate((42, 43)):
+        rows[2 + 2 * i]["parent"] = {key: rows[1 + 2 * i][key] for key in ("name", "method", "adapter_sha256", "config_hash")}
+    scores = [[1.0, 0.0, 1.0, 1.0, 0.5] * 20, [1.0, 0.5, 1.0, 0.0, 1.0] * 20]
+    for i, seed in enumerate((42, 43)):
+        listed = [[f"p{k}", score, 3] for k, score in enumerate(scores[i])] + [[f"only in {seed}", 0.0, 0], ["p7x", None, 0]]
+        judged(rows[2 + 2 * i], rows[1 + 2 * i], f"dpo_v1_vs_sft_v2.{seed}", scores=listed, judge={"heldout": CHECKED})
+    run(rows)
+    paired = verdicts.paired_over_seeds(scores_of := np.array(scores), np.ones(100, int))
+    ends = ", ".join(f"{100 * end:.1f}" for end in paired.interval)
+    half = 196 * (0.14 / 3.92)  # both seeds have one length-controlled rate, and its own interval
+    rate = f"{100 * scores_of.mean():.1f} [{ends}]"
+    assert table("## 3. Is it a win?")["dpo_v1 (2 seeds)"][2].startswith(
+        f"met: beats SFT in {rate} % of 100 prompts in 2 seeds (length-controlled 60.1 [{60.1 - half:.1f}, {60.1 + half:.1f}])")
+    assert f"against sft_v2 (2 seeds), judged by judge-70b in both orders, %: dpo_v1 (2 seeds) {rate}" in said(
+        "**Win rate**", "README.md")
+    assert {"dpo_v1-s42 against sft_v2-s42", "dpo_v1-s43 against sft_v2-s43"} < table("## Judged win rates").keys()
 
 
 def test_guardrails_and_distance(here):
