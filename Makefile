@@ -42,10 +42,12 @@ KTO_FLAGS ?=
 EVAL_FLAGS ?= --tasks gsm8k_zero_shot
 REWARD_MODELS ?= $(OUT)
 JUDGE_MODEL ?= $(REWARD_MODELS)/rm_watch
+JUDGE_SEED ?= 42
 JUDGE_FLAGS ?= --best-of 8
 
 # They may come from the environment as well; said, since other programs use such names too.
-GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA LIMIT PROTOCOL SEED SEEDS OUT RESULTS README NPROC GPUS PER_GPU PY VENV REWARD_MODELS JUDGE_MODEL \
+GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA LIMIT PROTOCOL SEED SEEDS OUT RESULTS README NPROC GPUS PER_GPU PY VENV REWARD_MODELS \
+  JUDGE_MODEL JUDGE_SEED \
   $(foreach s,SFT RM DPO PPO GRPO KTO EVAL JUDGE,$(s)_FLAGS)
 $(if $(filter all controls,$(MAKECMDGOALS)),$(foreach v,$(GIVEN),$(if $(filter environment,$(origin $(v))),\
   $(info note: $(v)=$($(v)), from the environment))))
@@ -71,7 +73,7 @@ KTO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(KTO_FLAGS))
 EVAL = $(strip --out $(RESULTS) $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) $(call flag,--limit,$(LIMIT)) \
        --protocol $(PROTOCOL) --quantization $(QUANT) $(EVAL_FLAGS))
 JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))) --against $(OUT)/sft_v2 --reward-adapter $(REWARD_MODELS)/rm_v1 \
-       $(call flag,--model,$(MODEL)) $(call flag,--pref-data,$(PREF_DATA)) --judge-model $(JUDGE_MODEL) --seed $(SEED) \
+       $(call flag,--model,$(MODEL)) $(call flag,--pref-data,$(PREF_DATA)) --judge-model $(JUDGE_MODEL) --seed $(JUDGE_SEED) \
        --results $(RESULTS) $(JUDGE_FLAGS))
 
 # The rows of the table, and the reward models, which have no row: their figures are in $(RESULTS)/rm. rm_watch learns

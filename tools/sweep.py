@@ -66,7 +66,8 @@ def admissible(figures: dict) -> bool:
 
 
 def main(args: Args) -> None:
-    runs, judge = Path(args.runs), Path(args.runs) / "results" / "judge"
+    runs = Path(args.runs)
+    judge = next(runs.glob("results/judge/*-s*"), runs / "results" / "judge")  # of this base and seed
     guardrails = {}
     if (judge / "guardrails.json").is_file():
         guardrails = {row["name"]: row for row in common.read_json(judge / "guardrails.json")["rows"]}
