@@ -26,6 +26,7 @@ SFT_DATA  ?=
 PREF_DATA ?=
 GRPO_DATA ?=
 EVAL_DATA ?=
+EVAL_TASKS ?= gsm8k_zero_shot
 LIMIT     ?=
 PROTOCOL  ?= plain
 SEED      ?= 42
@@ -46,7 +47,7 @@ JUDGE_SEED ?= 42
 JUDGE_FLAGS ?= --best-of 8
 
 # They may come from the environment as well; said, since other programs use such names too.
-GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA LIMIT PROTOCOL SEED SEEDS OUT RESULTS README NPROC GPUS PER_GPU PY VENV REWARD_MODELS \
+GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA EVAL_TASKS LIMIT PROTOCOL SEED SEEDS OUT RESULTS README NPROC GPUS PER_GPU PY VENV REWARD_MODELS \
   JUDGE_MODEL JUDGE_SEED \
   $(foreach s,SFT RM DPO PPO GRPO KTO EVAL JUDGE,$(s)_FLAGS)
 $(if $(filter all controls,$(MAKECMDGOALS)),$(foreach v,$(GIVEN),$(if $(filter environment,$(origin $(v))),\
@@ -71,7 +72,7 @@ PPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(PPO_FLAGS))
 GRPO = $(strip $(COMMON) $(call flag,--data,$(GRPO_DATA)) $(GRPO_FLAGS))
 KTO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(KTO_FLAGS))
 EVAL = $(strip --out $(RESULTS) $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) $(call flag,--limit,$(LIMIT)) \
-       --protocol $(PROTOCOL) --quantization $(QUANT) $(EVAL_FLAGS))
+       $(call flag,--tasks,$(EVAL_TASKS)) --protocol $(PROTOCOL) --quantization $(QUANT) $(EVAL_FLAGS))
 JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))) --against $(OUT)/sft_v2 --reward-adapter $(REWARD_MODELS)/rm_v1 \
        $(call flag,--model,$(MODEL)) $(call flag,--pref-data,$(PREF_DATA)) --judge-model $(JUDGE_MODEL) --seed $(JUDGE_SEED) \
        --results $(RESULTS) $(JUDGE_FLAGS))
@@ -232,7 +233,7 @@ demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 10 to 15 mi
 	@$(MAKE) --no-print-directory all OUT=runs/demo RESULTS=runs/demo/results README=none MODEL=$(SMOLLM2) QUANT=none \
 	  PROTOCOL=plain SEED=42 NPROC=1 \
 	  SFT_DATA=data/demo/train/sft.jsonl PREF_DATA=data/demo/train/preference.jsonl \
-	  GRPO_DATA=data/demo/train/gsm8k_rl.jsonl EVAL_DATA=data/demo/eval LIMIT=8 \
+	  GRPO_DATA=data/demo/train/gsm8k_rl.jsonl EVAL_DATA=data/demo/eval EVAL_TASKS= LIMIT=8 \
 	  SFT_FLAGS='--dtype float32 --rows 52 --batch-size 8 --max-length 320 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 4' \
 	  DPO_FLAGS='--dtype float32 --rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 2' \
 	  RM_FLAGS='--dtype float32 --rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --micro-tokens 1024 --checkpoint-every 2' \
