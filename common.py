@@ -21,7 +21,6 @@ import gzip
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import math
@@ -1725,8 +1724,6 @@ class Run:
             "weights_sha256": invariants.weights_sha256,
             "args": resolved_args(args), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
-        if args.track and not importlib.util.find_spec("wandb"):
-            fail("--track needs wandb: pip install wandb")
         decision = None
         if rank() == 0:
             try:
@@ -1774,6 +1771,10 @@ class Run:
                 say(f"moved the old run to {aside}")
         elif self.directory.exists() and any(self.directory.iterdir()):
             fail(f"{self.directory} is not empty and holds no run; choose another --out")
+        if self.args.track != "none":
+            from tracking import new_id
+            self.record["track_id"] = (found and not changed and old.get("track_id")) or new_id(
+                self.record["config_hash"], self.directory)
         write_json(self.running, self.record)
         return None
 
@@ -1831,10 +1832,9 @@ class Run:
             from tqdm import tqdm
             self.bar = tqdm(total=total_steps, initial=step, desc=self.record["name"], unit="step",
                             dynamic_ncols=True, mininterval=0.5, file=sys.stderr)
-            if self.args.track:
-                import wandb
-                self.tracker = wandb.init(project="rungs", name=self.record["name"], config=self.record,
-                                          id=f"{self.record['config_hash']}", resume="allow")
+            if self.args.track != "none":
+                from tracking import Tracker
+                self.tracker = Tracker(self.args.track, self.record)
         self.total_steps, self.last_flops = total_steps, flops_done
         self.started = self.last_tick = time.time()
         if step < total_steps:
@@ -1970,7 +1970,7 @@ class Run:
             shutil.rmtree(self.directory / "checkpoint", ignore_errors=True)
             self._tidy()
             if self.tracker:
-                self.tracker.summary.update(metrics)
+                self.tracker.attach(self.record, self.directory, self.total_steps)
         self._release()
         say(f"{self.directory}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                                               for k, v in metrics.items()))

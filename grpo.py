@@ -18,8 +18,8 @@ Deviations, on purpose:
   1. Sums run over the whole mini-batch and all ranks: `sequence` and `token` are means over the mini-batch, not means
      of the groups' means.
   2. An answer that does not end within --completion-tokens has reward 0, whatever it says; it stays in the loss.
-  3. A group whose rewards are all equal has A = 0. With β = 0 its answers get no forward and no backward; they still
-     count in B and Σ|o|, so that the gradient is the one that computing them would have given.
+  3. A group whose rewards are all equal has A = 0. With β = 0 its answers get no forward with gradient and no
+     backward; they still count in B and Σ|o|, so that the gradient is the one that computing them would have given.
   4. With one optimizer step per update (the default, and the paper's μ = 1), π_old is π_θ: ρ ≡ 1, and its log-probs are
      those of the forward that is trained. With more, they are computed before the first step, on the same micro-batches
      (ρ ≡ 1 is asserted). Either way they must agree with the sampler's (`sampler_gap`).
@@ -153,8 +153,8 @@ class Args:
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 10
     """Updates between checkpoints."""
-    track: bool = False
-    """Log to Weights & Biases too (needs wandb)."""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """Log to Weights & Biases or trackio too (an optional package each; both work offline and without an account)."""
 
 
 KL_ANSWERS = 64  # greedy held-out answers along which the trained policy's KL to its reference is measured
@@ -353,10 +353,10 @@ def main(args: Args) -> None:
         learns = (advantages != 0) | (args.beta > 0)                                                   # [B]
         examples = [Example.completion(g.problem.ids, c.ids) for g in groups for c in g.completions]
         lengths = torch.tensor([len(c.ids) for c in completions], device=device)                       # [B]
-        mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]) & learns[:, None]  # [B, T]
+        answered = torch.arange(int(lengths.max()), device=device) < lengths[:, None]                  # [B, T]
+        mask = answered & learns[:, None]                                                              # [B, T]
         sampler_logprobs = torch.zeros(mask.shape, device=device)                                      # log q, [B, T]
-        sampler_logprobs[mask] = torch.tensor(
-            [lp for c, learn in zip(completions, learns.tolist()) if learn for lp in c.logprobs], device=device)
+        sampler_logprobs[answered] = torch.tensor([lp for c in completions for lp in c.logprobs], device=device)
 
         def minibatches(epoch: int) -> list[tuple]:
             """[(micro-batches, their tokens over all ranks, weight of a token of each answer [B])], newly shuffled."""
@@ -369,17 +369,18 @@ def main(args: Args) -> None:
                 parts.append((micros, int(mask[rows].sum()), weights))
             return parts
 
-        # 3c. Log-probs of old policy and reference, from the very micro-batches of the first epoch.
+        # 3c. Log-probs of old policy and reference, from the very micro-batches of the first epoch. With β = 0 the loss
+        # needs no reference; it is asked about all answers, for the `kl` that is logged.
         first_epoch = minibatches(0)
         micros = [micro for part, _, _ in first_epoch for micro in part]
         old = torch.zeros(2, *mask.shape, device=device)                       # log π_old and its entropy, each [B, T]
         if not single:
             old = common.per_token(
                 lambda micro: common.logprobs_and_entropy(policy, micro, args.temperature), micros, old.shape, device)
-        if args.beta:
-            with common.reference(policy):
-                ref_logprobs = common.per_token(
-                    lambda micro: common.token_logprobs(policy, micro, args.temperature), micros, mask.shape, device)
+        with common.reference(policy):
+            ref_logprobs = common.per_token(
+                lambda micro: common.token_logprobs(policy, micro, args.temperature), micros if args.beta else
+                common.placed_batches(policy, examples, range(P * G), args.micro_tokens, G), mask.shape, device)
 
         # 3d. Epochs of mini-batches, an optimizer step each.
         totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
@@ -438,9 +439,9 @@ def main(args: Args) -> None:
                if args.importance_cap else {}),
             "learn_tokens_per_s":
                 args.epochs * sum(len(e.ids) for e, learn in zip(examples, learns) if learn) / (learned - rolled)}
-        if args.beta:  # a completion's sum, at the rollout
-            learning |= {"kl": (old[0] - ref_logprobs).sum(1).mean().item(),
-                         "k3": k3(old[0], ref_logprobs).sum(1).mean().item()}
+        rolled_out = old[0] if args.beta else sampler_logprobs  # the same policy, and with β = 0 known of all answers
+        learning |= {"kl": (rolled_out - ref_logprobs).sum(1).mean().item(),  # a completion's sum, at the rollout
+                     "k3": k3(rolled_out, ref_logprobs).sum(1).mean().item()}
         run.log(update, {
             **means(drawn), "zero_variance": sum(not g.varies for g in drawn) / len(drawn),
             "all_right": solved.count(G) / len(drawn), "all_wrong": solved.count(0) / len(drawn),

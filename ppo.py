@@ -148,8 +148,8 @@ class Args:
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 10
     """Updates between checkpoints."""
-    track: bool = False
-    """Log to Weights & Biases too (needs wandb)."""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """Log to Weights & Biases or trackio too (an optional package each; both work offline and without an account)."""
 
 
 VALUE_COEF = 0.1  # [2403.17031: 0.1]; Adam all but cancels it, so that it matters to the critic's gradient clip only

@@ -112,8 +112,8 @@ class Args:
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
-    track: bool = False
-    """Log to Weights & Biases too (needs wandb)."""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """Log to Weights & Biases or trackio too (an optional package each; both work offline and without an account)."""
 
 
 # -- the method's maths ---------------------------------------------------------------------------

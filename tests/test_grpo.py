@@ -366,9 +366,8 @@ def test_updates_are_the_loop_over_single_answers(tiny_model, sft_run, grpo_args
         used = [x for x in answers if args.beta or x[2]]
         mean = {"entropy": torch.cat([x[5] for x in used]).mean(),
                 "sampler_gap": (torch.cat([x[3] for x in used]) - tensor([lp for x in used for lp in x[6]])).abs().mean()}
-        if args.beta:
-            mean["kl"] = torch.stack([(x[3] - x[4]).sum() for x in answers]).mean()
-            mean["k3"] = torch.stack([((x[4] - x[3]).exp() - 1 - (x[4] - x[3])).sum() for x in answers]).mean()
+        mean["kl"] = torch.stack([(x[3] - x[4]).sum() for x in answers]).mean()  # of all, also of those not trained on
+        mean["k3"] = torch.stack([((x[4] - x[3]).exp() - 1 - (x[4] - x[3])).sum() for x in answers]).mean()
         losses, ratios = [], []
         for epoch in range(args.epochs):
             order = common.permutation(P, args.seed, "minibatches", update, epoch)
@@ -414,38 +413,38 @@ def test_updates_are_the_loop_over_single_answers(tiny_model, sft_run, grpo_args
     assert (ours - theirs).norm() <= 2e-3 * theirs.norm()  # Adam's first steps magnify the rounding of small gradients
 
 
-def test_without_kl_only_answers_with_an_advantage_are_computed(grpo_args, tmp_path, rollouts, monkeypatch):
-    """Nothing else is packed, the reference is never asked, and one optimizer step takes one forward."""
+def test_without_kl_only_answers_with_an_advantage_are_trained_on(grpo_args, tmp_path, rollouts, monkeypatch):
+    """Nothing else gets a gradient, and one optimizer step takes one such forward; the reference is asked about all."""
     packed, real = [], common.placed_batches
     monkeypatch.setattr(common, "placed_batches", lambda policy, examples, rows, *a: packed.append(
         [examples[i].ids for i in rows]) or real(policy, examples, rows, *a))
     forwards, logprobs = [], common.token_logprobs
     monkeypatch.setattr(common, "token_logprobs", lambda model, pack, *a, **k: forwards.append(
-        pack.cu_seqlens.numel() - 1) or logprobs(model, pack, *a, **k))
-    monkeypatch.setattr(common, "reference", None)
-    monkeypatch.setattr(common, "movement", lambda *a: {})  # which asks the reference after the last step
+        (pack.cu_seqlens.numel() - 1) * torch.is_grad_enabled()) or logprobs(model, pack, *a, **k))
     train(tmp_path / "run", **{**grpo_args, "beta": 0.0, "batch_size": 8, "results": str(tmp_path)})
     batches = [groups for salt, groups in rollouts if salt[0] == "update"]
     left_out = 0
-    for ids, groups in zip(packed, batches, strict=True):
+    for ids, asked, groups in zip(packed[::2], packed[1::2], batches, strict=True):
         wanted = [g.problem.ids + c.ids for g in groups for s, c in zip(g.scores, g.completions)
                   if s.reward != statistics.mean(x.reward for x in g.scores)]
         assert sorted(ids) == sorted(wanted)
+        assert sorted(asked) == sorted(g.problem.ids + c.ids for g in groups for c in g.completions)
         left_out += 32 - len(ids)
-    assert left_out >= 4 and sum(forwards) == sum(map(len, packed))
+    assert left_out >= 4 and sum(forwards) == sum(map(len, packed[::2]))
 
 
 def test_nothing_to_learn_moves_nothing(grpo_args, tmp_path, capsys):
-    """Every answer that ends is worth 0, as one that doesn't: no forward, no gradient, the adapter stays at zero."""
+    """Every answer that ends is worth 0, as one that doesn't: no gradient, the adapter stays at zero, and so does the KL."""
     own = task_file(tmp_path, "return 0.0")
     out = train(tmp_path / "run", **{**grpo_args, "task": own, "beta": 0.0, "results": str(tmp_path)})
     for line in log(out):
         assert line["zero_variance"] == line["all_wrong"] == 1 and line["grad_norm"] == 0
-        assert not {"policy_loss", "entropy", "sampler_gap", "kl"} & line.keys()
+        assert not {"policy_loss", "entropy", "sampler_gap"} & line.keys()
+        assert abs(line["kl"]) < 1e-4 and 0 <= line["k3"] < 1e-6
     saved = load_file(Path(out) / "adapter_model.safetensors")
     assert all((t[:, 16:] == 0).all() for k, t in saved.items() if "lora_B" in k)
     results = json.loads(next(tmp_path.glob("grpo/run-*.json")).read_text())
-    assert results["curves"]["kl"] == [None] * 3
+    assert results["curves"]["kl"] == [line["kl"] for line in log(out)]
 
 
 def test_on_policy_the_loss_is_zero_and_its_gradient_is_not(grpo_args, grpo_run):

@@ -1172,7 +1172,7 @@ def test_knobs_do_not_change_the_weights(sft_args, sft_run, tmp_path):
     args = sft.Args(**other)
     defaults = sft.Args(**sft_args, out=sft_run)
     untouched = {k for k in common.RUN_KNOBS if hasattr(args, k) and getattr(args, k) == getattr(defaults, k)}
-    # tracking needs an account; a parent counts by its hash, quantisation by the invariants
+    # tracking: test_tracking.py; a parent counts by its hash, quantisation by the invariants
     assert untouched == {"micro_tokens", "track", "sft_adapter", "preview", "other_base", "quantization"}
     sft.main(args)
     one, two = (json.loads((Path(d) / "run.json").read_text()) for d in (sft_run, args.out))
