@@ -377,7 +377,7 @@ class TrainInvariants:
 RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "other_base", "quantization", "eval_data", "out",
                        "results", "overwrite", "reward_adapter", "watch_adapter", "task",
                        "max_dropped", "max_overlong", "preview", "max_gap", "micro_tokens", "engine", "device",
-                       "checkpoint_every", "track", "score", "adapter"})
+                       "checkpoint_every", "track", "push_to_hub", "score", "adapter"})
 
 
 def resolved_args(args: Any) -> dict[str, Any]:
@@ -1738,6 +1738,9 @@ class Run:
 
     def _open(self) -> int | None:
         """Lock the directory and settle what to do with what it holds; an exit code, or None to go on."""
+        if self.args.push_to_hub:
+            import publish
+            publish.check_access(self.args.push_to_hub)
         if self.parent_dir and self.directory.resolve() == Path(self.parent_dir).resolve():
             fail(f"--out {self.directory} is the adapter to start from; choose another --out")
         if self.directory.exists() and not self.directory.is_dir():
@@ -1760,6 +1763,7 @@ class Run:
                        if self._identity(old, k) != self._identity(self.record, k)]
             if not changed and found == finished:
                 say(f"{self.directory} is finished (config {old['config_hash']}): nothing to do")
+                self._push()
                 return 0
             if changed and not self.args.overwrite:
                 fail(f"{self.directory} holds another run (config {old['config_hash']}, this one is "
@@ -1960,12 +1964,14 @@ class Run:
             raise FloatingPointError(f"{', '.join(f'{k} is {metrics[k]}' for k in broken)} after the last step; "
                                      f"the run is not finished")
         if rank() == 0:
+            import publish
             self.record.update(
-                metrics=metrics, wall_time_s=round(self.seconds + time.time() - self.started, 1),
+                description=description, metrics=metrics,
+                wall_time_s=round(self.seconds + time.time() - self.started, 1),
                 versions=versions(), git_commit=git_commit(), hardware=hardware())
             lines = [json.loads(line) for line in self.log_file.read_text().splitlines()]
             write_atomic(self.directory / "curves.png", lambda p: plot_curves(lines, curves, self.record["name"], p))
-            write_text(self.directory / "README.md", model_card(self.record, description))
+            write_text(self.directory / "README.md", publish.model_card(self.record))
             write_json(self.directory / "run.json", self.record)
             shutil.rmtree(self.directory / "checkpoint", ignore_errors=True)
             self._tidy()
@@ -1974,6 +1980,13 @@ class Run:
         self._release()
         say(f"{self.directory}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                                               for k, v in metrics.items()))
+        self._push()
+
+    def _push(self) -> None:
+        """--push-to-hub, of a finished run."""
+        if self.args.push_to_hub and rank() == 0:
+            import publish
+            publish.push(self.directory, self.args.push_to_hub, getattr(self.args, "results", "results"))
 
     def _restore_signals(self) -> None:
         for s, handler in self.old_handlers.items():
@@ -2018,29 +2031,6 @@ def plot_curves(lines: list[dict], keys: Sequence[str], title: str, path: Path) 
     figure.tight_layout()
     figure.savefig(path, format="png", dpi=110)
     plt.close(figure)
-
-
-def model_card(record: dict, description: str) -> str:
-    """README.md of a run directory."""
-    base, revision = split_model(record["model"])
-    facts = "\n".join(f"| {k} | {v} |" for k, v in record["metrics"].items())
-    template = (record["template"] or "the model's own").replace("|", "\\|")
-    kind, name, labels = ("SequenceClassification", "reward", ", num_labels=1") if record["method"] == "reward" else \
-        ("CausalLM", "policy", "")
-    loads = "\n".join([
-        "from peft import PeftModel", f"from transformers import AutoModelFor{kind}",
-        f"base = AutoModelFor{kind}.from_pretrained({base!r}{labels}"
-        + (f", revision={revision!r})" if revision else ")"),
-        f"{name} = PeftModel.from_pretrained(base, {record['args']['out']!r})"])
-    front = f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [lora, {record['method']}, rungs]\n---\n" \
-        if Path(base).is_dir() is False else ""
-    return (f"{front}# {record['name']}\n\n{description}\n\nThe adapter is relative to the pretrained base, whatever "
-            f"it was trained on top of:\n\n```python\n{loads}\n```\n\n| | |\n|---|---|\n"
-            f"| config_hash | {record['config_hash']} |\n| train_invariants | {record['train_invariants']} |\n"
-            f"| chat template | {template} |\n"
-            f"| parent | {(record['parent'] or {}).get('name', 'none')} |\n| seed | {record['seed']} |\n"
-            f"| adapter_sha256 | {record['adapter_sha256'][:16]}… |\n| minutes | {record['wall_time_s'] / 60:.1f} |\n"
-            f"{facts}\n\nCommand: `python {record['command']}`. Curves: curves.png; every step: log.jsonl.\n")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -155,6 +155,8 @@ class Args:
     """Updates between checkpoints."""
     track: Literal["none", "wandb", "trackio"] = "none"
     """Log to Weights & Biases or trackio too (an optional package each; both work offline and without an account)."""
+    push_to_hub: str | None = None
+    """NAMESPACE/NAME on the Hugging Face hub: upload the finished run; write access is checked before training."""
 
 
 KL_ANSWERS = 64  # greedy held-out answers along which the trained policy's KL to its reference is measured

@@ -150,6 +150,8 @@ class Args:
     """Updates between checkpoints."""
     track: Literal["none", "wandb", "trackio"] = "none"
     """Log to Weights & Biases or trackio too (an optional package each; both work offline and without an account)."""
+    push_to_hub: str | None = None
+    """NAMESPACE/NAME on the Hugging Face hub: upload the finished run; write access is checked before training."""
 
 
 VALUE_COEF = 0.1  # [2403.17031: 0.1]; Adam all but cancels it, so that it matters to the critic's gradient clip only

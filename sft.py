@@ -102,6 +102,8 @@ class Args:
     """Steps between checkpoints."""
     track: Literal["none", "wandb", "trackio"] = "none"
     """Log to Weights & Biases or trackio too (an optional package each; both work offline and without an account)."""
+    push_to_hub: str | None = None
+    """NAMESPACE/NAME on the Hugging Face hub: upload the finished run; write access is checked before training."""
 
 
 # -- the method's maths ---------------------------------------------------------------------------

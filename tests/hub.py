@@ -5,6 +5,7 @@
 Ids, revisions, files, splits, columns and the tokenizer's layout are those of the real repositories; rows are few and
 short, the model has two layers. `make hub-check` runs the whole climb on it.
 """
+import base64
 import contextlib
 import hashlib
 import json
@@ -103,7 +104,8 @@ def write_dataset(directory: Path, configs: dict[str, dict[str, tuple[str, list[
                 datasets.Dataset.from_list(rows).to_parquet(path)
             else:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': card})}---\n# Rows of data/demo\n")
+    (directory / "README.md").write_text(
+        f"---\n{yaml.safe_dump({'license': 'mit', 'configs': card})}---\n# Rows of data/demo\n")
 
 
 def chat_rows(rows: list[dict]) -> list[dict]:
@@ -193,7 +195,9 @@ def write_hub(root: Path) -> None:
         (english / name).write_text("")
 
 
-# -- the server: as much of the hub's interface as its clients use to list and fetch files ----------------------------
+# -- the server: as much of the hub's interface as its clients use to list, fetch and commit files --------------------
+
+WRITE_TOKEN = "hf_standInForATokenThatMayWrite"  # to the namespace "me"; any other token may read
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -209,10 +213,67 @@ class Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def do_POST(self) -> None:
-        self.answer(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.take(body) or self.answer(body)
+
+    def do_PUT(self) -> None:
+        self.take(self.rfile.read(int(self.headers["Content-Length"]))) or self.reply(404, b"{}", {})
+
+    def take(self, body: bytes) -> bool:
+        """A new repository, and the calls of a commit to it: which files are large, where those go, the commit."""
+        path = unquote(urlsplit(self.path).path)
+        if match := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):  # the address is the permission
+            if hashlib.sha256(body).hexdigest() == match[1]:
+                (self.root / f"lfs-{match[1]}").write_bytes(body)
+                return self.send(200, {})
+            return self.send(400, {})
+        if path == "/api/validate-yaml":  # of a card
+            yaml.safe_load(json.loads(body)["content"].partition("---")[2].partition("\n---\n")[0])
+            return self.send(200, {"errors": [], "warnings": []})
+        calls = r"/api/(?:repos/(create)|models/(\S+/\S+)/(preupload|commit)/main)|/(\S+/\S+)\.git/info/lfs/objects/(batch)"
+        if not (match := re.fullmatch(calls, path)):
+            return False
+        call = match[1] or match[3] or match[5]
+        lines = [json.loads(line) for line in body.splitlines() if line.strip()] if call == "commit" else json.loads(body)
+        name = match[2] or match[4] or f"{lines['organization']}/{lines['name']}"
+        if not self.may_write(name):
+            return self.send(403, {"error": "no write access"})
+        if call == "create":
+            if self.snapshot("models", name, None):
+                return self.send(409, {"error": "it exists", "url": f"http://{self.headers['Host']}/{name}"})
+            snapshot_of(self.root, "models", name, hashlib.sha1(name.encode()).hexdigest()).mkdir(parents=True)
+            return self.send(200, {"url": f"http://{self.headers['Host']}/{name}"})
+        if call == "preupload":
+            return self.send(200, {"files": [
+                {"path": f["path"], "shouldIgnore": False,
+                 "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"} for f in lines["files"]]})
+        if call == "batch":
+            return self.send(200, {"transfer": "basic", "objects": [
+                {**o, "actions": {"upload": {"href": f"http://{self.headers['Host']}/lfs/{o['oid']}"}}}
+                for o in lines["objects"]]})
+        before = self.snapshot("models", name, None)
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                (before / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                (before / value["path"]).write_bytes((self.root / f"lfs-{value['oid']}").read_bytes())
+        commit = hashlib.sha1(body).hexdigest()
+        before.rename(before.with_name(commit))
+        return self.send(200, {"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{commit}", "commitOid": commit})
+
+    def may_write(self, name: str) -> bool:
+        return self.headers["Authorization"] == f"Bearer {WRITE_TOKEN}" and name.startswith("me/")
+
+    def send(self, status: int, found: dict) -> bool:
+        self.reply(status, json.dumps(found).encode(), {"Content-Type": "application/json"})
+        return True
 
     def answer(self, body: bytes = b"") -> None:
         path = unquote(urlsplit(self.path).path)
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/auth-check/write", path):
+            self.send(200 if self.may_write(match[1]) else 403, {})
+            return
         about = r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?"
         if match := re.fullmatch(about, path):
             kind, name, what, revision, folder = match.groups()
@@ -251,7 +312,10 @@ class Handler(BaseHTTPRequestHandler):
             found = [entry(snapshot / path) for path in paths if (snapshot / path).exists()]
         else:
             names = [path.relative_to(snapshot).as_posix() for path in sorted(snapshot.rglob("*")) if path.is_file()]
+            card = snapshot / "README.md"
+            front = re.match(r"---\n(.*?)\n---", card.read_text(), re.S) if card.is_file() else None
             found = {"id": name, "sha": snapshot.name, "private": False, "tags": [], "downloads": 0,
+                     "cardData": yaml.safe_load(front[1]) if front else None,
                      "siblings": [{"rfilename": file} for file in names]}
         self.reply(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
