@@ -1172,8 +1172,8 @@ def test_knobs_do_not_change_the_weights(sft_args, sft_run, tmp_path):
     args = sft.Args(**other)
     defaults = sft.Args(**sft_args, out=sft_run)
     untouched = {k for k in common.RUN_KNOBS if hasattr(args, k) and getattr(args, k) == getattr(defaults, k)}
-    # tracking: test_tracking.py; a parent counts by its hash, quantisation by the invariants
-    assert untouched == {"micro_tokens", "track", "sft_adapter", "preview", "other_base", "quantization"}
+    # tracking and the hub: test_tracking.py, test_publish.py; a parent counts by its hash, quantisation by the invariants
+    assert untouched == {"micro_tokens", "track", "push_to_hub", "sft_adapter", "preview", "other_base", "quantization"}
     sft.main(args)
     one, two = (json.loads((Path(d) / "run.json").read_text()) for d in (sft_run, args.out))
     assert one["config_hash"] == two["config_hash"] and one["adapter_sha256"] == two["adapter_sha256"]

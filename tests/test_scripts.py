@@ -81,7 +81,7 @@ def test_record(run, tiny_model, sft_run, dpo_args, data_dir):
     found = record(directory)
     assert found.keys() == {
         "method", "name", "model", "config_hash", "train_invariants", "invariants", "family", "seed", "parent", "data",
-        "data_sources",
+        "data_sources", "description",
         "weights_sha256", "args", "command", "template", "adapter_sha256", "metrics", "wall_time_s", "versions", "git_commit",
         "hardware"}
     assert (found["method"], found["name"]) == (script.__name__, Path(directory).name)
