@@ -85,7 +85,7 @@ RUNS     = $(foreach run,$(POLICIES),$(OUT)/$(run)/run.json) $(REWARD_MODELS)/rm
 EVALS    = $(foreach row,$(if $(filter 1,$(JOBS)),rows,base $(POLICIES)),$(OUT)/.done/$(row)-$(PROTOCOL))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
-.PHONY: all controls seeds sweep speedrun demo env test help gpu-check hub-check bench bench-cpu clean-demo force
+.PHONY: all controls seeds sweep speedrun demo env test help gpu-check hub-check torture bench bench-cpu clean-demo force
 .DELETE_ON_ERROR:
 .PRECIOUS: $(OUT)/%/run.json
 ifeq ($(JOBS),1)
@@ -276,6 +276,10 @@ hub-check: $(ENV) ## make all with its defaults on a small stand-in for the hub:
 	$(PY) tests/hub.py runs/hub $(PY) evaluate.py --limit 4 --max-gen-toks 16 --out runs/hub/online
 	HF_HUB_OFFLINE=1 $(PY) tests/hub.py runs/hub make --no-print-directory all OUT=runs/hub/climb README=none LIMIT=4 \
 	  PPO_FLAGS='--updates 2 --normalise 32' GRPO_FLAGS='--updates 2'
+
+TORTURE_FLAGS ?=
+torture: $(if $(ENV),$(VENV)/.ready-test) ## kill every script at random moments and compare, into results/torture.json; about an hour on two cores, 9 min on 14
+	$(PY) tests/torture.py $(TORTURE_FLAGS)
 
 BENCH_FLAGS ?=
 bench: $(if $(ENV),$(VENV)/.ready-test) ## training and sampling speed beside TRL and transformers, into results/bench; one GPU; about 30 min on an H100, as its cases add up

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import gc
 import gzip
@@ -97,10 +98,11 @@ def sha256_json(obj: Any) -> str:
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary_path)` in the target's folder, then rename it onto `path`: a reader sees all or nothing."""
+    """Call `write(temporary_path)` in the target's folder, then rename it onto `path`: a reader sees all or nothing.
+    Temporaries of this target that killed processes left are removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{host()}-{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as f:
@@ -109,13 +111,76 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    remove_temporaries(path.parent, path.name)
 
 
-def remove_temporaries(directory: str | Path) -> None:
-    """Remove what write_atomic of a process that was killed has left in a directory. The caller holds its lock."""
-    for path in Path(directory).glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
-            path.unlink(missing_ok=True)
+TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?:(?P<host>[^.]+)-)?(?P<pid>\d+)\.tmp")
+
+
+def remove_temporaries(directory: str | Path, target: str | None = None) -> None:
+    """Remove what write_atomic of processes that were killed has left in a directory: of one target, where others may
+    be writing now, what processes of this machine left that have ended; without a target, of whatever process, since
+    the caller holds the directory's lock."""
+    with os.scandir(directory) if os.path.isdir(directory) else contextlib.nullcontext([]) as entries:
+        for entry in entries:
+            found = TEMPORARY.fullmatch(entry.name)
+            if found and (not target or found["target"] == target and found["host"] == host()
+                          and not is_running(int(found["pid"]))):
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def host() -> str:
+    """This machine's name, up to its first dot."""
+    return platform.node().partition(".")[0] or "localhost"
+
+
+def is_running(pid: int) -> bool:
+    """Is there a process of that number on this machine?"""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of file systems without flock(2)
+
+
+class Lock:
+    """A lock file, held by this process from `Lock(…)` to `release()`; or the end of the program, with an error that
+    says `busy` and who holds it.
+
+    The kernel frees it when its holder ends, even by SIGKILL, so that a dead process keeps nobody out. It works between
+    machines where the file system carries flock(2) from one to the other (NFS 4 does); where it has no locks at all,
+    a note says so, and nothing but the user keeps two commands apart.
+    """
+
+    def __init__(self, path: Path, busy: str, wait: float = 0):
+        """wait: seconds to wait for another holder."""
+        self.lock, self.holder = FileLock(path), path.with_suffix(".holder")
+        try:
+            self.lock.acquire(timeout=wait)
+        except Timeout:
+            with contextlib.suppress(OSError):
+                busy = f"{busy}: {self.holder.read_text()}"
+            fail(busy)
+        except OSError as e:
+            if e.errno not in NO_LOCKS:
+                fail(f"{path} can't be locked ({e.strerror})")
+            say(f"note: the file system of {path.parent} has no locks ({e.strerror}): start one command at a time there")
+        self.holder.write_text(f"process {os.getpid()} on {host()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+
+    def release(self) -> None:
+        self.holder.unlink(missing_ok=True)
+        self.lock.release()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.release()
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -1749,11 +1814,8 @@ class Run:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             fail(f"--out {self.directory} can't be made ({e.strerror})")
-        self.lock = FileLock(self.directory.parent / f".{self.directory.name}.lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            fail(f"another process is training in {self.directory}")
+        self.lock = Lock(self.directory.parent / f".{self.directory.name}.lock",
+                         f"another process is training in {self.directory}")
         self._tidy()
         finished = self.directory / "run.json"
         found = next((f for f in (finished, self.running) if f.is_file()), None)
@@ -2067,7 +2129,7 @@ def upsert_row(path: str | Path, row: dict[str, Any]) -> None:
     """Add a row under a file lock; it replaces only the row of the same name, config, adapter and evaluation."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with Lock(path.with_name(f".{path.name}.lock"), f"another process is writing {path}", wait=120):
         results = read_results(path)
         key = [row[k] for k in ROW_KEY]
         runs = [r for r in results["runs"] if [r[k] for k in ROW_KEY] != key] + [row]

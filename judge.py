@@ -60,7 +60,6 @@ import langdetect
 import numpy as np
 import torch
 import tyro
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import chat
@@ -352,15 +351,10 @@ class Row:
     best_of: int = 1            # completions of which the reward model chooses one
 
 
-@contextlib.contextmanager
-def locked(directory: Path):
+def locked(directory: Path) -> common.Lock:
     """The directory, for one process at a time."""
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(directory / ".judge.lock", timeout=0):
-            yield
-    except Timeout:
-        fail(f"another process is judging in {directory}")
+    return common.Lock(directory / ".judge.lock", f"another process is judging in {directory}")
 
 
 class Lines:

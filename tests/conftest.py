@@ -121,10 +121,9 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
+def write_data(directory):
     """sft.jsonl, preference.jsonl and their held-out files: random sentences, some conversations of two exchanges."""
-    directory, g = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(0)
 
     def length(low, high):
         return int(torch.randint(low, high, (1,), generator=g))
@@ -142,6 +141,13 @@ def data_dir(tmp_path_factory):
             {"prompt": [{"role": "user", "content": f"{i} {sentence(g, length(3, 8))}"}],
              "chosen": [{"role": "assistant", "content": sentence(g, length(3, 12)) + " yes"}],
              "rejected": [{"role": "assistant", "content": sentence(g, length(3, 12)) + " no"}]} for i in range(n)])
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """What write_data writes."""
+    directory = tmp_path_factory.mktemp("data")
+    write_data(directory)
     return directory
 
 

@@ -170,7 +170,7 @@ def write_many(path, writer, count):
 
 def test_concurrent_writers_lose_nothing_and_readers_see_whole_files(tmp_path):
     path, fork = tmp_path / "metrics.json", multiprocessing.get_context("fork")
-    writers = [fork.Process(target=write_many, args=(path, w, 8)) for w in range(6)]
+    writers = [fork.Process(target=write_many, args=(path, w, 6)) for w in range(8)]
     for process in writers:
         process.start()
     sizes = []
@@ -180,9 +180,9 @@ def test_concurrent_writers_lose_nothing_and_readers_see_whole_files(tmp_path):
         time.sleep(0.002)
     for process in writers:
         process.join()
-    assert [process.exitcode for process in writers] == [0] * 6
+    assert [process.exitcode for process in writers] == [0] * 8
     assert sizes == sorted(sizes) and len(set(sizes)) > 1  # watched while they wrote; no row ever vanished
-    assert {r["name"] for r in read_results(path)["runs"]} == {f"w{w}_{i}" for w in range(6) for i in range(8)}
+    assert {r["name"] for r in read_results(path)["runs"]} == {f"w{w}_{i}" for w in range(8) for i in range(6)}
 
 
 def test_killed_writers_leave_a_valid_file_and_no_lock(tmp_path):

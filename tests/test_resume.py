@@ -1,4 +1,6 @@
 """Stopping and going on: by signal, by kill, by a crash while writing; and what a run directory accepts."""
+import errno
+import fcntl
 import gc
 import json
 import os
@@ -125,7 +127,8 @@ def test_sigterm_and_the_same_command_again(long_args, uninterrupted, tmp_path, 
     wait_for(process, lambda: lines_of(out) >= 3)
     process.send_signal(signal.SIGSTOP)
     assert outcome(sft, **long_args, out=str(out)) == 2
-    assert capsys.readouterr().err == f"error: another process is training in {out}\n"
+    assert re.fullmatch(rf"error: another process is training in {re.escape(str(out))}: process {process.pid} on "
+                        rf"{common.host()}, since [-\d]+ [:\d]+\n", capsys.readouterr().err)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
@@ -567,3 +570,59 @@ def test_temporary_files_of_a_killed_process_are_removed(sft_args, tmp_path):
     (out / "checkpoint" / ".state.safetensors.12.tmp").write_text("half")
     sft.main(sft.Args(**sft_args, out=str(out)))
     assert (out / "run.json").is_file() and not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
+
+
+def test_temporaries_of_one_file_go_when_it_is_written_again(tmp_path):
+    """Those of ended processes of this machine; not those of another file, of a running process or of another machine."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = [f".x.json.elsewhere-{ended.pid}.tmp", f".y.json.{common.host()}-{ended.pid}.tmp",
+            f".x.json.{common.host()}-{os.getppid()}.tmp", ".x.json.tmp"]
+    for name in (*kept, f".x.json.{common.host()}-{ended.pid}.tmp"):
+        (tmp_path / name).write_text("half")
+    common.write_json(tmp_path / "x.json", {})
+    assert {p.name for p in tmp_path.iterdir()} == {"x.json", *kept}
+
+
+# -- locks ----------------------------------------------------------------------------------------
+
+HOLDS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import common
+from pathlib import Path
+with common.Lock(Path(sys.argv[2]), "busy"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_dead_holder_keeps_nobody_out(tmp_path, capsys):
+    """While a process holds the lock, its number and machine are named; killed, it holds nothing."""
+    path = tmp_path / ".run.lock"
+    process = start(["-c", HOLDS, str(REPO), str(path)], tmp_path)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(SystemExit):
+        common.Lock(path, "busy")
+    assert f"error: busy: process {process.pid} on {common.host()}, since " in capsys.readouterr().err
+    process.kill()
+    process.wait()
+    with common.Lock(path, "busy"):
+        assert f"process {os.getpid()} on" in path.with_suffix(".holder").read_text()
+    assert not path.with_suffix(".holder").exists()
+
+
+@pytest.mark.parametrize("number, code", [(errno.ENOLCK, None), (errno.EROFS, 2)])
+def test_a_file_system_without_locks(number, code, tmp_path, monkeypatch, capsys):
+    """Some network folders have none: said, and the run goes on. Any other refusal of the lock file ends it."""
+    def flock(fd, operation):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if code is None:
+        with common.Lock(tmp_path / ".run.lock", "busy"):
+            pass
+        assert "has no locks" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit):
+            common.Lock(tmp_path / ".run.lock", "busy")
+        assert f"{tmp_path / '.run.lock'} can't be locked" in capsys.readouterr().err
