@@ -75,8 +75,8 @@ def load_tokenizer(model_dir: str | Path):
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    except (OSError, ValueError) as e:
-        fail(f"{model_dir}: can't load its tokenizer ({str(e).splitlines()[0]})")
+    except Exception as e:  # a broken file raises what the code that reads it happens to stumble over
+        fail(f"{model_dir}: can't load its tokenizer ({(str(e).splitlines() or [repr(e)])[0]})")
     if tokenizer.eos_token is None:
         fail(f"{model_dir}: the tokenizer has no EOS token")
     config = Path(model_dir) / "generation_config.json"

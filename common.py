@@ -35,7 +35,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -50,6 +50,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -82,6 +83,19 @@ def fail(message: str) -> NoReturn:
     if rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def report_failure(kind: type[BaseException], error: BaseException, trace) -> None:
+    """sys.excepthook: what can go wrong in a run without a fault in the code (a disk is full, a number is not finite,
+    memory ends) is one line on stderr; exit code 1. With RUNGS_DEBUG set, and for all else, the traceback."""
+    expected = issubclass(kind, (OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError))
+    if not expected or os.environ.get("RUNGS_DEBUG"):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"error: {' '.join(str(error).split())} ({kind.__name__}; RUNGS_DEBUG=1 shows where)", file=sys.stderr,
+          flush=True)
+
+
+sys.excepthook = report_failure
 
 
 def say(message: str = "") -> None:
@@ -169,7 +183,7 @@ class Lock:
         except OSError as e:
             if e.errno not in NO_LOCKS:
                 fail(f"{path} can't be locked ({e.strerror})")
-            say(f"note: the file system of {path.parent} has no locks ({e.strerror}): start one command at a time there")
+            say(f"note: the file system of {path.parent} has no locks ({e.strerror}): run one command at a time there")
         self.holder.write_text(f"process {os.getpid()} on {host()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
 
     def release(self) -> None:
@@ -225,6 +239,16 @@ def nulled(obj: Any) -> Any:
     if isinstance(obj, (list, tuple)):
         return [nulled(value) for value in obj]
     return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
+def check_fields(where: str | Path, record: Any, fields: dict[str, Any]) -> None:
+    """Fail unless a record has these fields, each of its type (or one of several)."""
+    for name, kinds in fields.items():
+        value = record.get(name) if isinstance(record, dict) else None
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            wanted = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            given = f"is {str(value)[:60]!r}" if isinstance(record, dict) and name in record else "is missing"
+            fail(f"{where}: {name} {given}, want {wanted}; is it of another version, or edited?")
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -571,6 +595,8 @@ def skeleton(model_dir: str | Path) -> nn.Module:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         fail(f"{model_dir}: transformers {transformers.__version__} makes no causal language model of its config.json "
              f"(model_type {config.get('model_type')}): {reason}")
+    if not model.base_model_prefix or not lora_targets(model):
+        fail(f"{model_dir}: config.json describes a model without layers to adapt")
     if any(isinstance(module, transformers.pytorch_utils.Conv1D) for module in model.modules()):
         fail(f"{model_dir}: the projections of {config['model_type']} are transposed (Conv1D), which LoRA here doesn't "
              f"serve; choose a model with ordinary linear layers")
@@ -659,15 +685,43 @@ def check_share(args: Any, *names: str) -> None:
 
 
 def check_numbers(args: Any) -> None:
-    """Fail on a number that no flag can mean: not finite, a negative count, a seed that torch can't take."""
+    """Fail on a value that no flag can mean: a number that is not finite, a negative count, a seed that torch can't
+    take, a text that can name no file (too long, control characters, a circle of links)."""
     for name, value in dataclasses.asdict(args).items():
         flag = f"--{name.replace('_', '-')}"
+        for text in [value] if isinstance(value, str) else value if isinstance(value, tuple) else ():
+            if any(ord(c) < 32 for c in str(text)):
+                fail(f"{flag} {text!r}: a control character")
+            try:
+                os.stat(text)
+            except (OSError, UnicodeError) as e:  # what isn't there is no path, or is missed where it is read
+                if getattr(e, "errno", None) not in (errno.ENOENT, errno.ENOTDIR):
+                    fail(f"{flag} {text[:200]!r}: {getattr(e, 'strerror', None) or e}")
         if name == "seed" and not 0 <= value < 2**63:
             fail(f"{flag} must be between 0 and {2**63 - 1}, got {value}")
         if isinstance(value, int) and value < 0:
             fail(f"{flag} must be 0 or above, got {value}")
         if isinstance(value, float) and not math.isfinite(value):
             fail(f"{flag} must be a finite number, got {value}")
+
+
+def check_output(flag: str, directory: str | Path) -> None:
+    """Fail unless files can be written in a directory, which may not be there yet; leaves nothing behind."""
+    path, made = Path(directory), []
+    try:
+        for parent in reversed((path, *path.parents)):
+            if not parent.is_dir():
+                parent.mkdir()
+                made.append(parent)
+        probe = path / f".probe.{host()}-{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        fail(f"{flag} {directory}: can't write there ({e.strerror})")
+    finally:
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):  # somebody else writes there already
+                parent.rmdir()
 
 
 def check_nf4(device: torch.device) -> None:
@@ -895,26 +949,46 @@ ADAPTER_FIELDS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_patter
                   "layers_pattern", "megatron_core", "qalora_group_size"}
 
 
+# What run.json of a trained adapter is read for.
+RUN_FIELDS = {**dict.fromkeys(("method", "name", "model", "config_hash", "family", "train_invariants", "adapter_sha256",
+                               "weights_sha256"), str),
+              **dict.fromkeys(("invariants", "args", "metrics", "data"), dict), "seed": int,
+              "parent": (dict, type(None))}
+
+
+def check_plain_config(adapter: Path, config: dict[str, Any], free: Set[str] = frozenset()) -> None:
+    """Fail on a field of an adapter_config.json that makes it more than a plain LoRA; those of `free` may be set."""
+    from peft import LoraConfig
+    default = LoraConfig().to_dict()
+    for field, value in config.items():
+        # other ways to initialise change the base's weights
+        harmless = field == "init_lora_weights" and value in (True, False, "gaussian")
+        if field not in ADAPTER_FIELDS | free and value and value != default.get(field) and not harmless:
+            fail(f"{adapter}: adapter_config.json sets {field} to {json.dumps(value)[:60]}; only plain LoRA is read "
+                 f"(factors A and B added to linear layers)")
+
+
 def check_plain_adapter(adapter: Path) -> None:
     """Fail on a PEFT adapter that is not a plain LoRA (B A added to linear layers), naming the field or the tensor."""
     if not (adapter / "adapter_model.safetensors").is_file():
         pickled = "; adapter_model.bin is not read, since unpickling runs code: load it with PEFT, then save_pretrained"
         fail(f"{adapter}: no adapter_model.safetensors" + pickled * (adapter / "adapter_model.bin").is_file())
-    from peft import LoraConfig
     config = read_json(adapter / "adapter_config.json")
-    default = LoraConfig().to_dict()
-    for field, value in config.items():
-        # other ways to initialise change the base's weights
-        harmless = field == "init_lora_weights" and value in (True, False, "gaussian")
-        if field not in ADAPTER_FIELDS and value and value != default.get(field) and not harmless:
-            fail(f"{adapter}: adapter_config.json sets {field} to {json.dumps(value)[:60]}; only plain LoRA is read "
-                 f"(factors A and B added to linear layers)")
+    check_fields(adapter / "adapter_config.json", config, {"r": int, "lora_alpha": (int, float)})
+    check_plain_config(adapter, config)
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         fail(f"{adapter}: its task_type is {config['task_type']}; want an adapter of a causal language model")
     names = tensor_entries(adapter / "adapter_model.safetensors")
     pairs = {name.rsplit(".lora_", 1)[0] for name in names}
     if strange := names.keys() ^ {f"{module}.lora_{side}.weight" for module in pairs for side in "AB"}:
         fail(f"{adapter}: {min(strange)} in adapter_model.safetensors is no half of a pair lora_A, lora_B")
+    for module in pairs:
+        try:
+            scale = lora_scale(config, module.removeprefix("base_model.model."))
+        except (TypeError, ValueError, ZeroDivisionError, re.error) as e:
+            fail(f"{adapter}: adapter_config.json gives no scale alpha/r for {module} ({e})")
+        if not math.isfinite(scale):
+            fail(f"{adapter}: adapter_config.json gives {module} the scale {scale}")
 
 
 def resolve_adapter(adapter: str | Path) -> Path:
@@ -957,12 +1031,20 @@ def read_adapter(adapter: str | Path, reward: bool = False) -> dict[str, Any]:
     adapter = Path(adapter)
     for file in ("adapter_config.json", "adapter_model.safetensors", "run.json"):
         if not (adapter / file).is_file():
-            known = sorted(str(p.parent) for p in adapter.parent.glob("*/run.json")) if adapter.parent.is_dir() else []
+            known = []
+            with contextlib.suppress(OSError):  # a directory that may not be read
+                known = sorted(str(p.parent) for p in adapter.parent.glob("*/run.json"))
             unfinished = " (its run has not finished: the same command again continues it)" \
                 if (adapter / "checkpoint").is_dir() else ""
             fail(f"{adapter} is not a trained adapter: no {file}{unfinished}"
                  + (f"; adapters there: {', '.join(known)}" if known else ""))
     run, config = read_json(adapter / "run.json"), read_json(adapter / "adapter_config.json")
+    check_fields(adapter / "run.json", run, RUN_FIELDS)
+    check_fields(adapter / "run.json, invariants", run["invariants"], {"target_modules": list, "quantization": str,
+                                                                     "chat_template": str})
+    check_fields(adapter / "adapter_config.json", config, {"r": int, "lora_alpha": (int, float),
+                                                           "target_modules": list})
+    check_plain_config(adapter, config, {"modules_to_save"})
     if config["lora_alpha"] != LORA_SCALE * config["r"]:
         fail(f"{adapter}: alpha/r is {config['lora_alpha']}/{config['r']}, want {LORA_SCALE}, as in every row")
     if sorted(config["target_modules"]) != sorted(run["invariants"]["target_modules"]):
@@ -977,6 +1059,13 @@ def read_adapter(adapter: str | Path, reward: bool = False) -> dict[str, Any]:
     if found != run["adapter_sha256"]:
         fail(f"{adapter}: its weights ({found[:8]}) are not those its run.json names ({run['adapter_sha256'][:8]})")
     return run
+
+
+def read_prompts(path: Path) -> dict[str, list[str]]:
+    """A run's prompts.json: {"train": prompt ids, "heldout": prompt ids}."""
+    prompts = read_json(path)
+    check_fields(path, prompts, {"train": list, "heldout": list})
+    return prompts
 
 
 def check_base(adapter: str | Path, run: dict[str, Any], model: str, model_dir: Path, weights: str,
@@ -1876,8 +1965,11 @@ class Run:
         step, self.log_file = 0, self.directory / "log.jsonl"
         if self.checkpoint_file.is_file():
             from safetensors import safe_open
-            with safe_open(self.checkpoint_file, "pt") as f:
-                meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+            try:
+                with safe_open(self.checkpoint_file, "pt") as f:
+                    meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+            except SafetensorError as e:
+                fail(f"{self.checkpoint_file} can't be read ({e}); remove {self.checkpoint_file.parent} to begin anew")
             if "parameter/0" not in tensors:
                 fail(f"{self.checkpoint_file} is of an older version; remove {self.checkpoint_file.parent} to begin "
                      f"anew")
@@ -2101,6 +2193,8 @@ def plot_curves(lines: list[dict], keys: Sequence[str], title: str, path: Path) 
 
 SCHEMA_VERSION = 1
 ROW_KEY = ("name", "config_hash", "adapter_sha256", "eval_hash")
+ROW_FIELDS = {**dict.fromkeys(("name", "config_hash", "eval_hash", "protocol", "timestamp"), str),
+              "adapter_sha256": (str, type(None)), "phase": int}
 
 
 def results_stem(record: dict[str, Any]) -> str:
@@ -2120,8 +2214,11 @@ def read_results(path: str | Path) -> dict[str, Any]:
         results["runs"]
     except (ValueError, KeyError, TypeError) as e:
         fail(f"{path} is not a results file ({type(e).__name__}: {e})")
+    check_fields(path, results, {"schema_version": int, "runs": list})
     if version > SCHEMA_VERSION:
         fail(f"{path} has schema_version {version}, newer than this code's {SCHEMA_VERSION}; update the code")
+    for i, row in enumerate(results["runs"]):
+        check_fields(f"{path}, row {i}", row, ROW_FIELDS)
     return results
 
 

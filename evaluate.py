@@ -842,6 +842,9 @@ def main(args: Args) -> list[dict]:
         fail(f"--name {args.name} names one row, but --adapter gives {len(adapters)}; leave it out")
     if args.stamp and "%" not in args.stamp and len(adapters) > 1:
         fail(f"--stamp {args.stamp} is one file, but --adapter gives {len(adapters)} rows; write % for a row's name")
+    common.check_output("--out", args.out)
+    if args.stamp:
+        common.check_output("--stamp", Path(args.stamp).parent)
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
     out = Path(args.out)

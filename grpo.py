@@ -479,6 +479,7 @@ def check(args: Args) -> None:
                           "max_grad_norm", "max_gap", "checkpoint_every")
     common.check_share(args, "clip_low", "max_dropped")
     common.check_numbers(args)
+    common.check_output("--results", args.results)
     for name in ("beta", "eval_every", "pass_k", "importance_cap"):
         if not 0 <= getattr(args, name) < math.inf:
             common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")

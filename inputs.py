@@ -80,7 +80,10 @@ def load_rows(source: str, columns: Sequence[str] = (), guessed: bool = False) -
         rows, digest = read_file(path)
         fingerprint = f"sha256:{digest}"
     elif path.is_dir():
-        files = split_files(path, split or "train")
+        try:
+            files = split_files(path, split or "train")
+        except OSError as e:
+            fail(f"can't read the data set {source}: {e}")
         if not files:
             fail(f"can't read the data set {source}: no {'/'.join(DATA_SUFFIXES)} file of the split {split or 'train'}")
         say(f"{source}: {', '.join(str(f.relative_to(path)) for f in files)}")

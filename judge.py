@@ -578,7 +578,7 @@ def training_prompts(run: dict[str, Any], adapter: str) -> dict[str, set[str] | 
     """{run name: ids of the prompts that it was trained on} of a run, of the runs that it started from, and of the
     reward model that it was trained against; None where a run directory or its prompts.json is not there."""
     listed = Path(adapter) / "prompts.json"
-    prompts = {run["name"]: set(common.read_json(listed)["train"]) if listed.is_file() else None}
+    prompts = {run["name"]: set(common.read_prompts(listed)["train"]) if listed.is_file() else None}
     settings = run.get("args") or {}
     reward = (run.get("scorers") or {}).get("reward")
     for link, flag in ((run.get("parent"), "sft_adapter"), (reward, "reward_adapter")):
@@ -848,6 +848,7 @@ def main(args: Args) -> None:
         fail(f"--check-pairs must be 0 or above, got {args.check_pairs}")
     common.check_share(args, "top_p", "max_dropped")
     common.check_numbers(args)
+    common.check_output("--results", args.results)
     for name in ("temperature", "judge_retries"):
         if not 0 <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")

@@ -449,6 +449,7 @@ def check(args: Args) -> None:
                           "max_gap", "checkpoint_every")
     common.check_share(args, "gamma", "lam", "max_dropped")
     common.check_numbers(args)
+    common.check_output("--results", args.results)
     for name in ("beta", "kl_target", "normalise", "importance_cap"):
         if not 0 <= getattr(args, name) < math.inf:
             common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
@@ -545,7 +546,7 @@ def read_scorer(adapter: str, invariants, model: str) -> tuple[dict, dict[str, s
     if not (listed := Path(adapter) / "prompts.json").is_file():
         common.fail(f"{adapter} has no prompts.json, so that its prompts can't be kept apart; train it again")
     return run, {name: f"the {role} prompts of {adapter}"
-                 for role, names in common.read_json(listed).items() for name in names}
+                 for role, names in common.read_prompts(listed).items() for name in names}
 
 
 def normalisation(sampler, scorers, names: Sequence[str], prompts: Sequence[Prompt],

@@ -180,6 +180,7 @@ def main(args: Args) -> None:
                           "checkpoint_every")
     common.check_share(args, "warmup", "max_dropped", "max_overlong")
     common.check_numbers(args)
+    common.check_output("--results", args.results)
     if not 0 <= args.centring < math.inf:
         common.fail(f"--centring must be 0 or above, got {args.centring}")
     device = common.setup_device(args.device)

@@ -4,6 +4,7 @@ import fcntl
 import gc
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -582,6 +583,28 @@ def test_temporaries_of_one_file_go_when_it_is_written_again(tmp_path):
         (tmp_path / name).write_text("half")
     common.write_json(tmp_path / "x.json", {})
     assert {p.name for p in tmp_path.iterdir()} == {"x.json", *kept}
+
+
+class Unpickled:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickled_or_torn_checkpoint_is_refused_unread(unfinished, sft_args, tmp_path, capsys):
+    """Nothing of it is executed, and it is left as it is; the error says how to begin anew."""
+    file = unfinished / "checkpoint" / "state.safetensors"
+    whole = file.read_bytes()
+    for content in (pickle.dumps(Unpickled(tmp_path / "unpickled")), whole[:len(whole) // 2], b""):
+        file.write_bytes(content)
+        assert outcome(sft, **sft_args, out=str(unfinished)) == 2
+        assert f"{file} can't be read" in (error := capsys.readouterr().err) and f"remove {file.parent}" in error
+        assert file.read_bytes() == content
+    assert not (tmp_path / "unpickled").exists()
 
 
 # -- locks ----------------------------------------------------------------------------------------

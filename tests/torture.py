@@ -6,14 +6,18 @@
 Each trial is a directory of its own in which a command of a tiny model runs as a user's would. It is stopped once or
 twice, by SIGKILL, SIGTERM or SIGINT in turn, at a moment of one of three kinds:
     time    uniform over the time from the command's first look at its directory to its end
-    write   before an access to its directory that changes something (open to write, rename, remove, …), any of them alike
+    write   before an access to its directory that changes something (open to write, rename, remove, …),
+    any of them alike
     torn    the same, with half of what is written on disk: a temporary file cut in two, half a line of a log
 Then the same command runs until it ends. What it left must be what the uninterrupted command left: the same files, the
-same bytes, but for EXCEPTED and the line of minutes in a model card. A trial of `disk_full` runs in a file system that is
-too small (tmpfs, as root), or under a limit on the size of a file; one of `rank_killed` runs on two ranks under torchrun,
+same bytes,
+but for EXCEPTED and the line of minutes in a model card. A trial of `disk_full` runs in a file system that is
+too small (tmpfs, as root),
+or under a limit on the size of a file; one of `rank_killed` runs on two ranks under torchrun,
 of which one gets SIGKILL. metrics.json holds another row from the beginning, which must be there after every stop.
 
-results/torture.json: {script: {"kills": trials, "identical": trials that ended alike, "lost_rows": lines of logs and rows
+results/torture.json: {script: {"kills": trials, "identical": trials that ended alike,
+                                "lost_rows": lines of logs and rows
 of results that are missing, in all trials, "leftovers": files that the uninterrupted command doesn't leave, "signals":
 {name: how often the process was stopped so}, "disk_full" and "rank_killed": the same for these}}.
 """
@@ -138,7 +142,8 @@ def commands(work: Path) -> dict[str, list[str]]:
     """{script: its arguments}, for a directory in which it makes <its name>/ and results/."""
     model, pairs = ["--model", f"{work}/model"], ["--data", f"{work}/data/preference.jsonl"]
     run = ["--dtype", "float32", "--device", "cpu", "--micro-tokens", "512", "--lr", "1e-3"]
-    rows = ["--rows", "32", "--heldout-rows", "8", "--max-length", "128", "--batch-size", "4", "--checkpoint-every", "3"]
+    rows = ["--rows", "32", "--heldout-rows", "8", "--max-length", "128", "--batch-size", "4", "--checkpoint-every",
+            "3"]
     eos = ["--eos-prompts", "4", "--eos-tokens", "8"]
     parent, scorer = ["--sft-adapter", f"{work}/sft.py/sft"], ["--reward-adapter", f"{work}/reward.py/reward"]
     plain, kept = ["--quantization", "none"], ["--results", "results"]
@@ -148,17 +153,21 @@ def commands(work: Path) -> dict[str, list[str]]:
         "reward.py": [*model, *plain, *pairs, *run, *rows, *kept],
         "dpo.py": [*parent, *pairs, *run, *rows, *eos],
         "kto.py": [*parent, *pairs, *run, *rows, *eos],
-        "grpo.py": [*parent, "--task", f"{work}/task.py", *run, *rollouts, *kept, "--heldout-rows", "3", "--batch-size", "4",
+        "grpo.py": [*parent, "--task", f"{work}/task.py", *run, *rollouts, *kept, "--heldout-rows", "3",
+                    "--batch-size", "4",
                     "--group-size", "4", "--eval-every", "2", "--pass-k", "2"],
-        "ppo.py": [*parent, *scorer, *pairs, *run, *rollouts, *kept, "--batch-size", "4", "--fixed-prompts", "4", "--epochs",
+        "ppo.py": [*parent, *scorer, *pairs, *run, *rollouts, *kept, "--batch-size", "4", "--fixed-prompts", "4",
+                   "--epochs",
                    "2", "--minibatches", "2", "--normalise", "8"],
-        "evaluate.py": ["--adapter", f"{work}/sft.py/sft", "--eval-data", str(REPO / "data" / "demo" / "eval"), "--limit", "2",
+        "evaluate.py": ["--adapter", f"{work}/sft.py/sft", "--eval-data", str(REPO / "data" / "demo" / "eval"),
+                        "--limit", "2",
                         "--max-gen-toks", "8", "--dtype", "float32", "--device", "cpu", "--out", "results",
                         "--stamp", "stamp"],
         "judge.py": ["--rows", "base", f"{work}/dpo.py/dpo", "--against", f"{work}/sft.py/sft", "--pref-data",
                      f"{work}/data/preference.jsonl", "--prompts", "6", "--max-new-tokens", "12", "--dtype", "float32",
                      "--device", "cpu", "--judge-model", f"{work}/reward.py/reward", *kept]}
-    return {script: [*(["--out", name_of(script)] if script in TRAINING else []), *flags] for script, flags in found.items()}
+    return {script: [*(["--out", name_of(script)] if script in TRAINING else []), *flags] for script,
+            flags in found.items()}
 
 
 def name_of(script: str) -> str:
@@ -170,16 +179,19 @@ NEEDS = {"dpo.py": ["sft.py"], "kto.py": ["sft.py"], "grpo.py": ["sft.py"], "ppo
          "evaluate.py": ["sft.py"], "judge.py": ["sft.py", "dpo.py", "reward.py"]}
 
 
-def execute(work: Path, script: str, place: Path, plan: str = "", ranks: int = 1, size: int = 0, **environment) -> tuple:
+def execute(work: Path, script: str, place: Path, plan: str = "", ranks: int = 1, size: int = 0,
+            **environment) -> tuple:
     """(exit code, what it printed) of the script's command in the directory `place`. size: no file may be larger."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1",
                    "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(work / "site"), "TORTURE_PLAN": plan,
                    "HF_HOME": str(work / "cache"), "TQDM_DISABLE": "1", **environment}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     process = subprocess.Popen([sys.executable, *launcher, str(REPO / script), *commands(work)[script]], cwd=place,
-                               env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT,
                                text=True, errors="replace", start_new_session=True,
-                               preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))) if size else None)
+                               preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size,
+                                                                                              size))) if size else None)
     try:
         printed, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -236,7 +248,8 @@ def content(path: Path):
 
 def tree(place: Path) -> dict[str, Path]:
     """The files of a trial, but for locks, which stay by design."""
-    return {str(p.relative_to(place)): p for p in place.rglob("*") if p.is_file() and not p.name.endswith((".lock", ".holder"))}
+    return {str(p.relative_to(place)): p for p in place.rglob("*") if p.is_file() and not p.name.endswith((".lock",
+                                                                                                           ".holder"))}
 
 
 def rows_of(path: Path) -> int:
@@ -254,7 +267,8 @@ def compare(place: Path, whole: Path) -> dict:
     differs = [name for name in theirs if name not in mine or content(mine[name]) != content(theirs[name])]
     lost = sum(max(0, rows_of(path) - (rows_of(mine[name]) if name in mine else 0)) for name, path in theirs.items())
     extra = sorted(set(mine) - set(theirs))
-    return {"identical": not differs and not extra, "lost_rows": lost, "leftovers": len(extra), "differs": differs + extra}
+    return {"identical": not differs and not extra, "lost_rows": lost, "leftovers": len(extra),
+            "differs": differs + extra}
 
 
 # -- trials -----------------------------------------------------------------------------------------
