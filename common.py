@@ -28,6 +28,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -103,6 +104,12 @@ def say(message: str = "") -> None:
     if rank() == 0:
         encoding = sys.stdout.encoding or "utf-8"
         print(message.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def say_next(*command: Any) -> None:
+    """The next command to type, at a command's end; nothing under make, which knows what comes next."""
+    if not os.environ.get("MAKELEVEL"):
+        say(f"next: {shlex.join(map(str, command))}")
 
 
 def sha256_json(obj: Any) -> str:
@@ -1915,6 +1922,7 @@ class Run:
             if not changed and found == finished:
                 say(f"{self.directory} is finished (config {old['config_hash']}): nothing to do")
                 self._push()
+                say_next(*next_command(self.record["method"], self.args))
                 return 0
             if changed and not self.args.overwrite:
                 fail(f"{self.directory} holds another run (config {old['config_hash']}, this one is "
@@ -2135,6 +2143,7 @@ class Run:
         say(f"{self.directory}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                                               for k, v in metrics.items()))
         self._push()
+        say_next(*next_command(self.record["method"], self.args))
 
     def _push(self) -> None:
         """--push-to-hub, of a finished run."""
@@ -2154,6 +2163,20 @@ class Run:
             if self.tracker:
                 self.tracker.finish()
             self.lock.release()
+
+
+def next_command(method: str, args: Any) -> list[str]:
+    """What follows a training run: DPO after SFT, PPO after a reward model, the evaluation after the others."""
+    if method == "sft":
+        return ["python", "dpo.py", "--sft-adapter", args.out]
+    if method == "reward":  # it doesn't know its policy: the SFT run beside it, else the base itself
+        beside = Path(args.out).with_name("sft_v2")
+        start = ["--sft-adapter", str(beside)] if beside.is_dir() else \
+            ["--sft-adapter", "none", *(["--model", args.model] if args.model else [])]
+        return ["python", "ppo.py", *start, "--reward-adapter", args.out]
+    results = getattr(args, "results", "results")
+    return ["python", "evaluate.py", "--adapter", args.out, *(["--eval-data", args.eval_data] if args.eval_data else []),
+            *(["--out", results] if results != "results" else [])]
 
 
 def learned(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -1009,6 +1009,7 @@ def main(args: Args) -> list[dict]:
         print(f"row written to {out / 'metrics.json'}, items to {out / policy.samples}, their scores to "
               f"{out / row['scores']}")
         written.append(finish(row, args))
+    common.say_next("python", "report.py", *(["--results", args.out] if args.out != Args.out else []))
     return written
 
 

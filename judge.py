@@ -954,6 +954,8 @@ def main(args: Args) -> None:
             show(result)
         write_page(directory)
         common.say(f"side by side: {directory / 'index.html'}")
+    results = str(directory.parent.parent)
+    common.say_next("python", "report.py", *(["--results", results] if results != Args.results else []))
 
 
 if __name__ == "__main__":

@@ -74,16 +74,17 @@ def eval_results(row: dict[str, Any]) -> list:
     errors). Of a group such as MMLU only the whole."""
     from huggingface_hub import EvalResult
     results, shots = [], {task: n for task, n, _ in row["eval"]["tasks"]}
+    items = row["n"] | {task: found["n"] for task, found in row.get("secondary", {}).items()}
     for key, value in row["metrics"].items():
         task, _, metric = key.partition("/")
         name, _, filter_name = metric.partition(",")
         stderr = row["metrics"].get(f"{task}/{name}_stderr,{filter_name}")
-        if task in row["n"] and isinstance(value, float) and stderr is not None:
+        if task in items and isinstance(value, float) and stderr is not None:
             results.append(EvalResult(
                 task_type="text-generation", dataset_type=TASK_DATA.get(task, task), dataset_name=task,
                 metric_type=name, metric_value=value, metric_name=f"{task} {metric}, {row['protocol']} protocol",
                 metric_args={"interval_95": [value - 1.96 * stderr, value + 1.96 * stderr], "stderr": stderr,
-                             "n": row["n"][task], "num_fewshot": shots.get(task), "eval_hash": row["eval_hash"]}))
+                             "n": items[task], "num_fewshot": shots.get(task), "eval_hash": row["eval_hash"]}))
     return results
 
 

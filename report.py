@@ -47,7 +47,7 @@ from rich.text import Text
 from scipy import stats
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
-from common import SCHEMA_VERSION, fail, read_json, write_atomic
+from common import SCHEMA_VERSION, fail, read_json, say_next, write_atomic
 from plots import PLOTS, STYLE, draw, encode
 from verdicts import (ALPHA, LADDER, METRICS, ROW_ID, Change, Comparison, Paired, Verdict, at, climbs_of,
                       comparisons, differences, endpoint_protocols, finite, is_at_floor, is_instruct, label_group, label_rows, paired_over_items,
@@ -1182,7 +1182,8 @@ def main(args: Args) -> None:
     results = Path(args.results)
     if not results.is_dir():
         fail(f"no such directory: {results}; --results names the one that holds metrics.json")
-    climbs = climbs_of(read_rows(results / "metrics.json"), args.group, results / "metrics.json", args.first) or [{}]
+    rows = read_rows(results / "metrics.json")
+    climbs = climbs_of(rows, args.group, results / "metrics.json", args.first) or [{}]
     reports = [results_of(results, climbs, i, args.group) for i in range(len(climbs))]
 
     # 2. The plots, and the files as they should read.
@@ -1230,6 +1231,8 @@ def main(args: Args) -> None:
         for path in leftover:
             path.unlink()
         print(f"\nwrote {' and '.join(names)}" + "; --full prints every table" * (not args.full))
+        if trained := [row["adapter"] for row in rows if row.get("adapter") and Path(row["adapter"]).is_dir()]:
+            say_next("python", "tools/chat.py", trained[-1], *(["--versus", trained[0]] if len(trained) > 1 else []))
         return
     stale = [str(path) for path in sorted(pictures) if not path.is_file()] + list(map(str, leftover))
     for path, content in files.items():

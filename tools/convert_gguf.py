@@ -39,6 +39,7 @@ def main(args: Args) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     shutil.rmtree(args.out, ignore_errors=True)
     common.save_model(model, tokenizer, Path(args.out))
+    common.say_next("python", "sft.py", "--model", args.out)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def main(args: Args) -> None:
     share = (rounding / update) ** 0.5 if update else 0.0
     print(f"{out}: {start.model} with {args.adapter} merged, {args.dtype}; rounding moved the adapted weights by "
           f"{rounding ** 0.5:.4g}, the adapter by {update ** 0.5:.4g} (Frobenius norms; {share:.1%})")
+    common.say_next("python", "tools/chat.py", out)
 
 
 if __name__ == "__main__":

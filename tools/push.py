@@ -12,6 +12,7 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
 import publish
 from common import fail
 
@@ -31,6 +32,8 @@ def main(args: Args) -> None:
         fail(f"{args.run} is not a finished run: no run.json")
     publish.check_access(args.repo)
     publish.push(Path(args.run), args.repo, args.results)
+    if common.read_json(Path(args.run) / "run.json")["method"] != "reward":
+        common.say_next("python", "tools/chat.py", args.repo)
 
 
 if __name__ == "__main__":
