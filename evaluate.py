@@ -16,9 +16,9 @@ they don't enter the row's eval_hash.
 
 Each score is a mean over items and has its standard error beside it, under `<metric>_stderr,<filter>`. The tasks
 (prompts, filters, scores, versions) are those of lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness);
---eval-data only changes the files that they read. The model class is ours: `RungsLM` gives the numbers of lm-eval's
-HFLM (equal in fp32, see tests/test_evaluate.py) from packed forwards without padding, in which what items begin with
-alike is computed once, and from common.Sampler.
+--eval-data only changes the files that they read. The model class is ours: `RungsLM` (harness.py) gives the numbers of
+lm-eval's HFLM (equal in fp32, see tests/test_evaluate.py) from packed forwards without padding, in which what items
+begin with alike is computed once, and from common.Sampler.
 
 Deliberate deviations from `lm_eval --model hf --model_args peft=...`:
 1. Logits and log-softmax are fp32 whatever the dtype (`Float32Head`). In bf16 a logit of 20 is a multiple of 1/8, and
@@ -58,37 +58,22 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from unittest.mock import patch
 
-import datasets
-import langdetect
-import lm_eval.tasks
-import nltk
 import numpy as np
 import torch
 import tyro
 import yaml
-from lm_eval.api.metrics import mean_stderr
-from lm_eval.api.model import TemplateLM
-from lm_eval.evaluator import evaluate as lm_eval_evaluate
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    has_bos_prefix,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-    resolve_max_length,
-)
-from tqdm import tqdm
-from transformers import AutoConfig
 
 import chat
 import common
 import inputs
-from common import Example, Sampler, TrainInvariants, fail
+from common import TrainInvariants, fail
+
+if TYPE_CHECKING:  # lm-eval and what it brings take seconds to import: done in the functions that need them
+    from harness import RungsLM
 
 
 @dataclass(frozen=True)
@@ -181,222 +166,6 @@ class EvalProtocol:
     @property
     def hash(self) -> str:
         return common.sha256_json(asdict(self))[:8]
-
-
-# ------------------------------------------------------------------ the model, as lm-eval sees it
-
-
-class Float32Head(torch.nn.Module):
-    """The LM head of a bfloat16 model with fp32 products, so that logits are not rounded to 8 bits."""
-
-    def __init__(self, head: torch.nn.Module):
-        super().__init__()
-        self.weight, self.bias = head.weight, head.bias
-        self.full = head.weight.detach().float()  # [V, H]
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return torch.nn.functional.linear(hidden.float(), self.full, self.bias)
-
-
-LINE_END = re.compile(r"\n(?<=[!-~]\n)(?=[A-Za-z])")  # a newline between a visible ASCII character and an ASCII letter
-QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
-
-
-def lines_of(text: str) -> list[str]:
-    """The text, cut after every LINE_END."""
-    cuts = [0, *(match.end() for match in LINE_END.finditer(text)), len(text)]
-    return [text[a:b] for a, b in zip(cuts, cuts[1:])]
-
-
-def lines_stand_alone(tokenizer) -> bool:
-    """Whether a text's ids are those of its `lines_of`, one after the other.
-
-    BPE in general doesn't promise that; byte-level BPE over the words that GPT-2's or Qwen2's pattern finds does
-    (SmolLM2, Qwen2.5). Both patterns end a match at a LINE_END, whatever follows: no match goes on from a newline to a
-    letter, and the one that looks ahead, \\s+(?!\\S), has no whitespace before the newline to stop at. Everything else
-    that could reach across a LINE_END (normalizer, added tokens, BOS) is excluded here.
-    """
-    if not tokenizer.is_fast:
-        return False
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    words = definition["pre_tokenizer"] or {}
-    *before, last = words.get("pretokenizers") or [words]
-    split = {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated", "invert": False}
-    digits = all(step["type"] == "Digits" for step in before)  # SmolLM2 on the hub splits digits off first
-    return (
-        definition["model"]["type"] == "BPE"
-        and not definition["model"].get("dropout")
-        and last.get("type") == "ByteLevel"
-        and not last["add_prefix_space"]
-        and (digits if last["use_regex"] else before == [split])
-        and definition["normalizer"] in (None, {"type": "NFC"})  # composes nothing with a newline or before a letter
-        and not tokenizer.num_special_tokens_to_add()
-        and not any(
-            t["lstrip"] or t["rstrip"] or t["single_word"] or "\n" in t["content"] for t in definition["added_tokens"]
-        )
-    )
-
-
-class RungsLM(TemplateLM):
-    """lm-eval's interface (log-likelihoods of continuations, greedy text) over common's packed forward and sampler."""
-
-    def __init__(self, model, tokenizer, micro_tokens: int, max_batch: int | None = None):
-        super().__init__()
-        self.model, self.tokenizer, self.micro_tokens, self.max_batch = model, tokenizer, micro_tokens, max_batch
-        self.max_length = resolve_max_length(model.config, tokenizer)
-        self.bos = tokenizer.decode([self.prefix_token_id])
-        self.by_line = lines_stand_alone(tokenizer)
-        self.encoded: dict[str, list[int]] = {}  # strings tokenised ahead, many at a time
-        self.tokenised: dict[tuple, list] = {}  # arguments of requests -> their token ids, for the adapters that follow
-        self.prompts_cut = 0  # requests whose context was cut from the left to the model's positions
-
-    # -- conventions of HFLM: which token stands for an empty context, when BOS is added, how a chat becomes text
-
-    @property
-    def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self.tokenizer.name_or_path.replace("/", "__")
-
-    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        options["continue_final_message"] = not add_generation_prompt
-        try:
-            return self.tokenizer.apply_chat_template(chat_history, **options)
-        except Exception:  # a template without a system role; MMLU's description is one
-            chat_history = [m for m in chat_history if m["role"] != "system"]
-        try:
-            return self.tokenizer.apply_chat_template(chat_history, **options)
-        except Exception as e:  # a template may raise any kind
-            fail(f"the chat template refuses an evaluation prompt ({(str(e).splitlines() or [repr(e)])[0]}); "
-                 f"use --protocol plain")
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        if add_special_tokens is not None:
-            return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-        return self.encoded.get(string) or self.encode_many([string], self.bos)[0]
-
-    def encode_many(self, strings: Sequence[str], bos: str | None) -> list[list[int]]:
-        """Token ids of each string, with what special tokens the tokenizer adds unless it begins with `bos` already.
-        Where lines stand alone, each different line is tokenised once: most of MMLU's are those of its examples."""
-        ids: list[list[int]] = [[]] * len(strings)
-        for own_bos in (True, False):
-            pieces = {i: lines_of(s) if self.by_line else [s]
-                      for i, s in enumerate(strings) if has_bos_prefix(s, bos) == own_bos}  # fmt: skip
-            if pieces:
-                options = {"add_special_tokens": False} if own_bos else {}
-                distinct = list(dict.fromkeys(chain.from_iterable(pieces.values())))
-                tokenised = self.tokenizer(distinct, verbose=False, **options)["input_ids"]
-                encoded = dict(zip(distinct, tokenised, strict=True))
-                for i, parts in pieces.items():
-                    ids[i] = list(chain.from_iterable(encoded[part] for part in parts))
-        return ids
-
-    # -- log-likelihoods
-
-    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(sum of log p(continuation tokens | context), is it what greedy decoding gives) of each request."""
-        results = []
-        with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as self.bar:
-            for i in range(0, len(requests), 4096):  # bounds the ids held in memory; neighbours share contexts
-                chunk = requests[i : i + 4096]
-                arguments = tuple(r.args for r in chunk)
-                if arguments not in self.tokenised:
-                    # TemplateLM._encode_pair encodes the context without trailing spaces, and context + continuation
-                    pairs = [(context.rstrip(), context + continuation) for context, continuation in arguments]
-                    strings = list(dict.fromkeys(s for pair in pairs for s in pair if s))
-                    self.encoded = dict(zip(strings, self.encode_many(strings, self.bos), strict=True))
-                    self.tokenised[arguments] = super().loglikelihood(chunk, disable_tqdm=True)
-                results += self.score(self.tokenised[arguments])
-        self.encoded = {}
-        return results
-
-    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[tuple[str, str], list[int], list[int]]]:
-        """What TemplateLM.loglikelihood makes of its requests, as it is: `score` takes it."""
-        return requests
-
-    def score(self, requests: list[tuple[tuple[str, str], list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """requests: ((context, continuation), context ids, continuation ids). Those whose inputs are the same (the four
-        letters of an MMLU item) are one sequence, whose last positions are read once for each of them."""
-        groups: dict[tuple, list[int]] = defaultdict(list)  # input ids -> requests
-        for i, (texts, context, continuation) in enumerate(requests):
-            if not context or not 0 < len(continuation) <= self.max_length:
-                raise ValueError(f"{len(context)} + {len(continuation)} tokens, room for {self.max_length}: {texts!r}")
-            # The last token is only predicted. An over-long context is cut from the left.
-            self.prompts_cut += len(context) + len(continuation) > self.max_length + 1
-            groups[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(i)
-        examples = []
-        for ids, members in groups.items():
-            continuations = [requests[i][2] for i in members]
-            # token j of a continuation of n tokens is predicted at position len(ids) - n + j
-            predict = [len(ids) - len(c) + j for c in continuations for j in range(len(c))]
-            examples.append(Example(list(ids), predict, [token for c in continuations for token in c]))
-        members = list(groups.values())
-        micro_tokens, found = max(self.micro_tokens, *map(len, groups)), []
-        # What sequences begin with alike (MMLU's five examples, a TruthfulQA question) the fast engine computes once.
-        packs = common.micro_batches(self.model, examples, micro_tokens)
-        with torch.no_grad():
-            for pack in packs:
-                logprobs, extras = common.token_logprobs(self.model, pack, extras=("correct",))  # [K] predicted tokens
-                found.append((logprobs, extras["correct"]))
-                self.bar.update(sum(len(members[example]) for example in pack.examples))
-        logprobs, correct = (torch.cat(x).tolist() for x in zip(*found))  # read once: the GPU never waits for the host
-        scored: list[list[tuple[float, bool]]] = [[] for _ in examples]  # of an example's targets, in order
-        for example, *score in zip((row for pack in packs for row in pack.rows), logprobs, correct, strict=True):
-            scored[example].append(score)
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for tokens, requests_of in zip(scored, members, strict=True):
-            for i in requests_of:
-                n = len(requests[i][2])
-                own, tokens = tokens[:n], tokens[n:]
-                results[i] = (sum(logprob for logprob, _ in own), all(correct for _, correct in own))
-        return results
-
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
-        raise NotImplementedError("no task here measures perplexity")
-
-    # -- greedy text
-
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """The greedy response of each request, cut before EOS and before the task's stop strings."""
-        texts = tuple(r.args[0] for r in requests)
-        if texts not in self.tokenised:
-            self.tokenised[texts] = self.encode_many(texts, self.tokenizer.bos_token)
-        prompts = list(self.tokenised[texts])
-        lengths, stops = [], []
-        for i, request in enumerate(requests):
-            options = normalize_gen_kwargs(request.args[1])  # max_gen_toks: 256 where the task says nothing, as in HFLM
-            stops.append([s for s in options.pop("until") if s])
-            lengths.append(options.pop("max_gen_toks"))
-            if options.pop("do_sample") or options.pop("temperature", 0.0) or options:
-                raise NotImplementedError(f"evaluation is greedy; the task asks for {request.args[1]}")
-            self.prompts_cut += len(prompts[i]) > self.max_length - lengths[i]
-            prompts[i] = prompts[i][-(self.max_length - lengths[i]) :]  # over-long prompts are cut from the left
-        with tqdm(total=len(requests), desc="responses", disable=disable_tqdm) as bar:
-            sampler = Sampler(self.model, self.tokenizer, self.max_batch, short=True)
-            completions = sampler.sample(
-                prompts, lengths, temperature=0.0, top_p=1.0, seed=0, stop_strings=stops, progress=bar.update
-            )
-        return [self.cut(completion.ids, stop) for completion, stop in zip(completions, stops, strict=True)]
-
-    def cut(self, ids: list[int], stops: list[str]) -> str:
-        """The text before a stop token, before a special token that has a stop string and before the first stop
-        string."""
-        stops = handle_stop_sequences(list(stops), self.tokenizer.decode([self.eot_token_id]))  # and EOS
-        ends = {i for i in self.tokenizer.all_special_ids if any(s in self.tokenizer.decode([i]) for s in stops)}
-        ends |= {*getattr(self.tokenizer, "stop_ids", [])}
-        end = next((k for k, i in enumerate(ids) if i in ends), len(ids))
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        return postprocess_generated_text(text, stops, None)
 
 
 # ------------------------------------------------------------------ evaluation data and tasks
@@ -506,6 +275,8 @@ def write_task(folder: Path, name: str, entry, **overrides) -> None:
 def prepare_ifeval(rows: list[dict] | None, data_dir: Path | None) -> None:
     """Make sure that IFEval can score its items (rows; None: the hub's): lm-eval knows their instructions, NLTK has
     punkt_tab if one needs it, and language detection is deterministic."""
+    import langdetect
+    import nltk
     langdetect.DetectorFactory.seed = 0
     if data_dir and not os.environ.get("NLTK_DATA"):
         nltk.data.path += [str(p) for p in (data_dir / "nltk_data", data_dir.parent / "nltk_data") if p.is_dir()]
@@ -527,6 +298,7 @@ def prepare_ifeval(rows: list[dict] | None, data_dir: Path | None) -> None:
 
 def load_tasks(args: Args, folder: Path):
     """-> (lm-eval's task manager, ((task, shots, limit), ...), fingerprint of the evaluation data)."""
+    import lm_eval.tasks
     package = Path(lm_eval.tasks.__file__).parent
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[package / name for name in TASK_FOLDERS])
     if missing := [task for task in TASKS if task not in manager.task_index]:
@@ -557,6 +329,7 @@ def load_secondary(args: Args, index: dict, fingerprint: str, folder: Path):
     index, fingerprint: what load_tasks gives; gsm8k_zero_shot reads the gsm8k of that index. Ends the run on a task
     that lm-eval doesn't have, or that can't be evaluated here.
     """
+    import lm_eval.tasks
     if four := [task for task in args.tasks if task in TASKS]:
         fail(f"--tasks {four[0]}: it is one of the four tasks of every row")
     folder.mkdir()
@@ -600,6 +373,7 @@ def load_secondary(args: Args, index: dict, fingerprint: str, folder: Path):
 @functools.cache
 def task_files() -> dict[str, set[Path]]:
     """{name of a task, group or tag: folders of the definitions that have it}. lm-eval's index of all takes 7 s."""
+    import lm_eval.tasks
     named = re.compile(r"^(?:(?:task|group|tag):|[ \t]*-)[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.M)
     folders = defaultdict(set)
     for file in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
@@ -611,6 +385,7 @@ def task_files() -> dict[str, set[Path]]:
 def find_secondary(task: str):
     """The entry of a task in lm-eval's index. Ends the run on one that can't be evaluated here: greedily or by
     log-likelihoods, without running what the model writes."""
+    import lm_eval.tasks
     folders = task_files().get(task, ())
     known = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[*folders]).task_index if folders else {}
     entry = known.get(task)
@@ -668,10 +443,13 @@ def protocol_of(task: str, args: Args) -> str:
     return "chat" if task == ZERO_SHOT else args.protocol
 
 
-def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args: Args,
+def run_task(lm: "RungsLM", loaded, task: str, shots: int, limit: int | None, args: Args,
              log: Path | None = None) -> tuple[dict, list[dict]]:  # fmt: skip
     """-> (result: metrics, n, versions, wall time; the items' lines). The same `loaded` serves one adapter after the
     other: its prompts are built in the first call. log: directory for the items in lm-eval's own layout."""
+    from lm_eval.api.metrics import mean_stderr
+    from lm_eval.evaluator import evaluate
+    from lm_eval.utils import env as jinja
     start = time.time()
     # What lm_eval.simple_evaluate sets, without its survey of the machine for every call.
     random.seed(0)
@@ -688,12 +466,12 @@ def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args
                 instance.resps, instance.filtered_resps = [], {}
             unit.build_all_requests = lambda **_: None
     in_chat, lm.prompts_cut = protocol_of(task, args) == "chat", 0
-    jinja = lm_eval.utils.env  # lm-eval compiles a task's template for every example of every prompt: minutes on MMLU
+    # lm-eval compiles a task's template for every example of every prompt: minutes on MMLU
     with (
         patch.object(jinja, "from_string", functools.lru_cache(1024)(jinja.from_string)),
         patch("lm_eval.api.task.tqdm", lambda docs, **_: docs),  # a bar for each of 57 subjects' prompts
     ):
-        found = lm_eval_evaluate(lm, loaded, limit=limit, apply_chat_template=in_chat, fewshot_as_multiturn=in_chat)
+        found = evaluate(lm, loaded, limit=limit, apply_chat_template=in_chat, fewshot_as_multiturn=in_chat)
     lines = sample_lines(found["samples"])
     metrics = {}
     for name, values in found["results"].items():
@@ -716,9 +494,10 @@ def run_task(lm: RungsLM, loaded, task: str, shots: int, limit: int | None, args
             "prompts_cut": lm.prompts_cut}, lines
 
 
-def log_samples(found: dict, folder: Path, lm: RungsLM) -> None:
+def log_samples(found: dict, folder: Path, lm: "RungsLM") -> None:
     """What lm-eval returned, as its own --output_path with --log_samples writes it: results_<time>.json, and
     samples_<task>_<time>.jsonl for each task, subjects of MMLU among them."""
+    from lm_eval.loggers import EvaluationTracker
     tracker = EvaluationTracker(output_path=str(folder / "results.json"))
     model = f"pretrained={lm.tokenizer.name_or_path}"
     tracker.general_config_tracker.log_experiment_args("hf", model, None, None, False)
@@ -884,6 +663,10 @@ def main(args: Args) -> list[dict]:
     others, secondary = load_secondary(args, manager.task_index, fingerprint, Path(scratch.name) / "secondary")
     generating = [manager.task_index["ifeval"], *(others.task_index[task] for task in secondary)]
     lengths = [(entry.cfg.get("generation_kwargs") or {}).get("max_gen_toks", 256) for entry in generating]
+    from lm_eval.models.utils import resolve_max_length
+    from transformers import AutoConfig
+
+    from harness import Float32Head, RungsLM
     longest = args.max_gen_toks or max(lengths)
     room = resolve_max_length(AutoConfig.from_pretrained(model_dir), tokenizer)
     if room <= longest:
@@ -916,6 +699,7 @@ def main(args: Args) -> list[dict]:
         logged = not args.log_samples or [*(out / policy.samples / "lm-eval" / task).glob("results_*.json")]
         return result if logged else None
 
+    import datasets
     datasets.disable_progress_bars()
     loaded = {}
     for task, _, _, p in plan:

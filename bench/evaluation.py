@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import chat
 import common
 import evaluate
+import harness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,8 @@ def main(args: Args) -> None:
         model, plain = (common.load_model(directory, None, "none", dtype, device) for _ in range(2))
         plain.set_attn_implementation("sdpa")
         if args.dtype == "bfloat16":
-            model.set_output_embeddings(evaluate.Float32Head(model.get_output_embeddings()))
-        systems = (evaluate.RungsLM(model, tokenizer, micro_tokens=options.micro_tokens),
+            model.set_output_embeddings(harness.Float32Head(model.get_output_embeddings()))
+        systems = (harness.RungsLM(model, tokenizer, micro_tokens=options.micro_tokens),
                    HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=args.batch_size))
         for task, shots, limit in tasks:
             if task in args.tasks:

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets
+import lm_eval.tasks
 import torch
 import yaml
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -27,8 +28,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
-import evaluate
 import grpo
+import harness
 
 DEMO = Path(__file__).parent.parent / "data" / "demo"
 COMMIT = "c0ffee" + "0" * 34  # of the repositories that nothing pins: lm-eval's
@@ -67,7 +68,7 @@ def write_model(directory: Path, texts: list[str]) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(evaluate.QWEN2_PATTERN), "isolated"),
+        pre_tokenizers.Split(Regex(harness.QWEN2_PATTERN), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
@@ -147,7 +148,7 @@ def repositories() -> dict[tuple[str, str, str], object]:
     preference = {split: (f"data/{split}-00000-of-00001.parquet", rows) for split, rows in (
         ("train_prefs", pair_rows(many(pairs, 5, "prompt"))), ("test_prefs", pair_rows(held)),
         ("train_sft", pair_rows(pairs[:2])), ("test_sft", pair_rows(pairs[2:4])))}
-    mmlu_tasks = (Path(evaluate.lm_eval.tasks.__file__).parent / "mmlu/default").glob("mmlu_*.yaml")
+    mmlu_tasks = (Path(lm_eval.tasks.__file__).parent / "mmlu/default").glob("mmlu_*.yaml")
     subjects = sorted(yaml.safe_load(path.read_text())["dataset_name"] for path in mmlu_tasks)
     dev, test = demo("eval/mmlu/dev.jsonl")[:5], demo("eval/mmlu/test.jsonl")
     mmlu = {subject: {split: (f"{subject}/{split}-00000-of-00001.parquet", [row | {"subject": subject} for row in rows])

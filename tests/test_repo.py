@@ -128,7 +128,8 @@ def imports(path):
 def test_scripts_import_common_and_libraries_only():
     """And the layers below them: common <- chat <- inputs; fast/ imports neither and nobody but common imports it."""
     ours = {p.stem for p in REPO.glob("*.py")}
-    parts = {"common": ("tracking", "publish"), "chat": ("common",), "inputs": ("common", "chat"),"report": ("verdicts", "plots"), "plots": ("verdicts",), "judge": ("ask",)}  # parts of one script
+    parts = {"common": ("tracking", "publish"), "chat": ("common",), "inputs": ("common", "chat"),  # parts of one script
+             "report": ("verdicts", "plots"), "plots": ("verdicts",), "judge": ("ask",), "evaluate": ("harness",)}
     for name in ours:
         allowed = {*parts.get(name, ())} if name in ("common", "chat", "inputs") else {
             "common", "chat", "inputs", *parts.get(name, ())}
@@ -420,3 +421,16 @@ def test_common_reaches_what_chat_and_inputs_define():
     assert (common.load_rows, common.load_tokenizer, common.render) == (inputs.load_rows, chat.load_tokenizer, chat.render)
     with pytest.raises(AttributeError, match="load_row_s"):
         common.load_row_s
+
+
+def test_help_and_errors_need_not_wait_for_large_libraries():
+    """What a script imports at its top leaves out the libraries that take seconds; `--help` of each is within these."""
+    code = ("import sys, sft, dpo, kto, ppo, grpo, evaluate, chat, common, inputs; "
+            "print(*{name.split('.')[0] for name in sys.modules} | "
+            "({'torch._dynamo'} & sys.modules.keys()))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = set(done.stdout.split())
+    assert {"torch", "tyro", "common"} <= found
+    assert found & {"transformers", "peft", "datasets", "lm_eval", "bitsandbytes", "pandas", "scipy", "matplotlib", "nltk",
+                    "torch._dynamo"} == set()

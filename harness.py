@@ -1,0 +1,238 @@
+"""harness.py: a model of ours, as lm-evaluation-harness sees it. Imported when evaluate.py has checked its arguments.
+
+`RungsLM` gives the numbers of lm-eval's HFLM (equal in fp32) from packed forwards without padding, in which what items
+begin with alike is computed once, and from common.Sampler. Where it deviates on purpose: evaluate.py.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    resolve_max_length,
+)
+from tqdm import tqdm
+
+import common
+from common import Example, Sampler, fail
+
+
+class Float32Head(torch.nn.Module):
+    """The LM head of a bfloat16 model with fp32 products, so that logits are not rounded to 8 bits."""
+
+    def __init__(self, head: torch.nn.Module):
+        super().__init__()
+        self.weight, self.bias = head.weight, head.bias
+        self.full = head.weight.detach().float()  # [V, H]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden.float(), self.full, self.bias)
+
+
+LINE_END = re.compile(r"\n(?<=[!-~]\n)(?=[A-Za-z])")  # a newline between a visible ASCII character and an ASCII letter
+QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+
+
+def lines_of(text: str) -> list[str]:
+    """The text, cut after every LINE_END."""
+    cuts = [0, *(match.end() for match in LINE_END.finditer(text)), len(text)]
+    return [text[a:b] for a, b in zip(cuts, cuts[1:])]
+
+
+def lines_stand_alone(tokenizer) -> bool:
+    """Whether a text's ids are those of its `lines_of`, one after the other.
+
+    BPE in general doesn't promise that; byte-level BPE over the words that GPT-2's or Qwen2's pattern finds does
+    (SmolLM2, Qwen2.5). Both patterns end a match at a LINE_END, whatever follows: no match goes on from a newline to a
+    letter, and the one that looks ahead, \\s+(?!\\S), has no whitespace before the newline to stop at. Everything else
+    that could reach across a LINE_END (normalizer, added tokens, BOS) is excluded here.
+    """
+    if not tokenizer.is_fast:
+        return False
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = definition["pre_tokenizer"] or {}
+    *before, last = words.get("pretokenizers") or [words]
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated", "invert": False}
+    digits = all(step["type"] == "Digits" for step in before)  # SmolLM2 on the hub splits digits off first
+    return (
+        definition["model"]["type"] == "BPE"
+        and not definition["model"].get("dropout")
+        and last.get("type") == "ByteLevel"
+        and not last["add_prefix_space"]
+        and (digits if last["use_regex"] else before == [split])
+        and definition["normalizer"] in (None, {"type": "NFC"})  # composes nothing with a newline or before a letter
+        and not tokenizer.num_special_tokens_to_add()
+        and not any(
+            t["lstrip"] or t["rstrip"] or t["single_word"] or "\n" in t["content"] for t in definition["added_tokens"]
+        )
+    )
+
+
+class RungsLM(TemplateLM):
+    """lm-eval's interface (log-likelihoods of continuations, greedy text) over common's packed forward and sampler."""
+
+    def __init__(self, model, tokenizer, micro_tokens: int, max_batch: int | None = None):
+        super().__init__()
+        self.model, self.tokenizer, self.micro_tokens, self.max_batch = model, tokenizer, micro_tokens, max_batch
+        self.max_length = resolve_max_length(model.config, tokenizer)
+        self.bos = tokenizer.decode([self.prefix_token_id])
+        self.by_line = lines_stand_alone(tokenizer)
+        self.encoded: dict[str, list[int]] = {}  # strings tokenised ahead, many at a time
+        self.tokenised: dict[tuple, list] = {}  # arguments of requests -> their token ids, for the adapters that follow
+        self.prompts_cut = 0  # requests whose context was cut from the left to the model's positions
+
+    # -- conventions of HFLM: which token stands for an empty context, when BOS is added, how a chat becomes text
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        options["continue_final_message"] = not add_generation_prompt
+        try:
+            return self.tokenizer.apply_chat_template(chat_history, **options)
+        except Exception:  # a template without a system role; MMLU's description is one
+            chat_history = [m for m in chat_history if m["role"] != "system"]
+        try:
+            return self.tokenizer.apply_chat_template(chat_history, **options)
+        except Exception as e:  # a template may raise any kind
+            fail(f"the chat template refuses an evaluation prompt ({(str(e).splitlines() or [repr(e)])[0]}); "
+                 f"use --protocol plain")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        if add_special_tokens is not None:
+            return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return self.encoded.get(string) or self.encode_many([string], self.bos)[0]
+
+    def encode_many(self, strings: Sequence[str], bos: str | None) -> list[list[int]]:
+        """Token ids of each string, with what special tokens the tokenizer adds unless it begins with `bos` already.
+        Where lines stand alone, each different line is tokenised once: most of MMLU's are those of its examples."""
+        ids: list[list[int]] = [[]] * len(strings)
+        for own_bos in (True, False):
+            pieces = {i: lines_of(s) if self.by_line else [s]
+                      for i, s in enumerate(strings) if has_bos_prefix(s, bos) == own_bos}  # fmt: skip
+            if pieces:
+                options = {"add_special_tokens": False} if own_bos else {}
+                distinct = list(dict.fromkeys(chain.from_iterable(pieces.values())))
+                tokenised = self.tokenizer(distinct, verbose=False, **options)["input_ids"]
+                encoded = dict(zip(distinct, tokenised, strict=True))
+                for i, parts in pieces.items():
+                    ids[i] = list(chain.from_iterable(encoded[part] for part in parts))
+        return ids
+
+    # -- log-likelihoods
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(sum of log p(continuation tokens | context), is it what greedy decoding gives) of each request."""
+        results = []
+        with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as self.bar:
+            for i in range(0, len(requests), 4096):  # bounds the ids held in memory; neighbours share contexts
+                chunk = requests[i : i + 4096]
+                arguments = tuple(r.args for r in chunk)
+                if arguments not in self.tokenised:
+                    # TemplateLM._encode_pair encodes the context without trailing spaces, and context + continuation
+                    pairs = [(context.rstrip(), context + continuation) for context, continuation in arguments]
+                    strings = list(dict.fromkeys(s for pair in pairs for s in pair if s))
+                    self.encoded = dict(zip(strings, self.encode_many(strings, self.bos), strict=True))
+                    self.tokenised[arguments] = super().loglikelihood(chunk, disable_tqdm=True)
+                results += self.score(self.tokenised[arguments])
+        self.encoded = {}
+        return results
+
+    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[tuple[str, str], list[int], list[int]]]:
+        """What TemplateLM.loglikelihood makes of its requests, as it is: `score` takes it."""
+        return requests
+
+    def score(self, requests: list[tuple[tuple[str, str], list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """requests: ((context, continuation), context ids, continuation ids). Those whose inputs are the same (the four
+        letters of an MMLU item) are one sequence, whose last positions are read once for each of them."""
+        groups: dict[tuple, list[int]] = defaultdict(list)  # input ids -> requests
+        for i, (texts, context, continuation) in enumerate(requests):
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise ValueError(f"{len(context)} + {len(continuation)} tokens, room for {self.max_length}: {texts!r}")
+            # The last token is only predicted. An over-long context is cut from the left.
+            self.prompts_cut += len(context) + len(continuation) > self.max_length + 1
+            groups[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(i)
+        examples = []
+        for ids, members in groups.items():
+            continuations = [requests[i][2] for i in members]
+            # token j of a continuation of n tokens is predicted at position len(ids) - n + j
+            predict = [len(ids) - len(c) + j for c in continuations for j in range(len(c))]
+            examples.append(Example(list(ids), predict, [token for c in continuations for token in c]))
+        members = list(groups.values())
+        micro_tokens, found = max(self.micro_tokens, *map(len, groups)), []
+        # What sequences begin with alike (MMLU's five examples, a TruthfulQA question) the fast engine computes once.
+        packs = common.micro_batches(self.model, examples, micro_tokens)
+        with torch.no_grad():
+            for pack in packs:
+                logprobs, extras = common.token_logprobs(self.model, pack, extras=("correct",))  # [K] predicted tokens
+                found.append((logprobs, extras["correct"]))
+                self.bar.update(sum(len(members[example]) for example in pack.examples))
+        logprobs, correct = (torch.cat(x).tolist() for x in zip(*found))  # read once: the GPU never waits for the host
+        scored: list[list[tuple[float, bool]]] = [[] for _ in examples]  # of an example's targets, in order
+        for example, *score in zip((row for pack in packs for row in pack.rows), logprobs, correct, strict=True):
+            scored[example].append(score)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for tokens, requests_of in zip(scored, members, strict=True):
+            for i in requests_of:
+                n = len(requests[i][2])
+                own, tokens = tokens[:n], tokens[n:]
+                results[i] = (sum(logprob for logprob, _ in own), all(correct for _, correct in own))
+        return results
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
+        raise NotImplementedError("no task here measures perplexity")
+
+    # -- greedy text
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """The greedy response of each request, cut before EOS and before the task's stop strings."""
+        texts = tuple(r.args[0] for r in requests)
+        if texts not in self.tokenised:
+            self.tokenised[texts] = self.encode_many(texts, self.tokenizer.bos_token)
+        prompts = list(self.tokenised[texts])
+        lengths, stops = [], []
+        for i, request in enumerate(requests):
+            options = normalize_gen_kwargs(request.args[1])  # max_gen_toks: 256 where the task says nothing, as in HFLM
+            stops.append([s for s in options.pop("until") if s])
+            lengths.append(options.pop("max_gen_toks"))
+            if options.pop("do_sample") or options.pop("temperature", 0.0) or options:
+                raise NotImplementedError(f"evaluation is greedy; the task asks for {request.args[1]}")
+            self.prompts_cut += len(prompts[i]) > self.max_length - lengths[i]
+            prompts[i] = prompts[i][-(self.max_length - lengths[i]) :]  # over-long prompts are cut from the left
+        with tqdm(total=len(requests), desc="responses", disable=disable_tqdm) as bar:
+            sampler = Sampler(self.model, self.tokenizer, self.max_batch, short=True)
+            completions = sampler.sample(
+                prompts, lengths, temperature=0.0, top_p=1.0, seed=0, stop_strings=stops, progress=bar.update
+            )
+        return [self.cut(completion.ids, stop) for completion, stop in zip(completions, stops, strict=True)]
+
+    def cut(self, ids: list[int], stops: list[str]) -> str:
+        """The text before a stop token, before a special token that has a stop string and before the first stop
+        string."""
+        stops = handle_stop_sequences(list(stops), self.tokenizer.decode([self.eot_token_id]))  # and EOS
+        ends = {i for i in self.tokenizer.all_special_ids if any(s in self.tokenizer.decode([i]) for s in stops)}
+        ends |= {*getattr(self.tokenizer, "stop_ids", [])}
+        end = next((k for k, i in enumerate(ids) if i in ends), len(ids))
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return postprocess_generated_text(text, stops, None)
