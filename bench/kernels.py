@@ -5,17 +5,19 @@
 
 One JSON line per kernel and case: `gap` is the largest difference from the torch functions of fast/sampler.py, computed
 in fp32 from the same inputs, relative to the largest value of the result. The exit status is 1 unless it stays below
-1e-5 in fp32, and below eight roundings in half precision (4e-3 in float16, 3e-2 in bfloat16, whose products Triton 3.8's
-interpreter can't compute). `us` is the mean time of one call inside a CUDA graph of many. What the kernels replace:
+1e-5 in fp32, and below eight roundings in half precision (4e-3 in float16, 3e-2 in bfloat16, whose products Triton
+3.8's interpreter can't compute). `us` is the mean time of one call inside a CUDA graph of many. What the kernels replace:
 `python bench/sample.py --profile`.
 """
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -45,7 +47,7 @@ class Args:
     time: bool = True
     """Time each kernel (GPU)."""
     tune: bool = False
-    """Time attention with other settings, too (GPU)."""
+    """Time attention and the product with other settings, too (GPU)."""
 
 
 def low_term(y, b, sizes):
@@ -85,6 +87,9 @@ class Case:
         self.at[0], self.at[-1] = 0, length - 1  # the shortest and the longest possible
         self.at = self.at.to(device)
         self.gate_up = random(rows, 2 * self.I + 2 * rank)
+        self.gate = random(rows, self.I)
+        self.weight, self.bias = random(self.H + rank, self.I, scale=self.I ** -0.5), random(self.H + rank)
+        self.parts = torch.stack([self.qkv.float() / 4, self.qkv.float() / 2, self.qkv.float() / 4])  # sums are exact
         self.gate_up_b = make_b([self.I, self.I], rank, 0.1, like)
 
     # Each kernel: the tensors to compare, and the call to time. `_torch`: the same in fp32 from the same inputs.
@@ -124,6 +129,40 @@ class Case:
         mask = torch.where(columns <= self.at[:, None], 0.0, -torch.inf).to(f)[:, None, None]
         return attend(q, cache, self.stride, mask), cache
 
+    def product(self):
+        return self.product_alone().sum(0),
+
+    def product_alone(self):  # down's, with a bias
+        return kernels.product(self.gate, self.weight, self.bias)
+
+    def product_torch(self):
+        return F.linear(*(t.float() for t in (self.gate, self.weight, self.bias))),
+
+    def product_then_norm(self):
+        """add_norm of a product in parts."""
+        x = self.x.clone()
+        return kernels.add_norm(x, kernels.product(self.gate, self.weight, self.bias), self.b, self.norm), x
+
+    def product_then_norm_torch(self):
+        y = self.product_torch()[0]
+        b = None if self.b is None else self.b.float()
+        y[:, self.H:] = y[:, self.H:].to(self.dtype).float()  # as a product in the model's type would be
+        x, h = add_norm(self.x.float(), low_term(y, b, [self.H]), (self.norm[0].float(), self.norm[1]))
+        return h, x
+
+    def attend_parts(self):
+        """attend of a product in parts."""
+        kept, self.qkv = self.qkv, self.parts
+        result = self.attend()
+        self.qkv = kept
+        return result
+
+    def attend_parts_torch(self):
+        kept, self.qkv = self.qkv, self.parts.sum(0)
+        result = self.attend_torch()
+        self.qkv = kept
+        return result
+
     def swiglu(self):
         return self.swiglu_alone(),
 
@@ -154,39 +193,46 @@ def microseconds(call, repeats: int = 50) -> float:
     return begin.elapsed_time(end) / repeats / 4 * 1e3
 
 
-def tune(case: Case) -> dict[str, float]:
-    """Time of attention by (keys per iteration, warps, stages); the module's settings stay."""
-    settings = kernels.ATTEND_BLOCK, kernels.ATTEND_WARPS, kernels.ATTEND_STAGES
-    times = {}
-    for choice in ((32, 4, 3), (32, 2, 4), (64, 2, 3), (64, 4, 2), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 2)):
-        kernels.ATTEND_BLOCK, kernels.ATTEND_WARPS, kernels.ATTEND_STAGES = choice
-        times["/".join(map(str, choice))] = round(microseconds(case.attend_alone), 2)
-    kernels.ATTEND_BLOCK, kernels.ATTEND_WARPS, kernels.ATTEND_STAGES = settings
+SETTINGS = {  # to try, per kernel
+    "attend": (("ATTEND_BLOCK", "ATTEND_WARPS", "ATTEND_STAGES"),
+               ((32, 4, 3), (64, 2, 3), (64, 4, 2), (64, 4, 4), (128, 4, 2), (128, 8, 2))),
+    "product": (("PRODUCT_COLUMNS", "PRODUCT_STEP"), ((16, 64), (16, 128), (32, 128), (64, 64), (64, 128)))}
+
+
+def tune(case: Case, kernel: str) -> dict[str, float]:
+    """Times of a kernel by its settings; the module's own settings are put back."""
+    names, choices = SETTINGS[kernel]
+    before, times = [getattr(kernels, name) for name in names], {}
+    for choice in (*choices, before):
+        for name, value in zip(names, choice):
+            setattr(kernels, name, value)
+        if choice is not before:
+            times["/".join(map(str, choice))] = round(microseconds(getattr(case, kernel + "_alone")), 2)
     return times
 
 
 def main(args: Args) -> None:
     gpu = torch.cuda.is_available()
     device, right = torch.device("cuda" if gpu else "cpu"), True
-    shapes = {name: SHAPES[name] for name in args.shape} if gpu else SMALL
-    dtypes = [getattr(torch, name) for name in args.dtype] if gpu else [torch.float32, torch.float16]
-    rows, ranks = (args.rows, args.lora_rank) if gpu else ((3,), (0, 16))
-    length = args.length if gpu else 600  # two splits
-    for name, shape in shapes.items():
-        for n, rank in ((n, rank) for n in rows for rank in ranks):
-            for dtype in dtypes:
-                case = Case(shape, n, rank, length, dtype, device, normed=name in ("qwen3-0.6b", "small-normed"))
-                for kernel in ("add_norm", "attend", "swiglu"):
-                    gap = max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in
-                              zip(getattr(case, kernel)(), getattr(case, kernel + "_torch")(), strict=True))
-                    line = {"kernel": kernel, "shape": name, "rows": n, "rank": rank, "dtype": str(dtype)[6:],
-                            "gap": gap, "right": gap < BOUND[dtype]}  # False for a NaN
-                    right = right and line["right"]
-                    if gpu and args.time and dtype == torch.bfloat16:
-                        line["us"] = round(microseconds(getattr(case, kernel + "_alone")), 2)
-                        if args.tune and kernel == "attend":
-                            line["tuned"] = tune(case)
-                    print(json.dumps(line), flush=True)
+    shapes, length = (SHAPES, args.length) if gpu else (SMALL, 600)  # two splits
+    cases = itertools.product(args.shape, args.rows, args.lora_rank, args.dtype) if gpu else (
+        ("small", 3, 16, "float32"), ("small-normed", 3, 0, "float32"), ("small-normed", 3, 16, "float16"))
+    for name, rows, rank, type_name in cases:
+        dtype, normed = getattr(torch, type_name), name in ("qwen3-0.6b", "small-normed")
+        case = Case(shapes[name], rows, rank, length, dtype, device, normed)
+        for kernel in ("add_norm", "attend", "swiglu", "product", "product_then_norm", "attend_parts"):
+            gap = max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in
+                      zip(getattr(case, kernel)(), getattr(case, kernel + "_torch")(), strict=True))
+            line = {"kernel": kernel, "shape": name, "rows": rows, "rank": rank, "dtype": type_name, "gap": gap,
+                    "right": gap < BOUND[dtype]}  # False for a NaN
+            right = right and line["right"]
+            if gpu and args.time and hasattr(case, kernel + "_alone"):
+                line["us"] = round(microseconds(getattr(case, kernel + "_alone")), 2)
+                if kernel == "product":
+                    line["cublas_us"] = round(microseconds(lambda: F.linear(case.gate, case.weight, case.bias)), 2)
+                if args.tune and kernel in ("attend", "product"):
+                    line["tuned"] = tune(case, kernel)
+            print(json.dumps(line), flush=True)
     sys.exit(0 if right else 1)
 
 

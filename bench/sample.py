@@ -34,10 +34,10 @@ from workload import SHAPES
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    system: tuple[Literal["rungs", "rungs-kernels", "rungs-plain", "transformers-generate", "static-cache"],
+    system: tuple[Literal["rungs", "rungs-kernels", "rungs-products", "rungs-plain", "transformers-generate", "static-cache"],
                   ...] = ("rungs",)
-    """What samples: common.Sampler with the fast engine, with the fast engine and its Triton kernels, or with the plain
-    engine; or generate with its dynamic or its static (compiled) cache."""
+    """What samples: common.Sampler with the fast engine, with its Triton kernels, with these and its own products,
+    or with the plain engine; or generate with its dynamic or its static (compiled) cache."""
     lora_rank: tuple[int, ...] = (0,)
     """Rank of an adapter beside the weights (rungs); 0: none, which is what an adapter merged into them costs. One case each."""
     rows: tuple[int, ...] = (64,)
@@ -154,7 +154,7 @@ def main(args: Args) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        os.environ["RUNGS_KERNELS"] = "1" if system == "rungs-kernels" else "0"
+        os.environ["RUNGS_KERNELS"] = {"rungs-kernels": "1", "rungs-products": "2"}.get(system, "0")
         rank = rank if system.startswith("rungs") else 0
         policy = policy_of(model, rank, "plain" if system == "rungs-plain" else "fast")
         if system.startswith("rungs"):
@@ -166,7 +166,7 @@ def main(args: Args) -> None:
                  "ms_per_step": round(taken / args.tokens * 1e3, 3), "setup_s": round(first - taken, 1)}
         if device.type == "cuda":
             found["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-        if args.profile and system in ("rungs", "rungs-kernels"):
+        if args.profile and system in ("rungs", "rungs-kernels", "rungs-products"):
             found.update(profile(sampler, rows, max(map(len, prompts)) + args.tokens, device))
         settings = dataclasses.asdict(args) | {"rows": rows, "lora_rank": rank, "device": common.hardware()["device"],
                                                "torch": torch.__version__}

@@ -45,14 +45,9 @@ class Layer(NamedTuple):
     eps: float
 
 
-def with_low(x: Tensor, p: Projection) -> Tensor:
-    """[x Wᵀ + bias | x Aᵀ]: [T, in] -> [T, out + r]."""
-    return F.linear(x, p.weight, p.bias)
-
-
 def project(x: Tensor, p: Projection) -> Tensor:
     """x Wᵀ + bias + alpha/r (x Aᵀ) Bᵀ: [T, in] -> [T, out]."""
-    y = with_low(x, p)
+    y = F.linear(x, p.weight, p.bias)  # [x Wᵀ + bias | x Aᵀ]
     if p.b is None:
         return y
     out = p.b.shape[1]
@@ -185,8 +180,10 @@ class Decoder:
         self.kernels = self._choose_kernels()
 
     def _choose_kernels(self):
-        """fast.kernels where RUNGS_KERNELS=1 asks for them, there is Triton and they serve this model; else None."""
-        wanted = os.environ.get("RUNGS_KERNELS", "0") == "1"
+        """fast.kernels where RUNGS_KERNELS asks for them (1, or 2: also for products with few outputs), there is Triton
+        and they serve this model; else None."""
+        level = os.environ.get("RUNGS_KERNELS", "0")
+        wanted, self.own_products = level in ("1", "2"), level == "2"
         runs = self.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
         if not (wanted and runs and importlib.util.find_spec("triton")):
             return None
@@ -405,10 +402,13 @@ class Decoder:
     def _layers_by_kernels(self, x: Tensor, at: Tensor, stride: int, length: int) -> Tensor:
         """The same by fast/kernels.py; at: each row's new position [B]."""
         kernels, update, b = self.kernels, torch.zeros_like(x), None
+        product = kernels.product if self.own_products and len(x) <= 128 else F.linear
         for w, cache in zip(self.layers, self.cache):
             h = kernels.add_norm(x, update, b, (w.input_norm, w.eps))
-            attended = kernels.attend(with_low(h, w.qkv), w.qkv.b, w.q_norm, w.k_norm, w.eps, self.cos, self.sin, at,
-                                      cache, stride, length)
-            h = kernels.add_norm(x, with_low(attended, w.o), w.o.b, (w.post_norm, w.eps))
-            update, b = with_low(kernels.swiglu(with_low(h, w.gate_up), w.gate_up.b), w.down), w.down.b
+            qkv = product(h, w.qkv.weight, w.qkv.bias)
+            attended = kernels.attend(qkv, w.qkv.b, w.q_norm, w.k_norm, w.eps, self.cos, self.sin, at, cache, stride,
+                                      length)
+            h = kernels.add_norm(x, product(attended, w.o.weight, w.o.bias), w.o.b, (w.post_norm, w.eps))
+            h = kernels.swiglu(F.linear(h, w.gate_up.weight, w.gate_up.bias), w.gate_up.b)
+            update, b = product(h, w.down.weight, w.down.bias), w.down.b
         return kernels.add_norm(x, update, b, self.norm)

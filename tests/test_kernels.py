@@ -28,10 +28,10 @@ class NoText:
 def sample(policy, kernels, temperature):
     os.environ["RUNGS_KERNELS"] = kernels
     sampler = common.Sampler(policy, NoText())
-    assert bool(sampler.decoder.kernels) == (kernels == "1")
-    return sampler.sample([[7, 8, 9], [3], [7, 8, 9], list(range(10, 40))], [3, 8, 2, 5], temperature, seed=1)
+    assert bool(sampler.decoder.kernels) == (kernels != "0")
+    return sampler.sample([[7, 8, 9], [3], [7, 8, 9], list(range(10, 40))], [2, 5, 1, 3], temperature, seed=1)
 
-for kind, kv_heads, rank, temperature in (("qwen2", 1, 0, 0.0), ("qwen2", 1, 4, 1.0), ("qwen3", 2, 4, 0.0)):
+for kind, kv_heads, rank, temperature, kernels in (("qwen2", 1, 4, 1.0, "2"), ("qwen3", 2, 0, 0.0, "1")):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, hidden_size=64, intermediate_size=72, num_hidden_layers=2, head_dim=32,
                                   num_attention_heads=2, num_key_value_heads=kv_heads, vocab_size=50, pad_token_id=0,
@@ -41,9 +41,10 @@ for kind, kv_heads, rank, temperature in (("qwen2", 1, 0, 0.0), ("qwen2", 1, 4, 
         policy = common.add_lora(policy, rank, 2 * rank)
         for p in common.trainable(policy):
             torch.nn.init.normal_(p, std=0.1)
-    torch_path, by_kernels = (sample(policy, kernels, temperature) for kernels in "01")
-    assert [c.ids for c in by_kernels] == [c.ids for c in torch_path], (kind, rank, temperature)
+    torch_path = sample(policy, "0", temperature)
     assert len({tuple(c.ids) for c in torch_path}) > 2
+    by_kernels = sample(policy, kernels, temperature)
+    assert [c.ids for c in by_kernels] == [c.ids for c in torch_path], kind
     for a, b in zip(by_kernels, torch_path):
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-5, atol=1e-5)
 """
@@ -61,6 +62,6 @@ def test_each_kernel_equals_torch():
 
 
 def test_the_sampler_by_kernels_is_the_sampler():
-    """fp32: the same tokens, greedy and sampled, with and without an adapter; log-probs within 1e-5."""
+    """fp32: the same tokens, sampled with an adapter and greedy without; log-probs within 1e-5."""
     done = run("-c", SAMPLER)
     assert done.returncode == 0, done.stderr
