@@ -6,8 +6,8 @@
 One JSON line per kernel and case: `gap` is the largest difference from the torch functions of fast/sampler.py, computed
 in fp32 from the same inputs, relative to the largest value of the result. The exit status is 1 unless it stays below
 1e-5 in fp32, and below eight roundings in half precision (4e-3 in float16, 3e-2 in bfloat16, whose products Triton
-3.8's interpreter can't compute). `us` is the mean time of one call inside a CUDA graph of many. What the kernels replace:
-`python bench/sample.py --profile`.
+3.8's interpreter can't compute). `us` is the mean time of one call inside a CUDA graph of many. What the kernels
+replace: `python bench/sample.py --profile`.
 """
 import dataclasses
 import itertools

@@ -15,8 +15,8 @@ kernel that reads its result adds (x Aᵀ) Bᵀ. Sums are fp32; results are roun
 rounds them, except that (x Aᵀ) Bᵀ itself isn't rounded before it is added.
 
 Only fast/sampler.py calls this module, and only with RUNGS_KERNELS set; the torch path there is the specification.
-Under TRITON_INTERPRET=1 the kernels run on a CPU, which the tests use. B rows, H hidden size, d head size, I size of the
-MLP, r rank (a multiple of 16).
+Under TRITON_INTERPRET=1 the kernels run on a CPU, which the tests use. B rows, H hidden size, d head size, I size of
+the MLP, r rank (a multiple of 16).
 """
 import functools
 import math
@@ -151,8 +151,8 @@ def add_norm(x: Tensor, y: Tensor, b: Tensor | None, norm: tuple[Tensor, float])
 @triton.jit
 def attend_kernel(qkv_ptr, b_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, at_ptr, cache_ptr, out_ptr, sums_ptr,
                   stats_ptr, width, part, stride, splits, scale, eps, PARTS: tl.constexpr, KV: tl.constexpr,
-                  GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, STEP: tl.constexpr,
-                  NORMED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+                  GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr,
+                  STEP: tl.constexpr, NORMED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     """One program: the query heads of a row that share a kv head, over one share of the row's keys."""
     row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = cache_ptr.dtype.element_ty
@@ -265,9 +265,9 @@ def attend(qkv: Tensor, b: Tensor | None, q_norm: Tensor | None, k_norm: Tensor 
            sin: Tensor, at: Tensor, cache: Tensor, stride: int, length: int) -> Tensor:
     """Attention of one new token per row over its row of the cache, which gets the token's key and value: [B, heads d].
 
-    qkv: [B, (heads + 2 kv) d + 3 r], or [P, B, …], the projections of q, k, v and x Aᵀ of each. b: their Bᵀ as blocks on a
-    diagonal, [3 r, (heads + 2 kv) d], or None (r = 0). q_norm, k_norm: weights of their RMSNorm [d] (Qwen3), or None. cos, sin:
-    [positions, d]. at: each row's new position [B]. cache: [slots, 2, kv, d]; row i has the slots i·stride, …. length:
+    qkv: [B, (heads + 2 kv) d + 3 r], or [P, B, …], the projections of q, k, v and x Aᵀ of each. b: their Bᵀ as blocks
+    on a diagonal, [3 r, (heads + 2 kv) d], or None (r = 0). q_norm, k_norm: weights of their RMSNorm [d] (Qwen3), or
+    None. cos, sin: [positions, d]. at: each row's new position [B]. cache: [slots, 2, kv, d]; row i has the slots i·stride, …. length:
     more than any `at`.
     """
     rows, width, (kv_heads, d), (parts, step) = *qkv.shape[-2:], cache.shape[2:], parts_of(qkv)
