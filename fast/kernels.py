@@ -267,8 +267,8 @@ def attend(qkv: Tensor, b: Tensor | None, q_norm: Tensor | None, k_norm: Tensor 
 
     qkv: [B, (heads + 2 kv) d + 3 r], or [P, B, …], the projections of q, k, v and x Aᵀ of each. b: their Bᵀ as blocks
     on a diagonal, [3 r, (heads + 2 kv) d], or None (r = 0). q_norm, k_norm: weights of their RMSNorm [d] (Qwen3), or
-    None. cos, sin: [positions, d]. at: each row's new position [B]. cache: [slots, 2, kv, d]; row i has the slots i·stride, …. length:
-    more than any `at`.
+    None. cos, sin: [positions, d]. at: each row's new position [B]. cache: [slots, 2, kv, d]; row i has the slots
+    i·stride, …. length: more than any `at`.
     """
     rows, width, (kv_heads, d), (parts, step) = *qkv.shape[-2:], cache.shape[2:], parts_of(qkv)
     rank = 0 if b is None else len(b) // 3
