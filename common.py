@@ -714,15 +714,16 @@ def check_numbers(args: Any) -> None:
 
 def check_output(flag: str, directory: str | Path) -> None:
     """Fail unless files can be written in a directory, which may not be there yet; leaves nothing behind."""
+    if rank() > 0:
+        return
     path, made = Path(directory), []
     try:
         for parent in reversed((path, *path.parents)):
             if not parent.is_dir():
                 parent.mkdir()
                 made.append(parent)
-        probe = path / f".probe.{host()}-{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as e:
         fail(f"{flag} {directory}: can't write there ({e.strerror})")
     finally:

@@ -413,6 +413,7 @@ def main(args: Args) -> None:
                         common.all_reduce_(old)
                     drift = (old[0] - sampler_logprobs)[mask]  # d = log π − log q: rounding alone
                     gap = drift.abs().mean().item()
+                    run.check_finite(update, row_ids, sampler_gap=gap)
                     if not gap <= args.max_gap:
                         run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, "
                                  f"beyond --max-gap {args.max_gap}. Rounding to bfloat16 gives about 0.03; more means "

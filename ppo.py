@@ -343,6 +343,7 @@ def main(args: Args) -> None:
         sampler_logprobs[mask] = torch.tensor([lp for row in batch.logprobs for lp in row], device=device)
         drift = (old_logprobs - sampler_logprobs)[mask]  # d = log π − log q: one policy, two programs: rounding alone
         gap = drift.abs().mean().item()
+        run.check_finite(update, row_ids, sampler_gap=gap)
         if not gap <= args.max_gap:
             run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, beyond --max-gap "
                      f"{args.max_gap}. Rounding to bfloat16 gives about 0.03; more means other weights, another "
@@ -377,6 +378,7 @@ def main(args: Args) -> None:
                                          (moved > args.value_clip).sum()])
                     ratio_max = torch.maximum(ratio_max, ratio.max())
                 step_means = dict(zip(METRICS, (common.all_reduce_(sums) / tokens).tolist()))
+                run.check_finite(update, row_ids, **step_means)
                 if epoch == part == 0:  # π_θ = π_old: ρ = 1
                     assert step_means["approx_kl"] <= common.step0_tolerance(policy) and step_means["clipfrac"] == 0, \
                         f"first mini-batch: {step_means}: the policy is not the one that sampled"
@@ -384,8 +386,7 @@ def main(args: Args) -> None:
                     common.all_reduce_(params.grad)
                 grad_norm, critic_grad_norm = (torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
                                                for params in (policy_params, critic_params))
-                run.check_finite(update, row_ids, grad_norm=grad_norm, critic_grad_norm=critic_grad_norm,
-                                 policy_loss=step_means["policy_loss"], value_loss=step_means["value_loss"])
+                run.check_finite(update, row_ids, grad_norm=grad_norm, critic_grad_norm=critic_grad_norm)
                 step = (update * args.epochs + epoch) * args.minibatches + part
                 lr = learning_rate(step, total_steps, args)
                 for group in optimizer.param_groups:

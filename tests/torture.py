@@ -102,8 +102,9 @@ if plan and os.environ.get("RANK", "0") == os.environ.get("TORTURE_RANK", "0") a
                     stop()
         finally:
             state["busy"] = False
-    sys.addaudithook(hook)
-    if kind == "line":  # this rank dies after `at` lines of the log and a while
+    if kind != "line":
+        sys.addaudithook(hook)
+    else:  # this rank dies after `at` lines of the log and a while
         def watch():
             log = os.environ["TORTURE_LOG"]
             while not os.path.isfile(log) or open(log).read().count("\\n") < at:
