@@ -1781,14 +1781,22 @@ def rollout(sampler: Sampler, prompts: Sequence[Sequence[int]], max_new_tokens: 
     return gather_lists(done)
 
 
-def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> float:
-    """Share of greedy completions that end with a stop token within `max_new_tokens`, over all ranks' prompts."""
+def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
+             parent: dict | None = None) -> float:
+    """Share of greedy completions that end with a stop token within `max_new_tokens`, over all ranks' prompts.
+
+    A low rate is warned of, and one that is less than half of the parent's (its run.json).
+    """
     mine = prompts[rank()::world()]
     done = Sampler(model, tokenizer, short=True).sample(mine, max_new_tokens) if mine else []
     ended = all_reduce_(torch.tensor(float(sum(c.stopped == "eos" for c in done)), device=device_of(model)))
     rate = ended.item() / len(prompts)
     if rate < 0.9:
         say(f"WARNING: only {rate:.0%} of {len(prompts)} held-out answers end with EOS within {max_new_tokens} tokens")
+    before = ((parent or {}).get("metrics") or {}).get("eos_rate")
+    if before and rate < before / 2:
+        say(f"WARNING: that is less than half of the parent's {before:.0%}: the policy unlearns to stop. Lower --lr or "
+            f"--epochs, or look for answers without an end in the data")
     return rate
 
 
@@ -2032,6 +2040,27 @@ class Run:
         self.unread = step, metrics, fetched, flops_done, rows
         if not (fetched and self.last_read):
             self.flush()
+
+    def watch(self, tokens: float, ended: float, varies: bool = True) -> None:
+        """Warn, once of each kind, when a policy that learns from its own answers collapses. Of an update: mean tokens
+        per answer, share of answers that end with EOS, does the reward vary within any group? The first update's
+        answers, which the parent gave, are what they are compared with."""
+        seen = self.state.setdefault("watch", {"tokens": tokens, "ended": ended, "flat": 0, "said": []})
+        seen["flat"] = 0 if varies else seen["flat"] + 1
+        signs = {
+            "short": (tokens < seen["tokens"] / 10,
+                      f"answers have {tokens:.1f} tokens, less than a tenth of the first update's {seen['tokens']:.1f}. "
+                      f"Does the reward pay for short answers? Raise --beta or lower --lr"),
+            "endless": (ended < seen["ended"] / 2,
+                        f"{ended:.0%} of the answers end with EOS, less than half of the first update's "
+                        f"{seen['ended']:.0%}. Raise --completion-tokens or --beta, or lower --lr"),
+            "flat": (seen["flat"] >= 10,
+                     "for ten updates no group's rewards differed: nothing is learnt. Choose problems that are solved "
+                     "now and then, or raise --temperature or --group-size")}
+        for name, (shows, message) in signs.items():
+            if shows and name not in seen["said"]:
+                seen["said"].append(name)
+                say(f"\nWARNING: the policy collapses: {message}")
 
     def flush(self) -> None:
         """Write the line that waits for its numbers, if there is one. One that is not finite ends the run."""

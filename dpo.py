@@ -223,7 +223,7 @@ def main(args: Args) -> None:
     # 4. Save (relative to the pretrained base) and measure on held-out prompts and, in fp32, on held-out pairs.
     run.save(policy, tokenizer, split.prompts)
     metrics = {**counts, "heldout_pairs": len(heldout), "eos_prompts": len(prompts)}
-    metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens) if prompts else None
+    metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens, parent) if prompts else None
     # movement turns the base into fp32 where it fits: eos_rate belongs before it, the held-out figures after it
     metrics |= common.movement(policy, args.out, adapter, model_dir, [p.chosen for p in heldout[:args.eos_prompts]],
                                args.micro_tokens)

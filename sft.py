@@ -224,7 +224,7 @@ def main(args: Args) -> None:
         common.say(f"WARNING: the held-out loss of base + adapter ({metrics['heldout_loss']:.4f}) is worse than the "
                    f"{'parent' if parent else 'base'}'s ({metrics['heldout_loss_base']:.4f})")
     metrics["eos_prompts"] = len(prompts)
-    metrics["eos_rate"] = common.eos_rate(merged, tokenizer, prompts, args.eos_tokens) if prompts else None
+    metrics["eos_rate"] = common.eos_rate(merged, tokenizer, prompts, args.eos_tokens, parent) if prompts else None
     run.finish(metrics, ["loss", "accuracy", "grad_norm", "lr", "tokens_per_s", "peak_gib"],
                f"Supervised fine-tuning of {model} with LoRA on {len(examples):,} conversations of {args.data}.")
 

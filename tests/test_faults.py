@@ -130,3 +130,65 @@ def test_a_reward_function_that_gives_nan(value, setting, tmp_path, capsys):
         program.main(program.Args(**{**args, "task": str(task), "out": str(tmp_path / "run")}))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "row " in error and re.search("nan|inf", error), error
+
+
+# -- collapse -------------------------------------------------------------------------------------
+
+def watched(updates, capsys):
+    """What Run.watch says of updates (tokens, ended[, varies]), the run being stopped and resumed after each."""
+    state, said = {}, []
+    for update in updates:
+        run = common.Run.__new__(common.Run)
+        run.state = json.loads(json.dumps(state))
+        run.watch(*update)
+        state = run.state
+        said.append(capsys.readouterr().out.strip())
+    return said
+
+
+def test_answers_that_shrink_are_warned_of_once(capsys):
+    said = watched([(50, 1.0), (6, 1.0), (5, 1.0), (4.9, 1.0), (2, 1.0)], capsys)
+    assert [bool(s) for s in said] == [False, False, False, True, False]
+    assert "4.9 tokens" in said[3] and "50.0" in said[3] and "--beta" in said[3]
+
+
+def test_answers_that_no_longer_end_are_warned_of_once(capsys):
+    said = watched([(50, 0.8), (60, 0.4), (60, 0.39), (60, 0.1)], capsys)
+    assert [bool(s) for s in said] == [False, False, True, False] and "39%" in said[2] and "80%" in said[2]
+    assert watched([(50, 0.0), (50, 0.0)], capsys) == ["", ""]
+
+
+def test_groups_that_no_longer_differ_are_warned_of_after_ten_updates(capsys):
+    flat, varied = (9, 1.0, False), (9, 1.0, True)
+    said = watched([flat] * 9 + [varied] + [flat] * 12, capsys)
+    assert [i for i, s in enumerate(said) if s] == [19] and "--group-size" in said[19]
+
+
+def test_a_policy_that_unlearns_to_stop(tiny_model, capsys, monkeypatch):
+    """Against its parent's eos_rate; without one, only the rate itself is warned of."""
+    import chat
+    model, tokenizer = common.load_model(tiny_model, dtype=torch.float32), chat.load_tokenizer(tiny_model)
+    model.get_output_embeddings().weight.data.mul_(0)  # every greedy answer is token 0, which ends nothing
+    prompts = [chat.render_prompt(tokenizer, [{"role": "user", "content": "why"}])]
+    for parent, warned in ((None, False), ({"metrics": {}}, False), ({"metrics": {"eos_rate": 1.0}}, True)):
+        assert common.eos_rate(model, tokenizer, prompts, 4, parent) == 0
+        assert ("less than half of the parent's 100%" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("script", ["ppo", "grpo"])
+def test_scripts_watch_every_update(script, setting, tmp_path, monkeypatch):
+    """With the numbers that the log has."""
+    program, args = setting(script)
+    watch, seen = common.Run.watch, []
+
+    def note(self, *numbers):
+        seen.append(numbers)
+        watch(self, *numbers)
+    monkeypatch.setattr(common.Run, "watch", note)
+    program.main(program.Args(**args, out=str(tmp_path / "run")))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    ends = [1 - line["missing_eos" if script == "ppo" else "overlong"] for line in lines]
+    assert [s[0] for s in seen] == pytest.approx([line["completion_tokens"] for line in lines])
+    assert [s[1] for s in seen] == pytest.approx(ends)
+    if script == "grpo":
+        assert [s[2] for s in seen] == [line["zero_variance"] < 1 for line in lines]
