@@ -85,7 +85,7 @@ RUNS     = $(foreach run,$(POLICIES),$(OUT)/$(run)/run.json) $(REWARD_MODELS)/rm
 EVALS    = $(foreach row,$(if $(filter 1,$(JOBS)),rows,base $(POLICIES)),$(OUT)/.done/$(row)-$(PROTOCOL))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
-.PHONY: all controls seeds sweep speedrun demo env test help gpu-check hub-check torture bench bench-cpu clean-demo force
+.PHONY: lock all controls seeds sweep speedrun demo env test help gpu-check hub-check torture bench bench-cpu clean-demo force
 .DELETE_ON_ERROR:
 .PRECIOUS: $(OUT)/%/run.json
 ifeq ($(JOBS),1)
@@ -256,6 +256,18 @@ $(VENV)/.ready: requirements.lock
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -r requirements.lock
 	@touch $@
+
+# torch itself pins triton and NVIDIA's libraries, and a CPU build of it needs none: they stay out of the lock.
+UV   ?= uv
+LOCK  = $(UV) pip compile -q --universal --upgrade --python-version 3.11 --no-annotate --no-header --output-file .lock.tmp
+CUDA  = ^(nvidia|cuda|triton)-?
+
+lock: ## both lock files anew: the newest versions that pyproject.toml allows, for any platform; needs uv (pip install uv)
+	echo gguf | $(LOCK) pyproject.toml -
+	(echo '# Every version pinned, by `make lock`. `make` installs it into .venv.'; grep -vE '$(CUDA)' .lock.tmp) > requirements.lock
+	$(LOCK) --extra test --constraint requirements.lock pyproject.toml
+	(echo '# What the tests need besides requirements.lock'; grep -vxFf requirements.lock .lock.tmp | grep -vE '$(CUDA)') > requirements-test.lock
+	rm .lock.tmp
 
 $(VENV)/.ready-test: requirements-test.lock $(VENV)/.ready
 	$(VENV)/bin/python -m pip install -q -r requirements-test.lock

@@ -100,7 +100,8 @@ def scores_by(model, sequences):
 def test_a_reward_model_loads_as_a_sequence_classifier(tiny_model, reward_run, sft_run, data_dir, tmp_path):
     """By transformers from the run directory alone, and by TRL's GRPOTrainer, which is given the path: our scores.
 
-    Here pad == eos, and transformers pools before the last pad tokens: without a pad id, one text at a time.
+    Here pad == eos, and transformers pools before the last pad tokens, the EOS among them: so without a pad id, one text at
+    a time, or with another token as pad.
     """
     tokenizer = AutoTokenizer.from_pretrained(reward_run)
     sequences = []
@@ -118,4 +119,12 @@ def test_a_reward_model_loads_as_a_sequence_classifier(tiny_model, reward_run, s
     for model in (plain, trainer.reward_funcs[0].float().eval()):
         model.config.pad_token_id = None
         assert scores_by(model, sequences) == pytest.approx(ours, abs=1e-4)
+        model.config.pad_token_id = other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        longest = max(map(len, sequences))
+        padded = torch.tensor([ids + [other] * (longest - len(ids)) for ids in sequences])
+        with torch.no_grad():
+            together = model(input_ids=padded, attention_mask=(padded != other).long()).logits[:, 0]
+            assert together.tolist() == pytest.approx(ours, abs=1e-4)
+            model.config.pad_token_id = tokenizer.eos_token_id
+            assert scores_by(model, sequences) != pytest.approx(ours, abs=1e-3)
     assert max(ours) - min(ours) > 1e-3
