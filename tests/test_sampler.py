@@ -410,7 +410,7 @@ def kl(p, q):
 
 @pytest.mark.parametrize("script", ["dpo", "kto", "ppo", "grpo"])
 def test_what_samples_is_the_policy_that_is_trained(tiny_model, script):
-    """After Adam steps at the script's own rate, from a base on the bfloat16 grid: KL(q ‖ π_θ) ≤ 0.05 KL(π_θ ‖ π_ref), over the
+    """After Adam steps at the script's own rate, from a base on the bfloat16 grid: KL(q ‖ π_θ) ≤ 0.02 KL(π_θ ‖ π_ref), over the
     whole vocabulary after the same contexts. A sampler of weights merged into bfloat16 must fail the same bound."""
     tokenizer, g = chat.load_tokenizer(tiny_model), torch.Generator().manual_seed(5)
     torch.manual_seed(1)
@@ -438,7 +438,7 @@ def test_what_samples_is_the_policy_that_is_trained(tiny_model, script):
         p.data = p.data.bfloat16().float()
     gap, merged_gap = (kl(sampled_distribution(Sampler(m, tokenizer), contexts), trained) for m in (policy, merged))
     print(f"{script}: KL(π_θ‖π_ref) {moved:.2e}, KL(q‖π_θ) {gap:.2e}, with the adapter merged into bfloat16 {merged_gap:.2e}")
-    assert moved > 1e-9 and gap <= 0.05 * moved < merged_gap
+    assert moved > 1e-9 and gap <= 0.02 * moved < merged_gap
 
 
 def test_bfloat16_sampler_is_nearer_to_the_trainer_than_a_merge(tiny_model):
