@@ -15,6 +15,8 @@ from common import sha256_json
 from verdicts import FORGOTTEN, MARGIN, METRICS, Comparison, at, finite, same_policy
 
 PLOTS = {  # file name under plots/ -> what it shows
+    "overview": "What each method learned of its own objective, and what that changed on the benchmarks; points are seeds",
+    "sweeps": "Held-out objective against learning rate, a panel per method; filled: chosen, crosses: not admissible",
     "deltas-plain": "Differences to base with paired 95 % intervals, plain protocol",
     "deltas-chat": "Differences to base with paired 95 % intervals, chat protocol",
     "tradeoff": "What IFEval gained beside what MMLU or TruthfulQA lost",
@@ -167,6 +169,77 @@ def on_policy(records: list[dict]) -> Figure | None:
         axis.set_xlabel("update")
         axis.grid()
     axes[0].legend(fontsize=9)
+    return figure
+
+
+def overview(lines: list[tuple]) -> dict[str, Figure]:
+    """{"overview": figure}, a row per method: the change of its own objective on held-out data, in its own unit, then of
+    each endpoint, in points. Small points are seeds, the large one their mean with its 95 % interval, filled where it is
+    clear. lines: [(label, row, [(title, changes of the seeds, mean or None, interval or None, clear)])]."""
+    if not lines:
+        return {}
+    columns = len(lines[0][2])
+    figure = Figure(figsize=(2.5 * columns, 0.7 + 0.95 * len(lines)), layout="constrained")
+    axes = figure.subplots(len(lines), columns, squeeze=False)
+    for k in range(1, columns):  # one scale per benchmark
+        for i in range(1, len(lines)):
+            axes[i][k].sharex(axes[0][k])
+    for i, (label, row, cells) in enumerate(lines):
+        for k, (title, changes, mean, interval, clear) in enumerate(cells):
+            axis, tone = axes[i][k], colour(row)
+            axis.axvline(0, color=INK, linewidth=1)
+            if mean is None:
+                axis.text(0.5, 0.5, "–", transform=axis.transAxes, ha="center", va="center")
+            else:
+                axis.plot(np.round(interval or (mean, mean), 4), [0, 0], color=tone, solid_capstyle="butt")
+                axis.plot(round(mean, 4), 0, "o", color=tone, markersize=8, markerfacecolor=tone if clear else "none")
+                if len(changes) > 1:
+                    axis.plot(np.round(changes, 4), [-0.55] * len(changes), ".", color=tone, alpha=0.8)
+            axis.set_ylim(-1, 0.8)
+            axis.set_yticks([])
+            axis.spines["left"].set_visible(False)
+            axis.grid(axis="x")
+            axis.tick_params(labelsize=8)
+            if k == 0:
+                axis.set_title(title, fontsize=8, loc="left")
+                axis.set_ylabel(label, rotation=0, ha="right", va="center")
+            elif i == 0:
+                axis.set_title(title)
+            if k and i < len(lines) - 1:
+                axis.tick_params(labelbottom=False)
+    figure.supxlabel("after − before, held out (left, own units; loss: lower is better) | points against the own parent, of SFT "
+                     "against base", fontsize=9)
+    return {"overview": figure}
+
+
+def sweep_curves(records: list[dict], base_of) -> Figure:
+    """A panel per method: the objective against the learning rate, a line per base and other settings."""
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    figure = Figure(figsize=(2.9 * len(methods), 3.1), layout="constrained")
+    axes, bases = figure.subplots(1, len(methods), squeeze=False)[0], list(dict.fromkeys(map(base_of, records)))
+    for axis, method in zip(axes, methods):
+        of_method = [r for r in records if r["method"] == method and finite(r["value"]) is not None and r["lr"] > 0]
+        curves = {}
+        for record in of_method:
+            others = ", ".join(f"{k} {v}" for k, v in record["setting"].items() if k != "lr")
+            curves.setdefault((base_of(record), others), []).append(record)
+        for style, ((base, others), points) in zip(itertools.cycle(("-", "--", ":", "-.")), curves.items()):
+            tone = COLOURS.get(method, INK)
+            label = ", ".join(filter(None, [base if len(bases) > 1 else "", others])) or base
+            rates, values = [p["lr"] for p in points], [round(p["value"], 5) for p in points]
+            axis.plot(rates, values, style, color=tone, label=label)
+            for point in points:
+                if interval := point.get("interval"):
+                    axis.plot([point["lr"]] * 2, np.round(interval, 5), color=tone, alpha=0.5, linewidth=1)
+                mark = "o" if point.get("admissible", True) else "x"
+                axis.plot(point["lr"], round(point["value"], 5), mark, color=tone,
+                          markerfacecolor=tone if point.get("chosen") else "none")
+        axis.set_xscale("log")
+        axis.set_title(f"{method}: {next((r.get('objective') for r in of_method), '')}", fontsize=9)
+        axis.set_xlabel("learning rate")
+        axis.grid()
+        if len(curves) > 1:
+            axis.legend(fontsize=7)
     return figure
 
 

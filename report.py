@@ -48,11 +48,11 @@ from scipy import stats
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from common import SCHEMA_VERSION, fail, read_json, say_next, write_atomic
-from plots import PLOTS, STYLE, draw, encode
-from verdicts import (ALPHA, LADDER, METRICS, ROW_ID, Change, Comparison, Paired, Verdict, at, climbs_of,
-                      comparisons, differences, endpoint_protocols, finite, is_at_floor, is_instruct, label_group, label_rows, paired_over_items,
-                      paired_over_seeds, read_items, read_rows, rung, same_policy, score, seed_groups, signed, title_of, verdicts_of,
-                      with_holm)
+from plots import PLOTS, STYLE, draw, encode, overview, sweep_curves
+from verdicts import (ALPHA, LADDER, METRICS, ROW_ID, Change, Comparison, Paired, Verdict, at, climbs_of, compare,
+                      comparisons, differences, endpoint_protocols, finite, is_at_floor, is_instruct, label_group,
+                      label_rows, paired_over_items, paired_over_seeds, read_items, read_rows, reference_of, rung,
+                      same_policy, score, seed_groups, signed, title_of, verdicts_of, with_holm)
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,13 @@ OBJECTIVES = {
             ("held-out loss", math.log(2), "heldout_loss", "heldout_pairs", 1, -1)],
     "ppo": [("score on fixed prompts", "scores_before", "scores_after", "fixed_prompts", 1, 1),
             ("watch model's score on them", "watch_scores_before", "watch_scores_after", "fixed_prompts", 1, 1)],
-    "grpo": [("held-out pass@1, %", "pass_1_before", "pass_1_after", "heldout_problems", 100, 1),
+    "grpo": [("held-out pass@1, strict, %", "pass_1_before", "pass_1_after", "heldout_problems", 100, 1),
+             ("held-out pass@1, flexible, %", "flexible_1_before", "flexible_1_after", "heldout_problems", 100, 1),
              ("held-out pass@k, %", "pass_k_before", "pass_k_after", "heldout_problems", 100, 1)],
     "kto": [("held-out AUC, %", 0.5, "heldout_auc", "heldout_rows", 100, 1),
             ("held-out rows on the right side, %", 0.5, "heldout_accuracy", "heldout_rows", 100, 1)],
 }  # fmt: skip
-COUNTED = ("heldout_accuracy", "pass_1_after")  # shares of n independent trials: Wilson's interval
+COUNTED = ("heldout_accuracy", "pass_1_after", "flexible_1_after")  # shares of n independent trials: Wilson's interval
 LEARNED = (
     "Before → after, with a 95 % interval: the run's own, over conversations, prompts or problems; of an older run "
     "Wilson's, for a share of independent trials. **yes**: the interval of the change lies wholly on the better side; "
@@ -111,6 +112,10 @@ MOVED_LEGEND = (
     "saved adapter beside the pretrained base, which is what the benchmarks load; merging: what rounding the merged "
     "parent costs by itself. Floor of log-probs: mean |difference| per answer. Of several seeds: mean ± sd."
 )
+PUBLISHED = {  # by other laboratories, lm-eval without a chat template, %: base row and instruct row of the real default
+    "Qwen2.5-0.5B": {"MMLU": 48.1, "GSM8K\nstrict": 33.9, "TruthfulQA\nMC2": 39.9, "IFEval\nprompt": 12.4},
+    "Qwen2.5-0.5B-Instruct": {"MMLU": 47.3, "GSM8K\nstrict": 34.0, "TruthfulQA\nMC2": 41.9, "IFEval\nprompt": 18.9},
+}  # fmt: skip
 REWARD = {  # figures of a reward model: column title -> (place in its file, scale, decimals)
     "accuracy, %": (("accuracy",), 100, 1),
     "longer-wins, %": (("longer_wins", "accuracy"), 100, 1),
@@ -142,6 +147,11 @@ LEGEND = (
     "± √(se² + se²), **bold** at twice that or more. `~`: less than 2 √(se² + se²), which the two scores alone would "
     "not distinguish. `°`: at the floor, the interval includes chance; no benchmark shows forgetting there. `?`: a "
     "standard error is missing. `–`: not measured."
+)
+COMPACT_LEGEND = (
+    "Scores in % ± standard error, of several seeds mean ± sd; in parentheses points against base, **bold** where p < 0.05 "
+    "after Holm, `~` where the two scores alone would not distinguish them; `°`: at chance; `–`: not measured yet. "
+    "Intervals, changes against the own parent, judges and what each word means: [results]({}/README.md)."
 )
 UNPAIRED = "±: no per-item scores (evaluate.py keeps them in scores/), so no paired test and no verdict."
 DETECTABLE = "smallest detectable"
@@ -344,35 +354,94 @@ def score_notes(rows: list[dict], lines: list[list[str]]) -> list[str]:
     return notes
 
 
-def compact_table(rows: list[dict], compared: list[Comparison], verdicts: list[Verdict],
-                  endpoints: tuple[str, ...]) -> Table:
-    """README.md's table: a line per family, its score (of several seeds mean ± sd), the difference to base in brackets,
-    the verdict and the config_hash (of several seeds the family's)."""
+def compact_table(results: "Results") -> Table:
+    """README.md's table: a line per family of the climb, without the controls. Each endpoint in the protocol that it is
+    tested in, of several seeds mean ± sd, with the difference to base; the own objective; what it took; the verdict."""
+    rows, tables = once(results.rows), results.tables
     labels = {id(row): label for label, row in label_rows(rows)}
-    rungs = []
+    columns = {column: results.protocols[column] for column in METRICS if column in results.protocols}
+    rungs, planned = [], {name: phase for name, phase in LADDER.items() if name not in {row["name"] for row in rows}}
     for group in seed_groups(rows):
-        name = label_group(group, labels)
-        row, changes = group[0], next((c.changes for c in compared if c.row is group[0]), {})
-        cells = []
-        for column in METRICS:
-            cell = floor_cell(row, column)
-            if len(group) > 1:
-                cell = spread([score(r, column)[0] for r in group], 1, 1) + " sd"
-                cell += "°" * all(is_at_floor(r, column) for r in group)
-            short = change_cell(changes[column], short=True) if changes else "–"
+        row, cells = group[0], []
+        if not any(r["name"] in LADDER for r in group):
+            continue
+        ids = [[r[key] for key in ROW_ID] for r in group]
+        for column, protocol in columns.items():
+            own = [r for r in tables.get(protocol, []) if [r[key] for key in ROW_ID] in ids]
+            compared = [c for c in results.compared.get((protocol, "base"), ([], []))[0] if c.row in own]
+            short = change_cell(compared[0].changes[column], short=True) if compared else "–"
+            cell = floor_cell(own[0], column) if own else "–"
+            if len(own) > 1:
+                cell = spread([score(r, column)[0] for r in own], 1, 1) + " sd"
+                cell += "°" * all(is_at_floor(r, column) for r in own)
             cells.append(cell if short == "–" else f"{cell} ({short})")
-        word = next((v.word for v in verdicts if any(same_policy(row, r) for r in v.rows)), "")
-        if changes and not word:
+        word = next((v.word for v in results.verdicts if any(same_policy(row, r) for r in v.rows)), "")
+        if row["method"] != "base" and not word:
             word = "(descriptive)"
         key = f"family {row['family']}" if len(group) > 1 else row["config_hash"] or ""
-        rungs.append((*rung(row["phase"], row["name"]), [name, *cells, word, key and f"`{key}`"]))
-    names = {row["name"] for row in rows}
-    rungs += [(*rung(phase, name), [name, "planned"] + [""] * (len(METRICS) + 1))
-              for name, phase in LADDER.items() if name not in names]
+        took = [minutes for r in group if (minutes := gpu_minutes(r)) is not None]
+        cells += [headline(group), number(statistics.fmean(took), 1) if took else ""]
+        rungs.append((*rung(row["phase"], row["name"]), [label_group(group, labels), *cells, word, key and f"`{key}`"]))
+    rungs += [(*rung(phase, name), [name, "planned"] + [""] * (len(columns) + 3)) for name, phase in planned.items()]
     lines = [[str(phase), *cells] for phase, _, cells in sorted(rungs, key=lambda r: r[:2])]
-    lines += [line + ["", ""] for line in detectable_row(compared, 2)]
-    header = ["phase", "row", *titles(rows, endpoints), "verdict", "config_hash"]
-    return Table(header, lines, 2, score_notes(rows, lines))
+    tested = [c for (_, to), (found, _) in results.compared.items() if to == "base" for c in found if c.in_family]
+    known = [[c.changes[k].paired.detectable for c in tested if c.changes[k].adjusted is not None] for k in columns]
+    cells = [number(max(filter(None, values), default=None), 1) for values in known]
+    if any(cell != "–" for cell in cells):
+        lines.append(["", DETECTABLE, *cells, "", "", "", ""])
+    published = "qwen2.5" in next((row["model"] for row in rows), "").lower()
+    for name, figures in PUBLISHED.items() if published else ():
+        cells = [number(figures.get(column), 1) for column in columns]
+        lines.append(["", f"*{name}, published*", *cells, "", "", "", ""])
+    header = ["phase", "row"]
+    for column, protocol in columns.items():
+        title = titles(tables.get(protocol) or rows, (column,))[list(METRICS).index(column)]
+        header.append(f"{title}\n{protocol}")
+    header += ["own objective, held out", "GPU\nminutes", "verdict", "config_hash"]
+    notes = score_notes(rows, lines) + ["*published*: lm-eval, no chat template, measured elsewhere; a reference."] * published
+    return Table(header, lines, 2, notes)
+
+
+def gpu_minutes(row: dict) -> float | None:
+    cost = row.get("cost") or {}
+    seconds, gpus = finite(cost.get("wall_time_s")), cost.get("gpus")
+    return seconds * gpus / 60 if seconds and gpus else None
+
+
+def headline(group: list[dict]) -> str:
+    """The main figure of a method's own objective, before → after; of GRPO the flexible one, where it is recorded."""
+    lines = [line for objective in OBJECTIVES.get(group[0]["method"], ()) if (line := objective_line(group, objective))]
+    line = next((line for line in lines if "flexible" in line[0]), lines[0] if lines else None)
+    return f"{line[0]}: {line[2]} → {line[3]}; {line[4]}" if line else ""
+
+
+def three_sentences(results: "Results") -> str:
+    """What the table says: what was learned, what that changed against the policies it started from, and whether it
+    is a win."""
+    words = {}
+    for label, group in families(results.rows):
+        if any(row["name"] in LADDER for row in group) and (text := headline(group)):
+            words.setdefault(text.rsplit("; ", 1)[1].strip("*"), []).append(label)
+    said = {"yes": "improved", "worse": "got worse", "not shown": "no change shown", "–": "no interval recorded"}
+    learned = "; ".join(f"{said[word]}: {', '.join(words[word])}" for word in said if word in words)
+    moved, tested = [], 0
+    for (protocol, to), (found, _) in results.compared.items():
+        for c in found if to == "parent" else ():
+            for column in results.endpoints(protocol):
+                change = c.changes[column]
+                tested += change.adjusted is not None
+                if change.up or change.down:
+                    moved.append(f"{c.label} {title_of(column)} {signed(change.points)}")
+    by_word = {}
+    for v in results.verdicts:
+        by_word.setdefault(v.word, []).append(v.label)
+    sentences = [f"Each method's own objective on held-out data: {learned}."] if learned else []
+    if tested:
+        sentences.append(f"Against the SFT policy that each started from, {len(moved)} of {tested} changes are clear"
+                         + f": {', '.join(moved)}" * bool(moved) + ".")
+    if by_word:
+        sentences.append("Against base: " + "; ".join(f"{', '.join(labels)} **{word}**" for word, labels in by_word.items()) + ".")
+    return " ".join(sentences)
 
 
 def delta_table(compared: list[Comparison], notes: list[str], endpoints: tuple[str, ...]) -> Table | None:
@@ -387,6 +456,58 @@ def delta_table(compared: list[Comparison], notes: list[str], endpoints: tuple[s
         return None
     header = [column + "\ndescriptive" * (column not in endpoints) for column in METRICS]
     return Table(["difference", *header], lines + detectable_row(compared, 1), 1, notes)
+
+
+def secondary_columns(rows: list[dict]) -> dict[tuple[str, str, str], str]:
+    """{(task, metric, filter): eval_hash} of the secondary tasks of a table's rows, each as most rows evaluated it."""
+    hashes = {}
+    for row in rows:
+        for task, how in (row.get("secondary") or {}).items():
+            hashes.setdefault(task, Counter())[how["eval_hash"]] += 1
+    columns = {}
+    for task, count in sorted(hashes.items()):
+        for row in rows:
+            for key in row["metrics"]:
+                metric, _, name = key.removeprefix(f"{task}/").partition(",")
+                if key.startswith(f"{task}/") and not metric.endswith("_stderr"):
+                    columns[task, metric, name] = count.most_common(1)[0][0]
+    return columns
+
+
+def secondary_table(rows: list[dict]) -> Table | None:
+    """Scores on the secondary tasks and their changes, unadjusted: a line per family."""
+    columns, labels = secondary_columns(rows), {id(row): label for label, row in label_rows(rows)}
+    if not columns:
+        return None
+
+    def has(row: dict | None, column: tuple) -> bool:
+        return row is not None and at(row, "secondary", column[0], "eval_hash") == columns[column] and (
+            score(row, column)[0] is not None)
+
+    lines = []
+    for group in seed_groups(rows):
+        cells = []
+        for column in columns:
+            own = [row for row in group if has(row, column)]
+            if not own:
+                cells.append("–")
+                continue
+            text = score_cell(*score(own[0], column))
+            if len(own) > 1:
+                text = spread([score(row, column)[0] for row in own], 1, 1) + " sd"
+            for to in ("parent", "base"):
+                pairs = [(row, other) for row in own if has(other := reference_of(row, rows, to), column)]
+                if pairs:
+                    text += f"\n− {to} {change_cell(compare(pairs, column))}"
+            cells.append(text)
+        lines.append([label_group(group, labels), *cells])
+    how = next(row["secondary"] for row in rows if row.get("secondary"))
+    header = [f"{task}\n{metric},\n{name}" + f"\nn = {number(at(how, task, 'n'))}" for task, metric, name in columns]
+    notes = ["Secondary: descriptive, with unadjusted intervals; in no test, and in no verdict."]
+    if "gsm8k_zero_shot" in {task for task, _, _ in columns}:
+        notes.append("gsm8k_zero_shot: GSM8K's test set in the prompt that GRPO trains with; strict wants the answer "
+                     "after ####, flexible takes the last number.")
+    return Table(["row", *header], lines, 1, notes)
 
 
 def verdict_table(verdicts: list[Verdict], rows: list[dict], records: dict[str, list[dict]]) -> Table | None:
@@ -557,7 +678,9 @@ def change_of(objective: tuple, facts: list[dict], before: list, after: list) ->
     _, before_key, after_key, n_key, _, _ = objective
     if len(facts) > 1:
         changes = [a - b for a, b in zip(after, before)]
-        return list(stats.ttest_1samp(changes, 0).confidence_interval(1 - ALPHA))
+        mean, stderr = statistics.fmean(changes), statistics.stdev(changes) / math.sqrt(len(changes))
+        half = float(stats.t.ppf(1 - ALPHA / 2, len(changes) - 1)) * stderr
+        return [mean - half, mean + half]
     n, stem = finite(facts[0].get(n_key)), after_key.removesuffix("_after")
     if isinstance(before_key, float):
         ends = interval_of(after_key, facts[0], n)
@@ -719,13 +842,14 @@ def on_policy_table(records: list[dict]) -> Table:
     return Table(["row", "updates", "KL at\nthe end", *keys], lines, 1, notes)
 
 
-def records_report(records: dict[str, list[dict]], rows: list[dict]) -> list[str | Table]:
+def records_report(records: dict[str, list[dict]], results: "Results") -> list[str | Table]:
+    rows = results.rows
     blocks = ["## Reward models", reward_table(records["rm"]), *map(against_length, records["rm"])]
     for method in ("ppo", "grpo"):
         if records[method]:
             blocks += [f"## On-policy runs: {method.upper()}", on_policy_table(records[method])]
     if records["judge"]:
-        blocks += ["## Judged win rates", judge_table(records["judge"], rows, records["rm"])]
+        blocks += ["## Judged win rates", judge_table(records["judge"], rows, records["rm"]), *win_rates(results)]
     for record in records["guardrails"]:
         blocks += ["## Held-out answers", guardrails_table(record, rows)]
     plots = [record["plot"] for found in records.values() for record in found if record["plot"]]
@@ -835,6 +959,61 @@ def speed_line(results: Path, directory: str) -> str:
             return (f"**Speed**: SFT {float(f'{speed:.3g}'):,.0f} tokens/s on one {device}, {speed / peer:.0f} × TRL's "
                     f"best, in {sft['rungs']['peak_gib']:.0f} GiB; [all methods]({directory}/bench/README.md).")
     return ""
+
+
+# ------------------------------------------------------------------ sweeps
+
+SWEEPS = (
+    "One run per setting, written by tools/sweep.py, which states the rule by which one is chosen; seed 41, held-out parts "
+    "of the training data, no benchmark. Value with its 95 % interval. **Bold**: chosen. Not admissible: its answers end "
+    "less often than SFT's by more than 5 points, or its KL to SFT is above 10 nats."
+)
+
+
+def sweep_value(record: dict) -> str:
+    decimals = 3
+    if record.get("interval"):
+        return with_interval(record.get("value"), record["interval"], decimals)
+    return number(record.get("value"), decimals) + f" ± {number(record.get('stderr'), decimals)}" * ("stderr" in record)
+
+
+def sweep_table(records: list[dict]) -> Table:
+    """A line per run of the grid, winners and losers."""
+    lines = []
+    for record in records:
+        setting = ", ".join(f"{key} {value}" for key, value in (record.get("setting") or {}).items())
+        seconds, gpus = finite(record.get("wall_time_s")), at(record, "hardware", "gpus") or 1
+        minutes = finite(record.get("minutes")) or (seconds and seconds * gpus / 60)
+        what = "**chosen**" if record.get("chosen") else "" if record.get("admissible", True) else "not admissible"
+        objective = record.get("objective") or ""
+        if finite(record.get("before")) is not None:
+            objective += f", before {number(record['before'], 3)}"
+        cells = [sweep_value(record), number(record.get("eos_rate"), 1, 100),
+                 number(record.get("kl", record.get("kl_fp32")), 2), number(minutes, 1), what]
+        lines.append([sweep_base(record), record["method"], setting, objective, *cells, f"`{record.get('config_hash')}`"])
+    header = ["base", "method", "setting", "objective", "value", "answers\nthat end, %", "KL, nats", "GPU\nminutes", "",
+              "config_hash"]
+    return Table(header, lines, 4, [SWEEPS])
+
+
+def sweep_base(record: dict) -> str:
+    return Path(str(record.get("base_name") or record.get("model"))).name
+
+
+def read_sweeps(results: Path) -> list[dict]:
+    """sweeps/*.json by base, method and setting, rates as numbers."""
+    records = [{"file": path.name, **read_json(path)} for path in sorted((results / "sweeps").glob("*.json"))]
+    for record in records:
+        if missing := {"method", "setting", "value"} - record.keys():
+            fail(f"{results / 'sweeps' / record['file']} lacks {', '.join(sorted(missing))}: not a record of tools/sweep.py")
+        record["lr"] = finite(record.get("lr")) or float(record["setting"].get("lr") or "nan")
+    methods = list(OBJECTIVES)
+
+    def place(record: dict) -> tuple:
+        method = record["method"]
+        return (sweep_base(record), methods.index(method) if method in methods else len(methods), method,
+                not record["lr"] > 0, record["lr"] if record["lr"] > 0 else 0.0, str(record["setting"]))
+    return sorted(records, key=place)
 
 
 # ------------------------------------------------------------------ the report
@@ -961,10 +1140,12 @@ def full_report(results: Results, pages: list[str]) -> list[str | Table]:
             if changes := delta_table(*results.compared[protocol, against], results.endpoints(protocol)):
                 blocks += [f"#### Change against {title}, points", changes]
         blocks += [results.image(f"plots/deltas-{protocol}")]
+        if secondary := secondary_table(table):
+            blocks += ["#### Secondary tasks, %", secondary]
     if not tables:
         blocks.append(scores_table([]))
     blocks += answers[third:]
-    blocks += records_report(records, results.rows)
+    blocks += records_report(records, results)
     blocks += [results.image(f"plots/{name}") for name in ("winrate-kl", "ppo", "grpo")]
     if lines := cost_table(results.rows, records["guardrails"]):
         blocks += ["## What training took", lines]
@@ -973,20 +1154,53 @@ def full_report(results: Results, pages: list[str]) -> list[str | Table]:
     return [block for block in blocks if block]
 
 
-def compact_report(results: Results, directory: str) -> list[str | Table]:
-    """README.md's section: the current state with each difference to base and the verdict, win rates, reward models."""
-    blocks, records = [], results.records
-    for protocol, rows in results.tables.items():
-        blocks.append(f"**{protocol.capitalize()} protocol**, % (difference to base, points)")
-        against_base, endpoints = results.compared[protocol, "base"][0], results.endpoints(protocol)
-        blocks.append(compact_table(rows, against_base, results.verdicts, endpoints))
-        blocks += [results.image(f"{directory}/plots/deltas-{protocol}"), empty_note(rows), *describe(rows, records)]
-    blocks = [block for block in blocks if block] or [compact_table([], [], [], ())]
-    if results.verdicts:
-        blocks.append(tests_note(results.protocols, results.tables, results.compared))
-    blocks += win_rates(results)
-    rewards = [against_length(record) for record in records["rm"] if not record["note"]] or ["rm_v1: planned."]
-    return blocks + [f"**Reward model** {text}" for text in rewards]
+def overview_lines(results: Results) -> list[tuple]:
+    """Of plots.overview: a line per method of the climb, its own objective and then each endpoint, [(title, changes of
+    the seeds, their mean, its 95 % interval or None, whether Holm calls it clear)]; benchmarks against the own parent,
+    of SFT against base."""
+    lines = []
+    for label, group in families(results.rows):
+        objectives = OBJECTIVES.get(group[0]["method"], ())
+        recorded = [objective for objective in objectives if objective_line(group, objective)]
+        if not recorded or not any(row["name"] in LADDER for row in group):
+            continue
+        chosen = next((objective for objective in recorded if "flexible" in objective[0]), recorded[0])
+        title, before_key, after_key, _, scale, _ = chosen
+        facts = [row.get("training") or {} for row in group]
+        after = [scale * fact[after_key] for fact in facts]
+        before = [before_key if isinstance(before_key, float) else finite(fact.get(before_key)) for fact in facts]
+        if None in before:
+            continue
+        changes = [a - scale * b for a, b in zip(after, before)]
+        ends = change_of(chosen, facts, before, [a / scale for a in after])
+        ends = sorted(scale * float(end) for end in ends) if ends and all(map(math.isfinite, ends)) else None
+        cells = [(title, changes, statistics.fmean(changes), ends, bool(ends) and not ends[0] <= 0 <= ends[1])]
+        for column, protocol in results.protocols.items():
+            to = "parent" if any(row.get("parent") for row in group) else "base"
+            table = results.tables.get(protocol, [])
+            held = {row["adapter_sha256"] for row in group}
+            found = [c for c in results.compared.get((protocol, to), ([], []))[0] if c.row["adapter_sha256"] in held]
+            if not found or found[0].changes[column].points is None:
+                cells.append((f"{title_of(column)}, {protocol}", [], None, None, False))
+                continue
+            change = found[0].changes[column]
+            points = [score(row, column)[0] - score(reference_of(row, table, to), column)[0] for row in found[0].rows]
+            cells.append((f"{title_of(column)}, {protocol}", points, change.points,
+                          change.paired and change.paired.interval, bool(change.adjusted is not None and change.clear)))
+        lines.append((label, group[0], cells))
+    return lines
+
+
+def compact_report(results: Results, directory: str, others: list[str]) -> list[str | Table]:
+    """README.md's section: one table, one plot, the sentences that read it, and what it is about."""
+    blocks = [compact_table(results), results.image(f"{directory}/plots/overview"), three_sentences(results)]
+    for i, (protocol, rows) in enumerate(results.tables.items()):
+        trial, *about = describe(rows, results.records) if i == 0 else describe(rows, results.records)[:1]
+        blocks += [f"{protocol.capitalize()} protocol. {trial}" if len(results.tables) > 1 else trial, *about, empty_note(rows)]
+    if others:
+        blocks.append(f"Other bases and evaluations: {', '.join(others)}, in [results/README.md]({directory}/README.md).")
+    blocks.append(COMPACT_LEGEND.format(directory))
+    return [block for block in blocks if block]
 
 
 def win_rates(results: Results) -> list[str]:
@@ -1127,7 +1341,7 @@ def show(blocks: list[str | Table]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:  # a log: rich would fold the tables at 80 columns
         console = Console(highlight=False, width=140)
-    for block in blocks:
+    for block in filter(None, blocks):
         if isinstance(block, Table):
             block.show(console)
         elif not block.startswith("!["):
@@ -1196,7 +1410,7 @@ def main(args: Args) -> None:
     for report in reports:
         runs, plots = policies(report.tables), results / "plots"
         with rc_context(STYLE):
-            figures = draw(report.compared, report.records, runs)
+            figures = draw(report.compared, report.records, runs) | overview(overview_lines(report))
             report.plots.extend(figures)
             files |= {plots / f"{name}{report.suffix}.svg": encode(figure, "svg") for name, figure in figures.items()}
             shown = {plots / f"{name}{report.suffix}.png": figure for name, figure in figures.items() if name in PLOTS}
@@ -1209,15 +1423,26 @@ def main(args: Args) -> None:
         full += full_report(report, list(own_pages))
         texts |= {results / "runs" / f"{label}{report.suffix}.md": stamp + markdown(blocks)
                   for label, blocks in own_pages.items()}
-    pages, full = len(texts), [*full, LEGEND]
+    pages, sweeps = len(texts), read_sweeps(results)
+    if sweeps:
+        with rc_context(STYLE):
+            figure = sweep_curves(sweeps, sweep_base)
+            files |= {results / "plots" / "sweeps.svg": encode(figure, "svg")}
+            files |= {} if args.check else {results / "plots" / "sweeps.png": encode(figure, "png")}
+        pictures.append(results / "plots" / "sweeps.png")
+        texts[results / "sweeps" / "README.md"] = stamp + markdown(
+            ["# Sweeps", f"![{PLOTS['sweeps']}](../plots/sweeps.svg)", sweep_table(sweeps)])
+        full.append("Sweeps, by which the defaults were chosen: [sweeps](sweeps/README.md).")
+    full = [*full, LEGEND]
     texts[results / "README.md"] = stamp + markdown(full)
     chosen = args.readme or ("README.md" if results == Path(Args.results) else "none")
     if chosen != "none":
         readme = Path(chosen)
         directory = Path(os.path.relpath(results, readme.parent)).as_posix()
-        compact = [*compact_report(reports[0], directory), *filter(None, [speed_line(results, directory)]), LEGEND]
+        others = [f"{Path(rows[0]['model']).name} ({rows[0]['train_invariants']})" for rows in (r.rows for r in reports[1:])]
+        compact = [*compact_report(reports[0], directory, others), *filter(None, [speed_line(results, directory)])]
         texts[readme] = with_section(readme, stamp + markdown(compact) + "\n")
-    names = [str(path) for path in texts if path.parent != results / "runs"]
+    names = [str(path) for path in texts if path.parent not in (results / "runs", results / "sweeps")]
     names += [f"pages of {pages} runs"] * bool(pages) + [f"plots: {len(pictures)}"] * bool(pictures)
     files |= {path: text.encode() for path, text in texts.items()}
     leftover = sorted(set(generated(results)) - set(files) - set(pictures))  # of rows that are no longer there

@@ -186,7 +186,7 @@ def read_items(results: Path, row: dict) -> dict[str, dict] | None:
         return None
     try:
         record = json.loads(gzip.decompress(path.read_bytes()))
-        tasks = record["tasks"]
+        tasks = record["tasks"] | record.get("secondary", {})
     except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
         fail(f"{path} holds no per-item scores ({type(e).__name__}: {e}); evaluate {row['name']} again")
     if unlike := [key for key in (*ROW_ID[1:], "eval_hash") if record.get(key, "absent") != row[key]]:
@@ -340,9 +340,10 @@ def at(record: object, *place: str) -> object:
     return record
 
 
-def score(row: dict, column: str) -> tuple[float | None, float | None]:
-    """(score, its standard error) in percent; None for what the row doesn't have."""
-    task, metric, filter_name = METRICS[column]
+def score(row: dict, column: str | tuple[str, str, str]) -> tuple[float | None, float | None]:
+    """(score, its standard error) in percent, of a column's title or a secondary (task, metric, filter); None for what
+    the row doesn't have."""
+    task, metric, filter_name = METRICS.get(column, column)
     found = [finite(row["metrics"].get(f"{task}/{key},{filter_name}")) for key in (metric, f"{metric}_stderr")]
     return tuple(None if x is None else 100 * x for x in found)
 
@@ -394,7 +395,7 @@ def paired_items(a: dict, b: dict, column: str) -> tuple[np.ndarray, np.ndarray,
     """([n] the score of row a minus that of row b, [n] the size) of each item, and whether all scores are 0 or 1. Of a
     prompt of several instructions: the difference of how many were followed, and how many there are. None where a row
     has no per-item scores; ends the run where the two rows' items are not the same."""
-    task, metric, filter_name = METRICS[column]
+    task, metric, filter_name = METRICS.get(column, column)
     items = [at(row, "items", task) for row in (a, b)]
     key = f"{metric},{filter_name}"
     if not all(side and side.get(key) for side in items):
@@ -533,9 +534,10 @@ class Verdict:
 
 
 def verdict(against_base: dict[str, Change], irreproducible: bool | None = False, inherited: frozenset = frozenset(),
-            at_floor: tuple[str, ...] = ()) -> Verdict:
+            at_floor: tuple[str, ...] = (), protocols: dict[str, str] | None = None) -> Verdict:
     """The verdict from the endpoints' differences to base, by the rules at the top. `inherited`: endpoints whose drop
-    the parent had already; `at_floor`: endpoints on which the base itself is at chance."""
+    the parent had already; `at_floor`: endpoints on which the base itself is at chance; `protocols`: of the endpoints,
+    to name one that is missing."""
     up = [column for column, change in against_base.items() if change.up]
     down = [column for column, change in against_base.items() if change.down]
     forgotten = [column for column in FORGOTTEN if against_base[column].catastrophic]
@@ -546,10 +548,11 @@ def verdict(against_base: dict[str, Change], irreproducible: bool | None = False
         moved.append(f"{title_of(column)} {signed(against_base[column].points)}{marked}")
     why = ", ".join(moved) or "nothing clearly up or down"
     why += "".join(f"; {title_of(column)} is at chance in the base: it can show no forgetting" for column in at_floor)
-    missing = [title_of(column) for column, change in against_base.items() if change.adjusted is None]
+    missing = [title_of(column) + f" ({protocols[column]})" * bool(protocols)
+               for column, change in against_base.items() if change.adjusted is None]
     if missing:
         everywhere = len(missing) == len(against_base)
-        return Verdict("open", "no per-item scores" if everywhere else f"no paired test on {', '.join(missing)}")
+        return Verdict("open", "no per-item scores" if everywhere else f"no paired test on {', '.join(missing)}; {why}")
     if irreproducible is None:
         return Verdict("open", f"a rerun has no per-item scores to compare; {why}")
     if irreproducible:
@@ -598,7 +601,10 @@ def verdicts_of(compared: dict, tables: dict[str, list[dict]], protocols: dict[s
         irreproducible = True if True in reruns else None if None in reruns else False
         floors = tuple(column for column in FORGOTTEN for row in tables.get(protocols[column], [])
                        if row["method"] == "base" and is_at_floor(row, column))
-        one = verdict(against_base, irreproducible, inherited, floors)
+        one = verdict(against_base, irreproducible, inherited, floors, protocols)
+        wanted = [title_of(column) for column, protocol in protocols.items() if protocol != ENDPOINTS[column]]
+        if wanted and is_instruct(c.row["model"]):
+            one = replace(one, why=f"{one.why}; {' and '.join(wanted)} in the plain protocol: chat is not evaluated")
         verdicts.append(replace(one, label=c.label, rows=c.rows))
     return verdicts
 
