@@ -35,8 +35,8 @@ Deliberate choices:
     python judge.py --rows runs/dpo_v1 runs/ppo_v1 --against runs/sft_v2 --judge-model runs/rm_watch
     python judge.py --judge-model gpt-4o --judge-url https://api.openai.com/v1       # its key: OPENAI_API_KEY
 
-Completions, scores and verdicts are kept line by line in cache/ beside the results: a run that was cut off goes on where
-it was, and nothing is sampled or asked twice.
+Completions, scores and verdicts are kept line by line in cache/ beside the results: a run that was cut off goes on
+where it was, and nothing is sampled or asked twice.
 
 Shapes: n prompts, R resamples of the bootstrap.
 """
@@ -702,7 +702,8 @@ def held_out_pairs(args: Args, tokenizer) -> tuple[list[dict], str]:
         return pair
 
     def build(pairs: list[tuple], names: list[str]) -> list[dict | str]:
-        lengths = [[len(ids) for ids in tokenizer(list(pair[1:]), add_special_tokens=False)["input_ids"]] for pair in pairs]
+        answers = [tokenizer(list(pair[1:]), add_special_tokens=False)["input_ids"] for pair in pairs]
+        lengths = [[len(ids) for ids in both] for both in answers]
         return ["equal answers" if chosen == rejected else
                 {"id": inputs.prompt_id(prompt), "prompt": prompt, "completion_a": chosen, "completion_b": rejected,
                  "tokens_a": a, "tokens_b": b} for (prompt, chosen, rejected), (a, b) in zip(pairs, lengths)]
@@ -720,7 +721,8 @@ def against_longer(entries: list[dict], data: str, seed: int) -> dict[str, Any]:
     weights, shares = resamples(len(entries), seed), {}
     for name, outcome in outcomes.items():
         values = np.array([{"1": 1.0, "0": 0.0, "-": 0.5}[o] for o in outcome])
-        shares[name] = {"n": len(values), "accuracy": values.mean().item(), "interval": interval(win_rate(values, weights))}
+        shares[name] = {"n": len(values), "accuracy": values.mean().item(),
+                        "interval": interval(win_rate(values, weights))}
     both = [e["verdict_ab"] != e["verdict_ba"] for e in entries if e["verdict_ab"] and e["verdict_ba"]]
     return {**shares["model"], "longer_wins": shares["longer_wins"], "outcomes": outcomes, "data": data,
             "position_inconsistency": fmean(both) if both else None}
@@ -892,11 +894,12 @@ def main(args: Args) -> None:
     check, check_data = [], ""
     if judge and judge.kind != "reward" and args.check_pairs:
         if args.data and args.pref_data == Args.pref_data:
-            common.say(f'note: whether {judge.model} beats "the longer answer wins" is not checked: --pref-data names no '
-                       "pairs beside --data")
+            common.say(f'note: whether {judge.model} beats "the longer answer wins" is not checked: --pref-data names '
+                       "no pairs beside --data")
         else:
             check, check_data = held_out_pairs(args, tokenizer)
-            common.say(f'{2 * len(check)} verdicts more, on held-out pairs: does the judge beat "the longer answer wins"?')
+            common.say(f"{2 * len(check)} verdicts more, on held-out pairs: "
+                       'does the judge beat "the longer answer wins"?')
     api_checked = functools.cache(lambda: check_api(judge.api) if judge and judge.api else None)
 
     def load(row: Row):

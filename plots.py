@@ -15,7 +15,7 @@ from common import sha256_json
 from verdicts import FORGOTTEN, MARGIN, METRICS, Comparison, at, finite, same_policy
 
 PLOTS = {  # file name under plots/ -> what it shows
-    "overview": "What each method learned of its own objective, and what that changed on the benchmarks; points are seeds",
+    "overview": "What each method learned, and what that changed on the benchmarks; small points are seeds",
     "sweeps": "Held-out objective against learning rate, a panel per method; filled: chosen, crosses: not admissible",
     "deltas-plain": "Differences to base with paired 95 % intervals, plain protocol",
     "deltas-chat": "Differences to base with paired 95 % intervals, chat protocol",
@@ -173,9 +173,9 @@ def on_policy(records: list[dict]) -> Figure | None:
 
 
 def overview(lines: list[tuple]) -> dict[str, Figure]:
-    """{"overview": figure}, a row per method: the change of its own objective on held-out data, in its own unit, then of
-    each endpoint, in points. Small points are seeds, the large one their mean with its 95 % interval, filled where it is
-    clear. lines: [(label, row, [(title, changes of the seeds, mean or None, interval or None, clear)])]."""
+    """{"overview": figure}, a row per method: the change of its own objective on held-out data, in its own unit, then
+    of each endpoint, in points. Small points are seeds, the large one their mean with its 95 % interval, filled where
+    it is clear. lines: [(label, row, [(title, changes of the seeds, mean or None, interval or None, clear)])]."""
     if not lines:
         return {}
     columns = len(lines[0][2])
@@ -207,8 +207,8 @@ def overview(lines: list[tuple]) -> dict[str, Figure]:
                 axis.set_title(title)
             if k and i < len(lines) - 1:
                 axis.tick_params(labelbottom=False)
-    figure.supxlabel("after − before, held out (left, own units; loss: lower is better) | points against the own parent, of SFT "
-                     "against base", fontsize=9)
+    figure.supxlabel("left: after − before, held out, own units (loss: lower is better); right: points against the own "
+                     "parent, of SFT against base", fontsize=9)
     return {"overview": figure}
 
 

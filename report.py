@@ -9,8 +9,7 @@ Tests, intervals and the rules of the verdict are in verdicts.py, the figures in
 
 1. A table is about one train_invariants, one protocol (plain, chat) and one eval_hash. Where a results file holds
    several of them, each train_invariants has a part of its own, whose beginning says in what it differs from the first;
-   README.md is about the first (--first HASH). Rows of one eval_hash whose items (doc_id, doc_hash) are not the same are
-   refused.
+   README.md is about the first (--first HASH). Rows of one eval_hash whose items (doc_id, doc_hash) differ are refused.
 2. A row's own parent is the one that the row names, by the hash of its adapter; without one it is the base. Where the
    parent has no row the difference is left out, and a note says so.
 3. The same config_hash with another adapter hash is a run that did not reproduce: both rows stay, the later marked †.
@@ -100,7 +99,7 @@ LEARNED = (
     "**worse**: on the other; not shown: it includes no change. `–`: no interval was recorded, so nothing is claimed. "
     "What stands before DPO and KTO holds by construction (the policy is its reference, a tie counts half). A reward "
     "model is compared with the better rule of length, on the same pairs, by McNemar's exact test. Of several seeds: "
-    "mean ± sd, and the change's t interval over the seeds."
+    "mean ± sd, and the change's interval over seeds and items."
 )
 MOVED = {  # of the trained policy: key in run.json's metrics -> column title
     "kl_reference": "KL to its\nreference", "kl_floor": "floor of\nthe KL", "kl_evaluated": "trained vs\nevaluated",
@@ -112,7 +111,7 @@ MOVED_LEGEND = (
     "saved adapter beside the pretrained base, which is what the benchmarks load; merging: what rounding the merged "
     "parent costs by itself. Floor of log-probs: mean |difference| per answer. Of several seeds: mean ± sd."
 )
-PUBLISHED = {  # by other laboratories, lm-eval without a chat template, %: base row and instruct row of the real default
+PUBLISHED = {  # by others, lm-eval without a chat template, %: the real default, and its instruct model
     "Qwen2.5-0.5B": {"MMLU": 48.1, "GSM8K\nstrict": 33.9, "TruthfulQA\nMC2": 39.9, "IFEval\nprompt": 12.4},
     "Qwen2.5-0.5B-Instruct": {"MMLU": 47.3, "GSM8K\nstrict": 34.0, "TruthfulQA\nMC2": 41.9, "IFEval\nprompt": 18.9},
 }  # fmt: skip
@@ -149,8 +148,8 @@ LEGEND = (
     "standard error is missing. `–`: not measured."
 )
 COMPACT_LEGEND = (
-    "Scores in % ± standard error, of several seeds mean ± sd; in parentheses points against base, **bold** where p < 0.05 "
-    "after Holm, `~` where the two scores alone would not distinguish them; `°`: at chance; `–`: not measured yet. "
+    "Scores in % ± standard error, of several seeds mean ± sd; in parentheses points against base, **bold** where p < "
+    "0.05 after Holm, `~` where the two scores alone would not distinguish them; `°`: at chance; `–`: not measured. "
     "Intervals, changes against the own parent, judges and what each word means: [results]({}/README.md)."
 )
 UNPAIRED = "±: no per-item scores (evaluate.py keeps them in scores/), so no paired test and no verdict."
@@ -175,7 +174,8 @@ def read_records(results: Path, rows: list[dict], group: tuple[str, ...],
     train_invariants `elsewhere`, which have a part of their own. Fails on a newer schema."""
     records = {kind: [] for kind in ("rm", "ppo", "grpo", "judge", "guardrails", "runs")}
     climb = rows[0] if rows else None
-    places = [(folder, path) for folder in ("rm", "ppo", "grpo", "runs") for path in sorted((results / folder).glob("*.json"))]
+    places = [(folder, path) for folder in ("rm", "ppo", "grpo", "runs")
+              for path in sorted((results / folder).glob("*.json"))]
     places += [("guardrails", path) for path in sorted(results.glob("judge/*/guardrails.json"))]
     places += [("judge", path) for path in sorted(results.glob("judge/*/summaries/*.json"))]  # without the answers
     for folder, path in places:
@@ -398,7 +398,8 @@ def compact_table(results: "Results") -> Table:
         title = titles(tables.get(protocol) or rows, (column,))[list(METRICS).index(column)]
         header.append(f"{title}\n{protocol}")
     header += ["own objective, held out", "GPU\nminutes", "verdict", "config_hash"]
-    notes = score_notes(rows, lines) + ["*published*: lm-eval, no chat template, measured elsewhere; a reference."] * published
+    notes = score_notes(rows, lines)
+    notes += ["*published*: lm-eval, no chat template, measured elsewhere; a reference."] * published
     return Table(header, lines, 2, notes)
 
 
@@ -440,7 +441,8 @@ def three_sentences(results: "Results") -> str:
         sentences.append(f"Against the SFT policy that each started from, {len(moved)} of {tested} changes are clear"
                          + f": {', '.join(moved)}" * bool(moved) + ".")
     if by_word:
-        sentences.append("Against base: " + "; ".join(f"{', '.join(labels)} **{word}**" for word, labels in by_word.items()) + ".")
+        words = "; ".join(f"{', '.join(labels)} **{word}**" for word, labels in by_word.items())
+        sentences.append(f"Against base: {words}.")
     return " ".join(sentences)
 
 
@@ -564,7 +566,8 @@ def pool(records: list[dict]) -> dict:
     if len(shared) > 1:
         d = np.array([[scores[key] for key in shared] for scores in scored])  # [S, n]
         paired = paired_over_seeds(d, np.ones(len(shared), int))
-        found |= {"win_rate": float(d.mean()), "win_rate_ci95": [max(0.0, paired.interval[0]), min(1.0, paired.interval[1])]}
+        low, high = paired.interval
+        found |= {"win_rate": float(d.mean()), "win_rate_ci95": [max(0.0, low), min(1.0, high)]}
     rates = [s.get("length_controlled_win_rate") for s in summaries]
     ends = [s.get("length_controlled_ci95") or [None] for s in summaries]
     if None not in map(finite, [*rates, *(end for pair in ends for end in pair)]):
@@ -674,13 +677,17 @@ def cost_table(rows: list[dict], guardrails: list[dict]) -> Table | None:
 
 
 def change_of(objective: tuple, facts: list[dict], before: list, after: list) -> list[float] | None:
-    """95 % interval of after − before: over seeds where there are several, else the run's own; None where not known."""
+    """95 % interval of after − before: the run's own, of several seeds over seeds and items; None where not known."""
     _, before_key, after_key, n_key, _, _ = objective
     if len(facts) > 1:
         changes = [a - b for a, b in zip(after, before)]
-        mean, stderr = statistics.fmean(changes), statistics.stdev(changes) / math.sqrt(len(changes))
-        half = float(stats.t.ppf(1 - ALPHA / 2, len(changes) - 1)) * stderr
-        return [mean - half, mean + half]
+        # As verdicts.paired_over_seeds, with the mean of the seeds' own SE^2 for the items' part: a little too wide.
+        own = [change_of(objective, [fact], [b], [a]) for fact, b, a in zip(facts, before, after)]
+        items = statistics.fmean(((high - low) / 3.92) ** 2 for low, high in own) if all(own) else 0.0
+        seeds = statistics.variance(changes) / len(changes)
+        df = (seeds + items) ** 2 / (seeds**2 / (len(changes) - 1)) if seeds else math.inf
+        half = float(stats.t.ppf(1 - ALPHA / 2, df)) * math.sqrt(seeds + items)
+        return [statistics.fmean(changes) - half, statistics.fmean(changes) + half]
     n, stem = finite(facts[0].get(n_key)), after_key.removesuffix("_after")
     if isinstance(before_key, float):
         ends = interval_of(after_key, facts[0], n)
@@ -964,9 +971,9 @@ def speed_line(results: Path, directory: str) -> str:
 # ------------------------------------------------------------------ sweeps
 
 SWEEPS = (
-    "One run per setting, written by tools/sweep.py, which states the rule by which one is chosen; seed 41, held-out parts "
-    "of the training data, no benchmark. Value with its 95 % interval. **Bold**: chosen. Not admissible: its answers end "
-    "less often than SFT's by more than 5 points, or its KL to SFT is above 10 nats."
+    "One run per setting, written by tools/sweep.py, which states the rule by which one is chosen; seed 41, held-out "
+    "parts of the training data, no benchmark. Value with its 95 % interval. Not admissible: its answers end less "
+    "often  than SFT's by more than 5 points, or its KL to SFT is above 10 nats."
 )
 
 
@@ -990,7 +997,8 @@ def sweep_table(records: list[dict]) -> Table:
             objective += f", before {number(record['before'], 3)}"
         cells = [sweep_value(record), number(record.get("eos_rate"), 1, 100),
                  number(record.get("kl", record.get("kl_fp32")), 2), number(minutes, 1), what]
-        lines.append([sweep_base(record), record["method"], setting, objective, *cells, f"`{record.get('config_hash')}`"])
+        config = f"`{record.get('config_hash')}`"
+        lines.append([sweep_base(record), record["method"], setting, objective, *cells, config])
     header = ["base", "method", "setting", "objective", "value", "answers\nthat end, %", "KL, nats", "GPU\nminutes", "",
               "config_hash"]
     return Table(header, lines, 4, [SWEEPS])
@@ -1005,7 +1013,8 @@ def read_sweeps(results: Path) -> list[dict]:
     records = [{"file": path.name, **read_json(path)} for path in sorted((results / "sweeps").glob("*.json"))]
     for record in records:
         if missing := {"method", "setting", "value"} - record.keys():
-            fail(f"{results / 'sweeps' / record['file']} lacks {', '.join(sorted(missing))}: not a record of tools/sweep.py")
+            path = results / "sweeps" / record["file"]
+            fail(f"{path} lacks {', '.join(sorted(missing))}: not a record of tools/sweep.py")
         record["lr"] = finite(record.get("lr")) or float(record["setting"].get("lr") or "nan")
     methods = list(OBJECTIVES)
 
@@ -1194,11 +1203,13 @@ def overview_lines(results: Results) -> list[tuple]:
 def compact_report(results: Results, directory: str, others: list[str]) -> list[str | Table]:
     """README.md's section: one table, one plot, the sentences that read it, and what it is about."""
     blocks = [compact_table(results), results.image(f"{directory}/plots/overview"), three_sentences(results)]
-    for i, (protocol, rows) in enumerate(results.tables.items()):
-        trial, *about = describe(rows, results.records) if i == 0 else describe(rows, results.records)[:1]
-        blocks += [f"{protocol.capitalize()} protocol. {trial}" if len(results.tables) > 1 else trial, *about, empty_note(rows)]
+    for i, rows in enumerate(results.tables.values()):
+        about = describe(rows, results.records)
+        blocks += about if i == 0 else [text for text in about if text.startswith("**Trial")]
+        blocks.append(empty_note(rows))
     if others:
-        blocks.append(f"Other bases and evaluations: {', '.join(others)}, in [results/README.md]({directory}/README.md).")
+        names = ", ".join(others)
+        blocks.append(f"Other bases and evaluations: {names}, in [results/README.md]({directory}/README.md).")
     blocks.append(COMPACT_LEGEND.format(directory))
     return [block for block in blocks if block]
 
@@ -1218,7 +1229,8 @@ def win_rates(results: Results) -> list[str]:
         rates = [f"{a} {win_rate_cell(p)} (length-controlled {controlled_cell(p)})" for a, p in pooled]
         text = f"**Win rate** against {b}, judged by {name}, %: {', '.join(rates)}."
         every = [record for _, of_judge in compared for record in of_judge]
-        dependent = {a: independence(r) for a, of_judge in compared for r in of_judge if independence(r).startswith("not")}
+        dependent = {a: independence(r) for a, of_judge in compared for r in of_judge
+                     if independence(r).startswith("not")}
         text += "".join(f" For {label} the judge is {why}." for label, why in dependent.items())
         text += " Its training prompts are not known." * all(not independence(record) for record in every)
         lines.append(f"{text} {judge_evidence(every[0], records['rm'])}")
@@ -1235,7 +1247,7 @@ def judge_evidence(record: dict, reward_models: list[dict]) -> str:
 
 
 def checked_pairs(record: dict, reward_models: list[dict]) -> dict | None:
-    """A judge's outcomes on held-out pairs: of a reward model its own record, of a language model what judge.py asked."""
+    """A judge's outcomes on held-out pairs: a reward model's own record, or what judge.py asked a language model."""
     judge = record.get("judge") or {}
     if judge.get("heldout"):
         return {"label": judge.get("model"), **judge["heldout"]}
@@ -1439,7 +1451,7 @@ def main(args: Args) -> None:
     if chosen != "none":
         readme = Path(chosen)
         directory = Path(os.path.relpath(results, readme.parent)).as_posix()
-        others = [f"{Path(rows[0]['model']).name} ({rows[0]['train_invariants']})" for rows in (r.rows for r in reports[1:])]
+        others = [f"{Path(r.rows[0]['model']).name} ({r.rows[0]['train_invariants']})" for r in reports[1:]]
         compact = [*compact_report(reports[0], directory, others), *filter(None, [speed_line(results, directory)])]
         texts[readme] = with_section(readme, stamp + markdown(compact) + "\n")
     names = [str(path) for path in texts if path.parent not in (results / "runs", results / "sweeps")]
@@ -1449,7 +1461,7 @@ def main(args: Args) -> None:
 
     # 3. Compare, or show and write.
     if not args.check:
-        brief = [block for report in reports for block in ([report.apart] if report.apart else []) + first_answers(report)]
+        brief = [block for report in reports for block in [report.apart, *first_answers(report)] if block]
         show(full if args.full else brief or full)
         for path, content in files.items():
             write_atomic(path, lambda p: p.write_bytes(content))

@@ -56,7 +56,7 @@ def make_row(name, phase=0, method="base", adapter=None, config=None, protocol="
     tasks = [["mmlu", 5, limit or 1000], ["truthfulqa_mc2", 0, limit], ["gsm8k", 8, limit], ["ifeval", 0, limit]]
     return {
         "name": name, "phase": phase, "method": method, "model": "org/base", "revision": "0123abcd", "adapter": None,
-        "config_hash": config or (f"c{phase:07d}" if adapter else None), "adapter_sha256": adapter and adapter * 64,
+        "config_hash": config or f"c{phase:07d}", "adapter_sha256": adapter and adapter * 64,
         "weights_sha256": "e" * 64, "train_invariants": "aaaa1111", "invariants": {"lora_r": 16, "quantization": "none"},
         "eval_hash": {"plain": "bbbb2222", "chat": "cccc3333"}[protocol], "parent": None, "family": f"f-{method}-{config}", "seed": 42,
         "eval": {"protocol": protocol, "tasks": tasks, "data": "d" * 64, "max_gen_toks": None, "dtype": "bfloat16",
@@ -732,7 +732,7 @@ def test_paired_differences_against_scipy_and_by_hand(here):
     assert table("## 3. Is it a win?")["sft_v2"][0] == "**inconclusive**"
     compact = table(report.BEGIN, "README.md")
     assert compact["dpo_v1"][2].endswith("(**+26.7**)") and compact["dpo_v1"][-2:] == ["win", "`c0000002`"]
-    assert compact["base"][-2:] == ["", ""] and compact["ppo_v1"][-2:] == ["", ""]
+    assert compact["base"][-2:] == ["", "`c0000000`"] and compact["ppo_v1"][-2:] == ["", ""]
     line = against_base["smallest detectable"]
     assert line[:4] == ["–", detectable, "–", detectable] and compact[""] == ["smallest detectable", *line[:4], "", "", "", ""]
     assert report.UNPAIRED not in Path("results/README.md").read_text()
@@ -985,13 +985,20 @@ def test_learned_turns_where_the_interval_meets_one_half(here, right, word):
     assert learned([base, sft, dpo])["dpo_v1", "held-out pairs on the right side, %"][3] == word
 
 
-def test_what_seeds_learned_is_a_t_interval_of_their_changes(here):
+@pytest.mark.parametrize("changes, shown", [
+    # own SE of a change near 5.5 points (Newcombe). Seeds 10, 20, 30: sqrt(10^2 / 3 + 5.5^2) = 8.0, df 7, half 18.7 < 20
+    ((0.1, 0.2, 0.3), ["100", "10.0", "30.0 ± 10.0 sd", "**yes**"]),
+    # seeds 0, 20, 40: sqrt(20^2 / 3 + 5.5^2) = 12.8, df 3, half 40 > 20
+    ((0.0, 0.2, 0.4), ["100", "10.0", "30.0 ± 20.0 sd", "not shown"]),
+    # equal seeds: the items alone, half 10.8 > 5; a t interval over the seeds would have no width
+    ((0.05, 0.05, 0.05), ["100", "10.0", "15.0 ± 0.0 sd", "not shown"]),
+])  # fmt: skip
+def test_what_seeds_learned_is_an_interval_over_seeds_and_items(here, changes, shown):
     rows = [make_row(f"grpo_{seed}", 4, "grpo", str(seed), config=f"c{seed}") | {"seed": seed, "family": "fg",
             "training": {"pass_1_before": 0.1, "pass_1_after": 0.1 + x, "heldout_problems": 100}}
-            for seed, x in ((1, 0.1), (2, 0.2), (3, 0.3))]
+            for seed, x in enumerate(changes)]
     lines = learned([make_row("base"), *rows])
-    # mean 0.2, sd 0.1: t_0.975(2) = 4.303, 4.303 · 0.1 / sqrt 3 = 0.248 > 0.2
-    assert lines["grpo_1 (3 seeds)", "held-out pass@1, strict, %"] == ["100", "10.0", "30.0 ± 10.0 sd", "not shown"]
+    assert lines["grpo_0 (3 seeds)", "held-out pass@1, strict, %"] == shown
 
 
 def test_a_reward_model_is_compared_with_length_pair_by_pair(here):
@@ -1336,6 +1343,53 @@ def test_the_plots_tones_are_legible_on_light_and_dark(page):
     assert {tone: ratio for tone, ratio in found.items() if ratio < 4} == {}
 
 
+def test_a_sweep_is_a_table_and_a_plot_of_all_its_runs(here, capsys):
+    """Winner, losers and what was not admissible, by learning rate; a record that is none is named."""
+    for name, value, more in (("dpo+lr_5e-5", 0.61, {"chosen": True}), ("dpo+lr_5e-6", 0.52, {}),
+                              ("dpo+lr_2e-4+beta_0.3", 0.7, {"admissible": False, "eos_rate": 0.4})):
+        setting = {key: x for key, _, x in (part.partition("_") for part in name.split("+")[1:])}
+        write_json(f"results/sweeps/base-{name}.json", {
+            "schema_version": 1, "name": name, "method": "dpo", "setting": setting, "objective": "win rate", "value": value,
+            "interval": [value - 0.1, value + 0.1], "eos_rate": 0.9, "kl": 1.25, "admissible": True, "chosen": False,
+            "model": "org/base", "config_hash": "c" + setting["lr"], "wall_time_s": 90.0, "hardware": {"gpus": 1}} | more)
+    run(three_rows())
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in
+            Path("results/sweeps/README.md").read_text().splitlines() if line.startswith("| base |")][1:]
+    assert [row[2] for row in rows] == ["lr 5e-6", "lr 5e-5", "lr 2e-4, beta 0.3"]
+    assert rows[1][4:] == ["0.610 [0.510, 0.710]", "90.0", "1.25", "1.5", "**chosen**", "`c5e-5`"]
+    assert rows[2][5] == "40.0" and rows[2][8] == "not admissible" and rows[0][8] == ""
+    assert Path("results/plots/sweeps.svg").is_file() and "(sweeps/README.md)" in Path("results/README.md").read_text()
+    run(None, "--check")
+    write_json("results/sweeps/x.json", {"method": "dpo"})
+    exits(2, None)
+    assert "results/sweeps/x.json lacks setting, value" in capsys.readouterr().err
+
+
+def test_secondary_tasks_stand_apart_with_their_changes(here):
+    """GSM8K in GRPO's prompt, per item: 20 of 60 become 40; a row that was asked otherwise is not compared."""
+    rows = [scored(row) for row in three_rows()]
+    for row, right in zip(rows, (20, 20, 40)):
+        path = Path("results") / row["scores"]
+        items = json.loads(gzip.decompress(path.read_bytes()))
+        values = [1.0] * right + [0.0] * (60 - right)
+        items["secondary"] = {"gsm8k_zero_shot": {"task": ["g"] * 60, "doc_id": list(range(60)), "doc_hash": ["x"] * 60,
+                                                  "exact_match,flexible-extract": values}}
+        path.write_bytes(gzip.compress(json.dumps(items).encode()))
+        row["metrics"] |= {"gsm8k_zero_shot/exact_match,flexible-extract": right / 60,
+                           "gsm8k_zero_shot/exact_match_stderr,flexible-extract": 0.06}
+        row["secondary"] = {"gsm8k_zero_shot": {"eval_hash": "h1", "n": 60}}
+    run(rows)
+    found = table("#### Secondary tasks, %")
+    assert found["base"] == ["33.3 ± 6.0"] and found["row"] == ["gsm8k_zero_shot<br>exact_match,<br>flexible-extract<br>n = 60"]
+    low, high = (100 * end for end in verdicts.paired_interval(20, 0, 60))
+    change = f"+33.3 [{low:.1f}, {high:.1f}]"
+    assert found["dpo_v1"] == [f"66.7 ± 6.0<br>− parent {change}<br>− base {change}"]
+    rows[1]["secondary"]["gsm8k_zero_shot"]["eval_hash"] = "another"
+    run(rows)
+    found = table("#### Secondary tasks, %")
+    assert found["sft_v2"] == ["–"] and found["dpo_v1"] == [f"66.7 ± 6.0<br>− base {change}"]
+
+
 # ------------------------------------------------------------------ rows that can't stand together
 
 
@@ -1443,7 +1497,7 @@ def test_a_row_without_its_fields_is_refused(here, capsys):
     rows = three_rows()
     del rows[1]["eval_hash"], rows[1]["n"]
     exits(2, rows)
-    assert "row sft_v2 lacks eval_hash, n" in capsys.readouterr().err
+    assert "row 1: eval_hash is missing" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ the generated files
