@@ -90,13 +90,33 @@ def report_failure(kind: type[BaseException], error: BaseException, trace) -> No
     """sys.excepthook: what can go wrong in a run without a fault in the code (a disk is full, a number is not finite,
     memory ends) is one line on stderr; exit code 1. With RUNGS_DEBUG set, and for all else, the traceback."""
     expected = issubclass(kind, (OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError))
+    no_memory = issubclass(kind, torch.OutOfMemoryError)
+    if no_memory and Run.training and world() == 1 and "RUNGS_RETRIED" not in os.environ:
+        retry_in_halves(Run.training)
     if not expected or os.environ.get("RUNGS_DEBUG"):
         return sys.__excepthook__(kind, error, trace)
-    print(f"error: {' '.join(str(error).split())} ({kind.__name__}; RUNGS_DEBUG=1 shows where)", file=sys.stderr,
+    remedy = "give a smaller --micro-tokens: " if no_memory else ""
+    print(f"error: {remedy}{' '.join(str(error).split())} ({kind.__name__}; RUNGS_DEBUG=1 shows where)", file=sys.stderr,
           flush=True)
 
 
 sys.excepthook = report_failure
+
+
+def retry_in_halves(run: Run) -> NoReturn:
+    """After a GPU's memory ended: the same command once more, in this process' place, with half the --micro-tokens.
+
+    The run goes on from its last checkpoint, and --micro-tokens changes no update; a program that starts anew has no
+    gradient of half a step, and its memory in one piece.
+    """
+    half = run.args.micro_tokens // 2
+    print(f"note: out of memory with --micro-tokens {run.args.micro_tokens}: once more with {half}, from the last "
+          f"checkpoint", file=sys.stderr, flush=True)
+    os.environ["RUNGS_RETRIED"] = "1"
+    for fd in range(3, 1024):  # the lock's, and what a GPU's driver holds its memory by
+        with contextlib.suppress(OSError):
+            os.set_inheritable(fd, False)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--micro-tokens", str(half)])
 
 
 def say(message: str = "") -> None:
@@ -1872,6 +1892,7 @@ class Run:
     process with exit code 0; another configuration in the directory is an error, or is moved aside with --overwrite;
     an unfinished run of the same configuration is continued.
     """
+    training: Run | None = None  # the one that trains in this process
 
     def __init__(self, method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None = None,
                  parent_dir: str | None = None, scorers: dict[str, dict] | None = None):
@@ -1929,6 +1950,7 @@ class Run:
             changed = [k for k in ("method", "train_invariants", "data", "args", "parent", "scorers")
                        if self._identity(old, k) != self._identity(self.record, k)]
             if not changed and found == finished:
+                shutil.rmtree(self.running.parent, ignore_errors=True)  # of a process killed just before it did so
                 say(f"{self.directory} is finished (config {old['config_hash']}): nothing to do")
                 self._push()
                 say_next(*next_command(self.record["method"], self.args))
@@ -2012,6 +2034,7 @@ class Run:
                 self.tracker = Tracker(self.args.track, self.record)
         self.total_steps, self.last_flops = total_steps, flops_done
         self.started = self.last_tick = time.time()
+        Run.training = self
         if step < total_steps:
             self.old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return step
@@ -2187,6 +2210,7 @@ class Run:
         self.old_handlers = {}
 
     def _release(self) -> None:
+        Run.training = None
         self._restore_signals()
         if rank() == 0:
             self.bar.close()

@@ -4,7 +4,10 @@ import gc
 import importlib
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from safetensors import safe_open
 
 import common
 
+REPO = Path(common.__file__).parent
 SCRIPTS = ("sft", "dpo", "kto", "reward", "ppo", "grpo")
 
 
@@ -192,3 +196,45 @@ def test_scripts_watch_every_update(script, setting, tmp_path, monkeypatch):
     assert [s[1] for s in seen] == pytest.approx(ends)
     if script == "grpo":
         assert [s[2] for s in seen] == [line["zero_variance"] < 1 for line in lines]
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+NO_MEMORY = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch, tyro
+import common, sft
+token_logprobs, times = common.token_logprobs, int(os.environ["TIMES"])
+
+def without_memory(model, batch, *rest, **options):
+    found = token_logprobs(model, batch, *rest, **options)
+    steps = os.path.isfile("run/log.jsonl") and len(open("run/log.jsonl").readlines())
+    if torch.is_grad_enabled() and steps >= 3 and batch.rows[0] and ("RUNGS_RETRIED" in os.environ) < times:
+        found[0].sum().backward()  # a gradient that must not stay
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return found
+
+common.token_logprobs = without_memory
+sft.main(tyro.cli(sft.Args))
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_memory_that_ends_is_tried_again_in_halves(times, sft_args, sft_run, tmp_path):
+    """Once, in a new process from the last checkpoint, to the same training; then the error names the flag."""
+    (tmp_path / "driver.py").write_text(NO_MEMORY)
+    flags = [word for k, v in sft_args.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    done = subprocess.run([sys.executable, "driver.py", str(REPO), *flags, "--out", "run"], cwd=tmp_path, text=True,
+                          env=os.environ | {"TIMES": str(times)}, capture_output=True, timeout=200)
+    assert "note: out of memory with --micro-tokens 512: once more with 256, from the last checkpoint" in done.stderr
+    assert re.search("resuming run at step [24] of 5", done.stdout)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    whole = [json.loads(line) for line in (Path(sft_run) / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in whole[:len(lines)]], abs=1e-5)
+    if times == 1:
+        assert done.returncode == 0 and len(lines) == 5, done.stderr
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["args"]["micro_tokens"] == 256
+    else:
+        assert done.returncode == 1 and "error: give a smaller --micro-tokens: CUDA out of memory." in done.stderr
+        assert (tmp_path / "run" / "checkpoint" / "state.safetensors").is_file()

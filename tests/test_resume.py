@@ -607,6 +607,16 @@ def test_a_pickled_or_torn_checkpoint_is_refused_unread(unfinished, sft_args, tm
     assert not (tmp_path / "unpickled").exists()
 
 
+def test_a_kill_between_the_finish_and_the_end_of_the_checkpoint(finished, sft_args):
+    """run.json is written, the checkpoint is still there: the same command removes it, and nothing else changes."""
+    before = tree(finished)
+    (finished / "checkpoint").mkdir()
+    for name in ("run.json", "state.safetensors", ".state.safetensors.12.tmp"):
+        (finished / "checkpoint" / name).write_text("{}")
+    assert outcome(sft, **sft_args, out=str(finished)) == 0
+    assert tree(finished) == before and not (finished / "checkpoint").exists()
+
+
 # -- locks ----------------------------------------------------------------------------------------
 
 HOLDS = """
