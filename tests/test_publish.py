@@ -99,7 +99,8 @@ def test_access_is_checked_before_training(dpo_args, sft_run, hub, tmp_path, mon
 def test_a_card_with_results_and_licences(dpo_run, hub, tmp_path):
     """After an evaluation: model-index with intervals, by the client's own reader; data sets with what their cards say."""
     record = common.read_json(Path(dpo_run) / "run.json")
-    row = {"adapter_sha256": record["adapter_sha256"], "protocol": "plain", "eval_hash": "01234567",
+    row = {"name": "dpo_v1", "phase": 2, "config_hash": record["config_hash"], "adapter_sha256": record["adapter_sha256"],
+           "protocol": "plain", "eval_hash": "01234567", "timestamp": "2026-01-01T00:00:00+00:00",
            "n": {"gsm8k": 50, "mmlu": 100}, "eval": {"tasks": [["gsm8k", 8, None], ["mmlu", 5, 1000]]},
            "metrics": {"gsm8k/exact_match,strict-match": 0.5, "gsm8k/exact_match_stderr,strict-match": 0.05,
                        "mmlu/acc,none": 0.25, "mmlu/acc_stderr,none": 0.01, "mmlu_anatomy/acc,none": 0.3,
