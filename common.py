@@ -34,6 +34,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -168,6 +169,16 @@ def remove_temporaries(directory: str | Path, target: str | None = None) -> None
             if found and (not target or found["target"] == target and found["host"] == host()
                           and not is_running(int(found["pid"]))):
                 Path(entry.path).unlink(missing_ok=True)
+
+
+def scratch(prefix: str) -> tempfile.TemporaryDirectory:
+    """A temporary directory that goes with the process; those that killed processes of this machine left go now."""
+    begin = f"{prefix}-{host()}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{begin}*"):
+        pid = left.name.removeprefix(begin).partition("-")[0]
+        if pid.isdecimal() and not is_running(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{begin}{os.getpid()}-")
 
 
 def host() -> str:

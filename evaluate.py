@@ -52,7 +52,6 @@ import json
 import os
 import random
 import re
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -658,7 +657,7 @@ def main(args: Args) -> list[dict]:
         if run and run["invariants"] and asks_in_chat and run["invariants"]["chat_template"] != tokenizer.chat_template:
             fail(f"{'--protocol chat' if args.protocol == 'chat' else ZERO_SHOT}: {adapter} was trained with another "
                  f"chat template than {model_name} has now")
-    scratch = tempfile.TemporaryDirectory(prefix="rungs-eval-")  # task files and data cache, gone at the end
+    scratch = common.scratch("rungs-eval")  # task files and data cache, gone at the end
     manager, tasks, fingerprint = load_tasks(args, Path(scratch.name))
     others, secondary = load_secondary(args, manager.task_index, fingerprint, Path(scratch.name) / "secondary")
     generating = [manager.task_index["ifeval"], *(others.task_index[task] for task in secondary)]

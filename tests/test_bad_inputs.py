@@ -446,3 +446,21 @@ def test_a_run_that_fails_says_so_in_one_line(error, capsys, monkeypatch):
     monkeypatch.delenv("RUNGS_DEBUG")
     common.report_failure(TypeError, TypeError("a fault"), None)
     assert capsys.readouterr().err.startswith("TypeError: a fault")
+
+
+SECRETS = {"HF_TOKEN": "hf_secret4711aaaa", "WANDB_API_KEY": "wandbsecret4711", "OPENAI_API_KEY": "sk-secret4711bbbb"}
+
+
+def test_no_secret_is_written_or_said(sft_args, place, monkeypatch, capsys):
+    """A run's files, what it prints, and the error of one that fails: none holds a key of the environment."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    sft = importlib.import_module("sft")
+    sft.main(sft.Args(**sft_args, out=str(place.directory / "run")))
+    with pytest.raises(SystemExit):
+        sft.main(sft.Args(**{**sft_args, "model": "gone"}, out=str(place.directory / "other")))
+    printed = "".join(capsys.readouterr())
+    written = [p.read_bytes() for p in place.directory.rglob("*") if p.is_file()]
+    assert len(written) > 8 and "error: " in printed
+    for value in SECRETS.values():
+        assert value not in printed and not any(value.encode() in content for content in written)

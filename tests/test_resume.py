@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -615,6 +616,19 @@ def test_a_kill_between_the_finish_and_the_end_of_the_checkpoint(finished, sft_a
         (finished / "checkpoint" / name).write_text("{}")
     assert outcome(sft, **sft_args, out=str(finished)) == 0
     assert tree(finished) == before and not (finished / "checkpoint").exists()
+
+
+def test_scratch_directories_of_ended_processes_go(tmp_path, monkeypatch):
+    """At the next start on this machine; those of a running process stay, and the new one goes with its object."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = {f"rungs-eval-{common.host()}-{os.getpid()}-x", f"rungs-eval-elsewhere-{ended.pid}-x", "rungs-eval-x"}
+    for name in (*kept, f"rungs-eval-{common.host()}-{ended.pid}-x"):
+        (tmp_path / name / "data").mkdir(parents=True)
+    with common.scratch("rungs-eval") as new:
+        assert {p.name for p in tmp_path.iterdir()} == kept | {Path(new).name}
+    assert {p.name for p in tmp_path.iterdir()} == kept
 
 
 # -- locks ----------------------------------------------------------------------------------------

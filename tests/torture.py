@@ -3,23 +3,21 @@
     python tests/torture.py --jobs 8 --kills 25                       # all scripts, into results/torture.json
     python tests/torture.py --only sft.py dpo.py --kills 2 --out ""   # two scripts, a few kills, nothing written
 
-Each trial is a directory of its own in which a command of a tiny model runs as a user's would. It is stopped once or
+Each trial is a directory of its own in which a command on a tiny model runs as a user's would. It is stopped once or
 twice, by SIGKILL, SIGTERM or SIGINT in turn, at a moment of one of three kinds:
     time    uniform over the time from the command's first look at its directory to its end
-    write   before an access to its directory that changes something (open to write, rename, remove, …),
-    any of them alike
+    write   before an access to its directory that changes something (open to write, rename, remove, …), any alike
     torn    the same, with half of what is written on disk: a temporary file cut in two, half a line of a log
 Then the same command runs until it ends. What it left must be what the uninterrupted command left: the same files, the
-same bytes,
-but for EXCEPTED and the line of minutes in a model card. A trial of `disk_full` runs in a file system that is
-too small (tmpfs, as root),
-or under a limit on the size of a file; one of `rank_killed` runs on two ranks under torchrun,
-of which one gets SIGKILL. metrics.json holds another row from the beginning, which must be there after every stop.
+same bytes, but for EXCEPTED and the line of minutes in a model card. A trial of `disk_full` runs in a file system that
+is too small (tmpfs, as root), or under a limit on the size of a file; one of `rank_killed` runs on two ranks under
+torchrun, of which one gets SIGKILL. metrics.json holds another row from the beginning, which must be there after every
+stop.
 
-results/torture.json: {script: {"kills": trials, "identical": trials that ended alike,
-                                "lost_rows": lines of logs and rows
-of results that are missing, in all trials, "leftovers": files that the uninterrupted command doesn't leave, "signals":
-{name: how often the process was stopped so}, "disk_full" and "rank_killed": the same for these}}.
+results/torture.json, per script: "kills", how often it was stopped; "trials"; "identical", trials that ended alike;
+"lost_rows", lines of logs and rows of results that are missing, in all trials; "leftovers", files that the
+uninterrupted command doesn't leave, in TMPDIR too; "signals", how often each; "disk_full" and "rank_killed", the same
+for these.
 """
 import argparse
 import gzip
@@ -185,7 +183,7 @@ def execute(work: Path, script: str, place: Path, plan: str = "", ranks: int = 1
     """(exit code, what it printed) of the script's command in the directory `place`. size: no file may be larger."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1",
                    "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(work / "site"), "TORTURE_PLAN": plan,
-                   "HF_HOME": str(work / "cache"), "TQDM_DISABLE": "1", **environment}
+                   "HF_HOME": str(work / "cache"), "TQDM_DISABLE": "1", "TMPDIR": str(temporary(place)), **environment}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     process = subprocess.Popen([sys.executable, *launcher, str(REPO / script), *commands(work)[script]], cwd=place,
                                env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -199,6 +197,13 @@ def execute(work: Path, script: str, place: Path, plan: str = "", ranks: int = 1
         os.killpg(process.pid, signal.SIGKILL)
         return None, process.communicate()[0]
     return process.returncode, printed
+
+
+def temporary(place: Path) -> Path:
+    """The directory of a trial's temporary files, beside its own."""
+    found = place.with_name(f"{place.name}.tmp")
+    found.mkdir(parents=True, exist_ok=True)
+    return found
 
 
 OTHER_ROW = {"name": "other", "phase": 0, "protocol": "plain", "timestamp": "2026-01-01", "config_hash": "0",
@@ -263,11 +268,11 @@ def rows_of(path: Path) -> int:
 
 
 def compare(place: Path, whole: Path) -> dict:
-    """{"identical", "lost_rows", "leftovers", "differs": names} of a trial against the uninterrupted command's directory."""
+    """{"identical", "lost_rows", "leftovers", "differs": names} of a trial against the uninterrupted command's."""
     mine, theirs = tree(place), tree(whole)
     differs = [name for name in theirs if name not in mine or content(mine[name]) != content(theirs[name])]
     lost = sum(max(0, rows_of(path) - (rows_of(mine[name]) if name in mine else 0)) for name, path in theirs.items())
-    extra = sorted(set(mine) - set(theirs))
+    extra = sorted(set(mine) - set(theirs)) + [str(p) for p in temporary(place).glob("rungs-*")]
     return {"identical": not differs and not extra, "lost_rows": lost, "leftovers": len(extra),
             "differs": differs + extra}
 
@@ -294,7 +299,8 @@ def trial(work: Path, script: str, number: int, kind: str, seed: int) -> dict:
     ranks = 2 if kind == "rank_killed" else 1
     whole = work / (f"{script}.ranks" if ranks > 1 else script)
     place = work / "trials" / f"{script}-{kind}-{number}"
-    shutil.rmtree(place, ignore_errors=True)
+    for old in (place, temporary(place)):
+        shutil.rmtree(old, ignore_errors=True)
     prepare(place)
     times = [float(line) for line in Path(f"{whole}.times").read_text().split()[:-1]]
     stops, lost, printed, mounted = [], 0, [], False
@@ -337,6 +343,7 @@ def trial(work: Path, script: str, number: int, kind: str, seed: int) -> dict:
         subprocess.run(["umount", str(place)], check=True)
     if result["identical"]:
         shutil.rmtree(place)
+        shutil.rmtree(temporary(place))
     return {"script": script, "kind": kind, "stops": stops, "code": code, **result, "place": str(place),
             "printed": "\n".join(printed)}
 
@@ -372,7 +379,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="commands at a time, one thread each")
     parser.add_argument("--kills", type=int, default=25, help="trials with kills, per script")
     parser.add_argument("--disks", type=int, default=2, help="trials with a full disk, per script")
-    parser.add_argument("--ranks", type=int, default=2, help="trials under torchrun with a rank killed, per training script")
+    parser.add_argument("--ranks", type=int, default=2, help="trials under torchrun, a rank killed, per training script")
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0, help="begin no trial after this time; 0: no limit")
