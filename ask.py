@@ -4,6 +4,8 @@ Request and answers are quoted behind a mark that is a hash of all three and sta
 answer can't know it, so an answer can't end its quotation and give the judge an order. A reply that is not one of the
 three letters is counted as unparsable, never interpreted.
 """
+from __future__ import annotations
+
 import itertools
 import os
 import re
@@ -12,13 +14,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 from tqdm import tqdm
 
 import common
 from common import fail
+
+if TYPE_CHECKING:  # needed only where an API is asked
+    import openai
 
 UNREADABLE = 10       # replies of an API in a row, from its first, without a verdict in any: it won't give one
 
@@ -84,6 +88,7 @@ def open_client(api: Api) -> openai.OpenAI:
     connections are tried again, after the Retry-After that the server asks for where that is at most two minutes. It
     follows no redirect, so that the key goes to --judge-url only; without a key it sends none, and neither names nor
     organisations."""
+    import openai
     return openai.OpenAI(
         api_key=api_key(api) or "none", base_url=api.url, max_retries=api.retries,
         timeout=api.timeout,
@@ -97,11 +102,13 @@ def api_key(api: Api) -> str:
 
 def headers(api: Api) -> dict[str, Any]:
     """Of every request: without a key, no Authorization."""
+    import openai
     return {} if api_key(api) else {"Authorization": openai.Omit()}
 
 
 def api_problem(error: openai.OpenAIError, api: Api) -> JudgeError:
     """What the client's error means to a user; the key is in no message."""
+    import openai
     key = api_key(api)
     if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
         what_to_do = f"check {api.key_env}" if key else \
@@ -122,6 +129,7 @@ def api_problem(error: openai.OpenAIError, api: Api) -> JudgeError:
 def ask_api(client: openai.OpenAI, messages: list[dict], api: Api) -> dict[str, Any]:
     """One verdict; JudgeError where the client gives up. A reply that is no chat completion, such as a proxy's page, is
     asked for again too, which the client doesn't do."""
+    import openai
     began, tries = time.time(), 0
     while True:
         try:
@@ -146,6 +154,7 @@ def ask_api(client: openai.OpenAI, messages: list[dict], api: Api) -> dict[str, 
 
 def check_api(api: Api) -> None:
     """Before hours of sampling: is there a server that takes the key? /models costs nothing, but not all have it."""
+    import openai
     try:
         with open_client(api) as client:
             models = client.with_options(max_retries=0).models.list(extra_headers=headers(api))

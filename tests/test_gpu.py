@@ -424,7 +424,8 @@ def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
     try:
         sft.main(sft.Args(model=model, quantization="none", out=str(tmp_path / "sft"), **kwargs, **answers))
         for script in (dpo, kto):
-            script.main(script.Args(sft_adapter=str(tmp_path / "sft"), out=str(tmp_path / script.__name__), **kwargs, **answers))
+            script.main(script.Args(sft_adapter=str(tmp_path / "sft"), epochs=1, out=str(tmp_path / script.__name__), **kwargs,
+                                    **answers))
         reward.main(reward.Args(model=model, quantization="none", out=str(tmp_path / "reward"), results=str(tmp_path), **kwargs))
         torch.cuda.set_sync_debug_mode("error")
         with pytest.raises(RuntimeError):  # torch does see a wait
