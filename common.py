@@ -1,11 +1,11 @@
 """Everything about *running* a model and a run; nothing about any method's maths.
 
 The sections, in the order a run meets them:
-  1. errors, hashing, atomic files          5. fresh LoRA, composed adapters, saving
+  1. errors, hashing, files, locks: all in files.py
   2. ranks, seeds, the order of the data    6. micro-batches, log-probabilities, what a policy moved by
   3. fairness: invariants and hashes        7. sampling
-  4. models, checks of flags                8. the run directory: lock, log, checkpoint, resume
-                                            9. results/metrics.json
+  4. models, checks of flags                8. the run directory: lock, log, checkpoint, resume, failures
+  5. fresh LoRA, composed adapters, saving  9. results/metrics.json
 
 Shapes: T tokens of a micro-batch (fast: in all; plain: of its longest row), N its sequences, K its predicted (trained
 or scored) tokens, H hidden size, V vocabulary, B rows. What exists for speed alone is in fast/, tokenizers and
@@ -18,8 +18,6 @@ import dataclasses
 import errno
 import functools
 import gc
-import gzip
-import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -28,16 +26,13 @@ import math
 import os
 import platform
 import re
-import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -51,11 +46,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from files import (  # passed on: common.fail, common.write_json, …
+    Lock, bucket, check_fields, fail, file_sha256, host, is_running, leaves, nulled, rank, read_json,
+    remove_temporaries, say, say_next, scratch, sha256_json, tensor_entries, tensors_sha256, to_json,
+    without_places, world, write_atomic, write_json, write_text)
 
 if TYPE_CHECKING:  # transformers and PEFT take seconds to import: done in the functions that need them
     from peft import PeftModel
@@ -77,288 +76,8 @@ ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized@3949bf5f8c17c394422ccfab0
 
 
 # ------------------------------------------------------------------------------------------------
-# 1. Errors, hashing, atomic files
-# ------------------------------------------------------------------------------------------------
-
-def fail(message: str) -> NoReturn:
-    """One clear error for a bad input: on stderr, exit code 2. Called before anything expensive or written."""
-    if rank() == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def report_failure(kind: type[BaseException], error: BaseException, trace) -> None:
-    """sys.excepthook: what can go wrong in a run without a fault in the code (a disk is full, a number is not finite,
-    memory ends) is one line on stderr; exit code 1. With RUNGS_DEBUG set, and for all else, the traceback."""
-    expected = issubclass(kind, (OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError))
-    no_memory = issubclass(kind, torch.OutOfMemoryError)
-    if no_memory and Run.training and world() == 1 and "RUNGS_RETRIED" not in os.environ:
-        retry_in_halves(Run.training)
-    if not expected or os.environ.get("RUNGS_DEBUG"):
-        return sys.__excepthook__(kind, error, trace)
-    remedy = "give a smaller --micro-tokens: " if no_memory else ""
-    print(f"error: {remedy}{' '.join(str(error).split())} ({kind.__name__}; RUNGS_DEBUG=1 shows where)", file=sys.stderr,
-          flush=True)
-
-
-sys.excepthook = report_failure
-
-
-def retry_in_halves(run: Run) -> NoReturn:
-    """After a GPU's memory ended: the same command once more, in this process' place, with half the --micro-tokens.
-
-    The run goes on from its last checkpoint, and --micro-tokens changes no update; a program that starts anew has no
-    gradient of half a step, and its memory in one piece.
-    """
-    half = run.args.micro_tokens // 2
-    print(f"note: out of memory with --micro-tokens {run.args.micro_tokens}: once more with {half}, from the last "
-          f"checkpoint", file=sys.stderr, flush=True)
-    os.environ["RUNGS_RETRIED"] = "1"
-    for fd in range(3, 1024):  # the lock's, and what a GPU's driver holds its memory by
-        with contextlib.suppress(OSError):
-            os.set_inheritable(fd, False)
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--micro-tokens", str(half)])
-
-
-def say(message: str = "") -> None:
-    """Print on rank 0; what the terminal's encoding doesn't have, as question marks."""
-    if rank() == 0:
-        encoding = sys.stdout.encoding or "utf-8"
-        print(message.encode(encoding, "replace").decode(encoding), flush=True)
-
-
-def say_next(*command: Any) -> None:
-    """The next command to type, at a command's end; nothing under make, which knows what comes next."""
-    if not os.environ.get("MAKELEVEL"):
-        say(f"next: {shlex.join(map(str, command))}")
-
-
-def sha256_json(obj: Any) -> str:
-    """Hex sha256 of canonical JSON (sorted keys, no spaces, UTF-8)."""
-    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary_path)` in the target's folder, then rename it onto `path`: a reader sees all or nothing.
-    Temporaries of this target that killed processes left are removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{host()}-{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    remove_temporaries(path.parent, path.name)
-
-
-TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?:(?P<host>[^.]+)-)?(?P<pid>\d+)\.tmp")
-
-
-def remove_temporaries(directory: str | Path, target: str | None = None) -> None:
-    """Remove what write_atomic of processes that were killed has left in a directory: of one target, where others may
-    be writing now, what processes of this machine left that have ended; without a target, of whatever process, since
-    the caller holds the directory's lock."""
-    with os.scandir(directory) if os.path.isdir(directory) else contextlib.nullcontext([]) as entries:
-        for entry in entries:
-            found = TEMPORARY.fullmatch(entry.name)
-            if found and (not target or found["target"] == target and found["host"] == host()
-                          and not is_running(int(found["pid"]))):
-                Path(entry.path).unlink(missing_ok=True)
-
-
-def scratch(prefix: str) -> tempfile.TemporaryDirectory:
-    """A temporary directory that goes with the process; those that killed processes of this machine left go now."""
-    begin = f"{prefix}-{host()}-"
-    for left in Path(tempfile.gettempdir()).glob(f"{begin}*"):
-        pid = left.name.removeprefix(begin).partition("-")[0]
-        if pid.isdecimal() and not is_running(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"{begin}{os.getpid()}-")
-
-
-def host() -> str:
-    """This machine's name, up to its first dot."""
-    return platform.node().partition(".")[0] or "localhost"
-
-
-def is_running(pid: int) -> bool:
-    """Is there a process of that number on this machine?"""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        pass
-    return True
-
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of file systems without flock(2)
-
-
-class Lock:
-    """A lock file, held by this process from `Lock(…)` to `release()`; or the end of the program, with an error that
-    says `busy` and who holds it.
-
-    The kernel frees it when its holder ends, even by SIGKILL, so that a dead process keeps nobody out. It works between
-    machines where the file system carries flock(2) from one to the other (NFS 4 does); where it has no locks at all,
-    a note says so, and nothing but the user keeps two commands apart.
-    """
-
-    def __init__(self, path: Path, busy: str, wait: float = 0):
-        """wait: seconds to wait for another holder."""
-        self.lock, self.holder = FileLock(path), path.with_suffix(".holder")
-        try:
-            self.lock.acquire(timeout=wait)
-        except Timeout:
-            with contextlib.suppress(OSError):
-                busy = f"{busy}: {self.holder.read_text()}"
-            fail(busy)
-        except OSError as e:
-            if e.errno not in NO_LOCKS:
-                fail(f"{path} can't be locked ({e.strerror})")
-            say(f"note: the file system of {path.parent} has no locks ({e.strerror}): run one command at a time there")
-        self.holder.write_text(f"process {os.getpid()} on {host()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-
-    def release(self) -> None:
-        self.holder.unlink(missing_ok=True)
-        self.lock.release()
-
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.release()
-
-
-def write_text(path: str | Path, text: str) -> None:
-    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object; fails on a file that holds none."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
-        fail(f"{path} is not JSON ({e})")
-    return found if isinstance(found, dict) else fail(f"{path} is not a JSON object")
-
-
-def to_json(obj: Any, indent: int | None = None) -> str:
-    """JSON text. Infinity and NaN, which JSON doesn't have, are an error that names their place."""
-    try:
-        return json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        broken = [(at, x) for at, x in leaves(obj) if isinstance(x, float) and not math.isfinite(x)]
-        if not broken:
-            raise
-        raise FloatingPointError(f"{broken[0][0]} is {broken[0][1]}, which JSON can't hold") from None
-
-
-def leaves(obj: Any, at: str = "") -> Iterable[tuple[str, Any]]:
-    """(place such as metrics/loss, value) of all that a nest of dicts and lists holds."""
-    items = obj.items() if isinstance(obj, dict) else enumerate(obj) if isinstance(obj, (list, tuple)) else None
-    if items is None:
-        yield at, obj
-    else:
-        for key, value in items:
-            yield from leaves(value, f"{at}/{key}".lstrip("/"))
-
-
-def nulled(obj: Any) -> Any:
-    """A nest of dicts and lists with None for Infinity and NaN: for what others computed or wrote, where they may mean
-    "no value"."""
-    if isinstance(obj, dict):
-        return {key: nulled(value) for key, value in obj.items()}
-    if isinstance(obj, (list, tuple)):
-        return [nulled(value) for value in obj]
-    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
-
-
-def check_fields(where: str | Path, record: Any, fields: dict[str, Any]) -> None:
-    """Fail unless a record has these fields, each of its type (or one of several)."""
-    for name, kinds in fields.items():
-        value = record.get(name) if isinstance(record, dict) else None
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            wanted = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
-            given = f"is {str(value)[:60]!r}" if isinstance(record, dict) and name in record else "is missing"
-            fail(f"{where}: {name} {given}, want {wanted}; is it of another version, or edited?")
-
-
-def write_json(path: str | Path, obj: Any) -> None:
-    write_text(path, to_json(obj, indent=1) + "\n")
-
-
-def without_places(record: dict[str, Any]) -> dict[str, Any]:
-    """A record that may be published: of an absolute path, in a command too, only the last part is left."""
-    return json.loads(re.sub(r'(?<=[" =])(/[^/" ]+)+/(?=[^" ])', "", json.dumps(record)))
-
-
-def tensor_entries(file: Path) -> dict[str, dict]:
-    """{tensor name: {dtype, shape, data_offsets in the file}} of a safetensors file; reads its header only."""
-    with open(file, "rb") as f:
-        head = f.read(8)
-        n = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        try:
-            entries = json.loads(f.read(n) if 0 < n < os.path.getsize(file) else b"")
-        except ValueError:
-            fail(f"{file} is not a safetensors file (an LFS pointer, or an interrupted download?)")
-    entries.pop("__metadata__", None)
-    return {name: {**e, "data_offsets": [8 + n + at for at in e["data_offsets"]]} for name, e in entries.items()}
-
-
-def tensors_sha256(files: Iterable[Path]) -> str:
-    """sha256 over (name, dtype, shape, bytes) of every tensor in safetensors files, in order of name.
-
-    Independent of sharding, file names and metadata, so it identifies weights, not files.
-    """
-    where = {name: (file, entry) for file in files for name, entry in tensor_entries(file).items()}
-    digest = hashlib.sha256()
-    for name in sorted(where):
-        file, entry = where[name]
-        begin, end = entry["data_offsets"]
-        digest.update(f"{name}|{entry['dtype']}|{entry['shape']}|".encode())
-        with open(file, "rb") as f:
-            f.seek(begin)
-            left = end - begin
-            while left:
-                chunk = f.read(min(left, 1 << 24))
-                if not chunk:
-                    fail(f"{file} is truncated: tensor {name} ends early")
-                digest.update(chunk)
-                left -= len(chunk)
-    return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's content, decompressed when it ends in .gz."""
-    digest = hashlib.sha256()
-    with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def bucket(text: str) -> float:
-    """A fixed place in [0, 1) for a text, by sha256: splits that no seed, order or file moves."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
-
-
-# ------------------------------------------------------------------------------------------------
 # 2. Ranks: torchrun or alone, same code
 # ------------------------------------------------------------------------------------------------
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
 
 def setup_device(device: str = "auto") -> torch.device:
     """The device of this process; joins the process group under torchrun (NCCL on GPUs, gloo on CPUs)."""
@@ -2273,6 +1992,39 @@ def plot_curves(lines: list[dict], keys: Sequence[str], title: str, path: Path) 
     figure.tight_layout()
     figure.savefig(path, format="png", dpi=110)
     plt.close(figure)
+
+
+def report_failure(kind: type[BaseException], error: BaseException, trace) -> None:
+    """sys.excepthook: what can go wrong in a run without a fault in the code (a disk is full, a number is not finite,
+    memory ends) is one line on stderr; exit code 1. With RUNGS_DEBUG set, and for all else, the traceback."""
+    expected = issubclass(kind, (OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError))
+    no_memory = issubclass(kind, torch.OutOfMemoryError)
+    if no_memory and Run.training and world() == 1 and "RUNGS_RETRIED" not in os.environ:
+        retry_in_halves(Run.training)
+    if not expected or os.environ.get("RUNGS_DEBUG"):
+        return sys.__excepthook__(kind, error, trace)
+    remedy = "give a smaller --micro-tokens: " if no_memory else ""
+    print(f"error: {remedy}{' '.join(str(error).split())} ({kind.__name__}; RUNGS_DEBUG=1 shows where)", file=sys.stderr,
+          flush=True)
+
+
+sys.excepthook = report_failure
+
+
+def retry_in_halves(run: Run) -> NoReturn:
+    """After a GPU's memory ended: the same command once more, in this process' place, with half the --micro-tokens.
+
+    The run goes on from its last checkpoint, and --micro-tokens changes no update; a program that starts anew has no
+    gradient of half a step, and its memory in one piece.
+    """
+    half = run.args.micro_tokens // 2
+    print(f"note: out of memory with --micro-tokens {run.args.micro_tokens}: once more with {half}, from the last "
+          f"checkpoint", file=sys.stderr, flush=True)
+    os.environ["RUNGS_RETRIED"] = "1"
+    for fd in range(3, 1024):  # the lock's, and what a GPU's driver holds its memory by
+        with contextlib.suppress(OSError):
+            os.set_inheritable(fd, False)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--micro-tokens", str(half)])
 
 
 # ------------------------------------------------------------------------------------------------

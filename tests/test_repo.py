@@ -126,12 +126,12 @@ def imports(path):
 
 
 def test_scripts_import_common_and_libraries_only():
-    """And the layers below them: common <- chat <- inputs; fast/ imports neither and nobody but common imports it."""
+    """And the layers below them: files <- common <- chat <- inputs; fast/ imports neither and nobody but common imports it."""
     ours = {p.stem for p in REPO.glob("*.py")}
-    parts = {"common": ("tracking", "publish"), "chat": ("common",), "inputs": ("common", "chat"),  # parts of one script
+    parts = {"files": (), "common": ("files", "tracking", "publish"), "chat": ("common",), "inputs": ("common", "chat"),  # parts of one script
              "report": ("verdicts", "plots"), "plots": ("verdicts",), "judge": ("ask",), "evaluate": ("harness",)}
     for name in ours:
-        allowed = {*parts.get(name, ())} if name in ("common", "chat", "inputs") else {
+        allowed = {*parts.get(name, ())} if name in ("files", "common", "chat", "inputs") else {
             "common", "chat", "inputs", *parts.get(name, ())}
         assert imports(REPO / f"{name}.py") & (ours | {".", "tests", "conftest"}) <= allowed - {name}, name
         assert name == "common" or "fast" not in imports(REPO / f"{name}.py"), name
