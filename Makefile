@@ -6,6 +6,7 @@
 #   make all PY=python3                             your own environment instead of .venv
 #   make all NPROC=2                                two GPUs for each phase: the same update
 #   make all GPUS=4                                 four GPUs: phases that don't wait for one another, side by side
+#   make all PROTOCOL='plain chat'                 both protocols of the evaluation
 #   make seeds SEEDS='42 43 44' GPUS=4              the same for several seeds, each in $(OUT)/s<seed>, and one table
 
 VENV    ?= .venv
@@ -72,7 +73,7 @@ PPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(PPO_FLAGS))
 GRPO = $(strip $(COMMON) $(call flag,--data,$(GRPO_DATA)) $(GRPO_FLAGS))
 KTO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(KTO_FLAGS))
 EVAL = $(strip --out $(RESULTS) $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) $(call flag,--limit,$(LIMIT)) \
-       $(call flag,--tasks,$(EVAL_TASKS)) --protocol $(PROTOCOL) --quantization $(QUANT) $(EVAL_FLAGS))
+       $(call flag,--tasks,$(EVAL_TASKS)) --quantization $(QUANT) $(EVAL_FLAGS))
 JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))) --against $(OUT)/sft_v2 --reward-adapter $(REWARD_MODELS)/rm_v1 \
        $(call flag,--model,$(MODEL)) $(call flag,--pref-data,$(PREF_DATA)) --judge-model $(JUDGE_MODEL) --seed $(JUDGE_SEED) \
        --results $(RESULTS) $(JUDGE_FLAGS))
@@ -80,9 +81,9 @@ JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))
 # The rows of the table, and the reward models, which have no row: their figures are in $(RESULTS)/rm. rm_watch learns
 # from other prompts than all others (part J), watches PPO and judges. A method that is added is named here, beside its rule.
 POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1 kto_v1
-CONTROLS = sft_2ep sft_chosen
+CONTROLS = sft_2ep sft_chosen grpo_format
 RUNS     = $(foreach run,$(POLICIES),$(OUT)/$(run)/run.json) $(REWARD_MODELS)/rm_v1/run.json $(REWARD_MODELS)/rm_watch/run.json
-EVALS    = $(foreach row,$(if $(filter 1,$(JOBS)),rows,base $(POLICIES)),$(OUT)/.done/$(row)-$(PROTOCOL))
+EVALS    = $(foreach p,$(PROTOCOL),$(foreach row,$(if $(filter 1,$(JOBS)),rows,base $(POLICIES)),$(OUT)/.done/$(row)-$(p)))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
 .PHONY: lock all controls seeds sweep speedrun demo env test help gpu-check hub-check torture bench bench-cpu clean-demo force
@@ -99,7 +100,7 @@ endif
 all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU (SmolLM2 on one H100: 19 min)
 	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(STAMPS) | tr ' ' '\n' | sort -u)
 
-controls: ## make all with two rows more: SFT for a second epoch, and SFT on the chosen answers that DPO and KTO learn from
+controls: ## make all with three rows more: SFT for a second epoch, SFT on the answers that DPO prefers, GRPO paid for the form alone
 	@$(MAKE) --no-print-directory all POLICIES='$(POLICIES) $(CONTROLS)'
 
 # -- a method: one rule. Its parent adapters are its prerequisites. --
@@ -138,18 +139,26 @@ $(OUT)/sft_chosen/run.json: $(OUT)/.flags/sft_chosen $(OUT)/sft_v2/run.json $(wi
 	$(TRAIN) sft.py $(SFT_CHOSEN) --data $(or $(PREF_DATA),$(ULTRAFEEDBACK)) --sft-adapter $(OUT)/sft_v2 --out $(@D) --overwrite
 	@touch $@
 
-# -- evaluation: all rows in one process, or on several GPUs a row each; a row's stamp holds the hashes of its table --
-
-$(OUT)/.done/rows-$(PROTOCOL): $(foreach row,$(POLICIES),$(OUT)/$(row)/run.json) $(OUT)/.flags/evaluate $(BASE) \
-                               $(wildcard $(EVAL_DATA)) | $(ENV)
-	$(PY) evaluate.py $(EVAL) --adapter none $(addprefix $(OUT)/,$(POLICIES)) --stamp $(OUT)/.done/%-$(PROTOCOL)
+$(OUT)/grpo_format/run.json: $(OUT)/.flags/grpo_format $(OUT)/sft_v2/run.json $(wildcard $(GRPO_DATA)) | $(ENV)
+	$(TRAIN) grpo.py $(GRPO) --task gsm8k:format --sft-adapter $(OUT)/sft_v2 --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
-$(OUT)/.done/base-$(PROTOCOL): $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA)) | $(ENV)
-	$(RUN) evaluate.py $(EVAL) --stamp $@
+# -- evaluation: all rows in one process, or on several GPUs a row each; a row's stamp holds the hashes of its table --
 
-$(OUT)/.done/%-$(PROTOCOL): $(OUT)/%/run.json $(OUT)/.flags/evaluate $(wildcard $(EVAL_DATA)) | $(ENV)
-	$(RUN) evaluate.py $(EVAL) --adapter $(OUT)/$* --stamp $@
+EVALUATED = $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA))
+
+$(OUT)/.done/rows-plain $(OUT)/.done/rows-chat: $(OUT)/.done/rows-%: $(foreach row,$(POLICIES),$(OUT)/$(row)/run.json) $(EVALUATED) | $(ENV)
+	$(PY) evaluate.py $(EVAL) --protocol $* --adapter none $(addprefix $(OUT)/,$(POLICIES)) --stamp $(OUT)/.done/%-$*
+	@touch $@
+
+$(OUT)/.done/base-plain $(OUT)/.done/base-chat: $(OUT)/.done/base-%: $(EVALUATED) | $(ENV)
+	$(RUN) evaluate.py $(EVAL) --protocol $* --stamp $@
+
+$(OUT)/.done/%-plain: $(OUT)/%/run.json $(EVALUATED) | $(ENV)
+	$(RUN) evaluate.py $(EVAL) --protocol plain --adapter $(OUT)/$* --stamp $@
+
+$(OUT)/.done/%-chat: $(OUT)/%/run.json $(EVALUATED) | $(ENV)
+	$(RUN) evaluate.py $(EVAL) --protocol chat --adapter $(OUT)/$* --stamp $@
 
 # -- the judge: all policies at a time; its stamp is empty, since it is in no table's group --
 
@@ -222,6 +231,7 @@ $(OUT)/.flags/grpo_v1:  LINE = $(GRPO)
 $(OUT)/.flags/kto_v1:   LINE = $(KTO)
 $(OUT)/.flags/sft_2ep:  LINE = $(SFT) --epochs 2
 $(OUT)/.flags/sft_chosen: LINE = $(SFT_CHOSEN) --data $(PREF_DATA)
+$(OUT)/.flags/grpo_format: LINE = $(GRPO) --task gsm8k:format
 $(OUT)/.flags/evaluate: LINE = $(EVAL)
 $(OUT)/.flags/judge:    LINE = $(JUDGE)
 $(OUT)/.flags/%: force
