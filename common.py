@@ -9,7 +9,7 @@ The sections, in the order a run meets them:
 
 Shapes: T tokens of a micro-batch (fast: in all; plain: of its longest row), N its sequences, K its predicted (trained
 or scored) tokens, H hidden size, V vocabulary, B rows. What exists for speed alone is in fast/, tokenizers and
-chat templates are in chat.py, rows and the preflight in inputs.py.
+chat templates are in chat.py, rows and the preflight in inputs.py, the estimate of a GPU's memory is in memory.py.
 """
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ except ModuleNotFoundError as e:  # without the folder everything runs on the pl
     fast = None
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks transformers the old way
+warnings.filterwarnings("ignore", message="cumsum_cuda_kernel does not have a deterministic")  # see without_gradients
 gc.freeze()
 gc.enable()
 
@@ -89,6 +90,8 @@ def setup_device(device: str = "auto") -> torch.device:
         fail(f"--device {device}, but torch sees no GPU; use --device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         fail("--device mps, but torch sees no Apple GPU; use --device cpu")
+    if os.environ.get("RUNGS_DETERMINISTIC") == "1":
+        set_deterministic()
     if world() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if device == "cuda":
@@ -96,6 +99,30 @@ def setup_device(device: str = "auto") -> torch.device:
     if device.startswith("cuda"):  # streams, graphs and memory figures are those of the current device
         torch.cuda.set_device(device)
     return torch.device(device)
+
+
+def set_deterministic() -> None:
+    """RUNGS_DETERMINISTIC=1: kernels whose sums have a fixed order, so that the same command on the same card gives the
+    same bits (docs/reproducibility.md). torch then has the backward of attention and of indexing without atomics, and
+    its compiler chooses no kernel by timing; fast/ lets no size depend on what ran before or on free memory."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it finds errors, at the cost of a kernel per tensor
+
+
+@contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    """torch.no_grad(), in which the deterministic mode lets pass what torch refuses although its order is fixed in a
+    forward pass: cumsum along the rows of a matrix, on a GPU."""
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if strict:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if strict:
+            torch.use_deterministic_algorithms(True)
 
 
 def computes_bfloat16(kind: str) -> bool:
@@ -264,7 +291,8 @@ def versions() -> dict[str, str]:
 def hardware() -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     return {"device": torch.cuda.get_device_name() if gpu else platform.machine(), "gpus": world() if gpu else 0,
-            "cpu_threads": torch.get_num_threads()}
+            "cpu_threads": torch.get_num_threads(),
+            **({"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {})}
 
 
 def git_commit() -> str | None:
@@ -1446,6 +1474,7 @@ class Sampler:
         """Give the cache back; the next `sample` makes a new one."""
         self.decoder.release()
 
+    @without_gradients()
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], temperature: float = 0.0,
                top_p: float = 1.0, seed: int = 0, stop_strings: Sequence[Sequence[str]] | None = None,
                progress: Callable[[int], Any] | None = None, rows: Sequence[int] | None = None,
@@ -2075,13 +2104,13 @@ def upsert_row(path: str | Path, row: dict[str, Any]) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """common.load_rows, common.load_tokenizer, common.render, …: what chat.py and inputs.py define is reached from
-    here too.
+    """common.load_rows, common.load_tokenizer, common.render, …: what chat.py, inputs.py and memory.py define is
+    reached from here too.
 
     They build on this module, so that it can't import them at its beginning.
     """
     if not name.startswith("_"):
-        for module in map(importlib.import_module, ("chat", "inputs")):
+        for module in map(importlib.import_module, ("chat", "inputs", "memory")):
             if name in vars(module):
                 return vars(module)[name]
     raise AttributeError(f"module 'common' has no attribute {name!r}")

@@ -319,6 +319,8 @@ def main(args: Args) -> None:
     common.say(f"{args.updates} updates of {P} prompts x {G} answers = {P * G}; {args.epochs} epochs x "
                f"{args.minibatches} mini-batches of {size * G} = {total_steps:,} optimizer steps; {params.numel():,} "
                f"trained parameters; {len(problems):,} problems, {len(heldout)} held out")
+    longest = max(len(p.ids) for p in [*problems, *heldout]) + args.completion_tokens
+    common.note_memory([policy], args.micro_tokens, P * G * longest, max(P * G, len(heldout)), longest)
 
     # Before the first update the policy is the reference: measured now, to compare with.
     first = run.resume(optimizer, args.updates)
@@ -613,7 +615,7 @@ def number_reward(row: dict, completion: str) -> dict[str, float]:
     number, expected = final_number(completion), final_number(row["answer"])
     working, _, end = completion.partition("####")
     return {"correct": float(number is not None and number == expected),
-            "flexible": float(last_number(completion) == expected),
+            "flexible": float(expected is not None and last_number(completion) == expected),
             "format": float(bool(re.search(r"\w", working) and NUMBER.fullmatch(end.strip())))}
 
 

@@ -224,6 +224,7 @@ def main(args: Args) -> None:
     optimizer = torch.optim.Adam([params], lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     common.say(f"{len(steps)} steps of up to {max(map(len, steps))} rows = {common.world()} ranks x "
                f"{max(map(len, steps)) / common.world():g}; {params.numel():,} trained parameters")
+    common.note_memory([policy], args.micro_tokens, max(sum(len(rows[i].example.ids) for i in s) for s in steps))
 
     # 3. Train.
     for step in range(run.resume(optimizer, len(steps)), len(steps)):

@@ -298,6 +298,9 @@ def main(args: Args) -> None:
                f"mini-batches x {size} = {total_steps:,} optimizer steps; "
                f"{policy_params.numel():,} trained parameters in the policy, {critic_params.numel():,} in the critic; "
                f"{passes} passes over {len(prompts):,} prompts")
+    longest = max(len(p.ids) for p in [*fixed, *prompts]) + args.completion_tokens
+    common.note_memory([policy, scorers], args.micro_tokens, args.batch_size * longest,
+                       max(args.batch_size, args.fixed_prompts, args.normalise), longest)
 
     # Before the first update the policy is the reference: its scores, to normalise by and to compare with.
     first = run.resume(optimizer, args.updates)

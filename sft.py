@@ -174,6 +174,7 @@ def main(args: Args) -> None:
     steps = common.batches(len(examples), args.batch_size, args.epochs, args.seed)
     common.say(f"{len(steps)} steps of {args.batch_size} conversations = {common.world()} ranks x "
                f"{args.batch_size / common.world():g}; {params.numel():,} trained parameters")
+    common.note_memory([policy], args.micro_tokens, max(sum(len(examples[i].ids) for i in step) for step in steps))
 
     # 3. Train.
     for step in range(run.resume(optimizer, len(steps)), len(steps)):

@@ -215,10 +215,12 @@ class Recordings:
     def size_for(self, pack: Pack) -> GraphSize:
         """The smallest recorded size that holds a pack; its own when the padding so far has cost more than recording
         it would.
-        All passes over a pack have the same, so that they are rounded alike."""
+        All passes over a pack have the same, so that they are rounded alike. In torch's deterministic mode always its
+        own, since a run that continues hasn't recorded what the uninterrupted one has."""
         if pack.graph_size is None:
             own = GraphSize.of(pack)
-            pack.graph_size = min((size for size in self.sizes if size.holds(pack)), default=own)
+            recorded = () if torch.are_deterministic_algorithms_enabled() else self.sizes
+            pack.graph_size = min((size for size in recorded if size.holds(pack)), default=own)
             self.padded[own] += pack.graph_size.tokens - own.tokens
             if self.padded[own] > self.worth:
                 pack.graph_size = own

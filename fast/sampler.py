@@ -232,9 +232,12 @@ class Decoder:
         return max(8, 1 << (rows - 1).bit_length()) if rows <= 256 else round_up(rows, 128)
 
     def _free_memory(self) -> float:
-        """Bytes that a batch may take: 40 % of free GPU memory (training needs its share), 2 GiB on a CPU."""
+        """Bytes that a batch may take: 40 % of free GPU memory (training needs its share), 2 GiB on a CPU. In torch's
+        deterministic mode 20 % of all of it, whatever else runs there."""
         if self.device.type != "cuda":
             return 2 << 30
+        if torch.are_deterministic_algorithms_enabled():
+            return 0.2 * torch.cuda.mem_get_info(self.device)[1]
         # torch's own reserve, without that of recorded passes
         reserved, allocated = torch.cuda.memory_reserved(self.device), torch.cuda.memory_allocated(self.device)
         free = max(0, reserved - allocated - Recordings.held)

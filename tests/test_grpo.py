@@ -169,6 +169,14 @@ def test_correctness_form_and_flexible_extraction_apart(text, correct, flexible,
         assert found == grpo.Score(paid, parts) and found.solved == bool(correct)
 
 
+@pytest.mark.parametrize("answer", ["#### many", "so 18", ""])
+def test_a_row_without_a_number_is_never_right(answer):
+    """By no answer, one without a number included. (read_question refuses such rows of a data set.)"""
+    for text in ("", "no number", "so\n#### many", "so\n#### 18"):
+        parts = grpo.number_reward({"answer": answer}, text)
+        assert parts["correct"] == parts["flexible"] == 0
+
+
 # -- tasks and rows -------------------------------------------------------------------------------
 
 def data_of(**args):

@@ -1,0 +1,104 @@
+"""The estimate of a training step's memory: against every committed peak, on loaded models, and what is said of it."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, GPT2Config, Qwen2Config
+
+import common
+from bench.workload import SHAPES
+
+REPO = Path(__file__).parent.parent
+GIB = 2**30
+QWEN = Qwen2Config(**SHAPES["qwen2.5-0.5b"])
+LAYERS = 24 * 896 * (2 * 896 + 2 * 128 + 3 * 4864)  # weights of the layers' products
+EMBEDDING = 151936 * 896
+BF16, NF4 = 2 * (LAYERS + EMBEDDING), 2 * EMBEDDING + 0.516 * LAYERS  # NF4: with its scales
+LORA = 24 * 16 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
+PPO = {"models": 2, "trained": 2 * LORA, "tokens": 4096}
+
+
+def benchmark():
+    """(name, measured GiB, what training_memory is told) of our cases in results/bench, at the scripts' defaults."""
+    for file in (REPO / "results" / "bench").glob("*.json"):
+        for case in json.loads(file.read_text())["cases"]:
+            name, told = case["workload"], {"weights": BF16, "trained": LORA, "tokens": 8192}
+            if case["system"] != "rungs" or name == "sample" or case["settings"]["flags"]:
+                continue
+            told |= {"sft-nf4": {"weights": NF4}, "reward": {"head": False}, "grpo-step": {"rows": 64, "length": 640},
+                     "ppo-step": {"weights": 2 * BF16, "rows": 64, "length": 640, **PPO}}.get(name, {})
+            yield name, case["peak_gib"], told
+
+
+def runs():
+    """The same of the runs in results/runs that were trained on one GPU, for bases of this shape."""
+    for file in (REPO / "results" / "runs").glob("*.json"):
+        run = json.loads(file.read_text())
+        args, method, curves = run["args"], run["method"], run["curves"]
+        if "qwen2.5-coder-0.5b" not in args["model"].lower() or run["hardware"]["gpus"] != 1:
+            continue
+        told = {"weights": NF4 if args.get("quantization") == "qlora" else BF16, "trained": LORA,
+                "tokens": args["micro_tokens"]}
+        if method in ("grpo", "ppo"):
+            at_once = {"grpo": lambda: max(args["batch_size"] * args["group_size"], run["metrics"]["heldout_problems"]),
+                       "ppo": lambda: max(args["batch_size"], args["fixed_prompts"], args["normalise"])}[method]()
+            told |= {"rows": at_once, "length": args["prompt_tokens"] + args["completion_tokens"]}
+            told |= {"weights": BF16 + NF4, **PPO} if method == "ppo" else {}
+        else:
+            told["tokens"] = min(told["tokens"], max(curves["tokens"]))
+        yield f"{run['name']}-{run['seed']}", max(peak for peak in curves["peak_gib"] if peak), told
+
+
+# bench/NOTES.md: memory, and the plain engine
+NOTED = [("sft, 2048", 4.5, {"weights": BF16, "trained": LORA, "tokens": 2048}),
+         ("plain sft", 21, {"weights": BF16, "trained": LORA, "tokens": 8192, "fast": False}),
+         ("plain dpo", 19, {"weights": BF16, "trained": LORA, "tokens": 8192, "fast": False})]
+
+
+@pytest.mark.parametrize("name, measured, told", [*benchmark(), *runs(), *NOTED])
+def test_measured_peaks_are_within_a_fifth(name, measured, told):
+    assert sum(common.training_memory(QWEN, **told).values()) / GIB == pytest.approx(measured, rel=0.2)
+
+
+def test_enough_figures_are_committed():
+    assert len([*benchmark()]) >= 6 and len([*runs()]) >= 3
+
+
+def test_of_models_as_they_are_loaded(tiny_model, monkeypatch):
+    """Weights and trained parameters are the tensors' own bytes; a step of fewer tokens, more ranks, a reward model."""
+    policy = common.add_lora(common.load_model(tiny_model, dtype=torch.float32))
+    expected = common.expected_memory([policy], 8192, 1000, rows=10, length=100)
+    base, learned = common.base_of(policy), common.trainable(policy)
+    assert expected["weights"] == 4 * (sum(p.numel() for p in base.parameters()) - sum(p.numel() for p in learned))
+    assert expected["adapter"] == 24 * sum(p.numel() for p in learned)
+    assert expected["sampler"] > 10 * 100 * 2 * 2 * 2 * 16 * 4 and expected["head"] > 0
+    assert expected["activations"] == common.expected_memory([policy], 1000, 9999)["activations"]
+    two = common.expected_memory([policy, policy], 1000, 9999)
+    assert two["activations"] == 2 * expected["activations"] and two["weights"] == 2 * expected["weights"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert common.expected_memory([policy], 8192, 1000)["activations"] == expected["activations"] / 2
+    assert common.expected_memory([common.add_head(policy, 0)], 8192, 1000)["head"] == 0
+
+
+def test_what_is_said():
+    """A step that fits; one that fits with the --micro-tokens that it names; one that never does; no estimate."""
+    def expected(tokens):
+        return common.training_memory(QWEN, BF16, LORA, tokens, rows=64, length=1024)
+    need = sum(expected(8192).values())
+    assert common.memory_note(expected(8192), int(1.1 * need), 8192).startswith("memory: about 11.")
+    note = common.memory_note(expected(8192), int(0.7 * need), 8192)
+    fitting = int(note.partition("--micro-tokens ")[2].partition(",")[0])
+    assert note.startswith("WARNING: memory:") and 2048 < fitting < 6144
+    assert common.memory_note(expected(fitting), int(0.7 * need), fitting).startswith("memory:")
+    assert common.memory_note(expected(fitting + 512), int(0.7 * need), fitting).startswith("WARNING")
+    assert "choose a smaller model" in common.memory_note(expected(8192), GIB, 8192)
+    assert common.training_memory(GPT2Config(), 1, 1, 1) == {}
+    assert "no estimate" in common.memory_note({}, GIB, 8192)
+
+
+def test_a_larger_model_needs_more(tiny_model):
+    """Of each part, for any configuration that is served."""
+    small = common.training_memory(AutoConfig.from_pretrained(tiny_model), 1, 1, 64, rows=1, length=8)
+    large = common.training_memory(QWEN, 2, 2, 64, rows=1, length=8)
+    assert small.keys() == large.keys() and all(0 < small[k] < large[k] for k in small)
