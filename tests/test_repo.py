@@ -181,12 +181,15 @@ def commands(text):
 
 
 OURS = re.compile(r"^\s*(?:\$ )?(?:[A-Z_]+=\S* )*(?:python3?|torchrun|make)\s.*", re.M)
-OTHERS = {".", "git", "cd", "pip", "lm_eval", "vllm"}  # programs of others that a document may name
+OTHERS = {".", "git", "cd", "pip", "lm_eval", "vllm", "transformers"}  # programs of others that a document may name
 
 
-def readme_commands():
-    """Commands of README.md: of its shell blocks, and of any other code that begins like one of ours."""
-    text = (REPO / "README.md").read_text()
+DOCUMENTS = ["README.md", *sorted(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md"))]
+
+
+def commands_of(document):
+    """Commands of a document: of its shell blocks, and of any other code that begins like one of ours."""
+    text = (REPO / document).read_text()
     fence = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
     blocks = fence.findall(text)
     shell = [block for language, block in blocks if language in ("bash", "sh", "shell", "console")]
@@ -212,10 +215,11 @@ def make(clone, *words, **exported):
     return subprocess.run(["make", *words], cwd=clone, env=env, capture_output=True, text=True, timeout=60)
 
 
-def test_commands_of_the_readme_parse(clone):
-    """Every `python X.py …`, `torchrun … X.py …` and `make …` in README.md is one that the code accepts."""
+def test_commands_of_the_documents_parse(clone):
+    """Every `python X.py …`, `torchrun … X.py …` and `make …` in README.md and docs/ is one that the code accepts, every
+    script has one, and README.md has the three that a newcomer needs."""
     python, made = [], []
-    for words in readme_commands():
+    for words in [words for document in DOCUMENTS for words in commands_of(document)]:
         if parses(words):
             python.append(words)
         elif words[0] == "make":
@@ -225,8 +229,9 @@ def test_commands_of_the_readme_parse(clone):
         else:
             assert words[0] in OTHERS, f"what is `{shlex.join(words)}`?"
     assert {f"{script}.py" for script in SCRIPTS} <= {w for words in python for w in words}
-    assert ["python", "dpo.py", "--beta", "0.1", "--sft-adapter", "runs/sft_v2"] in python
-    assert {"demo", "all", "test", "help"} <= {w for words in made for w in words}
+    assert {"controls", "seeds", "sweep", "speedrun", "test", "help"} <= {w for words in made for w in words}
+    assert commands_of("README.md")[:3] == [["make", "demo"], ["make", "all"],
+                                            ["python", "dpo.py", "--beta", "0.1", "--sft-adapter", "runs/sft_v2"]]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -312,18 +317,31 @@ def test_reading_the_makefile_writes_nothing(clone):
 
 # -- documents ------------------------------------------------------------------------------------
 
-def test_the_readme_explains_what_a_run_logs(sft_run, dpo_run, reward_run, ppo_run, grpo_run, kto_run):
-    """Each key of log.jsonl and each figure measured at the end stands in README.md, in code type."""
-    named = set(re.findall(r"`(\w+)`", (REPO / "README.md").read_text()))
+def test_log_keys_are_explained(sft_run, dpo_run, reward_run, ppo_run, grpo_run, kto_run):
+    """Each key of log.jsonl stands in docs/log-keys.md, in code type."""
+    named = set(re.findall(r"`(\w+)`", (REPO / "docs" / "log-keys.md").read_text()))
     for run in (sft_run, dpo_run, reward_run, ppo_run, grpo_run, kto_run):
         keys = {k for line in (Path(run) / "log.jsonl").read_text().splitlines() for k in json.loads(line)} - {"step"}
-        assert keys - named == set(), "keys of the log that README.md doesn't explain"
+        assert keys - named == set(), "keys that docs/log-keys.md doesn't explain"
 
 
-def test_links_of_the_readme_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", (REPO / "README.md").read_text())
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_of_a_document_lead_somewhere(document):
+    links = re.findall(r"\]\(([^)#]+)\)", (REPO / document).read_text())
     local = [link for link in links if "://" not in link]
-    assert local and [link for link in local if not (REPO / link).exists()] == []
+    assert [link for link in local if not ((REPO / document).parent / link).exists()] == []
+    assert local or document != "README.md"
+
+
+def test_the_reading_order_names_each_file_with_its_length():
+    """A line per file, in README.md: every module at the top is there, and its number of lines is about right."""
+    stated = {name: int(lines.replace(",", "")) for name, lines in
+              re.findall(r"^\| \[[^]]+\]\(([^)]+\.py)\) \| ([\d,]+) \|", (REPO / "README.md").read_text(), re.M)}
+    assert {p.name for p in REPO.glob("*.py")} | {"fast/__init__.py", "tests/torture.py"} == stated.keys()
+    for name, lines in stated.items():
+        files = (REPO / "fast").glob("*.py") if name.startswith("fast/") else [REPO / name]
+        counted = sum(len(path.read_text().splitlines()) for path in files)
+        assert abs(lines - counted) <= max(20, counted / 10), f"{name} has {counted} lines, README.md says {lines}"
 
 
 # A path or host of the machine where this was written. Split, so that this file is not its own finding.
