@@ -74,6 +74,9 @@ gc.enable()
 QWEN = "Qwen/Qwen2.5-0.5B@060db6499f32faf8b98477b0a26969ef7d8b9987"
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a:train_sft"
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized@3949bf5f8c17c394422ccfab0c31ea9c20bdeb85:train_prefs"
+# The climb: method -> (phase, the row that make trains). evaluate.py and report.py go by it; docs/add-a-method.md.
+METHODS = {"sft": (1, "sft_v2"), "dpo": (2, "dpo_v1"), "reward": (3, "rm_v1"), "ppo": (3, "ppo_v1"),
+           "grpo": (4, "grpo_v1"), "kto": (5, "kto_v1")}
 
 
 # ------------------------------------------------------------------------------------------------

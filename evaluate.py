@@ -140,7 +140,7 @@ LAYOUT = {  # (task, split): columns of DIR/<task>/<split>.jsonl or .jsonl.gz
 ZERO_SHOT = "gsm8k_zero_shot"
 # IFEval's checks that split text into sentences, for which NLTK needs its punkt_tab data.
 NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
-PHASES = {"sft": 1, "peft": 1, "dpo": 2, "reward": 3, "ppo": 3, "grpo": 4, "kto": 5}
+PHASES = {"peft": 1} | {method: phase for method, (phase, _) in common.METHODS.items()}
 HEADLINE = {  # the printed table
     "MMLU": "mmlu/acc,none",
     "TruthfulQA MC2": "truthfulqa_mc2/acc,none",

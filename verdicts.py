@@ -48,7 +48,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from common import fail, read_results, sha256_json
+from common import METHODS as CLIMB, fail, read_results, sha256_json
 
 METRICS = {  # column title: (task, metric, filter) of lm-eval
     "MMLU": ("mmlu", "acc", "none"),
@@ -59,11 +59,11 @@ METRICS = {  # column title: (task, metric, filter) of lm-eval
 }
 # The family of tests: column -> its protocol for an instruct base; for a pretrained base all four are plain.
 ENDPOINTS = {"MMLU": "plain", "TruthfulQA\nMC2": "plain", "GSM8K\nstrict": "chat", "IFEval\nprompt": "chat"}
-METHODS = ("sft", "dpo", "ppo", "grpo", "kto")
+METHODS = ("sft", "dpo", "ppo", "grpo", "kto")  # named before any run: one that is added later stays descriptive
 FORGOTTEN = ("MMLU", "TruthfulQA\nMC2")  # where a drop is what the word forgetting means
 FLOORS = {"MMLU": 25.0, "GSM8K\nstrict": 0.0, "IFEval\nprompt": 0.0, "IFEval\ninstruction": 0.0}  # %, by chance
 # The climb. A rung without a result is shown as planned; rows of other names follow those of their phase.
-LADDER = {"base": 0, "sft_v2": 1, "dpo_v1": 2, "ppo_v1": 3, "grpo_v1": 4, "kto_v1": 5}  # row: phase
+LADDER = {"base": 0} | {row: phase for method, (phase, row) in CLIMB.items() if method != "reward"}  # row: phase
 ROW_ID = ("name", "config_hash", "adapter_sha256", "weights_sha256")  # of an evaluated policy, in any protocol
 ROW_KEYS = (
     "name phase method model revision config_hash adapter_sha256 weights_sha256 train_invariants eval_hash eval seed "
