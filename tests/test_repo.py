@@ -156,9 +156,9 @@ def parses(words):
     elif not re.fullmatch(r"python3?(\.\d+)?", program) or len(words) < 2 or not words[1].endswith(".py"):
         return False
     script = words[1].removesuffix(".py")
-    assert script in SCRIPTS + TOOLS, f"no such script: {words[1]}"
-    if words[2:] == ["--help"]:
+    if words[2:] == ["--help"] and (REPO / words[1]).is_file():
         return True
+    assert script in SCRIPTS + TOOLS, f"no such script: {words[1]}"
     try:
         tyro.cli(importlib.import_module(script.replace("/", ".")).Args, args=words[2:])
     except SystemExit as e:
