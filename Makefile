@@ -86,7 +86,7 @@ RUNS     = $(foreach run,$(POLICIES),$(OUT)/$(run)/run.json) $(REWARD_MODELS)/rm
 EVALS    = $(foreach p,$(PROTOCOL),$(foreach row,$(if $(filter 1,$(JOBS)),rows,base $(POLICIES)),$(OUT)/.done/$(row)-$(p)))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
-.PHONY: lock all controls seeds sweep speedrun demo env test help gpu-check hub-check torture bench bench-cpu clean-demo force
+.PHONY: lock all controls seeds sweep speedrun reproduce demo env test help gpu-check hub-check torture bench bench-cpu clean-demo force
 .DELETE_ON_ERROR:
 .PRECIOUS: $(OUT)/%/run.json
 ifeq ($(JOBS),1)
@@ -183,9 +183,9 @@ seed-reward-models:
 
 SWEEP      = $(OUT)/sweep
 SWEEP_SFT  ?= lr_1e-4 lr_2e-4 lr_5e-4
-SWEEP_DPO  ?= lr_5e-6 lr_2e-5 lr_5e-5 lr_1e-4 lr_5e-5+beta_0.3
+SWEEP_DPO  ?= lr_5e-6+beta_0.1 lr_2e-5+beta_0.1 lr_5e-5+beta_0.1 lr_1e-4+beta_0.1 lr_5e-5+beta_0.3
 SWEEP_PPO  ?= lr_3e-5+beta_0.05 lr_1e-4+beta_0.05 lr_3e-5+beta_0.02 lr_1e-4+beta_0.02
-SWEEP_GRPO ?= lr_2e-5 lr_5e-5 lr_1e-4
+SWEEP_GRPO ?= lr_5e-5 lr_1e-4 lr_2e-4
 SWEEP_KTO  ?= lr_5e-6 lr_2e-5 lr_5e-5 lr_1e-4
 SWEEP_JUDGE_FLAGS ?= --prompts 256
 SWEPT      = $(foreach m,DPO KTO,$(foreach s,$(SWEEP_$(m)),$(SWEEP)/$(if $(filter DPO,$(m)),dpo,kto)+$(s)))
@@ -216,8 +216,16 @@ $(SWEEP)/.judged: $(foreach run,$(SWEPT),$(run)/run.json) $(OUT)/rm_select/run.j
 
 # -- the speedrun: GSM8K by GRPO from the base, start-up included --
 
-speedrun: $(BASE) | $(ENV) ## GRPO on GSM8K from --model itself, pass@1 against minutes; on one GPU
-	$(RUN) grpo.py $(strip $(GRPO) --sft-adapter none --pass-k 0 --eval-every 10 $(SPEEDRUN_FLAGS)) --out $(OUT)/speedrun --results $(RESULTS) --overwrite
+SPEEDRUN_FLAGS ?= --lr 1e-4 --updates 80 --eval-every 10 --pass-k 0
+speedrun: $(BASE) | $(ENV) ## GRPO on GSM8K from --model itself, pass@1 against minutes; 195 s at 0.5B on an H200, models and data local
+	started=$$(date +%s) && $(RUN) grpo.py $(strip $(GRPO) --sft-adapter none $(SPEEDRUN_FLAGS)) --out $(OUT)/speedrun --results $(RESULTS) --overwrite && \
+	  $(PY) tools/speedrun.py $(OUT)/speedrun --seconds $$(($$(date +%s) - started)) --out $(RESULTS)/speedrun.jsonl
+
+# -- a finished run again, from its run.json, and what differs --
+
+ROW ?= dpo_v1
+reproduce: | $(ENV) ## run ROW (dpo_v1, a run directory or a record of results/runs) again from its run.json, and compare
+	$(RUN) tools/reproduce.py $(or $(wildcard $(ROW)),$(OUT)/$(ROW)) --out $(OUT)/reproduced --results $(RESULTS)/reproduced
 
 # -- what a phase was built with: the file changes only when the flags do --
 

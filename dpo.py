@@ -16,7 +16,8 @@ Deviations from the usual script, on purpose:
 
     python dpo.py --beta 0.1 --sft-adapter runs/sft_v2
 
-Of five runs with these flags the held-out loss ended between 0.670 and 0.686, the accuracy between 0.54 and 0.62.
+Expect, of Qwen2.5-Coder-0.5B-Instruct after SFT, on 4,669 pairs of part A (seed 41): held-out accuracy 0.695 [0.633,
+0.758], loss 0.585, 1.8 nats of KL to SFT, and longer answers; 10.9 GiB, under 3 minutes on one H200 (docs/recipes.md).
 
 A row: {"prompt": "…" or messages, "chosen": …, "rejected": …}, or chosen and rejected as whole conversations. Pairs
 come from part A of the prompts (50 % by sha256); J is the judge's, B PPO's. Other layouts: docs/data-formats.md.
@@ -65,13 +66,14 @@ class Args:
     max_overlong: float = 0.15
     """Largest share of pairs beyond --max-length that doesn't end the run [at least 6 % of UltraFeedback]."""
     # -- method --
-    beta: float = 0.1
-    """Strength of the pull to the reference [paper: sec. 6, "Training details" in app. B]."""
+    beta: float = 0.3
+    """Strength of the pull to the reference [ours, as for lr; paper: 0.1, sec. 6, "Training details" in app. B]."""
     label_smoothing: float = 0.0
     """ε, the assumed share of swapped labels [0 is the paper's loss]."""
     # -- optimisation --
-    lr: float = 5e-6
-    """Peak learning rate [ours; full fine-tunes use 5e-7 to 1e-6, LoRA about ten times that]."""
+    lr: float = 5e-5
+    """Peak learning rate [ours: results/sweeps/qwen2.5-coder-0.5b-instruct-dpo+lr_5e-5+beta_0.3.json]. With β = 0.1
+    this rate costs a quarter of the answers their EOS. Neither Qwen2.5-0.5B itself nor a second base has been tried."""
     batch_size: int = 16
     """Pairs per step, over all ranks."""
     epochs: int = 1

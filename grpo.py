@@ -29,6 +29,9 @@ Deviations, on purpose:
     python grpo.py --task arithmetic --sft-adapter runs/sft_v2 --out runs/grpo_arithmetic
     python grpo.py --task my_task.py --sft-adapter runs/sft_v2 --out runs/grpo_mine
 
+Expect, of Qwen2.5-Coder-0.5B-Instruct after SFT, --updates 80 (seed 41): held-out pass@1 0.4 -> 40.0 % by the answer
+after "####", and 27.7 -> 40.0 % by the last number, change 8.0 to 16.6 points; 16 GiB, under 6 minutes on one H200.
+
 A task defines the prompts and the reward of an answer. GSM8K: rows of question and answer (`#### 18`), or of prompt and
 answer; a correct answer is paid 1, and nothing else is paid. Arithmetic: the same for generated problems of five grades,
 for models too small for GSM8K. Your own: a Python file with `reward(row, completion)`, or TRL's or verl's reward
@@ -125,8 +128,10 @@ class Args:
     pass_k: int = 8
     """k of the held-out pass@k, estimated before and after from 2k samples per problem; 0 leaves it out."""
     # -- optimisation --
-    lr: float = 5e-5
-    """Peak learning rate [ours; 2402.03300: 1e-6 for full fine-tuning, LoRA takes ten times that or more]."""
+    lr: float = 1e-4
+    """Peak learning rate [ours: results/sweeps/qwen2.5-coder-0.5b-instruct-grpo+lr_1e-4.json, 80 updates]. The rule of
+    the sweep chose 2e-4: 0.4 points more of pass@1, with a standard error of 2.2, for 43 nats of KL instead of 24. A tie is
+    taken at the smaller KL until a second base confirms either. Qwen2.5-0.5B itself has not been tried."""
     max_grad_norm: float = 1.0
     """Largest norm of the gradient."""
     importance_cap: float = 0.0

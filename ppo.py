@@ -35,7 +35,10 @@ Deviations from them, on purpose:
 
     python ppo.py --sft-adapter runs/sft_v2 --reward-adapter runs/rm_v1
 
-Expect 3 minutes and 10 GiB for SmolLM2-135M on one H100 (the defaults); other sizes: bench/NOTES.md.
+Expect, of Qwen2.5-Coder-0.5B-Instruct after SFT, 40 updates (seed 41): 13 GiB, under 4 minutes on one H200, a score
+that rises by 0.89 [0.82, 0.96] on 256 fixed prompts, and a collapse: nearly every answer becomes "I'm sorry, but I
+can't assist with that", which both reward models score above SFT's answers. No setting that was tried avoids it
+(docs/recipes.md): read completions.jsonl before you believe a score.
 
 A row: {"prompt": "…" or messages}, or a preference pair, whose answers are not read. Prompts come from part B (30 % by
 sha256); parts A and J train the reward models. Shapes: B completions per update, T tokens of the longest completion, K
@@ -100,7 +103,8 @@ class Args:
     """Sampling temperature; every log-prob is taken at it [2403.17031: 0.7]."""
     # -- method --
     beta: float = 0.05
-    """β, weight of the KL to the reference in the reward [2403.17031: 0.05]."""
+    """β, weight of the KL to the reference in the reward [2403.17031: 0.05; 0.02 scored highest in our sweep, by a
+    score that the collapse above pays: no recommendation, as for lr]."""
     kl_target: float = 0.0
     """Nats per completion that an adaptive β steers to [1909.08593, sec. 2.2]; 0 keeps β fixed."""
     gamma: float = 1.0
@@ -121,7 +125,9 @@ class Args:
     """Samples of the reference by whose mean and sd scores are normalised [1909.08593, sec. 2]; 0: raw scores."""
     # -- optimisation --
     lr: float = 3e-5
-    """Peak learning rate of policy and critic [ours; 2403.17031: 3e-6 for full fine-tuning, LoRA ten times that]."""
+    """Peak learning rate of policy and critic [ours; 2403.17031: 3e-6 for full fine-tuning, LoRA ten times that], tried
+    in results/sweeps/qwen2.5-coder-0.5b-instruct-ppo+lr_3e-5+beta_0.05.json: no recommendation, since all settings
+    there collapse. Neither Qwen2.5-0.5B itself nor a second base has been tried."""
     max_grad_norm: float = 1.0
     """Largest norm of the gradient, of the policy and of the critic separately."""
     importance_cap: float = 0.0

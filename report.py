@@ -47,7 +47,7 @@ from scipy import stats
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from common import SCHEMA_VERSION, fail, read_json, say_next, write_atomic
-from plots import PLOTS, STYLE, draw, encode, overview, sweep_curves
+from plots import PLOTS, STYLE, draw, encode, overview, speedrun, sweep_curves
 from verdicts import (ALPHA, LADDER, METRICS, ROW_ID, Change, Comparison, Paired, Verdict, at, climbs_of, compare,
                       comparisons, differences, endpoint_protocols, finite, is_at_floor, is_instruct, label_group,
                       label_rows, paired_over_items, paired_over_seeds, read_items, read_rows, reference_of, rung,
@@ -973,7 +973,7 @@ def speed_line(results: Path, directory: str) -> str:
 SWEEPS = (
     "One run per setting, written by tools/sweep.py, which states the rule by which one is chosen; seed 41, held-out "
     "parts of the training data, no benchmark. Value with its 95 % interval. Not admissible: its answers end less "
-    "often  than SFT's by more than 5 points, or its KL to SFT is above 10 nats."
+    "often than SFT's by more than 5 points, or its KL to SFT is above 10 nats."
 )
 
 
@@ -1023,6 +1023,16 @@ def read_sweeps(results: Path) -> list[dict]:
         return (sweep_base(record), methods.index(method) if method in methods else len(methods), method,
                 not record["lr"] > 0, record["lr"] if record["lr"] > 0 else 0.0, str(record["setting"]))
     return sorted(records, key=place)
+
+
+def speedrun_line(run: dict, points: list[dict]) -> str:
+    first, last = points[0], points[-1]
+    low, high = (number(end, 1, 100) for end in run["flexible_1_change_interval"])
+    flexible, strict = (f"{number(first[key], 1, 100)} → {number(last[key], 1, 100)}" for key in ("flexible_1", "pass_1"))
+    return (f"`make speedrun`: GRPO from the model itself, {last['updates']} updates, seed {run['seed']}. Of "
+            f"{run['heldout_problems']} held-out problems it solves, by the last number, {flexible} % (change {low} to "
+            f"{high} points), by the number after #### {strict} %, in {run['command_seconds']:.0f} s, "
+            f"{run['command_seconds'] - run['run_seconds']:.0f} s of it start-up, on one {run['hardware']['device']}.")
 
 
 # ------------------------------------------------------------------ the report
@@ -1445,6 +1455,14 @@ def main(args: Args) -> None:
         texts[results / "sweeps" / "README.md"] = stamp + markdown(
             ["# Sweeps", f"![{PLOTS['sweeps']}](../plots/sweeps.svg)", sweep_table(sweeps)])
         full.append("Sweeps, by which the defaults were chosen: [sweeps](sweeps/README.md).")
+    if (record := results / "speedrun.jsonl").is_file():
+        run, *points = map(json.loads, record.read_text().splitlines())
+        with rc_context(STYLE):
+            figure = speedrun(run, points)
+            files |= {results / "plots" / "speedrun.svg": encode(figure, "svg")}
+            files |= {} if args.check else {results / "plots" / "speedrun.png": encode(figure, "png")}
+        pictures.append(results / "plots" / "speedrun.png")
+        full += ["## Speedrun", f"![{PLOTS['speedrun']}](plots/speedrun.svg)", speedrun_line(run, points)]
     full = [*full, LEGEND]
     texts[results / "README.md"] = stamp + markdown(full)
     chosen = args.readme or ("README.md" if results == Path(Args.results) else "none")

@@ -20,7 +20,8 @@ Deviations from the usual script, on purpose:
     python reward.py
     python reward.py --score answers.jsonl --adapter runs/rm_v1
 
-Expected with SmolLM2-135M on one H100: 17 s, 5.6 GiB, held-out accuracy 64 %, where "the longer answer wins" has 62 %.
+Expect, of Qwen2.5-Coder-0.5B-Instruct on 4,669 pairs of part A (seed 41): held-out accuracy 64.2 % [59.6, 68.5], where
+"the longer answer wins" has 60.2 %: no clear difference on 441 pairs. 29 s on one H200.
 
 A row: {"prompt": "…" or messages, "chosen": …, "rejected": …}, or chosen and rejected as whole conversations. Pairs
 come from part A of the prompts (50 % by sha256), with --part J from J (20 %), for a model that watches PPO and judges;
@@ -79,7 +80,7 @@ class Args:
     """λ, the weight of (r_c + r_r)² [the term: 2312.09244; 0.01: TRL's advice]; 0 is plain Bradley–Terry."""
     # -- optimisation --
     lr: float = 5e-5
-    """Peak learning rate [ours; full fine-tunes use about 1e-5 (2203.02155: 9e-6), LoRA more]."""
+    """Peak learning rate [ours, not swept; full fine-tunes use about 1e-5 (2203.02155: 9e-6), LoRA more]."""
     batch_size: int = 16
     """Pairs per step, over all ranks."""
     epochs: int = 1

@@ -17,7 +17,8 @@ Deviations from the usual script, on purpose:
     python sft.py --epochs 2 --out runs/sft_2ep       # a control: does a method gain more than longer training?
     python sft.py --sft-adapter runs/sft_v2 --data PAIRS --out runs/sft_chosen      # a control: DPO's chosen answers
 
-Expected with SmolLM2-135M-Instruct on one H100: 42 s, 3.7 GiB, held-out loss 1.771 -> 1.565 (see bench/NOTES.md).
+Expect, of Qwen2.5-Coder-0.5B-Instruct (4-bit GGUF, dequantised) on 5,000 rows of Alpaca, GPTeacher and Dolly: held-out
+loss 2.206 -> 2.059, change -0.158 to -0.135 (seed 41); 26 s and 6.7 GiB on one H200.
 
 A row: {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}, or a preference pair.
 Other layouts: docs/data-formats.md.
@@ -69,7 +70,8 @@ class Args:
     """Largest share of preference rows beyond --max-length that doesn't end the run, as in dpo.py."""
     # -- optimisation --
     lr: float = 2e-4
-    """Peak learning rate [QLoRA: table 9, up to 13B]."""
+    """Peak learning rate [QLoRA: table 9, up to 13B; ours: results/sweeps/qwen2.5-coder-0.5b-instruct-sft+lr_2e-4.json,
+    where 5e-4 ends 0.002 nats lower, in one run]. Neither Qwen2.5-0.5B itself nor a second base has been tried."""
     batch_size: int = 16
     """Conversations per step, over all ranks [QLoRA: table 9]."""
     epochs: int = 1
