@@ -972,8 +972,9 @@ def speed_line(results: Path, directory: str) -> str:
 
 SWEEPS = (
     "One run per setting, written by tools/sweep.py, which states the rule by which one is chosen; seed 41, held-out "
-    "parts of the training data, no benchmark. Value with its 95 % interval. Not admissible: its answers end less "
-    "often than SFT's by more than 5 points, or its KL to SFT is above 10 nats."
+    "parts of the training data, no benchmark. Value with its 95 % interval; tokens: mean of an answer. Chosen: the "
+    "rule's winner. Not admissible: its answers end less often than SFT's by more than 5 points, or its KL to SFT is "
+    "above 10 nats."
 )
 
 
@@ -995,11 +996,11 @@ def sweep_table(records: list[dict]) -> Table:
         objective = record.get("objective") or ""
         if finite(record.get("before")) is not None:
             objective += f", before {number(record['before'], 3)}"
-        cells = [sweep_value(record), number(record.get("eos_rate"), 1, 100),
+        cells = [sweep_value(record), number(record.get("eos_rate"), 1, 100), number(record.get("completion_tokens"), 0),
                  number(record.get("kl", record.get("kl_fp32")), 2), number(minutes, 1), what]
         config = f"`{record.get('config_hash')}`"
         lines.append([sweep_base(record), record["method"], setting, objective, *cells, config])
-    header = ["base", "method", "setting", "objective", "value", "answers\nthat end, %", "KL, nats", "GPU\nminutes", "",
+    header = ["base", "method", "setting", "objective", "value", "answers\nthat end, %", "tokens", "KL, nats", "GPU\nminutes", "",
               "config_hash"]
     return Table(header, lines, 4, [SWEEPS])
 
@@ -1454,7 +1455,7 @@ def main(args: Args) -> None:
         pictures.append(results / "plots" / "sweeps.png")
         texts[results / "sweeps" / "README.md"] = stamp + markdown(
             ["# Sweeps", f"![{PLOTS['sweeps']}](../plots/sweeps.svg)", sweep_table(sweeps)])
-        full.append("Sweeps, by which the defaults were chosen: [sweeps](sweeps/README.md).")
+        full.append("Sweeps, from which the defaults come: [sweeps](sweeps/README.md).")
     if (record := results / "speedrun.jsonl").is_file():
         run, *points = map(json.loads, record.read_text().splitlines())
         with rc_context(STYLE):

@@ -48,7 +48,7 @@ def test_the_sweep_chooses_by_its_rule(tmp_path, monkeypatch):
         fake_run(runs, f"sft+lr_{rate}", heldout_loss=loss, heldout_loss_interval=[loss - 0.1, loss + 0.1])
     for beta, change, kl, missing in (("0.1", 0.5, 5.0, 0.1), ("0.2", 0.9, 10.5, 0.1), ("0.3", 0.8, 5.0, 0.17), ("0.4", 0.6, 9.9, 0.14)):
         fake_run(runs, f"ppo+lr_1e-4+beta_{beta}", {"beta": float(beta)}, kl_reference=kl, missing_eos_before=0.1,
-                 missing_eos_after=missing, scores_change_interval=[change - 0.1, change + 0.1])
+                 missing_eos_after=missing, completion_tokens_before=100.0, completion_tokens_after=90.0, scores_change_interval=[change - 0.1, change + 0.1])
     for rate, solved in (("1e-4", 0.3), ("2e-4", 0.4)):
         fake_run(runs, f"grpo+lr_{rate}", pass_1_before=0.1, pass_1_after=solved, heldout_problems=50, kl_reference=40.0,
                  pass_1_change_interval=[0.1, 0.3], completion_tokens_after=100.0)

@@ -1356,8 +1356,8 @@ def test_a_sweep_is_a_table_and_a_plot_of_all_its_runs(here, capsys):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in
             Path("results/sweeps/README.md").read_text().splitlines() if line.startswith("| base |")][1:]
     assert [row[2] for row in rows] == ["lr 5e-6", "lr 5e-5", "lr 2e-4, beta 0.3"]
-    assert rows[1][4:] == ["0.610 [0.510, 0.710]", "90.0", "1.25", "1.5", "**chosen**", "`c5e-5`"]
-    assert rows[2][5] == "40.0" and rows[2][8] == "not admissible" and rows[0][8] == ""
+    assert rows[1][4:] == ["0.610 [0.510, 0.710]", "90.0", "–", "1.25", "1.5", "**chosen**", "`c5e-5`"]
+    assert rows[2][5] == "40.0" and rows[2][9] == "not admissible" and rows[0][9] == ""
     assert Path("results/plots/sweeps.svg").is_file() and "(sweeps/README.md)" in Path("results/README.md").read_text()
     run(None, "--check")
     write_json("results/sweeps/x.json", {"method": "dpo"})

@@ -46,7 +46,7 @@ class Args:
 
 def measured(method: str, name: str, metrics: dict, judge: Path, guardrails: dict[str, dict]) -> dict:
     """Value and 95 % interval of a run's objective, and what its admissibility is decided by."""
-    before, after = (guardrails.get(n, {}).get("eos_rate") for n in ("sft_v2", name))
+    sft, row = guardrails.get("sft_v2", {}), guardrails.get(name, {})
     kl = metrics.get("kl_reference")
     if method == "sft":
         return {"value": metrics["heldout_loss"], "interval": metrics["heldout_loss_interval"]}
@@ -60,10 +60,14 @@ def measured(method: str, name: str, metrics: dict, judge: Path, guardrails: dic
         interval = metrics["scores_change_interval"]
         return {"value": interval and sum(interval) / 2, "interval": interval, "kl": kl,
                 "eos_rate_before": 1 - metrics["missing_eos_before"], "eos_rate": 1 - metrics["missing_eos_after"],
+                "completion_tokens_before": metrics["completion_tokens_before"],
+                "completion_tokens": metrics["completion_tokens_after"],
                 "watch_interval": metrics.get("watch_scores_change_interval")}
     summary = common.read_json(judge / f"{name}_vs_sft_v2.json")["summary"]
     return {"value": summary["length_controlled_win_rate"], "interval": summary["length_controlled_ci95"], "kl": kl,
-            "win_rate": summary["win_rate"], "judged_prompts": summary["n"], "eos_rate_before": before, "eos_rate": after,
+            "win_rate": summary["win_rate"], "unfinished_lost_win_rate": summary.get("unfinished_lost_win_rate"),
+            "judged_prompts": summary["n"], "eos_rate_before": sft.get("eos_rate"), "eos_rate": row.get("eos_rate"),
+            "completion_tokens_before": sft.get("tokens_mean"), "completion_tokens": row.get("tokens_mean"),
             "heldout_accuracy": metrics.get("heldout_auc", metrics.get("heldout_accuracy"))}
 
 
