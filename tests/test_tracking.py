@@ -55,11 +55,11 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(home / "netrc"))
 
     def read():
+        wandb.teardown()  # waits for the service: run.finish() returns before it has written the file
         found = []
         for file in sorted(home.glob("wandb/offline-run-*/*.wandb")):
             records = [*read_wandb(file)]
-            assert records, file
-            run = next((r.run for r in records if r.HasField("run")), None)
+            run = next(r.run for r in records if r.HasField("run"))
             lines = [values(r.history.item) for r in records if r.HasField("history")]
             found.append((run, lines, sorted(p.name for p in (file.parent / "files").rglob("*") if p.is_file())))
         return found
@@ -122,8 +122,8 @@ def test_ppo_is_tracked_and_tracking_is_no_part_of_the_run(ppo_args, ppo_run, tm
     ppo.main(args)
     ours, plain = (common.read_json(Path(run) / "run.json") for run in (args.out, ppo_run))
     assert ours["config_hash"] == plain["config_hash"] and ours["adapter_sha256"] == plain["adapter_sha256"]
-    (_, lines, _), = offline()
-    assert ours["track_id"].startswith(ours["config_hash"])
+    (run, lines, _), = offline()
+    assert run.run_id == ours["track_id"] and run.run_id.startswith(ours["config_hash"])
     same_steps(lines, log(args.out))
     assert lines[-1]["completions/nrows"] == 4
 
