@@ -17,17 +17,18 @@ from common import fail, read_json, read_results, say, split_model, to_json, wit
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "run.json", "prompts.json", "log.jsonl", "curves.png",
          "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja")
-TASK_DATA = {"mmlu": "cais/mmlu", "gsm8k": "openai/gsm8k", "truthfulqa_mc2": "truthfulqa/truthful_qa",
-             "ifeval": "google/IFEval"}  # where a task's items come from
+TASK_DATA = {"mmlu": "cais/mmlu", "gsm8k": "openai/gsm8k", "gsm8k_zero_shot": "openai/gsm8k",
+             "truthfulqa_mc2": "truthfulqa/truthful_qa", "ifeval": "google/IFEval"}  # where a task's items come from
 
 
 # -- the card -------------------------------------------------------------------------------------
 
 def model_card(record: dict[str, Any], repo: str | None = None, rows: list[dict[str, Any]] = (),
-               licences: dict[str, str] = {}) -> str:
+               bases: list[dict[str, Any]] = (), licences: dict[str, str] = {}) -> str:
     """README.md of a run directory, or with `repo` of that repository.
 
-    record: the run's run.json. rows: its rows of results/metrics.json, which become the card's model-index. licences:
+    record: the run's run.json. rows: its rows of results/metrics.json, which become the card's model-index. bases: rows
+    of models without an adapter, whose scores stand beside those of a row that was evaluated in the same way. licences:
     {data set: its licence}, for those that are known.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -44,23 +45,58 @@ def model_card(record: dict[str, Any], repo: str | None = None, rows: list[dict[
         base_model=None if local else base, library_name="peft", model_name=record["name"], tags=[
             "lora", record["method"], "rungs"], pipeline_tag="text-classification" if reward else "text-generation",
         datasets=hub_data(record) or None, eval_results=[r for row in rows for r in eval_results(row)] or None)
-    facts = {"config_hash": record["config_hash"], "train_invariants": record["train_invariants"],
+    weights = f" {base} is a local directory; the content hash of its weights is {record['weights_sha256'][:16]}…" \
+        if local else ""
+    parent = (record["parent"] or {}).get("name")
+    facts = {"seed": record["seed"], "parent": parent or "none",
+             **{role: source for role, source in (record["data"] or {}).items() if role == "task"},
              "chat template": (record["template"] or "the model's own").replace("|", "\\|"),
-             "parent": (record["parent"] or {}).get("name", "none"), "seed": record["seed"],
-             "adapter_sha256": f"{record['adapter_sha256'][:16]}…", "minutes": f"{record['wall_time_s'] / 60:.1f}",
-             **record["metrics"]}
-    sources = [f"| {role} | {source} | {licences.get(source.partition('@')[0], 'not known')} |"
-               for role, source in (record["data"] or {}).items()]
+             "minutes": f"{record['wall_time_s'] / 60:.1f}", "config_hash": record["config_hash"],
+             "train_invariants": record["train_invariants"], "adapter_sha256": record["adapter_sha256"]}
     text = "\n\n".join([
         f"---\n{data.to_yaml()}\n---", f"# {record['name']}", record["description"],
-        "The adapter is relative to the pretrained base, whatever it was trained on top of:",
+        f"The adapter is applied to {base} itself" + (
+            f"; the update of {parent}, from which it was trained, is part of it." if parent else ".")
+        + weights,
         f"```python\n{loads}\n```",
-        *(["| evaluation | value | 95 % interval | n |\n|---|---|---|---|\n" + "\n".join(
-            result_line(r) for row in rows for r in eval_results(row))] if rows else []),
-        "| data | source | licence |\n|---|---|---|\n" + "\n".join(sources),
-        "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items()),
-        f"Command: `python {record['command']}`. Curves: curves.png; every step: log.jsonl.\n"])
+        *(["## Evaluation", "lm-evaluation-harness; scores in %, with 95 % intervals (± 1.96 standard errors) over "
+           "the items.", results_table(rows, bases)] if rows else []),
+        "## Training", data_table(record, licences), facts_table(facts),
+        "Figures of the run, held-out ones with 95 % intervals in brackets:", facts_table(figures(record["metrics"])),
+        f"Command: `python {record['command']}`. Curves: curves.png; every step: log.jsonl; the whole record: "
+        "run.json.\n"])
     return str(ModelCard(text))
+
+
+def facts_table(facts: dict[str, Any]) -> str:
+    return "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items())
+
+
+def data_table(record: dict[str, Any], licences: dict[str, str]) -> str:
+    """The data of a run: the fingerprint, how many rows are of which origin where the rows name one, and the licence."""
+    origins = record.get("data_sources") or {}
+    lines = ["| data | source | rows by origin | licence |", "|---|---|---|---|"]
+    for role, source in (record["data"] or {}).items():
+        if role != "task":  # GRPO's: what is rewarded, not data
+            counts = sorted((origins.get(role) or {}).items(), key=lambda item: -item[1])
+            lines.append(f"| {role} | {source} | {', '.join(f'{k} {n:,}' for k, n in counts) or '–'} | "
+                         f"{licences.get(source.partition('@')[0], 'not known')} |")
+    return "\n".join(lines)
+
+
+def figures(metrics: dict[str, Any]) -> dict[str, str]:
+    """Metrics to read: four digits, each with its interval behind it."""
+    def short(value: Any) -> str:
+        if isinstance(value, list):
+            return f"[{', '.join(map(short, value))}]"
+        return f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
+    shown = {}
+    for key, value in metrics.items():
+        of = key.removesuffix("_interval")
+        if of == key or of not in metrics:
+            interval = metrics.get(f"{key}_interval")
+            shown[key] = short(value) + (f" {short(interval)}" if interval else "")
+    return shown
 
 
 def hub_data(record: dict[str, Any]) -> list[str]:
@@ -71,26 +107,44 @@ def hub_data(record: dict[str, Any]) -> list[str]:
 
 def eval_results(row: dict[str, Any]) -> list:
     """A row of results/metrics.json as EvalResults of the model-index, each with its 95 % interval (± 1.96 standard
-    errors). Of a group such as MMLU only the whole."""
+    errors). Of a group such as MMLU only the whole; a secondary task has a protocol and an eval_hash of its own."""
     from huggingface_hub import EvalResult
-    results, shots = [], {task: n for task, n, _ in row["eval"]["tasks"]}
-    items = row["n"] | {task: found["n"] for task, found in row.get("secondary", {}).items()}
+    how = {task: {**row["eval"], "protocol": row["protocol"], "eval_hash": row["eval_hash"], "n": n}
+           for task, n in row["n"].items()} | row.get("secondary", {})
+    results = []
     for key, value in row["metrics"].items():
         task, _, metric = key.partition("/")
         name, _, filter_name = metric.partition(",")
         stderr = row["metrics"].get(f"{task}/{name}_stderr,{filter_name}")
-        if task in items and isinstance(value, float) and stderr is not None:
+        if task in how and isinstance(value, float) and stderr is not None:
+            shots = {t: n for t, n, _ in how[task]["tasks"]}.get(task)
+            words = [f"{task} {name}" + (f" ({filter_name})" if filter_name != "none" else ""),
+                     *([f"{shots}-shot"] if shots is not None else []), f"{how[task]['protocol']} protocol"]
             results.append(EvalResult(
                 task_type="text-generation", dataset_type=TASK_DATA.get(task, task), dataset_name=task,
-                metric_type=name, metric_value=value, metric_name=f"{task} {metric}, {row['protocol']} protocol",
+                metric_type=name, metric_value=value, metric_name=", ".join(words),
                 metric_args={"interval_95": [value - 1.96 * stderr, value + 1.96 * stderr], "stderr": stderr,
-                             "n": items[task], "num_fewshot": shots.get(task), "eval_hash": row["eval_hash"]}))
+                             "n": how[task]["n"], "num_fewshot": shots, "eval_hash": how[task]["eval_hash"]}))
     return results
 
 
-def result_line(result) -> str:
-    low, high = result.metric_args["interval_95"]
-    return f"| {result.metric_name} | {result.metric_value:.4f} | {low:.4f} to {high:.4f} | {result.metric_args['n']:,} |"
+def results_table(rows: list[dict[str, Any]], bases: list[dict[str, Any]]) -> str:
+    """The rows' scores; with a column of the base's when all of them have a base that was evaluated in the same way."""
+    def same(row, base):
+        return all(row[k] == base[k] for k in ("train_invariants", "eval_hash"))
+    lines = []
+    for row in rows:
+        base = {r.metric_name: r for other in bases if same(row, other) for r in eval_results(other)}
+        for r in eval_results(row):
+            low, high = (100 * bound for bound in r.metric_args["interval_95"])
+            before = base.get(r.metric_name)
+            lines.append([r.metric_name, f"{100 * before.metric_value:.1f}" if before else None,
+                          f"{100 * r.metric_value:.1f}", f"{low:.1f} to {high:.1f}", f"{r.metric_args['n']:,}"])
+    head = ["task and metric", "base", "this", "95 % interval", "items"]
+    if any(line[1] is None for line in lines):
+        for line in (head, *lines):
+            del line[1]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] + ["--:"] * (len(head) - 1), *lines])
 
 
 # -- the hub --------------------------------------------------------------------------------------
@@ -122,15 +176,17 @@ def push(directory: Path, repo: str, results: str | Path) -> None:
     Fails when the upload does; the run directory is complete in any case."""
     import huggingface_hub
     record = read_json(directory / "run.json")
-    rows = [row for row in read_results(Path(results) / "metrics.json")["runs"]
-            if row["adapter_sha256"] == record["adapter_sha256"]]
+    measured = read_results(Path(results) / "metrics.json")["runs"]
+    rows = [row for row in measured if row["adapter_sha256"] == record["adapter_sha256"]]
+    bases = [row for row in measured if row["adapter_sha256"] is None]
     published = without_places({"description": record["method"], **record})
     contents: dict[str, Any] = {p.name: p for p in sorted(directory.iterdir())
                                 if any(fnmatch.fnmatch(p.name, pattern) for pattern in FILES)}
     contents["run.json"] = (to_json(published, indent=1) + "\n").encode()
     config = without_places(read_json(directory / "adapter_config.json"))
     contents["adapter_config.json"] = (json.dumps(config, indent=1) + "\n").encode()
-    contents["README.md"] = model_card(published, repo, rows, {d: licence(d) for d in hub_data(record)}).encode()
+    licences = {dataset: licence(dataset) for dataset in hub_data(record)}
+    contents["README.md"] = model_card(published, repo, rows, bases, licences).encode()
     try:
         commit = huggingface_hub.HfApi().create_commit(
             repo, [huggingface_hub.CommitOperationAdd(name, content) for name, content in contents.items()],

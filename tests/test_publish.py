@@ -101,12 +101,18 @@ def test_a_card_with_results_and_licences(dpo_run, hub, tmp_path):
     record = common.read_json(Path(dpo_run) / "run.json")
     row = {"name": "dpo_v1", "phase": 2, "config_hash": record["config_hash"], "adapter_sha256": record["adapter_sha256"],
            "protocol": "plain", "eval_hash": "01234567", "timestamp": "2026-01-01T00:00:00+00:00",
+           "train_invariants": record["train_invariants"],
            "n": {"gsm8k": 50, "mmlu": 100}, "eval": {"tasks": [["gsm8k", 8, None], ["mmlu", 5, 1000]]},
+           "secondary": {"gsm8k_zero_shot": {"protocol": "chat", "tasks": [["gsm8k_zero_shot", 0, None]], "n": 40,
+                                             "eval_hash": "89abcdef"}},
            "metrics": {"gsm8k/exact_match,strict-match": 0.5, "gsm8k/exact_match_stderr,strict-match": 0.05,
                        "mmlu/acc,none": 0.25, "mmlu/acc_stderr,none": 0.01, "mmlu_anatomy/acc,none": 0.3,
-                       "mmlu_anatomy/acc_stderr,none": 0.1}}
+                       "mmlu_anatomy/acc_stderr,none": 0.1, "gsm8k_zero_shot/exact_match,flexible-extract": 0.75,
+                       "gsm8k_zero_shot/exact_match_stderr,flexible-extract": 0.05}}
     other = row | {"adapter_sha256": "0" * 64}
-    (tmp_path / "metrics.json").write_text(json.dumps({"schema_version": 1, "runs": [row, other]}))
+    base = row | {"adapter_sha256": None, "metrics": row["metrics"] | {"mmlu/acc,none": 0.125}}
+    elsewhere = base | {"eval_hash": "76543210", "metrics": row["metrics"] | {"mmlu/acc,none": 0.9}}
+    (tmp_path / "metrics.json").write_text(json.dumps({"schema_version": 1, "runs": [base, row, other, elsewhere]}))
     run = tmp_path / "dpo_v1"
     run.mkdir()
     for file in Path(dpo_run).iterdir():
@@ -117,13 +123,20 @@ def test_a_card_with_results_and_licences(dpo_run, hub, tmp_path):
     card = huggingface_hub.ModelCard.load(committed(hub, "me/dpo") / "README.md")
     assert card.data.datasets == ["org/rows"] and card.data.library_name == "peft" and "dpo" in card.data.tags
     results = {r.metric_name: r for r in card.data.eval_results}
-    gsm8k = results.pop("gsm8k exact_match,strict-match, plain protocol")
+    gsm8k = results.pop("gsm8k exact_match (strict-match), 8-shot, plain protocol")
     assert (gsm8k.dataset_type, gsm8k.metric_value) == ("openai/gsm8k", 0.5)
     assert gsm8k.metric_args["interval_95"] == pytest.approx([0.402, 0.598]) and gsm8k.metric_args["n"] == 50
+    chat = results.pop("gsm8k_zero_shot exact_match (flexible-extract), 0-shot, chat protocol")  # not as the row's others
+    assert chat.dataset_type == "openai/gsm8k"
+    assert (chat.metric_args["n"], chat.metric_args["num_fewshot"], chat.metric_args["eval_hash"]) == (40, 0, "89abcdef")
     mmlu, = results.values()
     assert mmlu.metric_value == 0.25 and mmlu.metric_args["num_fewshot"] == 5
-    assert f"| train | org/rows@{'a' * 40}:default/train | mit |" in card.text
-    assert "| gsm8k exact_match,strict-match, plain protocol | 0.5000 | 0.4020 to 0.5980 | 50 |" in card.text
+    assert re.search(rf"\| train \| org/rows@{'a' * 40}:default/train \| .* \| mit \|", card.text)
+    assert "| task and metric | base | this | 95 % interval | items |" in card.text
+    assert "| gsm8k exact_match (strict-match), 8-shot, plain protocol | 50.0 | 50.0 | 40.2 to 59.8 | 50 |" in card.text
+    assert "| mmlu acc, 5-shot, plain protocol | 12.5 | 25.0 | 23.0 to 27.0 | 100 |" in card.text
+    alone = publish.model_card(record, "me/dpo", [row], [elsewhere])
+    assert "| task and metric | this | 95 % interval | items |" in alone and "| 25.0 | 23.0 to 27.0 |" in alone
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
     assert "'me/dpo'" in snippet and len(snippet.splitlines()) == 4
 
