@@ -421,7 +421,7 @@ def test_what_samples_is_the_policy_that_is_trained(tiny_model, script):
     examples = [Example.completion(c, torch.randint(3, 300, (8,), generator=g).tolist()) for c in contexts]
     (pack,) = fast.pack(examples, 1000)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0])  # answers 1 and 3 become likelier, 2 and 4 less likely
-    for _ in range(8):
+    for _ in range(2):
         logprobs = pack.sum_by_sequence(common.token_logprobs(policy, pack))
         (-(sign * logprobs).sum() / 8).backward()
         optimizer.step()
