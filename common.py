@@ -32,6 +32,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -383,11 +384,11 @@ def skeleton(model_dir: str | Path) -> nn.Module:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         fail(f"{model_dir}: transformers {transformers.__version__} makes no causal language model of its config.json "
              f"(model_type {config.get('model_type')}): {reason}")
-    if not model.base_model_prefix or not lora_targets(model):
-        fail(f"{model_dir}: config.json describes a model without layers to adapt")
     if any(isinstance(module, transformers.pytorch_utils.Conv1D) for module in model.modules()):
         fail(f"{model_dir}: the projections of {config['model_type']} are transposed (Conv1D), which LoRA here doesn't "
              f"serve; choose a model with ordinary linear layers")
+    if not model.base_model_prefix or not lora_targets(model):
+        fail(f"{model_dir}: config.json describes a model without layers to adapt")
     return model
 
 
@@ -1654,7 +1655,7 @@ class Run:
     process with exit code 0; another configuration in the directory is an error, or is moved aside with --overwrite;
     an unfinished run of the same configuration is continued.
     """
-    training: Run | None = None  # the one that trains in this process
+    training: weakref.ref[Run] | None = None  # the one that trains in this process
 
     def __init__(self, method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None = None,
                  parent_dir: str | None = None, scorers: dict[str, dict] | None = None):
@@ -1796,7 +1797,7 @@ class Run:
                 self.tracker = Tracker(self.args.track, self.record)
         self.total_steps, self.last_flops = total_steps, flops_done
         self.started = self.last_tick = time.time()
-        Run.training = self
+        Run.training = weakref.ref(self)
         if step < total_steps:
             self.old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return step
@@ -2031,8 +2032,9 @@ def report_failure(kind: type[BaseException], error: BaseException, trace) -> No
     memory ends) is one line on stderr; exit code 1. With RUNGS_DEBUG set, and for all else, the traceback."""
     expected = issubclass(kind, (OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError))
     no_memory = issubclass(kind, torch.OutOfMemoryError)
-    if no_memory and Run.training and world() == 1 and "RUNGS_RETRIED" not in os.environ:
-        retry_in_halves(Run.training)
+    run = Run.training and Run.training()
+    if no_memory and run and world() == 1 and "RUNGS_RETRIED" not in os.environ:
+        retry_in_halves(run)
     if not expected or os.environ.get("RUNGS_DEBUG"):
         return sys.__excepthook__(kind, error, trace)
     remedy = "give a smaller --micro-tokens: " if no_memory else ""

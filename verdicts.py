@@ -548,7 +548,7 @@ def verdict(against_base: dict[str, Change], irreproducible: bool | None = False
         moved.append(f"{title_of(column)} {signed(against_base[column].points)}{marked}")
     why = ", ".join(moved) or "nothing clearly up or down"
     why += "".join(f"; {title_of(column)} is at chance in the base: it can show no forgetting" for column in at_floor)
-    missing = [title_of(column) + f" ({protocols[column]})" * bool(protocols)
+    missing = [title_of(column) + (f" ({protocols[column]})" if protocols else "")
                for column, change in against_base.items() if change.adjusted is None]
     if missing:
         everywhere = len(missing) == len(against_base)

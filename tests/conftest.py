@@ -189,7 +189,7 @@ def kto_args(sft_run, data_dir):
     """Keyword arguments of a KTO run of three steps on preference pairs, in fp32; add out."""
     return dict(sft_adapter=sft_run, dtype="float32", data=str(data_dir / "preference.jsonl"), rows=23, heldout_rows=16,
                 max_length=128, batch_size=8, lr=1e-3, eos_prompts=4, eos_tokens=8, micro_tokens=512, device="cpu",
-                checkpoint_every=2)
+                checkpoint_every=2, epochs=1)
 
 
 @pytest.fixture(scope="session")

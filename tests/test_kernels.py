@@ -57,7 +57,7 @@ def run(*command):
 
 
 def test_each_kernel_equals_torch():
-    done = run("bench/kernels.py")
+    done = run("bench/decode_kernels.py")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

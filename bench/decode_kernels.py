@@ -1,7 +1,7 @@
 """Check each kernel of fast/kernels.py against torch, and time it on a GPU.
 
-    python bench/kernels.py                         # on a GPU: fp32 and bfloat16, then microseconds
-    TRITON_INTERPRET=1 python bench/kernels.py      # on a CPU, by Triton's interpreter: small shapes, fp32 and float16
+    python bench/decode_kernels.py                         # on a GPU: fp32 and bfloat16, then microseconds
+    TRITON_INTERPRET=1 python bench/decode_kernels.py      # on a CPU, by Triton's interpreter: small shapes, fp32 and float16
 
 One JSON line per kernel and case: `gap` is the largest difference from the torch functions of fast/sampler.py, computed
 in fp32 from the same inputs, relative to the largest value of the result. The exit status is 1 unless it stays below
