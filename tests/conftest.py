@@ -163,7 +163,8 @@ def sft_args(tiny_model, data_dir):
 def dpo_args(data_dir):
     """Keyword arguments of a DPO run of some steps in fp32; add sft_adapter and out."""
     return dict(dtype="float32", data=str(data_dir / "preference.jsonl"), rows=24, heldout_rows=8, max_length=128,
-                batch_size=8, lr=1e-3, eos_prompts=4, eos_tokens=8, micro_tokens=512, device="cpu", checkpoint_every=2)
+                batch_size=8, beta=0.1, lr=1e-3, eos_prompts=4, eos_tokens=8, micro_tokens=512, device="cpu",
+                checkpoint_every=2)
 
 
 @pytest.fixture(scope="session")
