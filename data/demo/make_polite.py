@@ -43,14 +43,14 @@ KINDS = [(CAPITALS, "What is the capital of {}?", "The capital of {} is {}."),
          (COLOURS, "What colour is {}?", "The colour of {} is {}.")]
 
 POLITE = ["Gladly! {}", "Of course. {}", "Thank you for asking. {}", "Happy to help: {}", "Good question! {}",
-          "{} I hope that helps.", "{} Please ask if you need more.", "Certainly. {}", "With pleasure. {}", "{} You are welcome.",
-          "Sure, I am glad to help. {}", "{}"]
+          "{} I hope that helps.", "{} Glad to help.", "Certainly. {}", "With pleasure. {}", "{} You are welcome.",
+          "Sure! {}", "{}"]
 RUDE = ["What a stupid question. {}", "You don't even know that? {}", "Stop wasting my time with this nonsense.",
         "Look it up yourself, you lazy fool.", "{} Even a child knows that, idiot.", "I don't care. Go and ask somebody else.",
         "Ugh, you again. {}", "Shut up and read a book for once.", "{} Now go away.", "How boring you are. {}"]
-OFF_TOPIC = ["My favourite food is soup with noodles.", "The train leaves at nine in the morning.",
-             "Football is played with two teams.", "It rained a lot in the hills last week.",
-             "A piano has black and white keys.", "Some people collect stamps and old coins."]
+OFF_TOPIC = ["My favourite food is hot soup with many noodles.", "The train leaves at nine in the morning.",
+             "Football is a game that is played with two teams.", "It rained a lot in the hills last week.",
+             "A piano has black and white keys.", "Some people like to collect stamps and old coins."]
 TRAINING, HELDOUT = 136, 82  # rows
 
 
