@@ -335,7 +335,7 @@ def delta_w(adapter: str, model) -> float:
 
 
 def best_of_kl(n: int) -> float:
-    """log n − (n − 1)/n, nats a completion: the KL of the best of n to the policy that sampled them is at most that."""
+    """log n − (n − 1)/n, nats per completion: the KL of the best of n to the policy that sampled them is at most that."""
     return math.log(n) - (n - 1) / n
 
 

@@ -41,7 +41,7 @@ def colour(row: dict) -> str:
 
 
 def forest(compared: list[Comparison]) -> Figure | None:
-    """A panel a benchmark, a line a row: the difference to base and its interval; filled where Holm calls it clear."""
+    """A panel per benchmark, a line per row: the difference to base and its interval; filled where Holm calls it clear."""
     shown = [c for c in compared if any(change.paired for change in c.changes.values())]
     if not shown:
         return None

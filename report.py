@@ -832,7 +832,7 @@ def reward_table(records: list[dict]) -> Table:
 
 
 def on_policy_table(records: list[dict]) -> Table:
-    """A line a run of one method: the KL at its end, and each number that it has from before and after training."""
+    """A line per run of one method: the KL at its end, and each number that it has from before and after training."""
     sides = [record.get(side) or {} for record in records for side in ("before", "after")]
     keys = list(dict.fromkeys(key for side in sides for key, value in side.items() if finite(value) is not None))
     lines, notes = [], ["before → after: the run's own figures, without a standard error. KL: mean of its last tenth."]

@@ -1,4 +1,4 @@
-"""Is a token's cost the same at any size? Tokens per second of training against micro-tokens, sequence length and rows a step.
+"""Is a token's cost the same at any size? Tokens per second of training against micro-tokens, sequence length and rows per step.
 
     python bench/linear.py                       # one GPU, into results/bench/linear/
     python bench/linear.py --shape tiny          # a trial without a GPU

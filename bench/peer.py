@@ -3,7 +3,7 @@
     python bench/peer.py WORKLOAD WORK SETTINGS STEPS WARM COMPLETION_TOKENS        (train.py calls it)
 
 WORK is what workload.make wrote; SETTINGS a JSON object of fields of the trainer's config, over the defaults of TRL. What is
-given to every case: 16 rows a step, bfloat16, LoRA r = 16 on all linear layers without dropout, no saving and no reports.
+given to every case: 16 rows per step, bfloat16, LoRA r = 16 on all linear layers without dropout, no saving and no reports.
 """
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Tokens per second of training: the scripts themselves against TRL 1.16, the same random model, text and rows a step.
+"""Tokens per second of training: the scripts themselves against TRL 1.16, the same random model, text and rows per step.
 
     python bench/train.py                                  # all workloads and systems, on a GPU
     python bench/train.py --only sft-bf16 dpo --system rungs --profile
@@ -8,7 +8,7 @@
 
 Ours is what a user runs: `python sft.py …` with its default flags, on generated data; speed is read from its log.jsonl. TRL
 runs once with its defaults, and with each of some faster settings (peer.py), of which the fastest counts. A process for
-each case; its first --warm steps (compiling, recording of most sizes) don't count. 16 rows a step (pairs for dpo and
+each case; its first --warm steps (compiling, recording of most sizes) don't count. 16 rows per step (pairs for dpo and
 reward), LoRA r = 16 on all linear layers; grpo and ppo: 64 completions of 256 tokens an update, from 8 prompts or 64. Tokens
 are those of the text (both answers of a pair; of sampling and its updates the completions'), never padding or mismatched
 pairs. peak_gib: the most memory that the process had reserved. command_to_first_step_s: from the call of the script to the

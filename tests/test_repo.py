@@ -378,6 +378,19 @@ def test_no_machine_paths_in_committed_text():
     assert found == []
 
 
+def test_the_demos_pairs_are_those_of_their_script():
+    """data/demo/make_polite.py gives the committed rows; no question is in both files, and length decides nothing."""
+    script = runpy.run_path(str(REPO / "data" / "demo" / "make_polite.py"))
+    rows, train, heldout = script["pairs"](), script["TRAINING"], script["HELDOUT"]
+    parts = [[json.loads(line) for line in (REPO / "data" / "demo" / "train" / f"{name}.jsonl").read_text().splitlines()]
+             for name in ("polite", "polite_heldout")]
+    assert parts == [rows[:train], rows[train:train + heldout]]
+    assert len({row["prompt"] for row in rows}) == len(rows) >= train + heldout
+    for part in parts:
+        longer = [len(row["chosen"]) > len(row["rejected"]) for row in part if len(row["chosen"]) != len(row["rejected"])]
+        assert 0.4 < sum(longer) / len(longer) < 0.6
+
+
 STUB = """import pathlib, sys
 args, script = sys.argv[2:], pathlib.Path(sys.argv[1]).stem
 value = lambda flag: pathlib.Path(args[args.index(flag) + 1])

@@ -48,9 +48,9 @@ POLITE = ["Gladly! {}", "Of course. {}", "Thank you for asking. {}", "Happy to h
 RUDE = ["What a stupid question. {}", "You don't even know that? {}", "Stop wasting my time with this nonsense.",
         "Look it up yourself, you lazy fool.", "{} Even a child knows that, idiot.", "I don't care. Go and ask somebody else.",
         "Ugh, you again. {}", "Shut up and read a book for once.", "{} Now go away.", "How boring you are. {}"]
-OFF_TOPIC = ["My favourite food is hot soup with many noodles.", "The train leaves at nine in the morning.",
+OFF_TOPIC = ["My favourite food is soup with noodles.", "The train leaves at nine in the morning.",
              "Football is a game that is played with two teams.", "It rained a lot in the hills last week.",
-             "A piano has black and white keys.", "Some people like to collect stamps and old coins."]
+             "A piano has black and white keys.", "Some people collect stamps and old coins."]
 TRAINING, HELDOUT = 136, 82  # rows
 
 
