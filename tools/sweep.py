@@ -54,8 +54,10 @@ def measured(method: str, name: str, metrics: dict, judge: Path, guardrails: dic
         value, n = metrics["pass_1_after"], metrics["heldout_problems"]
         wilson = stats.binomtest(round(value * n), n).proportion_ci(method="wilson")
         return {"value": value, "interval": [wilson.low, wilson.high], "before": metrics["pass_1_before"], "kl": kl,
-                "change_interval": metrics["pass_1_change_interval"], "flexible_before": metrics.get("flexible_1_before"),
-                "flexible_after": metrics.get("flexible_1_after"), "completion_tokens": metrics["completion_tokens_after"]}
+                "change_interval": metrics["pass_1_change_interval"],
+                "flexible_before": metrics.get("flexible_1_before"), "flexible_after": metrics.get("flexible_1_after"),
+                "flexible_change_interval": metrics.get("flexible_1_change_interval"),
+                "completion_tokens": metrics["completion_tokens_after"]}
     if method == "ppo":
         interval = metrics["scores_change_interval"]
         return {"value": interval and sum(interval) / 2, "interval": interval, "kl": kl,
@@ -63,12 +65,13 @@ def measured(method: str, name: str, metrics: dict, judge: Path, guardrails: dic
                 "completion_tokens_before": metrics["completion_tokens_before"],
                 "completion_tokens": metrics["completion_tokens_after"],
                 "watch_interval": metrics.get("watch_scores_change_interval")}
+    heldout = "heldout_auc" if method == "kto" else "heldout_accuracy"
     summary = common.read_json(judge / f"{name}_vs_sft_v2.json")["summary"]
     return {"value": summary["length_controlled_win_rate"], "interval": summary["length_controlled_ci95"], "kl": kl,
             "win_rate": summary["win_rate"], "unfinished_lost_win_rate": summary.get("unfinished_lost_win_rate"),
             "judged_prompts": summary["n"], "eos_rate_before": sft.get("eos_rate"), "eos_rate": row.get("eos_rate"),
             "completion_tokens_before": sft.get("tokens_mean"), "completion_tokens": row.get("tokens_mean"),
-            "heldout_accuracy": metrics.get("heldout_auc", metrics.get("heldout_accuracy"))}
+            "heldout_accuracy": metrics.get(heldout), "heldout_accuracy_interval": metrics.get(f"{heldout}_interval")}
 
 
 def admissible(figures: dict) -> bool:
