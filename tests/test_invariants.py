@@ -769,8 +769,8 @@ def test_dpo_step_is_the_loop_over_single_pairs(sft_args, sft_run, dpo_args, tok
     """
     out, beta = tmp_path / "run", 0.3
     dpo.main(dpo.Args(**{**dpo_args, "rows": 60, "batch_size": 60, "epochs": 2, "heldout_rows": 50,
-                         "micro_tokens": micro_tokens, "engine": engine}, beta=beta, label_smoothing=smoothing, sft_adapter=sft_run,
-                      out=str(out)))
+                         "micro_tokens": micro_tokens, "engine": engine, "beta": beta, "label_smoothing": smoothing},
+                      sft_adapter=sft_run, out=str(out)))
     log = rows_of(out / "log.jsonl")
     sides = [[chatml(tokenizer, row["prompt"] + row[side], train="last") for side in ("chosen", "rejected")]
              for row in rows_of(dpo_args["data"]) if in_part_a(row)]
