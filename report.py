@@ -33,7 +33,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -1144,6 +1144,14 @@ def first_answers(results: Results) -> list[str | Table]:
     return blocks
 
 
+def screen(results: Results) -> list[str | Table]:
+    """What the terminal shows: what was learned, and the verdicts, without their legends."""
+    learned = learned_table(results.rows, results.records["rm"])
+    verdicts = verdict_table(results.verdicts, results.rows, results.records)
+    blocks = ["## 1. Did it learn what it optimises?", replace(learned, notes=[])] if learned else []
+    return blocks + (["## 3. Is it a win? Verdicts against base", replace(verdicts, notes=[])] if verdicts else [])
+
+
 def full_report(results: Results, pages: list[str]) -> list[str | Table]:
     """Blocks of text and tables, for results/README.md and the terminal, without the legend."""
     tables, records = results.tables, results.records
@@ -1480,13 +1488,13 @@ def main(args: Args) -> None:
 
     # 3. Compare, or show and write.
     if not args.check:
-        brief = [block for report in reports for block in [report.apart, *first_answers(report)] if block]
+        brief = [block for report in reports for block in [report.apart, *screen(report)] if block]
         show(full if args.full else brief or full)
         for path, content in files.items():
             write_atomic(path, lambda p: p.write_bytes(content))
         for path in leftover:
             path.unlink()
-        print(f"\nwrote {' and '.join(names)}" + "; --full prints every table" * (not args.full))
+        print(f"\nwrote {' and '.join(names)}" + "; --full prints every table and what each mark means" * (not args.full))
         if trained := [row["adapter"] for row in rows if row.get("adapter") and Path(row["adapter"]).is_dir()]:
             say_next("python", "tools/chat.py", trained[-1], *(["--versus", trained[0]] if len(trained) > 1 else []))
         return
