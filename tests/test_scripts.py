@@ -95,7 +95,8 @@ def test_record(run, tiny_model, sft_run, dpo_args, data_dir):
     name = Path(args["data"]).stem
     assert found["data"] == {key: "sha256:" + hashlib.sha256((data_dir / f"{file}.jsonl").read_bytes()).hexdigest()
                              for key, file in (("train", name), ("heldout", name + "_heldout"))}
-    assert found["wall_time_s"] > 0 and found["versions"]["torch"] == torch.__version__
+    assert found["wall_time_s"] > 0
+    assert found["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # PyPI's is +cu130 inside
     assert found["hardware"]["gpus"] == 0
     parent = record(sft_run)
     assert found["parent"] == (None if script is sft else {k: parent[k] for k in (
