@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 import chat
 import common
@@ -60,7 +61,8 @@ def test_two_policies_answer_each_turn_with_their_own_history(sft_run, dpo_run):
         input="\n".join(turns) + "\n/new\n" + turns[0] + "\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     how = dict(max_new_tokens=12, temperature=0.9, top_p=0.95, seed=5)
-    assert "temperature 0.9, top_p 0.95, seed 5, at most 12 tokens, stops at '<|im_end|>'" in done.stdout
+    assert "sampling: temperature 0.9, top_p 0.95, seed 5, at most 12 tokens" in done.stdout
+    assert done.stdout.count("stops at '<|im_end|>'") == 2
     for adapter, name in ((sft_run, "sft_v2"), (dpo_run, "dpo_v1")):
         for said in answers(adapter, None, turns, **how):
             assert f"{name}: {shown(said)}" in done.stdout
@@ -98,6 +100,28 @@ def test_columns_hold_both_answers(sft_run, dpo_run):
         first = shown(answers(adapter, None, ["why is the sky blue"], max_new_tokens=6)[0]).split("\n")[0]
         assert first.strip() in last
     assert tool.printable("a\x1b]0;title\x07b\nc") == "a]0;titleb\nc"
+
+
+def test_answers_taller_than_the_terminal_end_in_view():
+    """While they grow, one screen of their last lines is redrawn: what scrolled away could not be, and would repeat."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, height=8, color_system=None)
+    grid = Table("tall")
+    grid.add_row("\n".join(f"line {i}" for i in range(30)))
+    lines, whole = (["".join(segment.text for segment in line).rstrip() for line in console.render_lines(renderable)]
+                    for renderable in (tool.End(grid), grid))
+    assert lines == whole[-7:] and "line 29" in lines[-2]
+    assert console.render_lines(tool.End(Table("low"))) == console.render_lines(Table("low"))
+
+
+def test_slips_are_answered(tiny_model, talk, capsys, tmp_path):
+    """An unknown command is no turn; a second policy that is not there is said before the first one loads."""
+    printed = talk("/help\nwhy\n", tiny_model, max_new_tokens=2)
+    assert "no such command: /new" in printed and printed.count(f"{Path(tiny_model).name}: ") == 1 + 1
+    with pytest.raises(SystemExit) as stop:
+        talk("why\n", tiny_model, versus=str(tmp_path / "gone"))
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and f"{tmp_path / 'gone'}: no such run, adapter or model directory" in said.err
+    assert "engine" not in said.out
 
 
 def test_a_conversation_without_room_is_said(tmp_path, talk):

@@ -7,10 +7,11 @@
 
 Prompts are rendered by the chat template that the policy was trained with, and answers are drawn by the sampler that
 PPO, GRPO, judge.py and evaluate.py use, the adapter beside the weights. The noise of a turn is keyed by (seed, number
-of the turn, position), the same for both policies. Commands: /new begins anew, /quit or Ctrl-D ends, Ctrl-C cuts an
-answer short.
+of the turn, position), the same for both policies. Commands: /new begins a new conversation, /quit or Ctrl-D ends,
+Ctrl-C cuts an answer short.
 """
 import contextlib
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -58,17 +60,27 @@ class Args:
     """auto, cpu, cuda or mps."""
 
 
+COMMANDS = "/new begins a new conversation, /quit ends, Ctrl-C cuts an answer short"
+
+
+def read_source(source: str, args: Args) -> inputs.Start:
+    """What a policy is made of, checked, before any weights are loaded."""
+    directory, local = common.resolve_adapter(source), Path(source)
+    if not directory.exists() and local.parent.is_dir() and local.parent != Path("."):
+        fail(f"{source}: no such run, adapter or model directory")
+    if (directory / "adapter_config.json").is_file():
+        return inputs.read_start(source, args.model, args.other_base)
+    return inputs.read_start("none", source)
+
+
 class Speaker:
     """A policy and its own side of the conversation."""
 
     def __init__(self, source: str, args: Args, dtype, device):
-        directory = common.resolve_adapter(source)
-        adapted = (directory / "adapter_config.json").is_file()
-        start = inputs.read_start(source, args.model, args.other_base) if adapted else \
-            inputs.read_start("none", source)
+        start = read_source(source, args)
         engine = common.choose_engine(args.engine, start.model_dir, device)
         model = common.load_model(start.model_dir, None, "none", dtype, device, engine)
-        if adapted:
+        if start.adapter:
             model = common.attach_adapter(model, start.adapter)
         self.name, self.tokenizer, self.engine = Path(source.rstrip("/")).name, start.tokenizer, engine
         self.positions = common.max_positions(start.model_dir)
@@ -83,7 +95,7 @@ class Speaker:
 
     def answer(self, text: str, turn: int, args: Args, show: Callable[[str], Any]) -> str:
         """Answer a turn of the user; show(answer so far) is called as it grows. Returns how it ended: "eos", "length"
-        (of --max-new-tokens or of the model's positions), "cut" by Ctrl-C, or "full": there is no room for it."""
+        (--max-new-tokens), "full" (no positions are left for more of it, or for any), or "cut" by Ctrl-C."""
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt, ids = chat.render_prompt(self.tokenizer, asked, "the conversation"), []
         room = min(args.max_new_tokens, self.positions - len(prompt))
@@ -97,7 +109,7 @@ class Speaker:
         try:
             done, = self.sampler.sample([prompt], room, args.temperature, args.top_p, args.seed, rows=[turn],
                                         stream=stream)
-            ended = done.stopped
+            ended = "full" if done.stopped == "length" and room < args.max_new_tokens else done.stopped
         except KeyboardInterrupt:
             ended = "cut"
         said = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -106,8 +118,8 @@ class Speaker:
         return ended
 
 
-NOTES = {"length": " [cut: --max-new-tokens or the model's positions]", "cut": " [cut]",
-         "full": " [the conversation fills the model's positions; /new begins anew]"}
+NOTES = {"length": " [cut: --max-new-tokens]", "cut": " [cut]",
+         "full": " [the conversation fills the model's positions; /new begins another]"}
 
 
 def printable(text: str) -> str:
@@ -129,8 +141,21 @@ def show_lines(console: Console, speakers: list[Speaker], text: str, turn: int, 
         console.out(NOTES.get(ended, ""), highlight=False)
 
 
+class End:
+    """The last lines of a renderable, as many as the terminal has: what grows stays in view, and nothing scrolls."""
+
+    def __init__(self, whole: Table):
+        self.whole = whole
+
+    def __rich_console__(self, console: Console, options):
+        for line in console.render_lines(self.whole, options.update(height=None))[-max(1, console.height - 1):]:
+            yield from line
+            yield Segment.line()
+
+
 def show_columns(console: Console, speakers: list[Speaker], text: str, turn: int, args: Args) -> None:
-    """The answers side by side, one growing after the other."""
+    """The answers side by side, one growing after the other; what is too tall for the terminal is printed whole at
+    the end."""
     shown = {speaker.name: "" for speaker in speakers}
 
     def columns() -> Table:
@@ -139,13 +164,14 @@ def show_columns(console: Console, speakers: list[Speaker], text: str, turn: int
             grid.add_column(Text(name), ratio=1)
         grid.add_row(*map(Text, shown.values()))
         return grid
-    with Live(columns(), console=console, vertical_overflow="visible", auto_refresh=False) as live:
+    with Live(console=console, transient=True, auto_refresh=False) as live:
         for speaker in speakers:
             def show(so_far: str) -> None:
                 shown[speaker.name] = so_far
-                live.update(columns(), refresh=True)
+                live.update(End(columns()), refresh=True)
             ended = speaker.answer(text, turn, args, show)
             show(shown[speaker.name] + NOTES.get(ended, ""))
+    console.print(columns())
 
 
 def main(args: Args) -> None:
@@ -156,21 +182,23 @@ def main(args: Args) -> None:
         fail(f"--temperature must be 0 or above, got {args.temperature}")
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
-    speakers = [Speaker(source, args, dtype, device) for source in (args.policy, args.versus) if source]
+    sources = [source for source in (args.policy, args.versus) if source]
+    for source in sources[1:]:
+        read_source(source, args)
+    speakers = [Speaker(source, args, dtype, device) for source in sources]
     if args.system and not all(s.tokenizer.chat_format.system for s in speakers):
         fail("--system: the chat template takes no system message")
     if len({s.name for s in speakers}) < len(speakers):
-        for speaker, source in zip(speakers, (args.policy, args.versus)):
+        for speaker, source in zip(speakers, sources):
             speaker.name = source
     how = "greedy" if args.temperature == 0 else \
         f"temperature {args.temperature:g}, top_p {args.top_p:g}, seed {args.seed}"
     console = Console(highlight=False)
     for s in speakers:
         stops = " ".join(map(repr, s.tokenizer.chat_format.stops))
-        console.out(f"{s.name}: {how}, at most {args.max_new_tokens} tokens, stops at {stops}; chat template: "
-                    f"{s.tokenizer.template_note or 'its own'}; {s.engine} engine, "
-                    f"{str(dtype).removeprefix('torch.')} on {device}")
-    console.out("/new begins anew, /quit ends, Ctrl-C cuts an answer short\n")
+        console.print(f"{s.name}: {s.engine} engine, {str(dtype).removeprefix('torch.')} on {device}; stops at {stops}; "
+                      f"chat template: {s.tokenizer.template_note or 'its own'}", markup=False)
+    console.print(f"sampling: {how}, at most {args.max_new_tokens} tokens\n{COMMANDS}\n", markup=False)
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):
@@ -191,6 +219,8 @@ def main(args: Args) -> None:
         if text.strip() == "/new":
             for speaker in speakers:
                 speaker.begin(args.system)
+        elif re.fullmatch(r"/\w*", text.strip()):
+            console.print(f"no such command: {COMMANDS}", markup=False)
         elif text.strip():
             answer(console, speakers, text, turn, args)
             turn += 1
