@@ -413,7 +413,7 @@ def test_one_row_and_the_same_row_again(place, loads, capsys):
 @pytest.mark.parametrize("home", [None, "/nowhere/at/all"])
 def test_without_a_home_in_ascii_and_in_a_strange_place(home, place, loads, monkeypatch):
     """HOME unset or absent, a terminal that is ASCII, and a directory with spaces, brackets and other letters."""
-    monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
+    monkeypatch.delenv("HOME", raising=False) if home is None else monkeypatch.setenv("HOME", home)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     strange = place.directory / "a b [c] {d} é 日本"
     shutil.copytree(place.model, strange / "model")
