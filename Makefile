@@ -287,6 +287,7 @@ $(SMOLLM2)/config.json: | $(ENV)
 # -- environment and tests --
 
 env: $(ENV) ## the environment in .venv, from requirements.lock; about 7 min when nothing is cached, 2 GB
+	@echo 'next: . $(VENV)/bin/activate'
 
 $(VENV)/.ready: requirements.lock
 	python3 -m venv $(VENV)

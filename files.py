@@ -47,9 +47,9 @@ def say(message: str = "") -> None:
         print(message.encode(encoding, "replace").decode(encoding), flush=True)
 
 
-def say_next(*command: Any) -> None:
-    """The next command to type, at a command's end; nothing under make, which knows what comes next."""
-    if not os.environ.get("MAKELEVEL"):
+def say_next(*command: Any, last: bool = False) -> None:
+    """The next command to type, at a command's end; under make, which knows what comes next, only at its last one's."""
+    if last or not os.environ.get("MAKELEVEL"):
         say(f"next: {shlex.join(map(str, command))}")
 
 

@@ -837,7 +837,7 @@ def preflight(tokenizer, examples: Sequence[Example], texts: Sequence[str], drop
 def end_preview(preview: int) -> None:
     """With --preview, the process ends here: nothing is written, and no weights are loaded."""
     if preview:
-        say("--preview: nothing is trained")
+        say("--preview: nothing is trained; the same command without it trains")
         raise SystemExit(0)
 
 

@@ -1496,7 +1496,8 @@ def main(args: Args) -> None:
             path.unlink()
         print(f"\nwrote {' and '.join(names)}" + "; --full prints every table and what each mark means" * (not args.full))
         if trained := [row["adapter"] for row in rows if row.get("adapter") and Path(row["adapter"]).is_dir()]:
-            say_next("python", "tools/chat.py", trained[-1], *(["--versus", trained[0]] if len(trained) > 1 else []))
+            say_next("python", "tools/chat.py", trained[-1], *(["--versus", trained[0]] if len(trained) > 1 else []),
+                     last=True)
         return
     stale = [str(path) for path in sorted(pictures) if not path.is_file()] + list(map(str, leftover))
     for path, content in files.items():

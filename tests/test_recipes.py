@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import common
+from test_next import next_of
 from tools import reproduce, speedrun, sweep
 
 REPO = Path(common.__file__).parent
@@ -39,7 +40,7 @@ def fake_run(runs, name, args=None, **metrics):
         "config_hash": "c", "train_invariants": "t", "data": {}, "wall_time_s": 1.0, "method": method})
 
 
-def test_the_sweep_chooses_by_its_rule(tmp_path, monkeypatch):
+def test_the_sweep_chooses_by_its_rule(tmp_path, monkeypatch, capsys):
     """SFT by the lowest loss; PPO by the largest score change among those that move at most 10 nats and still end; GRPO
     by pass@1; DPO by the length-controlled win rate, unless answers end less often."""
     monkeypatch.chdir(tmp_path)
@@ -58,7 +59,12 @@ def test_the_sweep_chooses_by_its_rule(tmp_path, monkeypatch):
         fake_run(runs, name, kl_reference=1.0, heldout_accuracy=0.6)
         common.write_json(judge / "summaries" / f"{name}_vs_sft_v2.json", {"summary": {
             "length_controlled_win_rate": rate, "length_controlled_ci95": [rate - 0.1, rate + 0.1], "win_rate": rate, "n": 9}})
+    monkeypatch.setenv("MAKELEVEL", "1")  # the last command of make sweep
     sweep.main(sweep.Args(str(runs), "records"))
+    words = next_of(capsys.readouterr().out)
+    assert words[:4] == ["python", "evaluate.py", "--adapter", "none"]
+    assert {Path(word) for word in words[4:]} == {
+        runs / name for name in ("sft+lr_2e-4", "ppo+lr_1e-4+beta_0.4", "grpo+lr_2e-4", "dpo+lr_1e-4")}
     records = {r["name"]: r for r in map(common.read_json, Path("records").glob("base-*.json"))}
     assert {name for name, r in records.items() if r["chosen"]} == {
         "sft+lr_2e-4", "ppo+lr_1e-4+beta_0.4", "grpo+lr_2e-4", "dpo+lr_1e-4"}
@@ -81,6 +87,7 @@ def test_the_speedrun_is_recorded_from_a_runs_own_log(tmp_path, capsys):
              {"step": 10, "seconds": 50.0, "heldout_pass_1": 0.2, "heldout_flexible_1": 0.3}]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     speedrun.main(speedrun.Args(str(run), 100.0, str(out)))
+    assert next_of(capsys.readouterr().out) == ["python", "report.py", "--results", str(tmp_path)]
     head, *points = map(json.loads, out.read_text().splitlines())
     assert (head["command_seconds"], head["run_seconds"]) == (100.0, 90.0)
     assert [tuple(point.values()) for point in points] == [(0, 5.0, 0.0, 0.25), (10, 50.0, 0.2, 0.3), (20, 90.0, 0.35, 0.375)]

@@ -49,6 +49,7 @@ def main(args: Args) -> None:
     common.write_text(args.out, "".join(common.to_json(line) + "\n" for line in lines))
     print(f"{args.out}: flexible pass@1 {metrics['flexible_1_before']:.1%} -> {metrics['flexible_1_after']:.1%} in "
           f"{args.seconds:.0f} s, {args.seconds - wall:.0f} s of it start-up")
+    common.say_next("python", "report.py", "--results", Path(args.out).parent, last=True)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def main(args: Args) -> None:
     common.write_text(runs / "chosen.mk", "".join(
         f"{method.upper()}_FLAGS = {' '.join(f'--{k} {v}' for k, v in record['setting'].items())}\n"
         for method, record in sorted(chosen.items())))
+    common.say_next("python", "evaluate.py", "--adapter", "none", *(runs / r["name"] for r in chosen.values()), last=True)
 
 
 if __name__ == "__main__":
