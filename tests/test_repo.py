@@ -183,7 +183,8 @@ def commands(text):
 
 
 OURS = re.compile(r"^\s*(?:\$ )?(?:[A-Z_]+=\S* )*(?:python3?|torchrun|make)\s.*", re.M)
-OTHERS = {".", "git", "cd", "pip", "lm_eval", "vllm", "transformers"}  # programs of others that a document may name
+OTHERS = {".", "git", "cd", "pip", "lm_eval", "vllm", "transformers", "llama-server", "llama.cpp/convert_hf_to_gguf.py",
+          "llama.cpp/convert_lora_to_gguf.py"}  # programs of others that a document may name
 
 
 DOCUMENTS = ["README.md", *sorted(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md"))]
