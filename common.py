@@ -1295,6 +1295,29 @@ def interval(values: Tensor, groups: Sequence[Any]) -> list[float] | None:
     return [mean - 1.96 * error, mean + 1.96 * error]
 
 
+def share_interval(values: Tensor, groups: Sequence[Any]) -> list[float] | None:
+    """95 % interval of the mean p of values [n] whose mean is a share (0, ½ or 1 each, or an AUC's), inside [0, 1].
+
+    Wilson's for p (1 − p) / SE² trials, as many as give the clustered standard error SE of `interval`; for as many
+    trials as there are groups where SE is 0. None for fewer than two groups.
+    """
+    ends = interval(values, groups)
+    if ends is None:
+        return None
+    p, error = values.double().mean().item(), (ends[1] - ends[0]) / 3.92
+    n = p * (1 - p) / error**2 if error > 1e-9 else len(set(groups))
+    return wilson(p * n, n)
+
+
+def wilson(right: float, n: float, z: float = 1.959964) -> list[float] | None:
+    """Wilson's 95 % interval of a share, [low, high]; a tie may count as half a success. None without any trial."""
+    if not n:
+        return None
+    p, centre = right / n, (right + z * z / 2) / (n + z * z)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
 def movement(policy: PeftModel, adapter: str | Path, parent: str | Path | None, model_dir: Path,
              examples: Sequence[Example], micro_tokens: int, temperature: float = 1.0) -> dict[str, Any]:
     """How far a trained policy is from its reference and from the policy that is evaluated, in nats per answer of

@@ -269,8 +269,10 @@ def evaluate_pairs(policy, pairs: list[Pair], args: Args, device) -> dict[str, f
     for micro in common.micro_batches(policy, sides, args.micro_tokens, unit=2):
         values[:, [mine[i // 2] for i in micro.examples[::2]]] = pair_metrics(policy, micro, args)[1].double()
     values, prompts = common.all_reduce_(values).cpu(), [inputs.prompt_id(p.prompt) for p in pairs]
-    return {**dict(zip(METRICS, values.mean(1).tolist())),
-            **{f"{k}_interval": common.interval(v, prompts) for k, v in zip(METRICS[:3], values)}}
+    loss, accuracy, margin = values[:3]
+    return {**dict(zip(METRICS, values.mean(1).tolist())), "loss_interval": common.interval(loss, prompts),
+            "accuracy_interval": common.share_interval(accuracy, prompts),
+            "margin_interval": common.interval(margin, prompts)}
 
 
 if __name__ == "__main__":

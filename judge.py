@@ -40,7 +40,6 @@ where it was, and nothing is sampled or asked twice.
 
 Shapes: n prompts, R resamples of the bootstrap.
 """
-import contextlib
 import functools
 import itertools
 import json
@@ -53,10 +52,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, pstdev
-from typing import Any, Literal, NamedTuple
+from statistics import fmean
+from typing import Any, Literal
 
-import langdetect
 import numpy as np
 import torch
 import tyro
@@ -67,6 +65,7 @@ import common
 import inputs
 from ask import LETTERS, Api, ask_apis, check_api, question, to_rows
 from common import Example, fail
+from guardrails import Answer, Prompt, collapsed, guardrails
 
 
 @dataclass(frozen=True)
@@ -223,94 +222,7 @@ def summarise(entries: list[dict], seed: int) -> dict[str, Any]:
     return out
 
 
-# -- guardrails: of one completion; a row has their means -------------------------------------------
-
-class Prompt(NamedTuple):
-    id: str
-    messages: list[dict]
-    ids: list[int]     # ends where the assistant's answer begins
-
-
-class Answer(NamedTuple):
-    ids: list[int]     # EOS included when it was sampled
-    ended: bool        # with EOS
-    text: str
-
-
-def distinct(ids: Sequence[int], n: int) -> float | None:
-    """Share of a completion's n-grams that are different; None where it has none."""
-    grams = [tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else None
-
-
-def longest_repeat(ids: Sequence[int]) -> int:
-    """Tokens of the longest span that occurs twice in a completion; the two may overlap."""
-    def repeats(n: int) -> bool:  # a span that occurs twice begins with shorter ones that do
-        return len({tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)}) < len(ids) - n + 1
-    low, high = 0, len(ids)
-    while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (middle, high) if repeats(middle) else (low, middle)
-    return low
-
-
-LOOP_UNIT, LOOP_TIMES, LOOP_TOKENS = 64, 3, 24
-
-
-def has_loop(ids: Sequence[int]) -> bool:
-    """Does a span of at most 64 tokens stand three times or more in a row, 24 tokens or more in all?"""
-    for unit in range(1, min(LOOP_UNIT, len(ids) // LOOP_TIMES) + 1):
-        run, wanted = 0, max(LOOP_TIMES * unit, LOOP_TOKENS) - unit
-        for i in range(unit, len(ids)):
-            run = run + 1 if ids[i] == ids[i - unit] else 0
-            if run >= wanted:
-                return True
-    return False
-
-
-REFUSAL = re.compile(
-    r"\bas an? (ai|artificial intelligence|(large )?language model)\b|\bsorry,? but i\b|"
-    r"\bi(('m| am) (not able|unable|not allowed)| can ?not| can't| won't| will not) (to )?(assist|help|comply|fulfil|"
-    r"provide|answer|do that|create|write|generate|engage|discuss|give|offer|support|share|participate)", re.I)
-
-
-def is_refusal(text: str) -> bool:
-    """Does a completion refuse in its first 200 characters? By English phrases: a rate to compare, not a fact."""
-    return bool(REFUSAL.search(text[:200].replace("’", "'")))
-
-
-langdetect.DetectorFactory.seed = 0
-SURE, ENOUGH = 0.9, 40
-
-
-def language(text: str) -> str | None:
-    """Language of a text outside of code blocks; None for fewer than 40 letters, or where it is less than 90 % sure."""
-    prose = re.sub(r"```.*?(```|\Z)", " ", text, flags=re.S)
-    if sum(map(str.isalpha, prose)) < ENOUGH:
-        return None
-    try:
-        best = langdetect.detect_langs(prose)[0]
-    except langdetect.LangDetectException:  # a script that it doesn't know
-        return None
-    return best.lang.split("-")[0] if best.prob >= SURE else None
-
-
-def guardrails(prompts: Sequence[Prompt], answers: Sequence[Answer], stop_ids: Sequence[int]) -> dict[str, Any]:
-    """Means over a row's completions. A token is one of the tokenizer's; a stop token counts in the length only."""
-    bare = [a.ids[:-1] if a.ids[-1] in stop_ids else a.ids for a in answers]
-    lengths = [len(a.ids) for a in answers]
-    spoken = [(language(p.messages[-1]["content"]), language(a.text)) for p, a in zip(prompts, answers)]
-    drifted = [asked != said for asked, said in spoken if asked and said]
-
-    def mean(values) -> float | None:
-        found = [v for v in values if v is not None]
-        return fmean(found) if found else None
-    return {"n": len(answers), "tokens_mean": fmean(lengths), "tokens_sd": pstdev(lengths),
-            "eos_rate": mean(a.ended for a in answers), "refusal_rate": mean(is_refusal(a.text) for a in answers),
-            **{f"distinct_{n}": mean(distinct(ids, n) for ids in bare) for n in (1, 2, 3)},
-            "longest_repeat_mean": mean(map(longest_repeat, bare)), "repetition_rate": mean(map(has_loop, bare)),
-            "language_drift_rate": mean(drifted), "language_n": len(drifted)}
-
+# -- how far a row moved ----------------------------------------------------------------------------
 
 def kl_of_completions(policy, reference, examples: Sequence[Example], temperature: float,
                       micro_tokens: int) -> dict[str, float | None]:
@@ -919,6 +831,10 @@ def main(args: Args) -> None:
         reference_id = {k: reference.record[k] for k in ("name", "config_hash", "adapter_sha256")}
         shared = {"sampling": sampling, **fingerprints, "reference": reference_id}
         answers = measure(reference, rows, choose, prompts, tokenizer, shared, directory, load, args, device)
+        measured = {row["name"]: row for row in common.read_json(directory / "guardrails.json")["rows"]}
+        for row in rows:
+            if why := collapsed(measured[row.name], measured[reference.name]):
+                common.say(f"warning: {row.name}'s answers collapsed: {why}; a win rate of them is no evidence")
 
         # 3. Each row against the reference, in both orders.
         compared = {row.name: side_by_side(prompts, answers[row.name], answers[reference.name]) for row in rows}

@@ -401,13 +401,13 @@ def evaluate_rows(policy, rows: list[Row], args: Args, device) -> dict[str, floa
     desirable, prompts = torch.tensor([r.desirable for r in rows]), [r.prompt_id for r in rows]
     figures = {**means(values.sum(1).tolist(), rows), "z0": z0.item(), "auc": None, "auc_interval": None,
                "loss_interval": common.interval(values[0], prompts),
-               "accuracy_interval": common.interval(values[1], prompts)}
+               "accuracy_interval": common.share_interval(values[1], prompts)}
     wins = 0.5 + 0.5 * (above[desirable][:, None] - above[~desirable]).sign().double()    # [desirable, undesirable]
     if wins.numel():  # DeLong et al. 1988: a row contributes the mean of its wins to the AUC
         by_row = torch.full((len(rows),), (auc := wins.mean()).item(), dtype=torch.float64)
         by_row[desirable] += (wins.mean(1) - auc) * len(rows) / len(wins)
         by_row[~desirable] += (wins.mean(0) - auc) * len(rows) / wins.shape[1]
-        figures |= {"auc": auc.item(), "auc_interval": common.interval(by_row, prompts)}
+        figures |= {"auc": auc.item(), "auc_interval": common.share_interval(by_row, prompts)}
     return figures
 
 

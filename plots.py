@@ -4,15 +4,20 @@ A figure is None where its data is missing. SVG is the same bytes for the same f
 compare it.
 """
 
+from __future__ import annotations
+
 import io
 import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from common import sha256_json
 from verdicts import FORGOTTEN, MARGIN, METRICS, Comparison, at, finite, same_policy
+
+if TYPE_CHECKING:  # imported where a figure is made, so that report.py --help starts at once
+    from matplotlib.figure import Figure
 
 PLOTS = {  # file name under plots/ -> what it shows
     "overview": "What each method learned, and what that changed on the benchmarks; small points are seeds",
@@ -36,6 +41,18 @@ STYLE = {
 }  # fmt: skip
 
 
+def style():
+    """Context in which the figures are made and written."""
+    from matplotlib import rc_context
+    return rc_context(STYLE)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure; sizes in inches."""
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def colour(row: dict) -> str:
     return COLOURS.get(row.get("method") or "", INK)
 
@@ -45,7 +62,7 @@ def forest(compared: list[Comparison]) -> Figure | None:
     shown = [c for c in compared if any(change.paired for change in c.changes.values())]
     if not shown:
         return None
-    figure = Figure(figsize=(11, 1.1 + 0.36 * len(shown)), layout="constrained")
+    figure = new_figure(11, 1.1 + 0.36 * len(shown))
     axes = figure.subplots(1, len(METRICS), sharey=True)
     for axis, column in zip(axes, METRICS):
         axis.axvline(0, color=INK, linewidth=1)
@@ -68,7 +85,7 @@ def forest(compared: list[Comparison]) -> Figure | None:
 
 def scatter(points: list[tuple], x_title: str, y_title: str) -> Figure:
     """Points with both intervals: (label, colour, x, its interval or None, y, its interval, filled)."""
-    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    figure = new_figure(7.6, 4.4)
     axis = figure.subplots()
     axis.margins(x=0.12)
     axis.grid()
@@ -120,11 +137,14 @@ def winrate_kl(judge: list[dict], guardrails: list[dict]) -> Figure | None:
         if None in map(finite, (row.get("kl_sft"), rate, *ends)):
             continue
         circular = bool(at(record, "judge", "circular"))
-        marks |= {text for text, holds in (("best of N: its bound", row.get("kl_sft_bound")),
-                                           ("hollow: circular judge", circular)) if holds}
+        marks |= {text for text, holds in (
+            ("best of N: its bound", row.get("kl_sft_bound")), ("hollow: circular judge", circular),
+            ("hollow: answers collapsed", record.get("collapsed"))) if holds}
         label = row["name"] + f", by {Path(record['judge']['model']).name}" * (len(judges) > 1)
         tone = colour({"method": next((method for method in COLOURS if method in row["name"]), "")})
-        points.append((label, tone, row["kl_sft"], None, 100 * rate, [100 * end for end in ends], not circular))
+        label += ", collapsed" * bool(record.get("collapsed"))
+        filled = not circular and not record.get("collapsed")
+        points.append((label, tone, row["kl_sft"], None, 100 * rate, [100 * end for end in ends], filled))
     if not points:
         return None
     note = f" ({'; '.join(sorted(marks))})" * bool(marks)
@@ -155,7 +175,7 @@ def on_policy(records: list[dict]) -> Figure | None:
     records = [record for record in records if at(record, "curves", "kl")]
     if not records:
         return None
-    figure = Figure(figsize=(11, 3), layout="constrained")
+    figure = new_figure(11, 3)
     axes, tones = figure.subplots(1, 3), list(COLOURS.values())[1:] + [INK]
     for i, record in enumerate(records):
         tone, curves = tones[i % len(tones)], record["curves"]
@@ -180,7 +200,7 @@ def overview(lines: list[tuple]) -> dict[str, Figure]:
     if not lines:
         return {}
     columns = len(lines[0][2])
-    figure = Figure(figsize=(2.5 * columns, 0.7 + 0.95 * len(lines)), layout="constrained")
+    figure = new_figure(2.5 * columns, 0.7 + 0.95 * len(lines))
     axes = figure.subplots(len(lines), columns, squeeze=False)
     for k in range(1, columns):  # one scale per benchmark
         for i in range(1, len(lines)):
@@ -208,15 +228,16 @@ def overview(lines: list[tuple]) -> dict[str, Figure]:
                 axis.set_title(title)
             if k and i < len(lines) - 1:
                 axis.tick_params(labelbottom=False)
-    figure.supxlabel("left: after − before, held out, own units (loss: lower is better); right: points against the own "
-                     "parent, of SFT against base", fontsize=9)
+    figure.supxlabel("left: change of the own objective, held out, own units (loss: lower is better); filled: its interval "
+                     "excludes 0\nright: points against the own parent, of SFT against base; filled: p < 0.05 after Holm",
+                     fontsize=9)
     return {"overview": figure}
 
 
 def sweep_curves(records: list[dict], base_of) -> Figure:
     """A panel per method: the objective against the learning rate, a line per base and other settings."""
     methods = list(dict.fromkeys(record["method"] for record in records))
-    figure = Figure(figsize=(2.9 * len(methods), 3.1), layout="constrained")
+    figure = new_figure(2.9 * len(methods), 3.1)
     axes, bases = figure.subplots(1, len(methods), squeeze=False)[0], list(dict.fromkeys(map(base_of, records)))
     for axis, method in zip(axes, methods):
         of_method = [r for r in records if r["method"] == method and finite(r["value"]) is not None and r["lr"] > 0]
@@ -249,7 +270,7 @@ def sweep_curves(records: list[dict], base_of) -> Figure:
 
 def speedrun(run: dict, points: list[dict]) -> Figure:
     """pass@1 against minutes, by both extractions; start-up, which the run's own seconds leave out, is shaded."""
-    figure = Figure(figsize=(7.6, 3.6), layout="constrained")
+    figure = new_figure(7.6, 3.6)
     axis = figure.subplots()
     start = run["command_seconds"] - run["run_seconds"]
     minutes = [(start + point["seconds"]) / 60 for point in points]
@@ -277,7 +298,7 @@ def run_curves(record: dict) -> Figure | None:
         return None
     columns = min(4, len(keys))
     height = -(-len(keys) // columns)
-    figure = Figure(figsize=(2.9 * columns, 2 * height), layout="constrained")
+    figure = new_figure(2.9 * columns, 2 * height)
     axes = figure.subplots(height, columns, squeeze=False).flat
     for axis, key in zip(axes, keys):
         draw_curve(axis, steps, curves[key], colour(record))

@@ -37,7 +37,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from scipy import stats
 from torch import Tensor
 
 import chat
@@ -283,19 +282,10 @@ def build_pairs(tokenizer, args: Args):
 
 # -- the report on held-out scores ----------------------------------------------------------------
 
-def wilson(right: float, n: int, z: float = 1.959964) -> list[float] | None:
-    """Wilson's 95 % interval of a share, [low, high]; a tie may count as half a success. None without any trial."""
-    if not n:
-        return None
-    p, centre = right / n, (right + z * z / 2) / (n + z * z)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
-
-
 def share(difference: Tensor) -> dict:
     """How often a difference is above zero, ties half: {"n", "accuracy", "interval"}."""
     right, n = above_zero(difference).sum().item(), len(difference)
-    return {"n": n, "accuracy": right / n if n else None, "interval": wilson(right, n)}
+    return {"n": n, "accuracy": right / n if n else None, "interval": common.wilson(right, n)}
 
 
 def outcomes(difference: Tensor) -> str:
@@ -307,6 +297,7 @@ def correlation(x: Tensor, y: Tensor) -> dict[str, float | None]:
     """Pearson's and Spearman's; None where one side is constant or there are fewer than two points."""
     if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
         return {"pearson": None, "spearman": None}
+    from scipy import stats  # here, since --help and the training need none of it
     x, y = x.double().numpy(), y.double().numpy()
     return {"pearson": float(stats.pearsonr(x, y)[0]), "spearman": float(stats.spearmanr(x, y)[0])}
 

@@ -44,9 +44,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
 
 from common import METHODS as CLIMB, fail, read_results, sha256_json
 
@@ -62,7 +59,7 @@ ENDPOINTS = {"MMLU": "plain", "TruthfulQA\nMC2": "plain", "GSM8K\nstrict": "chat
 METHODS = ("sft", "dpo", "ppo", "grpo", "kto")  # named before any run: one that is added later stays descriptive
 FORGOTTEN = ("MMLU", "TruthfulQA\nMC2")  # where a drop is what the word forgetting means
 FLOORS = {"MMLU": 25.0, "GSM8K\nstrict": 0.0, "IFEval\nprompt": 0.0, "IFEval\ninstruction": 0.0}  # %, by chance
-# The climb. A rung without a result is shown as planned; rows of other names follow those of their phase.
+# The climb. A rung without a result is shown as not run; rows of other names follow those of their phase.
 LADDER = {"base": 0} | {row: phase for method, (phase, row) in CLIMB.items() if method != "reward"}  # row: phase
 ROW_ID = ("name", "config_hash", "adapter_sha256", "weights_sha256")  # of an evaluated policy, in any protocol
 ROW_KEYS = (
@@ -74,6 +71,8 @@ RESAMPLES, FLIPS = 10_000, (9_999, 99_999)  # of the bootstrap; of the sign-flip
 
 
 # ------------------------------------------------------------------ statistics
+
+NORMAL = statistics.NormalDist()  # scipy and statsmodels are imported where they are used: --help starts at once
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def paired_interval(gained: int, lost: int, n: int, alpha: float = ALPHA) -> tup
     """1 - alpha interval of (gained - lost) / n over n 0/1 items: Wald's, with one item added to each side, so that few
     discordant items don't give a width of 0 [Bonett & Price 2012, J. Educ. Behav. Stat. 37(4)]."""
     a, b = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = float(stats.norm.ppf(1 - alpha / 2)) * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
+    half = NORMAL.inv_cdf(1 - alpha / 2) * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
     return max(-1.0, a - b - half), min(1.0, a - b + half)
 
 
@@ -115,6 +114,7 @@ def sign_flip(d: np.ndarray) -> tuple[float, bool]:
 def bootstrap(d: np.ndarray, m: np.ndarray) -> list[tuple[float, float]]:
     """Percentile 95 % and 90 % intervals of sum d / sum m, d [n] the differences and m [n] the sizes of the independent
     units (an item: 1; a prompt: its instructions)."""
+    from scipy import stats
     drawn = stats.bootstrap((d, m), lambda d, m, axis: d.sum(axis) / m.sum(axis), paired=True, vectorized=True,
                             batch=1000, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
     ends = [np.quantile(drawn.bootstrap_distribution, [share, 1 - share]) for share in (ALPHA / 2, ALPHA)]
@@ -123,11 +123,12 @@ def bootstrap(d: np.ndarray, m: np.ndarray) -> list[tuple[float, float]]:
 
 def paired_over_items(d: np.ndarray, m: np.ndarray, right_or_wrong: bool) -> Paired | None:
     """The paired test of one seed: d [n] differences, m [n] sizes. None for a single item that isn't right or wrong."""
-    z = stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(0.8)
+    z = NORMAL.inv_cdf(1 - ALPHA / 2) + NORMAL.inv_cdf(0.8)
     # For 0/1 items 2.80 sqrt(psi / n), psi the share of discordant items [Connor 1987, Biometrics 43(1), without the
     # term delta^2 << psi: a little too large]. Holm's test needs more.
     detectable = float(z * math.sqrt((d.astype(float) ** 2).sum()) / m.sum()) if d.any() else None
     if right_or_wrong:
+        from statsmodels.stats.contingency_tables import mcnemar
         gained, lost = int((d > 0).sum()), int((d < 0).sum())
         ends = [paired_interval(gained, lost, len(d), alpha) for alpha in (ALPHA, 2 * ALPHA)]
         return Paired(*ends, p=float(mcnemar([[0, gained], [lost, 0]], exact=True).pvalue), detectable=detectable)
@@ -150,6 +151,7 @@ def paired_over_seeds(d: np.ndarray, m: np.ndarray) -> Paired:
     if not variance:
         return Paired((estimate, estimate), (estimate, estimate), float(estimate == 0))
     df = variance**2 / (parts[0] ** 2 / (seeds - 1) + parts[1] ** 2 / (n - 1))
+    from scipy import stats
     stderr = math.sqrt(variance)
     halves = [float(stats.t.ppf(1 - alpha / 2, df)) * stderr for alpha in (ALPHA, 2 * ALPHA)]
     p = float(2 * stats.t.sf(abs(estimate) / stderr, df))
@@ -159,6 +161,7 @@ def paired_over_seeds(d: np.ndarray, m: np.ndarray) -> Paired:
 
 def holm(p: list[float]) -> list[float]:
     """Adjusted p-values, in the order given: below alpha where Holm's step-down test rejects at family-wise alpha."""
+    from statsmodels.stats.multitest import multipletests
     return multipletests(p, method="holm")[1].tolist() if p else []
 
 
@@ -301,6 +304,11 @@ def seed_groups(rows: list[dict]) -> list[list[dict]]:
         else:
             seeds.append(row)
     return groups
+
+
+def once(rows: list[dict]) -> list[dict]:
+    """One row per policy, whatever the protocols that it was evaluated in."""
+    return list({tuple(row[key] for key in ROW_ID): row for row in reversed(rows)}.values())[::-1]
 
 
 def compared_in_family(groups: list[list[dict]]) -> list[list[dict]]:
@@ -483,6 +491,13 @@ def label_group(group: list[dict], labels: dict[int, str]) -> str:
     return next((name for name in names if name in LADDER), names[0]) + f" ({len(group)} seeds)"
 
 
+def families(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+    """[(label, the rows of a family, one per seed)] of policies, each once."""
+    rows = once(rows)
+    labels = {id(row): label for label, row in label_rows(rows)}
+    return [(label_group(group, labels), group) for group in seed_groups(rows)]
+
+
 def is_instruct(model: str) -> bool:
     return bool(re.search(r"instruct|(^|[-_])(it|chat)($|[-_])", Path(model).name.lower()))
 
@@ -602,9 +617,6 @@ def verdicts_of(compared: dict, tables: dict[str, list[dict]], protocols: dict[s
         floors = tuple(column for column in FORGOTTEN for row in tables.get(protocols[column], [])
                        if row["method"] == "base" and is_at_floor(row, column))
         one = verdict(against_base, irreproducible, inherited, floors, protocols)
-        wanted = [title_of(column) for column, protocol in protocols.items() if protocol != ENDPOINTS[column]]
-        if wanted and is_instruct(c.row["model"]):
-            one = replace(one, why=f"{one.why}; {' and '.join(wanted)} in the plain protocol: chat is not evaluated")
         verdicts.append(replace(one, label=c.label, rows=c.rows))
     return verdicts
 

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import ask
 import chat
 import common
+import guardrails
 import inputs
 import judge
 from conftest import make_model, make_tokenizer, write_jsonl
@@ -253,13 +254,13 @@ def test_length_control_is_the_minimum_that_scipy_finds(case):
 def test_distinct_by_hand():
     """a b a b a: tokens 2 of 5, pairs ab ba 2 of 4, triples aba bab 2 of 3; nothing has 6-grams."""
     ids = [1, 2, 1, 2, 1]
-    assert [judge.distinct(ids, n) for n in (1, 2, 3, 6)] == [2 / 5, 2 / 4, 2 / 3, None]
+    assert [guardrails.distinct(ids, n) for n in (1, 2, 3, 6)] == [2 / 5, 2 / 4, 2 / 3, None]
 
 
 @pytest.mark.parametrize("ids, tokens", [([], 0), ([1], 0), ([1, 2, 3], 0), ([1, 2, 1], 1), ([1, 2, 3, 9, 1, 2, 3], 3),
                                          ([7, 7, 7, 7], 3), ([1, 2, 1, 2, 1], 3)])
 def test_longest_repeat_by_hand(ids, tokens):
-    assert judge.longest_repeat(ids) == tokens
+    assert guardrails.longest_repeat(ids) == tokens
 
 
 def test_longest_repeat_is_the_longest_of_all_pairs_of_spans():
@@ -268,7 +269,7 @@ def test_longest_repeat_is_the_longest_of_all_pairs_of_spans():
         ids = [generator.randrange(3) for _ in range(generator.randrange(2, 30))]
         brute = max((n for n in range(1, len(ids)) for i in range(len(ids) - n + 1) for j in range(i)
                      if ids[i:i + n] == ids[j:j + n]), default=0)
-        assert judge.longest_repeat(ids) == brute
+        assert guardrails.longest_repeat(ids) == brute
 
 
 @pytest.mark.parametrize("ids, loop", [
@@ -276,7 +277,7 @@ def test_longest_repeat_is_the_longest_of_all_pairs_of_spans():
     (list(range(20)) * 3, True), (list(range(20)) * 2 + list(range(19)), False), (list(range(65)) * 3, False),
     (list(range(200)), False), ([], False)])
 def test_a_loop_is_three_times_the_same_and_24_tokens(ids, loop):
-    assert judge.has_loop(ids) is loop
+    assert guardrails.has_loop(ids) is loop
 
 
 @pytest.mark.parametrize("text, refusal", [
@@ -285,7 +286,7 @@ def test_a_loop_is_three_times_the_same_and_24_tokens(ids, loop):
     ("I won't answer this question.", True), ("You can't miss it: turn left.", False), ("I can help with that.", False),
     ("Sorry is a hard word.", False), ("The model answers. " * 20 + "I can't help with that.", False), ("", False)])
 def test_refusals(text, refusal):
-    assert judge.is_refusal(text) is refusal
+    assert guardrails.is_refusal(text) is refusal
 
 
 GERMAN = "Das Wetter ist heute sehr schön, und wir gehen mit unseren Freunden im Wald spazieren."
@@ -297,7 +298,7 @@ ENGLISH = "The weather is very nice today, and we are going for a walk in the fo
     ("```python\n" + "the quick brown fox jumps over the lazy dog\n" * 4 + "```", None),
     (GERMAN + "\n```\n" + ENGLISH, "de")])
 def test_language_of_prose(text, expected):
-    assert judge.language(text) == expected
+    assert guardrails.language(text) == expected
 
 
 def test_guardrails_are_means_over_completions():
@@ -306,7 +307,7 @@ def test_guardrails_are_means_over_completions():
     prompts = [judge.Prompt(str(i), messages, [1]) for i, messages in enumerate(user)]
     answers = [judge.Answer([5, 6, 5, 6, 0], True, GERMAN), judge.Answer([7] * 30, False, ENGLISH),
                judge.Answer([8, 0], True, "I cannot help with that.")]
-    found = judge.guardrails(prompts, answers, stop_ids=[0])
+    found = guardrails.guardrails(prompts, answers, stop_ids=[0])
     lengths = [5, 30, 2]
     mean = sum(lengths) / 3
     assert found == pytest.approx({

@@ -19,12 +19,16 @@ import pytest
 import torch
 import tyro
 from scipy import stats
+from statsmodels.stats.proportion import confint_proportions_2indep
 
+import judged as judged_module
 import plots
 import report
 import reward
+import tables
 import verdicts
 from common import SCHEMA_VERSION, read_results, upsert_row, write_text
+from guardrails import collapsed
 
 SCORES = {  # (score, stderr) by lm-eval's key
     "mmlu/acc,none": (0.50, 0.003),
@@ -41,6 +45,8 @@ def write_json(path, record):
     write_text(path, json.dumps(record, indent=1))
 
 
+OF_REWARD = "held-out pairs ranked correctly, %<br>before: the better rule of length"
+APART_FROM = "so not comparable with the other rows."
 README = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe rest.\n"
 
 
@@ -250,7 +256,7 @@ def test_noise_flag_on_both_sides_of_two_standard_errors(points, clear):
     # se = sqrt(3^2 + 4^2) = 5, so the threshold is 10 points, itself beyond noise
     found, stderr, flag = verdicts.delta((40.0 + points, 3.0), (40.0, 4.0))
     assert found == pytest.approx(points) and stderr == 5.0 and flag is clear
-    cell = report.delta_cell(found, stderr, flag)
+    cell = tables.delta_cell(found, stderr, flag)
     assert cell.startswith("**") is clear and cell.endswith("~") is not clear
 
 
@@ -288,20 +294,20 @@ def test_a_task_that_was_not_measured_is_not_zero(here):
     assert table("#### Change against base")["dpo_v1 − base"][1] == "–"
 
 
-def test_rows_without_a_result_are_planned_never_zero(here):
+def test_rows_without_a_result_are_not_run_never_zero(here):
     run(three_rows())
     for path, mark in (("results/README.md", "### Current state"), ("README.md", report.BEGIN)):
         state = table(mark, path)
         assert list(state) == ["row", ":--", "base", "sft_v2", "dpo_v1", "ppo_v1", "grpo_v1", "kto_v1"]
         for name, phase in (("ppo_v1", "3"), ("grpo_v1", "4"), ("kto_v1", "5")):
-            assert state[name] == [phase, "planned", "", "", ""] + [""] * (4 if path == "README.md" else 1)  # no verdict either
+            assert state[name] == [phase, *(["–"] * 6 + ["not run", ""] if path == "README.md" else ["not run", *["–"] * 4])]
     assert "ppo_v1 −" not in Path("results/README.md").read_text()
 
 
 def test_no_results_at_all(here):
     run(None)
     state = table("# Results")
-    assert [cells[1] for name, cells in state.items() if name not in ("row", ":--")] == ["planned"] * 6
+    assert [cells[1] for name, cells in state.items() if name not in ("row", ":--")] == ["not run"] * 6
     assert not re.search(r"\b0\.0\b", Path("README.md").read_text())
     run(None, "--check")
 
@@ -364,7 +370,7 @@ def test_a_trial_says_so_with_its_error(here):
     # sqrt(0.5 * 0.5 / 8) = 0.1768
     assert "**Trial, not a result: mmlu 8, gsm8k 8, truthfulqa_mc2 8, ifeval 8 items.**" in text
     assert "on 8 items has a standard error of 17.7 points" in text
-    assert "Limits: mmlu 8 a subject, truthfulqa_mc2 8" in text
+    assert "Limits: mmlu 8 items per subject, truthfulqa_mc2 8 items" in text
     rows = three_rows()
     for row in rows:
         row["n"] = row["n"] | {"gsm8k": 25}  # small data and no limit; sqrt(0.25 / 25) = 0.1
@@ -415,19 +421,19 @@ def test_a_reward_model_is_a_table_of_its_own_and_no_rung(here):
     # Wilson, by hand for 80 of 100: (80 + 1.92) / 103.84 ± 1.96 / 103.84 * sqrt(16 + 0.96) = 0.7889 ± 0.0777
     assert found["rm_v1"] == ["42", "c0000031", "100", "80.0 [71.1, 86.7]", "60.0 [50.2, 69.1]",
                               "65.0 [43.3, 81.9]<br>n = 20", "−0.25", "0.042", "0.57 / 1.25"]  # fmt: skip
-    text = "rm_v1: accuracy 80.0 [71.1, 86.7] %, longer-wins 60.0 [50.2, 69.1] %, on the same 100 held-out pairs: "
-    text += "whether it beats longer-wins is not known, since its record has no outcomes pair by pair."
-    assert said("rm_v1") == text
+    text = "Whether rm_v1 beats longer-wins is not known, since its record has no outcomes pair by pair; on the same 100 "
+    text += "held-out pairs: accuracy 80.0 [71.1, 86.7] %, longer-wins 60.0 [50.2, 69.1] %."
+    assert said("Whether rm_v1") == text
     assert said("Plots:") == "Plots: [rm/rm_v1.png](rm/rm_v1.png)"
     assert "‡" not in Path("results/README.md").read_text()
 
 
-def test_no_reward_model_is_planned(here):
+def test_no_reward_model_is_not_run(here):
     run(three_rows())
-    assert table("## Reward models")["rm_v1"] == ["planned"] + [""] * 8
+    assert table("## Reward models")["rm_v1"] == ["not run"] + ["–"] * 8
     text = Path("results/README.md").read_text()
     assert "Plots:" not in text and "On-policy" not in text
-    write_reward()  # from now on no longer planned, and without its plot no link to one
+    write_reward()  # from now on it has a result, and without its plot no link to one
     exits(1, None, "--check")
     run(None)
     assert table("## Reward models")["rm_v1"][1] == "c0000031" and "Plots:" not in Path("results/README.md").read_text()
@@ -437,10 +443,8 @@ def test_without_outcomes_pair_by_pair_longer_wins_is_not_compared(here):
     """Intervals of two shares of the same pairs, side by side, are no test."""
     write_reward(right=99)
     run(three_rows())
-    assert said("rm_v1: ").split(" pairs: ")[1] == ("whether it beats longer-wins is not known, since its record has no "
-                                                    "outcomes pair by pair.")
-    assert learned(None)["rm_v1", "held-out pairs, %; before: the better rule of length"][1:] == [
-        "60.0", "99.0 [94.6, 99.8]", "–"]
+    assert said("Whether rm_v1 beats longer-wins is not known")
+    assert learned(None)["rm_v1", OF_REWARD][1:] == ["60.0", "99.0 [94.6, 99.8]", "–", "–"]
 
 
 def test_figures_as_reward_py_computes_them(here):
@@ -523,9 +527,9 @@ def test_a_reward_model_of_another_setup_is_marked_and_no_part_of_the_climb(here
     write_reward("rm_big", train_invariants="ffff0000")
     run(three_rows())
     found = table("## Reward models")
-    assert list(found) == ["row", ":--", "rm_big‡", "rm_v1"] and found["rm_v1"][0] == "planned"
-    assert said("‡") == "‡ rm_big: train_invariants ffff0000, where base has aaaa1111; no part of this climb."
-    assert said("rm_big‡").startswith("rm_big‡: accuracy 80.0")
+    assert list(found) == ["row", ":--", "rm_big‡", "rm_v1"] and found["rm_v1"][0] == "not run"
+    assert said("‡") == f"‡ rm_big: of other train_invariants (ffff0000) than base (aaaa1111), {APART_FROM}"
+    assert "accuracy 80.0" in said("Whether rm_big‡")
     assert "rm_big" not in Path("README.md").read_text()
     write_reward(right=70)
     write_reward("rm_big_s7", train_invariants="ffff0000", family="fam00002", seed=7)
@@ -535,7 +539,7 @@ def test_a_reward_model_of_another_setup_is_marked_and_no_part_of_the_climb(here
     assert list(found)[2:] == ["rm_v1", "rm_big‡", "rm_big_s7‡", "mean ± sd‡"]
     write_reward("rm_none", train_invariants=None)
     run(None)
-    assert said("‡ rm_none") == "‡ rm_none: train_invariants unknown, where base has aaaa1111; no part of this climb."
+    assert said("‡ rm_none") == f"‡ rm_none: of other train_invariants (unknown) than base (aaaa1111), {APART_FROM}"
 
 
 def test_group_leaves_out_reward_models_of_another_setup(here):
@@ -558,7 +562,7 @@ def test_without_rows_the_first_reward_model_says_what_the_others_must_be(here):
     write_reward("rm_b", train_invariants="ffff0000")
     run(None)
     assert list(table("## Reward models"))[2:] == ["rm_a", "rm_b‡"]
-    assert said("‡") == "‡ rm_b: train_invariants ffff0000, where rm_a has aaaa1111; no part of this climb."
+    assert said("‡") == f"‡ rm_b: of other train_invariants (ffff0000) than rm_a (aaaa1111), {APART_FROM}"
 
 
 def write_on_policy(stem="ppo/ppo_v1", **changes):
@@ -591,7 +595,7 @@ def test_on_policy_runs_before_and_after(here):
     assert grpo["grpo_v1"] == ["7", "0.500", "0.125 → 0.250", "– → 0.500"]  # a tenth of 5: one
     assert said("Plots:") == "Plots: [grpo/grpo_v1.png](grpo/grpo_v1.png)"
     assert "grpo_v1: rewarded" not in (text := Path("results/README.md").read_text()) and "ppo_v1.png" not in text
-    assert table("#### Current state")["ppo_v1"][1] == "planned"  # not evaluated: still no score
+    assert table("#### Current state")["ppo_v1"][1] == "not run"  # not evaluated: still no score
 
 
 UNSAID = {  # key that an on-policy run's file lacks: what its line shows
@@ -630,7 +634,7 @@ def test_runs_of_one_method_share_its_columns_and_another_setup_is_marked(here):
     assert list(found)[2:] == ["ppo_v1", "ppo_big‡"]
     assert found["row"][2:] == ["score", "tokens", "eos_rate", "win"]
     assert found["ppo_v1"][-1] == "–" and found["ppo_big‡"][2:] == ["–", "–", "–", "0.500 → 0.750"]
-    assert said("‡") == "‡ ppo_big: train_invariants ffff0000, where base has aaaa1111; no part of this climb."
+    assert said("‡") == f"‡ ppo_big: of other train_invariants (ffff0000) than base (aaaa1111), {APART_FROM}"
     run(None, "--group", "aaaa1111")
     assert list(table("## On-policy runs: PPO"))[2:] == ["ppo_v1"]
 
@@ -732,7 +736,7 @@ def test_paired_differences_against_scipy_and_by_hand(here):
     assert table("## 3. Is it a win?")["sft_v2"][0] == "**inconclusive**"
     compact = table(report.BEGIN, "README.md")
     assert compact["dpo_v1"][2].endswith("(**+26.7**)") and compact["dpo_v1"][-2:] == ["win", "`c0000002`"]
-    assert compact["base"][-2:] == ["", "`c0000000`"] and compact["ppo_v1"][-2:] == ["", ""]
+    assert compact["base"][-2:] == ["", "`c0000000`"] and compact["ppo_v1"][-2:] == ["not run", ""]
     line = against_base["smallest detectable"]
     assert line[:4] == ["–", detectable, "–", detectable] and compact[""] == ["smallest detectable", *line[:4], "", "", "", ""]
     assert report.UNPAIRED not in Path("results/README.md").read_text()
@@ -903,7 +907,6 @@ def test_an_instruct_base_is_tested_in_chat_where_it_was_evaluated(here):
     scored_plain = [scored(row) for row in plain]
     run(scored_plain)
     assert "the plain one stands in" in Path("results/README.md").read_text()
-    assert "IFEval prompt in the plain protocol: chat is not evaluated" in table("## 3. Is it a win?")["dpo_v1"][1]
     scored_chat = [scored(row, **({"ifeval": better} if row["name"] == "dpo_v1" else {})) for row in chat]
     run([*scored_plain, *scored_chat])
     text = Path("results/README.md").read_text()
@@ -919,7 +922,7 @@ def test_an_instruct_base_is_tested_in_chat_where_it_was_evaluated(here):
 def learned(rows):
     """The lines of the first table, by row and objective."""
     run(rows)
-    lines = Path("results/README.md").read_text().split("## 1. Did it learn", 1)[1].split("Before →")[0].splitlines()
+    lines = Path("results/README.md").read_text().split("## 1. Did it learn", 1)[1].split("Each run's own")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     return {(row, objective): rest for row, objective, *rest in cells[2:]}
 
@@ -932,28 +935,32 @@ def test_the_first_table_is_what_each_method_optimises(here):
                        "heldout_margin_interval": [-0.05, 0.3], "heldout_loss_interval": [0.7, 0.8]}
     kto = make_row("kto_v1", 5, "kto", "a") | {"training": {"heldout_auc": 0.52, "heldout_auc_interval": [0.47, 0.57],
                                                             "heldout_rows": 256}}
-    ppo = make_row("ppo_v1", 3, "ppo", "b") | {"training": {"scores_before": 0.5, "scores_after": 0.25, "fixed_prompts": 64,
+    ppo = make_row("ppo_v1", 3, "ppo", "b") | {"training": {"scores_before": 0.5, "scores_after": 0.27, "fixed_prompts": 64,
                                                             "scores_change_interval": [-0.4, -0.1]}}
     grpo = make_row("grpo_v1", 4, "grpo", "c") | {"training": {"pass_1_before": 0.1, "pass_1_after": 0.3,
                                                                "pass_k_before": 0.3, "pass_k_after": 0.5,
                                                                "heldout_problems": 200}}
     lines = learned([base, sft, dpo, kto, ppo, grpo])
-    assert lines["sft_v2", "held-out loss, nats per token"] == ["–", "2.200", "2.070 [2.000, 2.140]", "**yes**"]  # lower is better
+    assert lines["sft_v2", "held-out loss, nats per token"] == [
+        "–", "2.200", "2.070 [2.000, 2.140]", "−0.130 [−0.150, −0.110]", "**yes**"]  # lower is better
     low, high = stats.binomtest(65, 100).proportion_ci(method="wilson")
-    assert lines["dpo_v1", "held-out pairs on the right side, %"] == [
-        "100", "50.0", f"65.0 [{100 * low:.1f}, {100 * high:.1f}]", "**yes**"]
-    assert lines["dpo_v1", "held-out margin"] == ["100", "0.000", "0.125 [−0.050, 0.300]", "not shown"]
-    assert lines["dpo_v1", "held-out loss"] == ["100", "0.693", "0.750 [0.700, 0.800]", "**worse**"]  # ln 2
-    assert lines["kto_v1", "held-out AUC, %"] == ["256", "50.0", "52.0 [47.0, 57.0]", "not shown"]
-    assert lines["ppo_v1", "score on fixed prompts"] == ["64", "0.500", "0.250 [?]", "**worse**"]
-    assert lines["grpo_v1", "held-out pass@1, strict, %"][3] == "**yes**"  # 20 and 60 of 200
-    assert lines["grpo_v1", "held-out pass@k, %"] == ["200", "30.0", "50.0 [?]", "–"]  # no independent trials: no interval
+    assert lines["dpo_v1", "held-out pairs ranked correctly, %"] == [
+        "100", "50.0", f"65.0 [{100 * low:.1f}, {100 * high:.1f}]", f"+15.0 [{100 * low - 50:.1f}, {100 * high - 50:.1f}]",
+        "**yes**"]
+    assert lines["dpo_v1", "held-out margin"][2:] == ["0.125 [−0.050, 0.300]", "+0.125 [−0.050, 0.300]", "not shown"]
+    assert lines["dpo_v1", "held-out loss"] == ["100", "0.693", "0.750 [0.700, 0.800]", "+0.057 [0.007, 0.107]", "**worse**"]
+    assert lines["kto_v1", "held-out AUC, %"] == ["256", "50.0", "52.0 [47.0, 57.0]", "+2.0 [−3.0, 7.0]", "not shown"]
+    # paired: the mean over the prompts whose answers ended both times, the middle of the interval, not 0.25 − 0.5
+    assert lines["ppo_v1", "score on fixed prompts"] == ["64", "0.500", "0.270", "−0.250 [−0.400, −0.100]", "**worse**"]
+    low, high = confint_proportions_2indep(60, 200, 20, 200, method="newcomb")
+    assert lines["grpo_v1", "held-out pass@1, strict, %"][3:] == [f"+20.0 [{100 * low:.1f}, {100 * high:.1f}]", "**yes**"]
+    assert lines["grpo_v1", "held-out pass@k, %"] == ["200", "30.0", "50.0", "+20.0", "–"]  # no independent trials: no interval
     assert ("ppo_v1", "watch model's score on them") not in lines  # not recorded
     dpo["training"]["heldout_accuracy_interval"] = [0.45, 0.85]  # the run's own, over prompts, goes before Wilson's
     grpo["training"] |= {"pass_1_change_interval": [-0.01, 0.41], "pass_k_change_interval": [0.1, 0.3]}
     lines = learned([base, sft, dpo, kto, ppo, grpo])
-    assert lines["dpo_v1", "held-out pairs on the right side, %"][2:] == ["65.0 [45.0, 85.0]", "not shown"]
-    assert lines["grpo_v1", "held-out pass@1, strict, %"][3] == "not shown" and lines["grpo_v1", "held-out pass@k, %"][3] == "**yes**"
+    assert lines["dpo_v1", "held-out pairs ranked correctly, %"][2:] == ["65.0 [45.0, 85.0]", "+15.0 [−5.0, 35.0]", "not shown"]
+    assert lines["grpo_v1", "held-out pass@1, strict, %"][4] == "not shown" and lines["grpo_v1", "held-out pass@k, %"][4] == "**yes**"
     assert Path("results/README.md").read_text().index("## 1.") < Path("results/README.md").read_text().index("## 2.")
 
 
@@ -982,16 +989,16 @@ def test_learned_turns_where_the_interval_meets_one_half(here, right, word):
     """Wilson: 60 of 100 begins at 50.2 %, 59 of 100 at 49.2 %."""
     base, sft, dpo = three_rows()
     dpo["training"] = {"heldout_accuracy": right / 100, "heldout_pairs": 100}
-    assert learned([base, sft, dpo])["dpo_v1", "held-out pairs on the right side, %"][3] == word
+    assert learned([base, sft, dpo])["dpo_v1", "held-out pairs ranked correctly, %"][4] == word
 
 
 @pytest.mark.parametrize("changes, shown", [
     # own SE of a change near 5.5 points (Newcombe). Seeds 10, 20, 30: sqrt(10^2 / 3 + 5.5^2) = 8.0, df 7, half 18.7 < 20
-    ((0.1, 0.2, 0.3), ["100", "10.0", "30.0 ± 10.0 sd", "**yes**"]),
+    ((0.1, 0.2, 0.3), ["100", "10.0", "30.0 ± 10.0 sd", "+20.0 [1.3, 38.7]", "**yes**"]),
     # seeds 0, 20, 40: sqrt(20^2 / 3 + 5.5^2) = 12.8, df 3, half 40 > 20
-    ((0.0, 0.2, 0.4), ["100", "10.0", "30.0 ± 20.0 sd", "not shown"]),
-    # equal seeds: the items alone, half 10.8 > 5; a t interval over the seeds would have no width
-    ((0.05, 0.05, 0.05), ["100", "10.0", "15.0 ± 0.0 sd", "not shown"]),
+    ((0.0, 0.2, 0.4), ["100", "10.0", "30.0 ± 20.0 sd", "+20.0 [−21.0, 61.0]", "not shown"]),
+    # equal seeds: the items alone, half 9.4 > 5; a t interval over the seeds would have no width
+    ((0.05, 0.05, 0.05), ["100", "10.0", "15.0 ± 0.0 sd", "+5.0 [−4.4, 14.4]", "not shown"]),
 ])  # fmt: skip
 def test_what_seeds_learned_is_an_interval_over_seeds_and_items(here, changes, shown):
     rows = [make_row(f"grpo_{seed}", 4, "grpo", str(seed), config=f"c{seed}") | {"seed": seed, "family": "fg",
@@ -1010,16 +1017,16 @@ def test_a_reward_model_is_compared_with_length_pair_by_pair(here):
     a, b = 31 / 102, 11 / 102
     half = 1.959964 * ((a + b - (a - b) ** 2) / 102) ** 0.5
     ends = f"[{100 * (a - b - half):.1f}, {100 * (a - b + half):.1f}]"
-    assert said("rm_v1: ").split(" pairs: ")[1] == f"beats longer-wins (paired difference {ends} points, p {p:.3f})."
-    line = learned(None)["rm_v1", "held-out pairs, %; before: the better rule of length"]
-    assert line == ["100", "60.0", "80.0 [71.1, 86.7]", "**yes**"]
+    assert said("rm_v1 ") == ("rm_v1 beats longer-wins on the same 100 held-out pairs: accuracy 80.0 [71.1, 86.7] %, longer-wins "
+                              f"60.0 [50.2, 69.1] %, paired difference {ends} points, p {p:.3f}.")
+    assert learned(None)["rm_v1", OF_REWARD] == ["100", "60.0", "80.0 [71.1, 86.7]", f"+20.0 {ends}", "**yes**"]
     turned = longer.translate(str.maketrans("10", "01"))  # now the shorter answer wins: the same rule to beat
     write_reward(outcomes={"model": model, "longer_wins": turned})
     run(None)
-    assert f"beats shorter-wins (paired difference {ends} points" in said("rm_v1: ")
+    assert said("rm_v1 beats shorter-wins").split("%, ")[2].startswith(f"paired difference {ends} points")
     write_reward(outcomes={"model": "10" * 50, "longer_wins": "01" * 50})
     run(None)
-    assert "not distinguishable from" in said("rm_v1: ")
+    assert said("rm_v1 is not distinguishable from")
 
 
 def test_outcomes_are_written_pair_by_pair():
@@ -1107,9 +1114,9 @@ def test_judged_win_rates(here):
                     "210 / 160"]  # fmt: skip
     assert "circular," not in Path("results/README.md").read_text()
     sentence = ("**Win rate** against sft_v2, judged by judge-70b in both orders, %: dpo_v1 65.4 [59.0, 72.0] "
-                "(length-controlled 60.1 [53.0, 67.0]). Its training prompts are not known. Whether judge-70b beats "
-                "\"the longer answer wins\" on held-out pairs is not known.")
+                "(length-controlled 60.1 [53.0, 67.0]). Its training prompts are not known.")
     assert said("**Win rate**") == sentence
+    assert said("Whether judge-70b beats") == 'Whether judge-70b beats "the longer answer wins" on held-out pairs is not known.'
     circular = {"kind": "reward", "model": "rm_v1", "circular": True, "circular_why": "why"}
     judged(dpo, sft, "dpo_v1_vs_sft_v2.rm_v1", judge=circular)
     run(None)
@@ -1126,29 +1133,30 @@ def test_judged_win_rates(here):
     assert "dpo_v1@77777777 against sft_v2" in table("## Judged win rates")
     judged(dpo | {"train_invariants": "ffff0000"}, sft)
     run(None)
-    assert said("‡ dpo_v1_vs_sft_v2: train_invariants ffff0000, where base has aaaa1111")
+    assert said("‡ dpo_v1_vs_sft_v2: of other train_invariants (ffff0000) than base (aaaa1111)")
     run(None, "--group", "aaaa1111")
     assert "ffff0000" not in Path("results/README.md").read_text()
 
 
-CONTROLLED = "(length-controlled 60.1 [53.0, 67.0]), says judge-70b, whose training prompts are not known"
+CONTROLLED = "length-controlled 60.1 [53.0, 67.0], by judge-70b, whose training prompts are not known"
 CHECKED = {"n": 100, "accuracy": 0.8, "interval": [0.7, 0.9], "longer_wins": {"n": 100, "accuracy": 0.6},
            "position_inconsistency": 0.1, "outcomes": {"model": "1" * 80 + "0" * 20, "longer_wins": "1" * 50 + "0" * 50}}
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({}, f"met: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts {CONTROLLED}"),
-    ({"judge": {"independent": True}}, "met: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts "
-     "(length-controlled 60.1 [53.0, 67.0]), says judge-70b, independent"),
+    ({}, f"met: wins 65.4 [59.0, 72.0] % of 199 prompts against SFT, {CONTROLLED}"),
+    ({"judge": {"independent": True}}, "met: wins 65.4 [59.0, 72.0] % of 199 prompts against SFT, "
+     "length-controlled 60.1 [53.0, 67.0], by judge-70b, independent"),
     ({"judge": {"independent": False, "shared_prompts": {"dpo_v1": {"prompts": 85, "share": 0.85}}}},
-     "open, no independent judge: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts (length-controlled 60.1 [53.0, "
-     "67.0]), says judge-70b, not independent: it shares training prompts, 85 % with dpo_v1"),
-    ({"judge": {"heldout": None}}, f"open, the judge is not known to beat longer-wins: beats SFT in 65.4 [59.0, 72.0] % of 199 "
-     f"prompts {CONTROLLED}"),
-    ({"judge": {"decides": False}}, f"beside it: beats SFT in 65.4 [59.0, 72.0] % of 199 prompts {CONTROLLED}"),
-    ({"win_rate_ci95": [0.5, 0.72]}, f"not met: beats SFT in 65.4 [50.0, 72.0] % of 199 prompts {CONTROLLED}"),  # above, not at
+     "open (the judge is not independent): wins 65.4 [59.0, 72.0] % of 199 prompts against SFT, length-controlled 60.1 "
+     "[53.0, 67.0], by judge-70b, not independent: it shares training prompts, 85 % with dpo_v1"),
+    ({"judge": {"heldout": None}}, "open (the judge is not shown to beat longer-wins, so it is no evidence by itself): wins "
+     f"65.4 [59.0, 72.0] % of 199 prompts against SFT, {CONTROLLED}"),
+    ({"judge": {"decides": False}}, "beside it (not the judge that decides): wins 65.4 [59.0, 72.0] % of 199 prompts against "
+     f"SFT, {CONTROLLED}"),
+    ({"win_rate_ci95": [0.5, 0.72]}, f"not met: wins 65.4 [50.0, 72.0] % of 199 prompts against SFT, {CONTROLLED}"),  # above, not at
     ({"n": 2, "unparsable": 0, "win_rate": 1.0, "win_rate_ci95": [1.0, 1.0]},
-     f"open, too few: beats SFT in 100.0 [100.0, 100.0] % of 2 prompts {CONTROLLED}"),
+     f"open (too few prompts): wins 100.0 [100.0, 100.0] % of 2 prompts against SFT, {CONTROLLED}"),
     ({"judge": {"circular": True}}, "open: not judged against SFT"),
     ({"win_rate_ci95": None}, "open: not judged against SFT"),
     (None, "open: not judged against SFT"),
@@ -1167,19 +1175,19 @@ def test_the_criterion_of_dpo_is_a_lower_bound_above_one_half(here, changes, sai
 
 
 @pytest.mark.parametrize("model, word", [
-    ("1" * 80 + "0" * 20, "As evidence: judge-70b: accuracy 80.0 [70.0, 90.0] %"),
-    ("-" * 100, "No evidence by itself: judge-70b"), ("1" * 50 + "-" * 50, "As evidence: judge-70b")])
+    ("1" * 80 + "0" * 20, "evidence."), ("-" * 100, "no evidence by themselves."), ("1" * 50 + "-" * 50, "evidence.")])
 def test_a_language_model_judge_is_compared_with_length_on_held_out_pairs(here, model, word):
     """Right on 80, the longer on the first 50: 30 : 0, McNemar. Ties of a judge's two orders are half right: all of them
     are the chance of the rule; on the other 50 they are half a point each, where the rule has none."""
     base, sft, dpo = rows = three_rows()
     judged(dpo, sft, judge={"heldout": CHECKED | {"outcomes": CHECKED["outcomes"] | {"model": model}}})
     run(rows)
-    assert word in said("**Win rate**")
+    assert said("judge-70b ").split("Its win rates are ")[1] == word
     if model[0] == "1" and "-" not in model:
         half = 1.959964 * (((31 + 1) / 102 - (30 / 102) ** 2) / 102) ** 0.5  # Bonett and Price
         ends = f"[{100 * (30 / 102 - half):.1f}, {100 * (30 / 102 + half):.1f}]"
-        assert f"beats longer-wins (paired difference {ends} points, p < 0.001)" in said("**Win rate**")
+        assert said("judge-70b beats longer-wins on the same 100 held-out pairs: accuracy 80.0 [70.0, 90.0] %").split("%, ")[2] == (
+            f"paired difference {ends} points, p < 0.001. Its win rates are evidence.")
 
 
 def test_win_rates_of_seeds_are_pooled_over_the_prompts_that_all_were_asked(here):
@@ -1199,10 +1207,59 @@ def test_win_rates_of_seeds_are_pooled_over_the_prompts_that_all_were_asked(here
     half = 196 * (0.14 / 3.92)  # both seeds have one length-controlled rate, and its own interval
     rate = f"{100 * scores_of.mean():.1f} [{ends}]"
     assert table("## 3. Is it a win?")["dpo_v1 (2 seeds)"][2].startswith(
-        f"met: beats SFT in {rate} % of 100 prompts in 2 seeds (length-controlled 60.1 [{60.1 - half:.1f}, {60.1 + half:.1f}])")
+        f"met: wins {rate} % of 100 prompts in 2 seeds against SFT, length-controlled 60.1 [{60.1 - half:.1f}, {60.1 + half:.1f}]")
     assert f"against sft_v2 (2 seeds), judged by judge-70b in both orders, %: dpo_v1 (2 seeds) {rate}" in said(
         "**Win rate**")
     assert {"dpo_v1-s42 against sft_v2-s42", "dpo_v1-s43 against sft_v2-s43"} < table("## Judged win rates").keys()
+
+
+def answers_of(row, **figures):
+    """A row of guardrails.json."""
+    healthy = {"n": 200, "tokens_mean": 180.0, "tokens_sd": 60.0, "eos_rate": 0.98, "refusal_rate": 0.02,
+               "repetition_rate": 0.01, "kl_sft": 2.0, "kl_sft_se": 0.1}
+    return {key: row[key] for key in ("name", "config_hash", "adapter_sha256", "train_invariants")} | healthy | figures
+
+
+def test_answers_that_collapsed_are_marked_beside_every_verdict_and_win_rate(here):
+    base, sft, dpo = rows = three_rows()
+    dpo["training"] = {"heldout_accuracy": 0.65, "heldout_pairs": 100}
+    judged(dpo, sft, judge={"heldout": CHECKED})
+    reference = {"name": "sft_v2", "adapter_sha256": sft["adapter_sha256"]}
+    record = {"schema_version": 1, "prompts_fingerprint": "sha256:200", "reference": reference,
+              "rows": [answers_of(sft), answers_of(dpo)]}
+    write_json("results/judge/aaaa1111-s42/guardrails.json", record)
+    run(rows)
+    assert "answers collapsed" not in Path("results/README.md").read_text() + Path("README.md").read_text()
+    assert table("## 3. Is it a win?")["dpo_v1"][2].startswith("met: ")
+    record["rows"][1] = answers_of(dpo, refusal_rate=0.983, tokens_mean=15.5)
+    write_json("results/judge/aaaa1111-s42/guardrails.json", record)
+    run(rows)
+    why = "**answers collapsed**: 98 % refusals, 16 tokens where sft_v2 has 180"
+    assert table(report.BEGIN, "README.md")["dpo_v1"][-2].endswith(why)
+    assert "dpo_v1 improved; but dpo_v1's answers collapsed: 98 % refusals" in Path("README.md").read_text()
+    assert table("## 3. Is it a win?")["dpo_v1"][0].endswith(f"<br>{why}")
+    assert table("## 3. Is it a win?")["dpo_v1"][2].startswith("open (its answers collapsed): ")
+    assert learned(None)["dpo_v1", "held-out pairs ranked correctly, %"][-1] == "**yes**<br>answers collapsed"
+    (cells,) = [cells for name, cells in table("## Judged win rates").items() if name.startswith("dpo_v1 against")]
+    assert cells[3] == "(65.4 [59.0, 72.0])" and said("In parentheses, since it is no evidence: dpo_v1's answers")
+    assert said("**Win rate**").endswith("dpo_v1 none, its answers collapsed. Its training prompts are not known.")
+    assert f"The {why}, on 200 held-out prompts." in Path("results/runs/dpo_v1.md").read_text()
+    records = report.read_records(Path("results"), rows, ())
+    judged_module.mark_collapsed(rows, records)
+    figure = plots.winrate_kl(records["judge"], records["guardrails"])
+    assert [text.get_text() for text in figure.axes[0].get_legend().texts] == ["dpo_v1, collapsed"]
+
+
+@pytest.mark.parametrize("figures, why", [
+    ({"refusal_rate": 0.5, "repetition_rate": 0.5, "eos_rate": 0.49, "tokens_mean": 18.0}, ""),  # at the bounds
+    ({"refusal_rate": 0.51}, "51 % refusals"), ({"repetition_rate": 0.6}, "60 % stuck in a loop"),
+    ({"eos_rate": 0.48}, "48 % of them end where 98 % of sft_v2's do"), ({"tokens_mean": 17.9}, "18 tokens where sft_v2 has 180"),
+    ({"refusal_rate": 0.9, "tokens_mean": 3.0}, "90 % refusals, 3 tokens where sft_v2 has 180"),
+    (dict.fromkeys(["refusal_rate", "repetition_rate", "eos_rate", "tokens_mean"]), ""),  # not measured
+])
+def test_what_it_takes_for_answers_to_have_collapsed(figures, why):
+    _, sft, dpo = three_rows()
+    assert collapsed(answers_of(dpo, **figures), answers_of(sft)) == why
 
 
 def test_guardrails_and_distance(here):
@@ -1276,7 +1333,7 @@ def test_a_page_a_run(here):
     for part in ("# dpo_v1\n", "**Verdict: win** (IFEval prompt +26.7", "Own criterion: open", "python dpo.py --seed 7",
                  "| IFEval prompt | 60.0 ± 6.4 | **+26.7", "| train | `sha256:12` | a local file (`sha256:12`) |", "| sft sft_v2 | `c1` |  |",
                  "| reward rm_v1 | `c31` |  |", "| lr | `0.0001` |", "| data | `null` |", "git commit abc; gpus 1; torch 2.0.",
-                 "![Curves of the run](../plots/run-dpo_v1.svg)", "| dpo_v1 | held-out loss | – | 0.693 | 0.250 [?] | – |"):  # fmt: skip
+                 "![Curves of the run](../plots/run-dpo_v1.svg)", "| dpo_v1 | held-out loss | – | 0.693 | 0.250 | −0.443 | – |"):  # fmt: skip
         assert part in text, part
     text = Path("results/runs/sft_v2.md").read_text()  # nothing but the row is known of it
     assert "Not recorded with this run." in text and "## Configuration" not in text and "svg" not in text
@@ -1421,9 +1478,9 @@ def test_rows_that_differ_have_a_part_of_their_own_with_the_field_named(here, ro
     text = Path("results/README.md").read_text()
     assert "Not comparable with the rows above; they differ in (above / here) " in text and named in text
     first, other = text.split("# Results: ")
-    assert "| base | 50.0" in first and "| dpo_v1 | planned |" in first and "| dpo_v1 | planned |" not in other
+    assert "| base | 50.0" in first and "| dpo_v1 | not run |" in first and "| dpo_v1 | not run |" not in other
     assert "dpo_v1 − base" not in text  # nothing is compared across the two
-    assert "| dpo_v1 | planned |" in Path("README.md").read_text().replace("| 2 ", "")
+    assert table(report.BEGIN, "README.md")["dpo_v1"][-2:] == ["not run", ""]
 
 
 @pytest.mark.parametrize("place, value, named", [
@@ -1445,10 +1502,10 @@ def test_group_picks_one_side(here, capsys):
     rows = changed(["eval", "data"], "another", eval_hash="ffff0000")
     run(rows, "--group", "bbbb2222")
     state = table("#### Current state")
-    assert state["sft_v2"][1] == "50.0 ± 0.3" and state["dpo_v1"][1] == "planned"
+    assert state["sft_v2"][1] == "50.0 ± 0.3" and state["dpo_v1"][1] == "not run"
     run(rows, "--group", "aaaa1111", "ffff0000")
     state = table("#### Current state")
-    assert state["sft_v2"][1] == "planned" and state["dpo_v1"][1] == "50.0 ± 0.3"
+    assert state["sft_v2"][1] == "not run" and state["dpo_v1"][1] == "50.0 ± 0.3"
     assert "`python report.py --group aaaa1111 ffff0000`" in Path("README.md").read_text()
     capsys.readouterr()
     exits(2, rows, "--group", "deadbeef")
@@ -1573,7 +1630,7 @@ def test_terminal_tables_are_whole_when_piped(here, capsys):
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if " dpo_v1 − base" in line)
     assert line.split("dpo_v1 − base")[1].count("0.0 ±") == 5  # on one line
-    assert "planned" in out and "TruthfulQA" in out and "**" not in out
+    assert "not run" in out and "TruthfulQA" in out and "**" not in out
     write_reward(plot=True)
     write_reward("rm_s7", 70, seed=7)
     run(None, "--full")

@@ -20,6 +20,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import chat
@@ -250,7 +251,7 @@ def test_what_a_run_writes(reward_run, reward_args):
     assert results["command"].split("/")[-1] == found["command"].split("/")[-1]  # of the page of the run; no places
     assert results["n"] == 16 == found["metrics"]["heldout_pairs"]
     assert results["accuracy"] == found["metrics"]["heldout_accuracy"]
-    assert results["interval"] == pytest.approx(reward.wilson(results["accuracy"] * 16, 16))
+    assert results["interval"] == pytest.approx(common.wilson(results["accuracy"] * 16, 16))
     assert set(results) >= {"longer_wins", "length_matched", "score_length", "margin_length", "scores", "calibration",
                             "loss"}
     assert sum(b["n"] for b in results["calibration"]) == 16
@@ -369,12 +370,30 @@ def test_gradient_does_not_depend_on_micro_tokens(tiny_model):
 @pytest.mark.parametrize("right, n", [(0, 5), (5, 5), (1, 2), (37, 60), (1234, 1800)])
 def test_wilson_is_scipys(right, n):
     expected = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
-    assert reward.wilson(right, n) == pytest.approx([expected.low, expected.high], abs=1e-7)
+    assert common.wilson(right, n) == pytest.approx([expected.low, expected.high], abs=1e-7)
 
 
 def test_wilson_with_ties_and_without_trials():
-    low, high = reward.wilson(2.5, 5)
-    assert low + high == pytest.approx(1) and reward.wilson(0, 0) is None
+    low, high = common.wilson(2.5, 5)
+    assert low + high == pytest.approx(1) and common.wilson(0, 0) is None
+
+
+def test_the_interval_of_a_share_stays_inside_0_and_1():
+    values = torch.tensor([1.0] * 19 + [0.0])
+    low, high = common.interval(values, range(20))
+    assert low < 0.95 and high > 1  # of a mean: beyond what a share can be
+    expected = proportion_confint(0.95 * 19, 19, method="wilson")  # n − 1: the variance has n − 1 in the denominator
+    assert common.share_interval(values, range(20)) == pytest.approx(expected, abs=1e-6)
+    twice = common.share_interval(values.repeat_interleave(2), [i // 2 for i in range(40)])
+    assert twice == pytest.approx(common.share_interval(values, range(20)))  # the same prompt twice tells nothing new
+    assert common.share_interval(values.repeat_interleave(2), range(40))[0] > twice[0]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_the_interval_of_equal_shares_is_wilsons_over_the_groups(value):
+    groups = [0, 0, 1, 2]
+    assert common.share_interval(torch.full((4,), value), groups) == pytest.approx(common.wilson(3 * value, 3))
+    assert common.share_interval(torch.full((4,), value), [0] * 4) is None
 
 
 def test_figures_by_hand():
