@@ -1,6 +1,11 @@
 """The GPU paths against the CPU's, on one GPU: `make gpu-check`. Without a GPU every test here is skipped."""
 import json
 import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ from conftest import make_model, sharing_examples
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = "cuda"
+REPO = Path(__file__).parent.parent
 
 
 def sequence_of(pack):
@@ -388,6 +394,45 @@ def test_sft_and_dpo_on_gpu(quantization, compiled, tmp_path, data_dir, monkeypa
     first = json.loads((tmp_path / "dpo_v1" / "log.jsonl").read_text().splitlines()[0])
     assert math.isclose(first["loss"], math.log(2), abs_tol=1e-6) and first["margin"] == 0
     print(quantization, record, first)
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+def test_deterministic_runs_end_alike(engine, tmp_path, data_dir, device=DEVICE):
+    """RUNGS_DETERMINISTIC=1: SFT, DPO and GRPO, run twice, the second time stopped once: the same adapters, bit by bit. What it
+    costs is printed: the seconds of training, with it and without."""
+    model, seconds = make_model(tmp_path / "model", hidden_size=256), {}
+    shared = ["--device", device, "--engine", engine, "--micro-tokens", "512", "--checkpoint-every", "1"]
+    rows = ["--rows", "24", "--heldout-rows", "8", "--max-length", "128", "--batch-size", "8", "--eos-prompts", "2",
+            "--eos-tokens", "8", *shared]
+    commands = {
+        "sft": ["--model", model, "--quantization", "none", "--data", f"{data_dir}/sft.jsonl", *rows],
+        "dpo": ["--data", f"{data_dir}/preference.jsonl", *rows],
+        "grpo": ["--task", "arithmetic:1", "--updates", "3", "--batch-size", "2", "--group-size", "4", "--completion-tokens",
+                 "16", "--prompt-tokens", "256", "--heldout-rows", "2", "--pass-k", "0", "--max-gap", "10", *shared]}
+
+    def run(script, out, stopped=False, **environment):
+        parent = [] if script == "sft" else ["--sft-adapter", str(tmp_path / "once" / "sft")]
+        results = ["--results", str(out)] if script == "grpo" else []
+        command = [sys.executable, f"{script}.py", *commands[script], *parent, *results, "--out", str(out / script)]
+        for _ in range(1 + stopped):
+            process = subprocess.Popen(command, env=os.environ | environment, cwd=REPO, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, text=True)
+            log = out / script / "log.jsonl"
+            while stopped and process.poll() is None and not (log.is_file() and log.read_text()):
+                time.sleep(0.05)
+            if stopped:
+                process.terminate()
+            printed, stopped = process.communicate()[0], False
+        record = out / script / "run.json"
+        assert record.is_file(), printed
+        seconds[script, out.name] = json.loads(log.read_text().splitlines()[-1])["seconds"]
+        return json.loads(record.read_text())
+    for script in commands:
+        once = run(script, tmp_path / "once", RUNGS_DETERMINISTIC="1")
+        again = run(script, tmp_path / "again", stopped=True, RUNGS_DETERMINISTIC="1")
+        run(script, tmp_path / "without")
+        assert once["hardware"]["deterministic"] and once["adapter_sha256"] == again["adapter_sha256"], (script, seconds)
+    print(engine, seconds)
 
 
 def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
