@@ -16,7 +16,8 @@ Judges, by --judge-model:
   reward  a reward model of ours; the higher score wins
 A judge that is the base, one of the policies, or what a policy was trained against is circular, and the result says so.
 A judge is evidence only if it beats "the longer answer wins", paired, on held-out pairs of the preference data: a
-reward model's record has them, a language model is asked about --check-pairs of them in both orders.
+reward model's record has them, a language model is asked about --check-pairs of them in both orders. Nor is a win rate
+evidence when a row's answers have collapsed (guardrails.py has the bounds); a warning and the report say so.
 A judge that learned from prompts that a row, its parents or its reward model learned from is not independent: computed
 from the prompts.json of every run directory, and stated as a share. Prompts that stand in any of these training sets
 are not asked, and counted.
@@ -34,6 +35,8 @@ Deliberate choices:
 
     python judge.py --rows runs/dpo_v1 runs/ppo_v1 --against runs/sft_v2 --judge-model runs/rm_watch
     python judge.py --judge-model gpt-4o --judge-url https://api.openai.com/v1       # its key: OPENAI_API_KEY
+    python judge.py --judge-model Qwen/Qwen2.5-1.5B-Instruct --check-pairs 256   # a language model, on any device;
+        # 512 of its verdicts say whether it is a judge: "heldout" in the records, "Its win rates are …" in the report
 
 Completions, scores and verdicts are kept line by line in cache/ beside the results: a run that was cut off goes on
 where it was, and nothing is sampled or asked twice.
