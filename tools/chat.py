@@ -141,24 +141,32 @@ def show_lines(console: Console, speakers: list[Speaker], text: str, turn: int, 
         console.out(NOTES.get(ended, ""), highlight=False)
 
 
+def narrower(console: Console) -> int:
+    """A width that leaves room for the ^C that a terminal writes behind the last character."""
+    return max(console.width - 3, 1)
+
+
 class End:
     """The last lines of a renderable, as many as the terminal has: what grows stays in view, and nothing scrolls."""
 
-    def __init__(self, whole: Table):
+    def __init__(self, whole: Table | Text):
         self.whole = whole
 
     def __rich_console__(self, console: Console, options):
-        for line in console.render_lines(self.whole, options.update(height=None))[-max(1, console.height - 1):]:
+        options = options.update(width=narrower(console), height=None)
+        for line in console.render_lines(self.whole, options)[-max(1, console.height - 1):]:
             yield from line
             yield Segment.line()
 
 
 def show_columns(console: Console, speakers: list[Speaker], text: str, turn: int, args: Args) -> None:
     """The answers side by side, one growing after the other; what is too tall for the terminal is printed whole at
-    the end."""
+    the end. One policy's alone has no frame."""
     shown = {speaker.name: "" for speaker in speakers}
 
-    def columns() -> Table:
+    def columns() -> Table | Text:
+        if len(shown) == 1:
+            return Text.assemble((f"{speakers[0].name}: ", "bold"), shown[speakers[0].name])
         grid = Table(expand=True)
         for name in shown:
             grid.add_column(Text(name), ratio=1)
@@ -171,7 +179,7 @@ def show_columns(console: Console, speakers: list[Speaker], text: str, turn: int
                 live.update(End(columns()), refresh=True)
             ended = speaker.answer(text, turn, args, show)
             show(shown[speaker.name] + NOTES.get(ended, ""))
-    console.print(columns())
+    console.print(columns(), width=narrower(console))
 
 
 def main(args: Args) -> None:
@@ -203,7 +211,7 @@ def main(args: Args) -> None:
     if typed:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, for the line's editing and history
-    answer = show_columns if len(speakers) == 2 and console.is_terminal else show_lines
+    answer = show_columns if console.is_terminal else show_lines
     turn = 0
     for speaker in speakers:
         speaker.begin(args.system)
