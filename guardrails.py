@@ -1,4 +1,4 @@
-"""guardrails.py: what judge.py measures of a row's answers without a judge: length, ends, refusals, repetition, language.
+"""guardrails.py: what judge.py measures of a row's answers without a judge: length, ends, refusals, repetition.
 
 Each figure is of one answer; a row has their means. They say what a win rate can't: whether a policy still answers.
 Its answers have collapsed when one of these bounds is crossed, and then no judge's win rate is evidence:
@@ -121,7 +121,8 @@ def collapsed(row: dict[str, Any], reference: dict[str, Any]) -> str:
     if crossed("repetition_rate", LOOPS, True):
         said.append(f"{100 * row['repetition_rate']:.0f} % stuck in a loop")
     if crossed("eos_rate", of_reference("eos_rate", ENDS), False):
-        said.append(f"{100 * row['eos_rate']:.0f} % of them end where {100 * reference['eos_rate']:.0f} % of {name}'s do")
+        ends = [f"{100 * one['eos_rate']:.0f} %" for one in (row, reference)]
+        said.append(f"{ends[0]} of them end where {ends[1]} of {name}'s do")
     if crossed("tokens_mean", of_reference("tokens_mean", LENGTH), False):
         said.append(f"{row['tokens_mean']:.0f} tokens where {name} has {reference['tokens_mean']:.0f}")
     return ", ".join(said)

@@ -33,13 +33,13 @@ OBJECTIVES = {
 }  # fmt: skip
 COUNTED = ("heldout_accuracy", "pass_1_after", "flexible_1_after")  # shares of n independent trials: Wilson's interval
 LEARNED = (
-    "Each run's own figures on held-out data, with 95 % intervals over conversations, prompts or problems. The change is "
-    "paired on them, for PPO on the prompts whose answers ended both times. **Learned** rests on it: **yes**, its "
+    "Each run's own figures on held-out data, with 95 % intervals over conversations, prompts or problems. The change "
+    "is paired on them, for PPO on the prompts whose answers ended both times. **Learned** rests on it: **yes**, its "
     "interval lies wholly on the better side; **worse**, on the other; not shown, it includes 0; `–`, no interval was "
     "recorded. Before DPO and KTO a figure holds by construction: the policy is its reference, a tie counts half. A "
     "reward model is compared with the better rule of length (the longer answer wins, or the shorter) on the same "
-    "pairs, by McNemar's exact test. Of several seeds: mean ± sd, and the change's interval over seeds and items. Shares "
-    "of older runs, without intervals of their own, have Wilson's and Newcombe's."
+    "pairs, by McNemar's exact test. Of several seeds: mean ± sd, and the change's interval over seeds and items. "
+    "Shares of older runs, without intervals of their own, have Wilson's and Newcombe's."
 )
 MOVED = {  # of the trained policy: key in run.json's metrics -> column title
     "kl_reference": "KL to its\nreference", "kl_floor": "floor of\nthe KL", "kl_evaluated": "trained vs\nevaluated",
@@ -147,8 +147,8 @@ def learned_table(rows: list[dict], reward_models: list[dict]) -> Table | None:
         mark = "\nanswers collapsed" * any(row.get("collapsed") for row in group)
         lines += [[label, *line[:-1], line[-1] + mark] for line in objective_lines(group)]
     if any("collapsed" in line[-1] for line in lines):
-        notes.append("Answers collapsed: what the policy says has degenerated, whatever its objective says; the verdicts "
-                     "say how.")
+        notes.append("Answers collapsed: what the policy says has degenerated, whatever its objective says; the "
+                     "verdicts say how.")
     if swept := list(dict.fromkeys(label for label, group in families(rows) if any(row.get("swept") for row in group))):
         notes.append(f"{', '.join(swept)}: runs of the sweep by which settings were chosen, on this seed. Where a "
                      "figure above was what they were chosen by, it is a little better than a new seed's.")
@@ -225,10 +225,11 @@ def paired_with_length(record: dict) -> tuple[Paired, str] | None:
 def against_length(record: dict) -> str:
     """One sentence: does the reward model beat the rule that the longer answer wins, on the same pairs?"""
     longer = share_cell(record.get("longer_wins"))
-    shares = f"on the same {number(record.get('n'))} held-out pairs: accuracy {share_cell(record)} %, longer-wins {longer} %"
+    shares = (f"on the same {number(record.get('n'))} held-out pairs: accuracy {share_cell(record)} %, "
+              f"longer-wins {longer} %")
     if not (paired_and_name := paired_with_length(record)):
-        return (f"Whether {record['label']} beats longer-wins is not known, since its record has no outcomes pair by pair; "
-                f"{shares}.")
+        return (f"Whether {record['label']} beats longer-wins is not known, since its record has no outcomes pair by "
+                f"pair; {shares}.")
     paired, name = paired_and_name
     word = ("is not distinguishable from" if paired.p >= ALPHA else "beats" if sum(paired.interval) > 0 else
             "is worse than")
@@ -309,8 +310,9 @@ def sweep_table(records: list[dict]) -> Table:
         objective = record.get("objective") or ""
         if finite(record.get("before")) is not None:
             objective += f", before {number(record['before'], 3)}"
-        cells = [sweep_value(record), number(record.get("eos_rate"), 1, 100), number(record.get("completion_tokens"), 0),
-                 number(record.get("kl", record.get("kl_fp32")), 2), number(minutes, 1), what]
+        cells = [sweep_value(record), number(record.get("eos_rate"), 1, 100),
+                 number(record.get("completion_tokens"), 0), number(record.get("kl", record.get("kl_fp32")), 2),
+                 number(minutes, 1), what]
         config = f"`{record.get('config_hash')}`"
         lines.append([sweep_base(record), record["method"], setting, objective, *cells, config])
     header = ["base", "method", "setting", "objective", "value", "answers\nthat end, %", "tokens", "KL, nats",

@@ -58,7 +58,7 @@ def colour(row: dict) -> str:
 
 
 def forest(compared: list[Comparison]) -> Figure | None:
-    """A panel per benchmark, a line per row: the difference to base and its interval; filled where Holm calls it clear."""
+    """A panel per benchmark, a line per row: the difference to base and its interval; filled: clear by Holm."""
     shown = [c for c in compared if any(change.paired for change in c.changes.values())]
     if not shown:
         return None
@@ -228,9 +228,9 @@ def overview(lines: list[tuple]) -> dict[str, Figure]:
                 axis.set_title(title)
             if k and i < len(lines) - 1:
                 axis.tick_params(labelbottom=False)
-    figure.supxlabel("left: change of the own objective, held out, own units (loss: lower is better); filled: its interval "
-                     "excludes 0\nright: points against the own parent, of SFT against base; filled: p < 0.05 after Holm",
-                     fontsize=9)
+    figure.supxlabel("left: change of the own objective, held out, own units (loss: lower is better); filled: its "
+                     "interval excludes 0\nright: points against the own parent, of SFT against base; filled: p < 0.05 "
+                     "after Holm", fontsize=9)
     return {"overview": figure}
 
 

@@ -136,8 +136,8 @@ def read_records(results: Path, rows: list[dict], group: tuple[str, ...],
         own, theirs = (r.get("train_invariants") or "unknown" for r in (first, climb))
         if own in elsewhere or rows and own != theirs and theirs in group:
             continue
-        note = (f"‡ {record['name']}: of other train_invariants ({own}) than {climb['name']} ({theirs}), so not comparable "
-                "with the other rows.")
+        note = (f"‡ {record['name']}: of other train_invariants ({own}) than {climb['name']} ({theirs}), so not "
+                "comparable with the other rows.")
         record |= {"label": record["name"], "note": note if own != theirs else ""}
         record["plot"] = f"{folder}/{plot.name}" if plot.is_file() else ""
         records[folder].append(record)
@@ -243,8 +243,8 @@ def compact_table(results: "Results") -> Table:
     header += ["own objective, held out; learned?", "GPU\nminutes", "verdict", "config_hash"]
     notes = score_notes(rows, lines)
     if published:
-        notes.append("*published*: figures of others for the general model, not for this base, by lm-eval without a chat "
-                     "template: for orientation, not for comparison.")
+        notes.append("*published*: figures of others for the general model, not for this base, by lm-eval without a "
+                     "chat template: for orientation, not for comparison.")
     return Table(header, lines, 2, notes)
 
 
@@ -390,8 +390,8 @@ def empty_note(rows: list[dict]) -> str:
     if not share or max(share.values()) - min(share.values()) < 10:
         return ""
     shares = ", ".join(f"{k} {v:.0f} %" for k, v in share.items())
-    return (f"**Read IFEval with care**: the share of answers that are empty differs, {shares}. A row that merely answers "
-            "more often follows more instructions.")
+    return (f"**Read IFEval with care**: the share of answers that are empty differs, {shares}. A row that merely "
+            "answers more often follows more instructions.")
 
 
 def cost_table(rows: list[dict], guardrails: list[dict]) -> Table | None:
@@ -473,8 +473,8 @@ def describe(rows: list[dict], records: dict[str, list[dict]]) -> list[str]:
     limits = [f"{task} {limit:,} items" + " per subject" * (task == "mmlu") for task, _, limit in ev["tasks"] if limit]
     tokens = f", at most {ev['max_gen_toks']} generated tokens" if ev["max_gen_toks"] else ""
     lines.append(
-        f"{model}. {seeds_of(rows)}Limits: {', '.join(limits) or 'none'}{tokens}. Evaluated in {ev['dtype']}, quantisation "
-        f"{ev['quantization']}, adapter {'merged' if ev['adapter_merged'] else 'unmerged'}. "
+        f"{model}. {seeds_of(rows)}Limits: {', '.join(limits) or 'none'}{tokens}. Evaluated in {ev['dtype']}, "
+        f"quantisation {ev['quantization']}, adapter {'merged' if ev['adapter_merged'] else 'unmerged'}. "
         f"Evaluation data `{ev['data'][:16]}`, train_invariants `{row['train_invariants']}`, eval_hash "
         f"`{row['eval_hash']}`."
     )
@@ -633,7 +633,8 @@ def speed_line(results: Path, directory: str) -> str:
 def speedrun_line(run: dict, points: list[dict]) -> str:
     first, last = points[0], points[-1]
     low, high = (number(end, 1, 100) for end in run["flexible_1_change_interval"])
-    flexible, strict = (f"{number(first[key], 1, 100)} → {number(last[key], 1, 100)}" for key in ("flexible_1", "pass_1"))
+    flexible, strict = (f"{number(first[key], 1, 100)} → {number(last[key], 1, 100)}"
+                        for key in ("flexible_1", "pass_1"))
     return (f"`make speedrun`: GRPO from the model itself, {last['updates']} updates, seed {run['seed']}. Of "
             f"{run['heldout_problems']} held-out problems it solves, by the last number, {flexible} % (change {low} to "
             f"{high} points), by the number after #### {strict} %, in {run['command_seconds']:.0f} s, "
@@ -674,8 +675,9 @@ def page(label: str, rows: list[dict], results: Results) -> list:
         if any(same_policy(row, r) for r in v.rows):
             blocks.append(f"**Verdict: {v.word}** ({v.why}).")
             if fallen := collapse_of(v.rows):
-                n = next((r["n"] for record in records["guardrails"] for r in record["rows"] if same_policy(r, row)), "the")
-                blocks.append(f"The {fallen}, on {n} held-out prompts. No judge's win rate is evidence for such answers.")
+                of_row = [r for record in records["guardrails"] for r in record["rows"] if same_policy(r, row)]
+                asked = f", on {of_row[0]['n']} held-out prompts" if of_row else ""
+                blocks.append(f"The {fallen}{asked}. No judge's win rate is evidence for such answers.")
             if row["method"] == "dpo":
                 own = own_criterion(v.rows, results.rows, records["judge"], records["rm"]).replace("\n", "; ")
                 blocks.append(f"Own criterion: {own}.")
@@ -855,7 +857,8 @@ def main(args: Args) -> None:
             write_atomic(path, lambda p: p.write_bytes(content))
         for path in leftover:
             path.unlink()
-        print(f"\nwrote {' and '.join(names)}" + "; --full prints every table and what each mark means" * (not args.full))
+        more = "" if args.full else "; --full prints every table and what each mark means"
+        print(f"\nwrote {' and '.join(names)}{more}")
         if trained := [row["adapter"] for row in rows if row.get("adapter") and Path(row["adapter"]).is_dir()]:
             say_next("python", "tools/chat.py", trained[-1], *(["--versus", trained[0]] if len(trained) > 1 else []),
                      last=True)
