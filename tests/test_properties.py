@@ -16,7 +16,7 @@ import ask
 import chat
 import common
 import grpo
-import report
+import tables
 from common import Example
 
 settings.register_profile("here", deadline=None, derandomize=True, max_examples=60, database=None,
@@ -183,8 +183,8 @@ ANY = st.none() | st.floats() | st.integers(-10**9, 10**9)
 @given(ANY, ANY, ANY)
 def test_cells_of_the_report_hold_any_number(point, low, high):
     """None, NaN and infinities included: a cell is text without a line end or a bar, which would break a table."""
-    for cell in (report.number(point), report.bracket([low, high]), report.bracket(None), report.share_cell(point),
-                 report.with_interval(point, [low, high])):
+    for cell in (tables.number(point), tables.bracket([low, high]), tables.bracket(None), tables.share_cell(point),
+                 tables.with_interval(point, [low, high])):
         assert isinstance(cell, str) and "\n" not in cell and "|" not in cell and "nan" not in cell.lower(), cell
 
 
