@@ -6,7 +6,7 @@ Its answers have collapsed when one of these bounds is crossed, and then no judg
     repetition_rate  above LOOPS: most answers are stuck in a loop
     eos_rate         below ENDS times the reference's: far fewer answers end
     tokens_mean      below LENGTH times the reference's: next to nothing is said
-The reference is the row that the others are compared with, their SFT policy.
+The reference is the row that the others are compared with, their SFT policy. Fewer than FEWEST answers say nothing.
 """
 
 import re
@@ -15,7 +15,7 @@ from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 
-REFUSES, LOOPS, ENDS, LENGTH = 0.5, 0.5, 0.5, 0.1
+REFUSES, LOOPS, ENDS, LENGTH, FEWEST = 0.5, 0.5, 0.5, 0.1, 20
 
 
 class Prompt(NamedTuple):
@@ -115,6 +115,8 @@ def collapsed(row: dict[str, Any], reference: dict[str, Any]) -> str:
 
     def of_reference(key: str, share: float) -> float | None:
         return None if reference.get(key) is None else share * reference[key]
+    if row.get("n", FEWEST) < FEWEST:
+        return ""
     said, name = [], reference.get("name")
     if crossed("refusal_rate", REFUSES, True):
         said.append(f"{100 * row['refusal_rate']:.0f} % refusals")

@@ -614,12 +614,13 @@ def summary(answers: list[dict]) -> dict[str, float | None]:
 
 
 def score_changes(before: list[dict], after: list[dict]) -> dict[str, list[float] | None]:
-    """95 % interval of each score's mean change over the fixed prompts, those whose answers ended both times."""
+    """95 % interval of each score's mean change over the fixed prompts, those whose answers ended both times; None of
+    fewer than two."""
     intervals = {}
     for k in [k for k in after[0] if k.endswith("scores")]:
         changes = [a[k] - b[k] for a, b in zip(after, before) if None not in (a[k], b[k])]
         intervals[f"{k}_change_interval"] = (common.interval(torch.tensor(changes), range(len(changes)))
-                                             if changes else None)
+                                             if len(changes) > 1 else None)
     return intervals
 
 
