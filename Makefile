@@ -261,6 +261,7 @@ DEMO_PAIRS = $(DEMO_RUN) --batch-size 8 --max-length 96 --heldout-rows 72 --lr 2
 DEMO_EOS   = --eos-prompts 4 --eos-tokens 24
 
 demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 6 to 7 min on two cores after installation, 5 GiB
+	@mkdir -p runs/demo; date +%s > runs/demo/.began
 	@$(MAKE) --no-print-directory all DEMO=1 OUT=runs/demo RESULTS=runs/demo/results README=none MODEL=$(SMOLLM2) QUANT=none \
 	  PROTOCOL=plain SEED=42 NPROC=1 GPUS=1 PER_GPU=1 \
 	  SFT_DATA=data/demo/train/sft.jsonl PREF_DATA=data/demo/train/polite.jsonl \
@@ -274,8 +275,10 @@ demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 6 to 7 min 
 	  EVAL_FLAGS='--dtype float32 --max-gen-toks 32' JUDGE_MODEL=runs/demo/rm_watch REWARD_MODELS=runs/demo \
 	  JUDGE_FLAGS='--data data/demo/eval/judge/prompts.jsonl --prompts 4 --max-new-tokens 32 --dtype float32 --micro-tokens 2048'
 
-# What a phase of the demo prints first.
-phase = $(if $(DEMO),@echo; echo "== Phase $(1) of 10: $(2)")
+# What a phase of the demo prints first; DEMO_DONE: per cent of the work that is done before each phase, by CPU seconds.
+DEMO_DONE = 0 9 20 27 32 42 63 73 90 97
+phase = $(if $(DEMO),@d=$(word $(1),$(DEMO_DONE)); s=$$(($$(date +%s) - $$(cat $(OUT)/.began))); echo; \
+  echo "== Phase $(1) of 10: $(2)$$([ $$d -eq 0 ] || echo "; about $$((s * (100 - d) / d / 60 + 1)) min left")")
 PHASE_rm_v1    = 3
 PHASE_rm_watch = 4
 
