@@ -5,7 +5,7 @@
 #   make all MODEL=… SFT_DATA=… PREF_DATA=… EVAL_DATA=… OUT=…        any part replaced
 #   make all PY=python3                             your own environment instead of .venv
 #   make all NPROC=2                                two GPUs for each phase: the same update
-#   make all GPUS=4                                 four GPUs: phases that don't wait for one another, side by side
+#   make all GPUS=4                                 four GPUs: phases that don't depend on one another in parallel
 #   make all PROTOCOL='plain chat'                 both protocols of the evaluation
 #   make seeds SEEDS='42 43 44' GPUS=4              the same for several seeds, each in $(OUT)/s<seed>, and one table
 
@@ -20,7 +20,7 @@ RUN     := $(ON_GPU)$(PY)
 TRAIN   := $(RUN)$(if $(filter-out 1,$(NPROC)), -m torch.distributed.run --nproc-per-node $(NPROC))
 SMOLLM2 := models/smollm2-135m-instruct
 
-# What a user replaces. Empty: the script's own default.
+# What a user may set. An empty value means the script's own default.
 MODEL     ?=
 QUANT     ?= qlora
 SFT_DATA  ?=
@@ -47,7 +47,7 @@ JUDGE_MODEL ?= $(REWARD_MODELS)/rm_watch
 JUDGE_SEED ?= 42
 JUDGE_FLAGS ?= --best-of 8
 
-# They may come from the environment as well; said, since other programs use such names too.
+# These may come from the environment as well; a note says so, since other programs use such names too.
 GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA EVAL_TASKS LIMIT PROTOCOL SEED SEEDS OUT RESULTS README NPROC GPUS PER_GPU PY VENV REWARD_MODELS \
   JUDGE_MODEL JUDGE_SEED \
   $(foreach s,SFT RM DPO PPO GRPO KTO EVAL JUDGE,$(s)_FLAGS)
@@ -79,7 +79,7 @@ JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))
        --results $(RESULTS) $(JUDGE_FLAGS))
 
 # The rows of the table, and the reward models, which have no row: their figures are in $(RESULTS)/rm. rm_watch learns
-# from other prompts than all others (part J), watches PPO and judges. A method that is added is named here, beside its rule.
+# from prompts that no other run sees (part J), watches PPO and judges. A new method needs a name here and a rule.
 POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1 kto_v1
 CONTROLS = sft_2ep sft_chosen grpo_format
 RUNS     = $(foreach run,$(POLICIES),$(OUT)/$(run)/run.json) $(REWARD_MODELS)/rm_v1/run.json $(REWARD_MODELS)/rm_watch/run.json
@@ -101,7 +101,7 @@ all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row,
 	$(call phase,10,the report)
 	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(STAMPS) | tr ' ' '\n' | sort -u)
 
-controls: ## make all with three rows more: SFT for a second epoch, SFT on the answers that DPO prefers, GRPO paid for the form alone
+controls: ## make all with three more rows: SFT for a second epoch, SFT on the answers that DPO prefers, GRPO paid for the form alone
 	@$(MAKE) --no-print-directory all POLICIES='$(POLICIES) $(CONTROLS)'
 
 # -- a method: one rule. Its parent adapters are its prerequisites. --
@@ -150,7 +150,7 @@ $(OUT)/grpo_format/run.json: $(OUT)/.flags/grpo_format $(OUT)/sft_v2/run.json $(
 	$(TRAIN) grpo.py $(GRPO) --task gsm8k:format --sft-adapter $(OUT)/sft_v2 --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
-# -- evaluation: all rows in one process, or on several GPUs a row each; a row's stamp holds the hashes of its table --
+# -- evaluation: all rows in one process, or one row per GPU; a row's stamp holds the hashes of its table --
 
 EVALUATED = $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA))
 
@@ -168,7 +168,7 @@ $(OUT)/.done/%-plain: $(OUT)/%/run.json $(EVALUATED) | $(ENV)
 $(OUT)/.done/%-chat: $(OUT)/%/run.json $(EVALUATED) | $(ENV)
 	$(RUN) evaluate.py $(EVAL) --protocol chat --adapter $(OUT)/$* --stamp $@
 
-# -- the judge: all policies at a time; its stamp is empty, since it is in no table's group --
+# -- the judge: all policies at once; its stamp is empty, since it is in no table's group --
 
 $(OUT)/.done/judge: $(OUT)/.flags/judge $(RUNS) | $(ENV)
 	$(call phase,9,the reward model rm_watch compares the answers of each row with those of SFT)
@@ -230,7 +230,7 @@ speedrun: $(BASE) | $(ENV) ## GRPO on GSM8K from --model itself, pass@1 against 
 	started=$$(date +%s) && $(RUN) grpo.py $(strip $(GRPO) --sft-adapter none $(SPEEDRUN_FLAGS)) --out $(OUT)/speedrun --results $(RESULTS) --overwrite && \
 	  $(PY) tools/speedrun.py $(OUT)/speedrun --seconds $$(($$(date +%s) - started)) --out $(RESULTS)/speedrun.jsonl
 
-# -- a finished run again, from its run.json, and what differs --
+# -- rerun a finished run from its run.json, and report what differs --
 
 ROW ?= dpo_v1
 reproduce: | $(ENV) ## run ROW (dpo_v1, a run directory or a record of results/runs) again from its run.json, and compare
@@ -260,7 +260,7 @@ DEMO_RUN   = --dtype float32 --micro-tokens 1024 --checkpoint-every 50
 DEMO_PAIRS = $(DEMO_RUN) --batch-size 8 --max-length 96 --heldout-rows 72 --lr 2e-4
 DEMO_EOS   = --eos-prompts 4 --eos-tokens 24
 
-demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 6 to 7 min on two cores after installation, 5 GiB
+demo: ## the whole climb at a small scale, on a CPU: SmolLM2-135M, data/demo; 6 to 7 min on two cores after installation, 5 GiB
 	@mkdir -p runs/demo; date +%s > runs/demo/.began
 	@$(MAKE) --no-print-directory all DEMO=1 OUT=runs/demo RESULTS=runs/demo/results README=none MODEL=$(SMOLLM2) QUANT=none \
 	  PROTOCOL=plain SEED=42 NPROC=1 GPUS=1 PER_GPU=1 \
@@ -275,7 +275,7 @@ demo: ## the whole climb in small on a CPU: SmolLM2-135M, data/demo; 6 to 7 min 
 	  EVAL_FLAGS='--dtype float32 --max-gen-toks 32' JUDGE_MODEL=runs/demo/rm_watch REWARD_MODELS=runs/demo \
 	  JUDGE_FLAGS='--data data/demo/eval/judge/prompts.jsonl --prompts 4 --max-new-tokens 32 --dtype float32 --micro-tokens 2048'
 
-# What a phase of the demo prints first; DEMO_DONE: per cent of the work that is done before each phase, by CPU seconds.
+# The line that each demo phase prints first; DEMO_DONE: percentage of the work done before each phase, in CPU seconds.
 DEMO_DONE = 0 9 20 27 32 42 63 73 90 97
 phase = $(if $(DEMO),@d=$(word $(1),$(DEMO_DONE)); s=$$(($$(date +%s) - $$(cat $(OUT)/.began))); echo; \
   echo "== Phase $(1) of 10: $(2)$$([ $$d -eq 0 ] || echo "; about $$((s * (100 - d) / d / 60 + 1)) min left")")
@@ -302,7 +302,7 @@ UV   ?= uv
 LOCK  = $(UV) pip compile -q --universal --upgrade --python-version 3.11 --no-annotate --no-header --output-file .lock.tmp
 CUDA  = ^(nvidia|cuda|triton)-?
 
-lock: ## both lock files anew: the newest versions that pyproject.toml allows, for any platform; needs uv (pip install uv)
+lock: ## rewrite both lock files: the newest versions that pyproject.toml allows, for any platform; needs uv (pip install uv)
 	echo gguf | $(LOCK) pyproject.toml -
 	(echo '# Every version pinned, by `make lock`. `make` installs it into .venv.'; grep -vE '$(CUDA)' .lock.tmp) > requirements.lock
 	$(LOCK) --extra test --constraint requirements.lock pyproject.toml
@@ -319,7 +319,7 @@ test: $(if $(ENV),$(VENV)/.ready-test) ## the tests, on a CPU without network; 7
 gpu-check: $(if $(ENV),$(VENV)/.ready-test) ## the GPU paths against the CPU's: varlen attention, compile, NF4, sampler, PPO; 2 to 4 min on one GPU, 4 GiB
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) -m pytest -rA tests/test_gpu.py
 
-# Its last line says make, not the variable of that name: a line with it is run by `make -n` too.
+# The last line calls make by name, not by the variable MAKE: `make -n` also runs lines that use the variable.
 hub-check: $(ENV) ## make all with its defaults on a small stand-in for the hub: data and model fetched, then offline; 6 min on two cores
 	rm -rf runs/hub
 	$(PY) tests/hub.py runs/hub $(PY) sft.py --preview 1
@@ -334,10 +334,10 @@ torture: $(if $(ENV),$(VENV)/.ready-test) ## kill every script at random moments
 	$(PY) tests/torture.py $(TORTURE_FLAGS)
 
 BENCH_FLAGS ?=
-bench: $(if $(ENV),$(VENV)/.ready-test) ## training and sampling speed beside TRL and transformers, into results/bench; one GPU; about 30 min on an H100, as its cases add up
+bench: $(if $(ENV),$(VENV)/.ready-test) ## training and sampling speed beside TRL and transformers, into results/bench; one GPU; about 30 min on an H100, the sum of its cases
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) bench/train.py $(BENCH_FLAGS)
 
-bench-cpu: $(if $(ENV),$(VENV)/.ready-test) ## the same with a tiny model, without a GPU: does it run? Its speeds mean nothing; 6 min on two cores
+bench-cpu: $(if $(ENV),$(VENV)/.ready-test) ## the same with a tiny model, without a GPU: shows only that it runs, its speeds mean nothing; 6 min on two cores
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) bench/train.py --shape tiny --steps 5 --warm 1 --seconds 60 \
 	  --system rungs trl-default transformers-generate --out runs/bench/results $(BENCH_FLAGS)
 

@@ -1,8 +1,8 @@
-"""ask.py: the question that judge.py puts to a model, how its reply is read, and a model behind an API that is asked.
+"""ask.py: the question that judge.py asks a model, the parsing of the reply, and the client for a model behind an API.
 
-Request and answers are quoted behind a mark that is a hash of all three and stands in none of them: who writes an
-answer can't know it, so an answer can't end its quotation and give the judge an order. A reply that is not one of the
-three letters is counted as unparsable, never interpreted.
+The request and the answers are quoted behind a marker, a hash of all three that occurs in none of them. The author of
+an answer can't know it, so an answer can't end its quotation and give the judge an instruction. A reply that is not one
+of the three letters is counted as unparsable, never interpreted.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from common import fail
 if TYPE_CHECKING:  # needed only where an API is asked
     import openai
 
-UNREADABLE = 10       # replies of an API in a row, from its first, without a verdict in any: it won't give one
+UNREADABLE = 10       # stop when this many replies of an API, counted from its first, contain no verdict
 
 # -- the question ---------------------------------------------------------------------------------
 
@@ -38,13 +38,13 @@ Reply with one letter and nothing else: A if answer A is better, B if answer B i
 
 
 def fence_for(texts: Sequence[str], digits: int = 16) -> str:
-    """A mark that stands in none of the texts: a hash of them all, so that no text can be written to hold it."""
+    """A marker that occurs in none of the texts: a hash of them all, so that no text can be written to contain it."""
     marks = (common.sha256_json([salt, *texts])[:digits] for salt in itertools.count())
     return next(mark for mark in marks if not any(mark in text for text in texts))
 
 
 def question(messages: list[dict], first: str, second: str) -> list[dict]:
-    """What a judge is asked about a prompt and two answers, as messages."""
+    """The messages that ask a judge about a prompt and two answers."""
     request = messages[0]["content"] if len(messages) == 1 else "\n\n".join(
         f"{m['role'].capitalize()}: {m['content']}" for m in messages)
     fence = fence_for([request, first, second])
@@ -55,13 +55,13 @@ def question(messages: list[dict], first: str, second: str) -> list[dict]:
 
 
 def parse_verdict(reply: str) -> str | None:
-    """The letter of a reply that is one, bare or in punctuation; None for anything else."""
+    """The letter, if the reply is a single one, with or without punctuation; None for anything else."""
     found = re.fullmatch(r"[\W_]*([ABC])[\W_]*", reply)
     return found[1] if found else None
 
 
 def to_rows(letter: str | None, first: str, second: str) -> str | None:
-    """The verdict in terms of rows: who stood first and second is undone."""
+    """The verdict in terms of rows, whichever of them was shown first."""
     return {"A": first, "B": second, "C": "tie", None: None}[letter]
 
 
@@ -69,25 +69,25 @@ def to_rows(letter: str | None, first: str, second: str) -> str | None:
 
 @dataclass(frozen=True)
 class Api:
-    """What judge.py's flags --judge-… say of it."""
+    """The settings of an API, from judge.py's flags --judge-…"""
     url: str
     model: str
     key_env: str     # environment variable that holds the key
-    parallel: int    # requests at a time
+    parallel: int    # concurrent requests
     retries: int
     timeout: float   # seconds
-    tokens: int      # of a reply
+    tokens: int      # maximum per reply
 
 
 class JudgeError(Exception):
-    """The API can't go on."""
+    """The API gives no verdict, so the run can't continue."""
 
 
 def open_client(api: Api) -> openai.OpenAI:
-    """The official client, whose retries, backoff and rate limits hold: 408, 409, 429, 5xx, timeouts and cut
-    connections are tried again, after the Retry-After that the server asks for where that is at most two minutes. It
-    follows no redirect, so that the key goes to --judge-url only; without a key it sends none, and neither names nor
-    organisations."""
+    """The official client, with its own retries, backoff and rate limits: 408, 409, 429, 5xx, timeouts and dropped
+    connections are retried, after the server's Retry-After where that is at most two minutes. It follows no redirect,
+    so that the key goes to --judge-url only; without a key it sends none. It never sends an organisation or a
+    project."""
     import openai
     return openai.OpenAI(
         api_key=api_key(api) or "none", base_url=api.url, max_retries=api.retries,
@@ -101,13 +101,13 @@ def api_key(api: Api) -> str:
 
 
 def headers(api: Api) -> dict[str, Any]:
-    """Of every request: without a key, no Authorization."""
+    """Headers of every request: no Authorization without a key."""
     import openai
     return {} if api_key(api) else {"Authorization": openai.Omit()}
 
 
 def api_problem(error: openai.OpenAIError, api: Api) -> JudgeError:
-    """What the client's error means to a user; the key is in no message."""
+    """Translate the client's error for the user; no message contains the key."""
     import openai
     key = api_key(api)
     if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
@@ -128,7 +128,7 @@ def api_problem(error: openai.OpenAIError, api: Api) -> JudgeError:
 
 def ask_api(client: openai.OpenAI, messages: list[dict], api: Api) -> dict[str, Any]:
     """One verdict; JudgeError where the client gives up. A reply that is no chat completion, such as a proxy's page, is
-    asked for again too, which the client doesn't do."""
+    retried too, which the client doesn't do."""
     import openai
     began, tries = time.time(), 0
     while True:
@@ -153,7 +153,7 @@ def ask_api(client: openai.OpenAI, messages: list[dict], api: Api) -> dict[str, 
 
 
 def check_api(api: Api) -> None:
-    """Before hours of sampling: is there a server that takes the key? /models costs nothing, but not all have it."""
+    """Check, before hours of sampling, that a server accepts the key. /models is free, but not all servers have it."""
     import openai
     try:
         with open_client(api) as client:
@@ -165,14 +165,14 @@ def check_api(api: Api) -> None:
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
         fail(str(api_problem(error, api)))
     except (openai.APIStatusError, openai.APITimeoutError, ValueError, LookupError, TypeError, AttributeError):
-        pass  # no list, or a slow one: no reason not to begin
-    except Exception as error:  # no connection, or a URL that is none
+        pass  # a missing or slow list of models doesn't stop the run
+    except Exception as error:  # no connection, or an invalid URL
         fail(f"--judge-url {api.url} can't be reached ({type(error.__cause__ or error).__name__})")
 
 
 def ask_apis(questions: dict[str, list[dict]], lines, api: Api) -> None:
-    """Verdicts of all questions, --judge-parallel at a time, each kept as it comes; the first error ends them all, and
-    so do UNREADABLE replies in a row, from the first, that are no verdict."""
+    """Get the verdicts of all questions, --judge-parallel at a time, and store each as it arrives. The first error ends
+    the run, and so do UNREADABLE replies without a verdict, counted from the first."""
     stopping, errors, replies = threading.Event(), [], []
 
     def ask(client: openai.OpenAI, key: str) -> None:
@@ -194,8 +194,8 @@ def ask_apis(questions: dict[str, list[dict]], lines, api: Api) -> None:
         try:
             for _ in tqdm(as_completed(waiting), total=len(waiting), desc=f"{api.model}: verdicts"):
                 if stopping.is_set():
-                    client.close()  # ends those that wait for another try
-        finally:  # after Ctrl-C too: those under way are kept, no other begins
+                    client.close()  # ends the requests that wait for a retry
+        finally:  # after Ctrl-C too: requests in flight are stored, no new one begins
             stopping.set()
     if errors and not isinstance(errors[0], JudgeError):
         raise errors[0]

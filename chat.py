@@ -25,7 +25,7 @@ PLAIN_TEMPLATE = (
 
 OWN_TEMPLATE = "the model's own"
 
-# What a template is tried with: two exchanges, with and without a system message, no text inside another.
+# A template is tested with two exchanges, with and without a system message; no text is contained in another.
 SAMPLE = [{"role": r, "content": c} for r, c in (
     ("system", "Write in verse."), ("user", "How are you?"), ("assistant", "Fine, thanks."), ("user", "And they?"),
     ("assistant", "Well enough."))]
@@ -46,12 +46,12 @@ class ChatFormat:
     any_text: bool = True    # has the vocabulary every byte? If not, what is encoded is decoded again and compared
     marks: tuple[str, ...] = ()  # those of `control` that the tokenizer doesn't call special
     system: bool = True      # does the template take a system message?
-    eats_space: set[str] = frozenset()  # those that take the whitespace after them with them
+    eats_space: set[str] = frozenset()  # those that swallow the whitespace after them
     anchor: str = ""         # put before text inside a sequence, where the tokenizer would add a space at its beginning
 
     @functools.cached_property
     def split(self) -> re.Pattern:
-        """Parts a text at its control tokens, which it keeps."""
+        """Splits a text at its control tokens, and keeps them."""
         return re.compile(f"({'|'.join(map(re.escape, sorted(self.control, key=lambda t: (-len(t), t))))})")
 
     @functools.cached_property
@@ -128,10 +128,10 @@ def pin_template(template: str) -> tuple[str, list[str]]:
 
 
 def write_bos(tokenizer) -> bool:
-    """Let the template write the BOS with which the tokenizer begins a text, where it doesn't; was that done?
+    """Make the template write the BOS that the tokenizer puts before a text; returns whether it had to be added.
 
-    apply_chat_template adds none by itself: with the saved template, a model would get sequences that it was not
-    trained on. The ids that render_many gives are the same either way.
+    apply_chat_template adds none by itself: without this, the saved template would give a model sequences that
+    it was not trained on. The ids that render_many gives are the same either way.
     """
     begins = render_text(tokenizer, SAMPLE[1:])[0][0]
     if tokenizer.chat_format.bos is None or begins.startswith(tokenizer.bos_token):
@@ -267,8 +267,8 @@ def tokenise(tokenizer, conversations: list[list[dict]], train: str = "all") -> 
     if len(spare) < 2 + len(chat.control):
         raise Unrenderable("it uses up the private-use characters of Unicode")
     mark, cut, *characters = spare
-    # Content's control tokens hide in characters that it doesn't have. A tokenizer asked to leave special tokens alone
-    # does so; its other tokens are cut in two, to be encoded apart.
+    # Control tokens in content are hidden behind characters that it doesn't contain. A tokenizer can be asked to leave
+    # special tokens alone; other control tokens are cut in two and encoded apart.
     hidden = {**dict(zip(chat.control, characters)), **{t: t[0] + cut + t[1:] for t in chat.marks}}
     plans = [render_text(tokenizer, [m | {"content": chat.split.sub(lambda x: hidden[x[0]], m["content"])}
                                      for m in messages], train, mark) if messages else [] for messages in conversations]
@@ -312,9 +312,9 @@ def render_text(tokenizer, messages: list[dict], train: str = "all",
                 mark: str = "\U0010fffd") -> list[tuple[str, bool]]:
     """[(text, trained)] of a conversation whose content holds no control token and no `mark`; see render_many.
 
-    Every answer stands directly after the template's own generation prompt. Some templates write an answer in another
-    way once the conversation goes on (Qwen3 drops its empty think block): for "all" such an answer stays as it was
-    trained, else it is as the last prompt has it.
+    Every answer stands directly after the template's own generation prompt. Some templates write an answer
+    differently once the conversation goes on (Qwen3 drops its empty think block): for "all" such an answer stays as it
+    was trained, otherwise it is written as in the last prompt.
     Raises Unrenderable where the template refuses the conversation, or writes other text than the answer's (but for
     whitespace around it), or no stop token after it.
     """

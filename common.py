@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its note on optional CPU kernels at every import
-gc.disable()  # what a library makes at import stays: no search for garbage in it, now or later (as import_library)
+gc.disable()  # objects made at import stay alive: no collection scans them, now or later (see import_library)
 
 import numpy as np
 import torch
@@ -106,9 +106,9 @@ def setup_device(device: str = "auto") -> torch.device:
 
 
 def set_deterministic() -> None:
-    """RUNGS_DETERMINISTIC=1: kernels whose sums have a fixed order, so that the same command on the same card gives the
-    same bits (docs/reproducibility.md). torch then has the backward of attention and of indexing without atomics, and
-    its compiler chooses no kernel by timing; fast/ lets no size depend on what ran before or on free memory."""
+    """RUNGS_DETERMINISTIC=1: use kernels that sum in a fixed order, so that the same command on the same card gives the
+    same bits (docs/reproducibility.md). torch then runs the backward of attention and of indexing without atomics, and
+    its compiler chooses no kernel by timing; in fast/ no size depends on what ran before or on free memory."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it finds errors, at the cost of a kernel per tensor
@@ -116,8 +116,8 @@ def set_deterministic() -> None:
 
 @contextlib.contextmanager
 def without_gradients() -> Iterator[None]:
-    """torch.no_grad(), in which the deterministic mode lets pass what torch refuses although its order is fixed in a
-    forward pass: cumsum along the rows of a matrix, on a GPU."""
+    """torch.no_grad() that, in deterministic mode, also permits an operation that torch refuses although its order is
+    fixed in a forward pass: cumsum along the rows of a matrix, on a GPU."""
     strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
     if strict:
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -147,14 +147,14 @@ def resolve_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
 
 
 def setup_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """resolve_dtype, with a notice where "auto" means float32: the results then stand beside float32 runs only."""
+    """resolve_dtype, with a notice where "auto" means float32: compare such results with float32 runs only."""
     if dtype == "auto" and resolve_dtype(dtype, device) == torch.float32:
         say(f"note: this {device.type} device does not compute bfloat16 natively: --dtype auto is float32 here")
     return resolve_dtype(dtype, device)
 
 
 def all_reduce_(tensor: Tensor) -> Tensor:
-    """Sum over ranks, in place; alone, the tensor as it is."""
+    """Sum over ranks, in place; with one rank, the tensor unchanged."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -249,8 +249,8 @@ class TrainInvariants:
         return sha256_json(dataclasses.asdict(self))[:8]
 
 
-# Fields of a script's Args that name a place or change speed, never the mathematics. What `model`, `data`, `task`,
-# `quantization` and an adapter's flag give enters config_hash by content: invariants, data fingerprints, parent's hash.
+# Fields of a script's Args that name a place or change speed, never the mathematics. `model`, `data`, `task`,
+# `quantization` and adapter flags enter config_hash by content instead: invariants, data fingerprints, parent's hash.
 RUN_KNOBS = frozenset({"model", "data", "heldout_data", "sft_adapter", "other_base", "quantization", "eval_data", "out",
                        "results", "overwrite", "reward_adapter", "watch_adapter", "task",
                        "max_dropped", "max_overlong", "preview", "max_gap", "micro_tokens", "engine", "device",
@@ -355,7 +355,7 @@ def resolve_model(model: str) -> Path:
 
 @functools.cache
 def import_library(name: str) -> None:
-    """Import a large library without looking for garbage meanwhile, or in its objects later."""
+    """Import a large library with the garbage collector off, and exempt its objects from later collections."""
     gc.disable()
     try:
         importlib.import_module(name)
@@ -436,10 +436,10 @@ def weights_sha256(model_dir: str | Path) -> str:
 
 
 def max_positions(model_dir: Path) -> int:
-    """Positions that a sequence may have; a large number when the config doesn't say.
+    """The most positions that a sequence may have; a large number when the config doesn't say.
 
-    With longrope, those before the rotary factors change: beyond, the longest sequence of a micro-batch would decide
-    them for all others in it.
+    With longrope, only those before the rotary factors change: beyond them, the longest sequence of a micro-batch
+    would decide the factors for all others in it.
     """
     config = read_json(model_dir / "config.json")
     config = config.get("text_config") or config
@@ -451,7 +451,7 @@ def max_positions(model_dir: Path) -> int:
 
 
 def check_max_length(model_dir: Path, max_length: int, micro_tokens: int, unit: int = 1) -> None:
-    """Lengths that the model and a pack can hold."""
+    """Fail on lengths that the model or a pack can't hold."""
     if max_length > max_positions(model_dir):
         fail(f"--max-length {max_length} is beyond the model's {max_positions(model_dir)} positions")
     if micro_tokens < unit * max_length:
@@ -474,8 +474,8 @@ def check_share(args: Any, *names: str) -> None:
 
 
 def check_numbers(args: Any) -> None:
-    """Fail on a value that no flag can mean: a number that is not finite, a negative count, a seed that torch can't
-    take, a text that can name no file (too long, control characters, a circle of links)."""
+    """Fail on a value that is valid for no flag: a number that is not finite, a negative count, a seed that torch can't
+    take, a text that can't be a path (too long, control characters, a loop of links)."""
     for name, value in dataclasses.asdict(args).items():
         flag = f"--{name.replace('_', '-')}"
         for text in [value] if isinstance(value, str) else value if isinstance(value, tuple) else ():
@@ -483,7 +483,7 @@ def check_numbers(args: Any) -> None:
                 fail(f"{flag} {text!r}: a control character")
             try:
                 os.stat(text)
-            except (OSError, UnicodeError) as e:  # what isn't there is no path, or is missed where it is read
+            except (OSError, UnicodeError) as e:  # a missing file: no path at all, or reported by its reader
                 if getattr(e, "errno", None) not in (errno.ENOENT, errno.ENOTDIR):
                     fail(f"{flag} {text[:200]!r}: {getattr(e, 'strerror', None) or e}")
         if name == "seed" and not 0 <= value < 2**63:
@@ -652,11 +652,11 @@ def trainable(policy: nn.Module) -> list[nn.Parameter]:
 
 
 def flat_parameters(policy: nn.Module) -> nn.Parameter:
-    """The trained parameters as one, of whose memory they become views, and their gradients views of its gradient.
+    """One flat parameter for all trained ones: they become views of its memory, their gradients views of its gradient.
 
-    So a step sums over ranks, clips and updates by a few kernels, where some hundred small tensors take a thousand. The
-    gradient is set to zero, never to None (set_to_none=False). From here on the fast engine compiles and records what
-    it repeats (CUDA).
+    Summing over ranks, clipping and updating then take a few kernels; some hundred small tensors would take a thousand.
+    The gradient is set to zero, never to None (set_to_none=False). From here on the fast engine compiles and records
+    what it repeats (CUDA).
     """
     if is_fast(policy) and device_of(policy).type == "cuda":
         fast.compile_layers(base_of(policy))
@@ -732,14 +732,14 @@ def lora_scale(config: dict[str, Any], module: str) -> float:
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
-# What an adapter_config.json may say freely: shapes and scales that read_factors understands, and what only training or
-# bookkeeping uses. Anything else must be at PEFT's default.
+# Fields of an adapter_config.json that may have any value: shapes and scales that read_factors understands, and what
+# only training or bookkeeping uses. Any other field must be at PEFT's default.
 ADAPTER_FIELDS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "lora_dropout",
                   "base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version",
                   "layers_pattern", "megatron_core", "qalora_group_size"}
 
 
-# What run.json of a trained adapter is read for.
+# The fields that are read from a trained adapter's run.json.
 RUN_FIELDS = {**dict.fromkeys(("method", "name", "model", "config_hash", "family", "train_invariants", "adapter_sha256",
                                "weights_sha256"), str),
               **dict.fromkeys(("invariants", "args", "metrics", "data"), dict), "seed": int,
@@ -771,7 +771,7 @@ def check_plain_adapter(adapter: Path) -> None:
     names = tensor_entries(adapter / "adapter_model.safetensors")
     pairs = {name.rsplit(".lora_", 1)[0] for name in names}
     if strange := names.keys() ^ {f"{module}.lora_{side}.weight" for module in pairs for side in "AB"}:
-        fail(f"{adapter}: {min(strange)} in adapter_model.safetensors is no half of a pair lora_A, lora_B")
+        fail(f"{adapter}: {min(strange)} in adapter_model.safetensors belongs to no pair lora_A, lora_B")
     for module in pairs:
         try:
             scale = lora_scale(config, module.removeprefix("base_model.model."))
@@ -794,8 +794,8 @@ def resolve_adapter(adapter: str | Path) -> Path:
 
 
 def read_policy(adapter: str | Path) -> tuple[dict[str, Any], Path]:
-    """(record, directory) of a policy's adapter: the run.json of a run of ours, or a record of the same keys of a
-    plain PEFT LoRA adapter, which is known by its content. check_base checks its base."""
+    """(record, directory) of a policy's adapter: the run.json of a run of ours, or for a plain PEFT
+    LoRA adapter, identified by its content, a record with the same keys. check_base checks its base."""
     directory = resolve_adapter(adapter)
     if not (directory / "adapter_config.json").is_file() or \
             any((directory / name).exists() for name in ("run.json", "checkpoint")):
@@ -963,8 +963,8 @@ def old_rope_fields(config: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------
 
 # What follows is the specification: the model's own transformers forward over right-padded micro-batches, log-softmax
-# in fp32 at the predicted positions. It serves any causal LM. fast/ computes the same sooner for the architectures
-# that it knows, and is held to it by tests; where `is_fast`, a call is handed over to it.
+# in fp32 at the predicted positions. It serves any causal LM. fast/ computes the same faster for the architectures
+# that it knows, and tests compare the two; where `is_fast` is true, calls go to fast/.
 
 @functools.cache  # said once
 def choose_engine(engine: str, model_dir: str | Path, device: torch.device) -> str:
@@ -985,7 +985,7 @@ def choose_engine(engine: str, model_dir: str | Path, device: torch.device) -> s
 
 
 def is_fast(model: nn.Module) -> bool:
-    """Does the fast engine serve this model? load_model settles it; for a model from elsewhere: if it can."""
+    """Does the fast engine run this model? load_model decides; a model from elsewhere runs on it if it can."""
     base = base_of(model)
     if "engine" not in base.__dict__:
         base.__dict__["engine"] = "plain" if fast is None or fast.unsupported(base.config.to_dict()) else "fast"
@@ -994,7 +994,7 @@ def is_fast(model: nn.Module) -> bool:
 
 def base_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT one; any other model as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # a method of PEFT's alone
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # only PEFT's models have this method
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -1126,7 +1126,7 @@ def check_head(model: nn.Module) -> None:
     ours = head_logits(base, base.base_model(ids, use_cache=False).last_hidden_state)
     tolerance = 1e-2 * own.abs().max().item()
     if own.shape != ours.shape or not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=tolerance):
-        fail(f"{base.config.model_type}: its logits are not its LM head of its last hidden states, so that "
+        fail(f"{base.config.model_type}: its logits are not its LM head applied to its last hidden states, so "
              f"log-probabilities here would be wrong; this architecture is not supported")
 
 
@@ -1137,8 +1137,8 @@ def token_logprobs(model: nn.Module, batch, temperature: float = 1.0, extras: Se
     """log softmax(logits / temperature)[target] of a micro-batch's predicted tokens, [K] in fp32.
 
     The LM head runs on predicted positions only, in chunks that the backward computes again: a [tokens × vocabulary]
-    tensor never exists. extras, each [K] and without gradient, give (logprobs, {extra: values}): "correct", the target
-    is the argmax; "entropy" of softmax(logits / temperature), in nats.
+    tensor never exists. With extras, each [K] and without gradient, returns (logprobs, {extra: values}): "correct", the
+    target is the argmax; "entropy" of softmax(logits / temperature), in nats.
     """
     base = base_of(model)
     if not isinstance(batch, Batch):
@@ -1216,7 +1216,7 @@ def placed_batches(model: nn.Module, examples: Sequence[Example], rows: Sequence
 
 @torch.no_grad()
 def per_token(function: Callable[[Any], Tensor], batches: Sequence[tuple], shape: Sequence[int], device) -> Tensor:
-    """function(batch), [..., K], put at its tokens' positions: [..., B, T], of all ranks; 0 where there is no token."""
+    """Values of function(batch), [..., K], put at their tokens' positions: [..., B, T], over all ranks; 0 elsewhere."""
     out = torch.zeros(*shape, device=device)
     for batch, (rows, columns) in batches:
         out[..., rows, columns] = function(batch)
@@ -1233,7 +1233,7 @@ def logprobs_and_entropy(policy: nn.Module, batch, temperature: float) -> Tensor
 # bfloat16 the same policy in other micro-batches differs from itself by about 0.1 nats per answer.
 
 def upcast(model: nn.Module) -> str:
-    """Turn the base's weights into fp32, in place, for measuring; the dtype that they have then, "float32" if they fit.
+    """Convert the base's weights to fp32, in place, for measurements; returns their new dtype, "float32" if they fit.
 
     Frozen bfloat16 weights are exact in fp32. NF4 weights, and what doesn't fit into the GPU's memory, stay as they
     are.
@@ -1298,8 +1298,8 @@ def interval(values: Tensor, groups: Sequence[Any]) -> list[float] | None:
 def share_interval(values: Tensor, groups: Sequence[Any]) -> list[float] | None:
     """95 % interval of the mean p of values [n] whose mean is a share (0, ½ or 1 each, or an AUC's), inside [0, 1].
 
-    Wilson's for p (1 − p) / SE² trials, as many as give the clustered standard error SE of `interval`; for as many
-    trials as there are groups where SE is 0. None for fewer than two groups.
+    Wilson's interval for p (1 − p) / SE² trials, the number that gives the clustered standard error SE of `interval`;
+    where SE is 0, for one trial per group. None for fewer than two groups.
     """
     ends = interval(values, groups)
     if ends is None:
@@ -1385,7 +1385,7 @@ def keyed_uniform(seed: int | Tensor, rows: Tensor, position: int | Tensor) -> T
     return ((x >> 11) & ((1 << 53) - 1)).double() / 2**53 + 2**-54
 
 
-CHOICE_BLOCK = 128  # tokens whose probabilities are summed before the blocks' sums are
+CHOICE_BLOCK = 128  # tokens per block: probabilities are summed in each block, then over the blocks
 
 
 def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | None = None, rows: Tensor | None = None,
@@ -1428,8 +1428,8 @@ def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | Non
 class PlainDecoder:
     """Token by token decoding with transformers' cache, for Sampler; fast.Decoder has the same interface.
 
-    A batch is prompts of one length: padding is safe in a forward, not in a cached decode with convolutions or
-    windows. Rows that have ended are computed on until the batch ends.
+    All prompts of a batch have one length: padding is safe in a forward, not in a cached decode with convolutions or
+    windows. Rows that have ended are still computed until the batch ends.
     """
 
     def __init__(self, model: nn.Module):
@@ -1591,7 +1591,7 @@ def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_
              parent: dict | None = None) -> float:
     """Share of greedy completions that end with a stop token within `max_new_tokens`, over all ranks' prompts.
 
-    A low rate is warned of, and one that is less than half of the parent's (its run.json).
+    Warns when the rate is low, or less than half of the parent's (from its run.json).
     """
     mine = prompts[rank()::world()]
     done = Sampler(model, tokenizer, short=True).sample(mine, max_new_tokens) if mine else []
@@ -1601,7 +1601,7 @@ def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_
         say(f"WARNING: only {rate:.0%} of {len(prompts)} held-out answers end with EOS within {max_new_tokens} tokens")
     before = ((parent or {}).get("metrics") or {}).get("eos_rate")
     if before and rate < before / 2:
-        say(f"WARNING: that is less than half of the parent's {before:.0%}: the policy unlearns to stop. Lower --lr or "
+        say(f"WARNING: that is less than half of the parent's {before:.0%}: the policy forgets to stop. Lower --lr or "
             f"--epochs, or look for answers without an end in the data")
     return rate
 
@@ -1652,19 +1652,19 @@ def count_flops(base: nn.Module, tokens: int = 0, attended: int = 0, predicted: 
 
 
 class Fetched:
-    """Named numbers [] on their way from a device: asked for now, waited for when they are read."""
+    """Named scalars [] on their way from a device: the copy starts now, and reading them waits for it."""
 
     def __init__(self, numbers: dict[str, Tensor]):
         self.names, self.event, self.time = [*numbers], None, time.time()
         self.values = torch.stack([n.detach().double() for n in numbers.values()])
-        if self.values.is_cuda:  # only a copy to pinned memory goes on by itself
+        if self.values.is_cuda:  # only a copy to pinned memory is asynchronous
             pinned = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
             self.values = pinned.copy_(self.values, non_blocking=True)
             self.event = torch.cuda.Event(enable_timing=True)
             self.event.record()
 
     def read(self, before: Fetched | None = None) -> dict[str, float]:
-        """The numbers; `time` is then when they were there, by the device's clock since those `before`."""
+        """The numbers; sets `time` to when they were ready, by the device's clock since those of `before`."""
         if self.event:
             self.event.synchronize()
             self.time = before.time + before.event.elapsed_time(self.event) / 1e3 if before else time.time()
@@ -1785,7 +1785,7 @@ class Run:
         return ", ".join(names)
 
     def resume(self, optimizer: torch.optim.Optimizer, total_steps: int) -> int:
-        """Restore the last checkpoint, if there is one; the step to go on with. Starts log, progress bar and
+        """Restore the last checkpoint, if there is one; returns the step to go on with. Starts log, progress bar and
         signals."""
         step, self.log_file = 0, self.directory / "log.jsonl"
         if self.checkpoint_file.is_file():
@@ -1835,10 +1835,10 @@ class Run:
     def log(self, step: int, metrics: dict[str, Any], rows: Sequence[int] = ()) -> None:
         """One line of log.jsonl: `metrics` (means or sums over the whole step and all ranks), rate, memory, time.
 
-        Where some are tensors, the line is written when the next step has been asked of the GPU, which so never waits
-        for a line; the first at once, to show that the run works. `rows` are the step's rows of the data set, for
-        check_finite. A "tokens" entry gives tokens_per_s; on a GPU of PEAK_FLOPS, mfu is the share of its peak that
-        this rank's passes needed.
+        Where some are tensors, the line is written when the next step has been queued on the GPU, which then never
+        waits for a line; the first is written at once, to show that the run works. `rows` are the step's rows of the
+        data set, for check_finite. A "tokens" entry gives tokens_per_s; on a GPU that PEAK_FLOPS lists, mfu is the
+        share of its peak that this rank's passes needed.
         """
         tensors = {k: v for k, v in metrics.items() if isinstance(v, Tensor)}
         fetched = Fetched(tensors) if tensors else None
@@ -1851,9 +1851,9 @@ class Run:
             self.flush()
 
     def watch(self, tokens: float, ended: float, varies: bool = True) -> None:
-        """Warn, once of each kind, when a policy that learns from its own answers collapses. Of an update: mean tokens
-        per answer, share of answers that end with EOS, does the reward vary within any group? The first update's
-        answers, which the parent gave, are what they are compared with."""
+        """Warn, once per kind, when a policy that learns from its own answers collapses. Arguments, per update: mean
+        tokens per answer, share of answers that end with EOS, whether the reward varies within any group. They are
+        compared with the first update's, whose answers the parent gave."""
         seen = self.state.setdefault("watch", {"tokens": tokens, "ended": ended, "flat": 0, "said": []})
         seen["flat"] = 0 if varies else seen["flat"] + 1
         signs = {
@@ -1872,7 +1872,7 @@ class Run:
                 say(f"\nWARNING: the policy collapses: {message}")
 
     def flush(self) -> None:
-        """Write the line that waits for its numbers, if there is one. One that is not finite ends the run."""
+        """Write the line that waits for its numbers, if there is one. A number that is not finite ends the run."""
         if self.unread is None:
             return
         (step, metrics, fetched, flops, rows), self.unread = self.unread, None
@@ -1936,8 +1936,8 @@ class Run:
                 raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
 
     def _signalled(self, device) -> bool:
-        """Whether a signal came to any rank; all agree. While a line waits the answer is that of the step before, so
-        that this doesn't wait either."""
+        """Whether any rank has had a signal; all ranks agree. While a line waits for its numbers, the answer is the
+        previous step's, so that this doesn't wait either."""
         if world() == 1:
             return self.stop_signal > 0
         signalled = all_reduce_(torch.full((), float(self.stop_signal), device=device))
@@ -2051,8 +2051,8 @@ def plot_curves(lines: list[dict], keys: Sequence[str], title: str, path: Path) 
 
 
 def report_failure(kind: type[BaseException], error: BaseException, trace) -> None:
-    """sys.excepthook: what can go wrong in a run without a fault in the code (a disk is full, a number is not finite,
-    memory ends) is one line on stderr; exit code 1. With RUNGS_DEBUG set, and for all else, the traceback."""
+    """sys.excepthook: an error that is no fault of the code (a full disk, a number that is not finite, no memory left)
+    gives one line on stderr and exit code 1. With RUNGS_DEBUG set, and for any other error, the traceback."""
     expected = issubclass(kind, (OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError))
     no_memory = issubclass(kind, torch.OutOfMemoryError)
     run = Run.training and Run.training()
@@ -2069,10 +2069,10 @@ sys.excepthook = report_failure
 
 
 def retry_in_halves(run: Run) -> NoReturn:
-    """After a GPU's memory ended: the same command once more, in this process' place, with half the --micro-tokens.
+    """After a GPU runs out of memory: replace this process by the same command with half the --micro-tokens.
 
-    The run goes on from its last checkpoint, and --micro-tokens changes no update; a program that starts anew has no
-    gradient of half a step, and its memory in one piece.
+    The run goes on from its last checkpoint, and --micro-tokens changes no update; a new process has no gradient of
+    half a step, and no fragmented memory.
     """
     half = run.args.micro_tokens // 2
     print(f"note: out of memory with --micro-tokens {run.args.micro_tokens}: once more with {half}, from the last "

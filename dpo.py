@@ -12,15 +12,15 @@ Deviations from the usual script, on purpose:
      step 0 the margin is 0 and the loss ln 2, which is asserted.
   2. The SFT adapter is merged into the base (fp32 arithmetic, rounded once; kl_merge in run.json is its cost) and a
      fresh LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
-  3. Pairs with an over-long side are dropped and counted, never cut.
+  3. Pairs with an answer beyond --max-length are dropped and counted, never cut.
 
     python dpo.py --beta 0.1 --sft-adapter runs/sft_v2
 
-Expect, of Qwen2.5-Coder-0.5B-Instruct after SFT, on 4,669 pairs of part A (seed 41): held-out accuracy 0.695 [0.633,
+Expect, for Qwen2.5-Coder-0.5B-Instruct after SFT, on 4,669 pairs of part A (seed 41): held-out accuracy 0.695 [0.633,
 0.758], loss 0.585, 1.8 nats of KL to SFT, and longer answers; 10.9 GiB, under 3 minutes on one H200 (docs/recipes.md).
 
 A row: {"prompt": "…" or messages, "chosen": …, "rejected": …}, or chosen and rejected as whole conversations. Pairs
-come from part A of the prompts (50 % by sha256); J is the judge's, B PPO's. Other layouts: docs/data-formats.md.
+come from part A of the prompts (50 % by sha256); J is for the judge, B for PPO. Other layouts: docs/data-formats.md.
 """
 import math
 from dataclasses import dataclass
@@ -41,13 +41,13 @@ from common import Example
 class Args:
     # -- model --
     sft_adapter: str = "runs/sft_v2"
-    """The start and the reference: a run, any plain PEFT LoRA (directory or hub id), or "none" for --model itself."""
+    """Initial policy and reference: a run, any plain PEFT LoRA (directory or hub id), or "none" for --model itself."""
     model: str | None = None
-    """The base model; by default the one that --sft-adapter was trained on, and with none Qwen2.5-0.5B."""
+    """The base model; by default the one that --sft-adapter was trained on, or Qwen2.5-0.5B if there is no adapter."""
     other_base: bool = False
-    """Accept a plain PEFT adapter that names another base than --model."""
+    """Accept a plain PEFT adapter whose config names a base other than --model."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Weights of base + SFT. Adapter and Adam state are always fp32."""
+    """Dtype of the base + SFT weights. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRAFEEDBACK
     """Preference pairs: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]."""
@@ -62,18 +62,18 @@ class Args:
     max_length: int = 1024
     """Longest prompt + answer in tokens."""
     max_dropped: float = 0.05
-    """Largest share of degenerate pairs (empty or equal answers) that doesn't end the run."""
+    """The run ends if a larger share of the pairs is degenerate (empty or equal answers)."""
     max_overlong: float = 0.15
-    """Largest share of pairs beyond --max-length that doesn't end the run [at least 6 % of UltraFeedback]."""
+    """The run ends if a larger share of the pairs is longer than --max-length [at least 6 % of UltraFeedback is]."""
     # -- method --
     beta: float = 0.3
-    """Strength of the pull to the reference [ours, as for lr; paper: 0.1, sec. 6, "Training details" in app. B]."""
+    """Strength of the pull toward the reference [ours, as for lr; paper: 0.1, sec. 6, "Training details" in app. B]."""
     label_smoothing: float = 0.0
     """ε, the assumed share of swapped labels [0 is the paper's loss]."""
     # -- optimisation --
     lr: float = 5e-5
     """Peak learning rate [ours: results/sweeps/qwen2.5-coder-0.5b-instruct-dpo+lr_5e-5+beta_0.3.json]. With β = 0.1
-    this rate costs a quarter of the answers their EOS. Neither Qwen2.5-0.5B itself nor a second base has been tried."""
+    a quarter of answers lose their EOS at this rate. Neither Qwen2.5-0.5B itself nor a second base has been tried."""
     batch_size: int = 16
     """Pairs per step, over all ranks."""
     epochs: int = 1
@@ -84,9 +84,9 @@ class Args:
     """Gradient clip, over all trained parameters."""
     # -- what is measured at the end --
     eos_prompts: int = 64
-    """Held-out prompts answered greedily for eos_rate."""
+    """Number of held-out prompts answered greedily to measure eos_rate."""
     eos_tokens: int = 512
-    """Largest number of tokens per answer there [room for all but the longest answers of chat data]."""
+    """Token limit of these answers [enough for all but the longest answers of chat data]."""
     # -- run --
     preview: int = 0
     """Show this many examples as they would be trained, and what would be dropped; load no weights, train nothing."""
@@ -95,11 +95,11 @@ class Args:
     out: str = "runs/dpo_v1"
     """Run directory."""
     overwrite: bool = False
-    """Move another configuration's run in --out aside."""
+    """If --out holds a run of another configuration, move that run aside."""
     micro_tokens: int = 8192
-    """Tokens of one forward: memory and speed, not the update."""
+    """Tokens per forward: affects memory and speed, not the update."""
     engine: Literal["auto", "fast", "plain"] = "auto"
-    """auto: the fast engine where it serves the model, else the plain one (any model, slower); same update."""
+    """auto: the fast engine if it supports the model, else the plain one (any model, slower); the same update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
@@ -125,7 +125,7 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): no step, the last included, has rate 0."""
+    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): never 0, not even at the last step."""
     w = max(1, math.ceil(args.warmup * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
@@ -216,7 +216,7 @@ def main(args: Args) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-        # 3c. Log and checkpoint. Nothing above waits for the GPU: a line is written when its numbers are there.
+        # 3c. Log and checkpoint. Nothing above waits for the GPU: a line is written once its numbers are ready.
         run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(p.tokens for p in batch),
                        "chosen_tokens": sum(len(p.chosen.targets) for p in batch) / len(batch),
                        "rejected_tokens": sum(len(p.rejected.targets) for p in batch) / len(batch)},
@@ -227,7 +227,7 @@ def main(args: Args) -> None:
     run.save(policy, tokenizer, split.prompts)
     metrics = {**counts, "heldout_pairs": len(heldout), "eos_prompts": len(prompts)}
     metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens, parent) if prompts else None
-    # movement turns the base into fp32 where it fits: eos_rate belongs before it, the held-out figures after it
+    # movement converts the base to fp32 if that fits: measure eos_rate before it, the held-out figures after it
     metrics |= common.movement(policy, args.out, adapter, model_dir, [p.chosen for p in heldout[:args.eos_prompts]],
                                args.micro_tokens)
     metrics |= {f"heldout_{k}": v for k, v in evaluate_pairs(policy, heldout, args, device).items()}

@@ -1,11 +1,11 @@
-"""evaluate.py: a base model and adapters of it on four lm-eval tasks -> a row of results/metrics.json for each.
+"""evaluate.py: evaluate a base model and its adapters on four lm-eval tasks; each gets a row of results/metrics.json.
 
     task            shots  score of an item                                  its keys in the row
     mmlu            5      is the right letter the likeliest of A-D          mmlu/acc,none, and those of each subject
     truthfulqa_mc2  0 *    share of probability on the true answers          truthfulqa_mc2/acc,none
     gsm8k           8      is the number after "####" (or the last) right    gsm8k/exact_match,strict-match, ...flexible
     ifeval          0      does the response follow every instruction        ifeval/prompt_level_strict_acc,none, ...
-    * beyond the six worked pairs that its prompt has built in
+    * besides the six worked pairs that are built into its prompt
 
 --tasks adds secondary tasks, any of lm-eval's by name, or one of ours:
 
@@ -17,13 +17,13 @@ they don't enter the row's eval_hash.
 Each score is a mean over items and has its standard error beside it, under `<metric>_stderr,<filter>`. The tasks
 (prompts, filters, scores, versions) are those of lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness);
 --eval-data only changes the files that they read. The model class is ours: `RungsLM` (harness.py) gives the numbers of
-lm-eval's HFLM (equal in fp32, see tests/test_evaluate.py) from packed forwards without padding, in which what items
-begin with alike is computed once, and from common.Sampler.
+lm-eval's HFLM (equal in fp32, see tests/test_evaluate.py) from common.Sampler and from packed forwards without padding,
+in which a prefix that items share is computed once.
 
 Deliberate deviations from `lm_eval --model hf --model_args peft=...`:
 1. Logits and log-softmax are fp32 whatever the dtype (`Float32Head`). In bf16 a logit of 20 is a multiple of 1/8, and
    the best two of MMLU's four letters tie often (12 of 57 items with SmolLM2-135M-Instruct); the first of them wins.
-2. Every setting of the generation is given: greedy, until EOS or a stop string of the task. generation_config is never
+2. Every generation setting is explicit: greedy, until EOS or a stop string of the task. generation_config is never
    read. A stop string that is a special token ends a response wherever it stands, as in HFLM at batch size 1.
 3. IFEval's instruction-level accuracy is a ratio over prompts with several instructions each, for which lm-eval gives
    no standard error: ours is clustered by prompt (`clustered_stderr`). langdetect, which IFEval uses, is seeded.
@@ -31,11 +31,11 @@ Deliberate deviations from `lm_eval --model hf --model_args peft=...`:
    then it is that of all items as one sample, which counts the differences between subjects as well.
 5. The adapter stays unmerged, as with `peft=`: merging would round the weights once more.
 
-The base, the tasks' prompts and their token ids are loaded and built once for all adapters of a call; between two rows
-only the adapter changes. Every task's items and result are kept as soon as it is done, in
-results/samples/<name>-<eval_hash>-<weights>/. A run that was cut off goes on at that task, and a row that is there is
-not evaluated again. What report.py needs besides the row holds no text of a data set and can be committed: the items'
-scores in results/scores/<the same>.json.gz, and the adapter's command, configuration and curves in
+The base, the tasks' prompts and their token ids are loaded or built once per call, for all its adapters; between two
+rows only the adapter changes. Every task's items and result are stored as soon as it is done, in
+results/samples/<name>-<eval_hash>-<weights>/. An interrupted run resumes at the task that it was at, and a row that
+exists is not evaluated again. The other files that report.py needs contain no text of a data set and can be committed:
+the items' scores in results/scores/<the same>.json.gz, and the adapter's command, configuration and curves in
 results/runs/<name>-<weights>.json.
 
 What to expect: about a minute per row for SmolLM2-135M on one H100, loading included (bench/NOTES.md).
@@ -89,37 +89,37 @@ class Args:
     name: str | None = None
     """Name of the only row; by default the adapter's directory name, or "base"."""
     quantization: Literal["qlora", "none"] | None = None
-    """Quantisation policy of the training runs that a row stands beside. It only names the row's train_invariants:
+    """Quantisation policy of the training runs that a row is compared with. It only enters the row's train_invariants:
     evaluation is never quantised. By default that of the runs given, "none" for plain PEFT adapters, "qlora" for the
     base alone."""
     # evaluation: these enter eval_hash
     protocol: Literal["plain", "chat"] = "plain"
-    """"plain": no chat template, as the published numbers; "chat": the chat template, few-shot examples as turns."""
+    """"plain": no chat template, as in published numbers; "chat": the chat template, few-shot examples as turns."""
     eval_data: str | None = None
     """Directory with the four tasks' files (mmlu/, gsm8k/, ...); by default lm-eval's own data sets from the hub."""
     limit: int | None = None
     """Only the first N items of each task, for trials; for MMLU spread evenly over the subjects, at least one each."""
     max_gen_toks: int | None = None
-    """Generated tokens at most, of GSM8K and IFEval; by default the tasks' own 256 and 1,280."""
+    """Maximum generated tokens per response of GSM8K and IFEval; by default the tasks' own 256 and 1,280."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of the base model's weights and forward; the adapter is fp32."""
-    # evaluation: these don't
+    # evaluation: these don't enter eval_hash
     tasks: tuple[str, ...] = ()
     """Secondary tasks beside the four: any of lm-eval's by name, or gsm8k_zero_shot. Their data: <task>/<split>.jsonl
     in --eval-data where it has that folder, else lm-eval's own from the hub."""
-    # run: these change speed and places, not numbers (beyond the rounding of the dtype)
+    # run: these change speed and file locations, not numbers (beyond the rounding of the dtype)
     out: str = "results"
     """Directory of metrics.json, samples/, scores/ and runs/."""
     log_samples: bool = False
     """Write every item in lm-eval's own layout too, for its table tools: samples/<row>/lm-eval/<task>/samples_*.jsonl
-    and results_*.json. A task that was evaluated without is evaluated again."""
+    and results_*.json. A task that was evaluated without this flag is evaluated again."""
     stamp: str | None = None
-    """File to write a row's train_invariants and eval_hash to when it is done (what make goes by). A % in it stands for
+    """File that gets a row's train_invariants and eval_hash when the row is done (make checks it). A % in it stands for
     the row's name."""
     micro_tokens: int = 16384
-    """Tokens of a packed forward at most; a longer sequence makes a pack of its own."""
+    """Maximum tokens per packed forward; a longer sequence gets a pack of its own."""
     max_batch: int | None = None
-    """Rows decoded at the same time at most; by default as many as memory holds."""
+    """Maximum number of rows decoded at the same time; by default whatever fits into memory."""
     engine: Literal["auto", "fast", "plain"] = "auto"
     """auto: the fast engine where it serves the model, else the plain one (any model, slower)."""
     device: str = "auto"
@@ -153,7 +153,7 @@ HEADLINE = {  # the printed table
 
 @dataclass(frozen=True)
 class EvalProtocol:
-    """What must be equal for two evaluations to be compared. Its hash is `eval_hash`; training never sees it."""
+    """Settings that must be equal to compare two evaluations. Their hash is `eval_hash`; training never sees it."""
     protocol: str                                   # "plain": no chat template; "chat": template, few-shot as turns
     tasks: tuple[tuple[str, int, int | None], ...]  # (task, num_fewshot, limit; per subject for MMLU)
     data: str                                       # fingerprint of the evaluation data
@@ -191,7 +191,7 @@ def read_eval_data(directory: Path) -> tuple[dict[tuple[str, str], list[dict]], 
                     for column, kind in columns.items():
                         if not isinstance(rows[-1].get(column), kind):
                             fail(f"{path}, line {number}: column {column!r} is missing or not a {kind.__name__}")
-        except Exception as error:  # gzip, zlib, unicode, JSON and a line that is no object: each has its own
+        except Exception as error:  # gzip, zlib, unicode, JSON and a line that is no object each raise their own
             fail(f"{path}: not readable as JSON Lines ({error})")
         if not rows:
             fail(f"{path}: no rows")
@@ -213,8 +213,8 @@ def by_subject(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def local_sources(data: dict[tuple[str, str], list[dict]], folder: Path) -> dict[str, dict]:
-    """{lm-eval task: what its definition says of its data set} with `data` written into files of the folder: each task
-    and each MMLU subject that has items."""
+    """{lm-eval task: the data set fields of its definition}, with `data` written into files of the folder, for each
+    task and each MMLU subject that has items."""
     files: dict[str, dict[str, list[dict]]] = defaultdict(dict)  # lm-eval task -> split -> rows
     for (task, split), rows in data.items():
         for subject, part in by_subject(rows).items() if task == "mmlu" else [(None, rows)]:
@@ -231,8 +231,8 @@ def local_sources(data: dict[tuple[str, str], list[dict]], folder: Path) -> dict
 
 
 def hub_sources(index: dict) -> tuple[dict[str, dict], list[str]]:
-    """({lm-eval task: what its definition says of its data set}, each task's "data set@commit") with lm-eval's own data
-    sets, at the commits that they have now: what is read is what the fingerprint names."""
+    """({lm-eval task: the data set fields of its definition}, each task's "data set@commit") for lm-eval's own data
+    sets at their current commits, so that the fingerprint names the commits that are read."""
     found: dict[str, tuple[str, str]] = {}  # data set: where it is, its commit
     sources, commits = {}, {}
     for name, entry in index.items():
@@ -382,8 +382,8 @@ def task_files() -> dict[str, set[Path]]:
 
 
 def find_secondary(task: str):
-    """The entry of a task in lm-eval's index. Ends the run on one that can't be evaluated here: greedily or by
-    log-likelihoods, without running what the model writes."""
+    """The entry of a task in lm-eval's index. Ends the run if the task can't be evaluated here: only greedy responses
+    and log-likelihoods are supported, and code that the model writes is not run."""
     import lm_eval.tasks
     folders = task_files().get(task, ())
     known = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[*folders]).task_index if folders else {}
@@ -421,7 +421,8 @@ def clustered_stderr(clusters: list[list[bool]]) -> float | None:
 
 
 def sample_lines(samples: dict[str, list[dict]]) -> list[dict]:
-    """lm-eval's samples (one for each item and filter) as one line an item: what a paired test and a reader need."""
+    """lm-eval's samples (one for each item and filter) as one line per item, with what a paired test and a reader need.
+    """
     lines: dict[tuple, dict] = {}
     for name, entries in samples.items():
         for e in entries:
@@ -444,13 +445,13 @@ def protocol_of(task: str, args: Args) -> str:
 
 def run_task(lm: "RungsLM", loaded, task: str, shots: int, limit: int | None, args: Args,
              log: Path | None = None) -> tuple[dict, list[dict]]:  # fmt: skip
-    """-> (result: metrics, n, versions, wall time; the items' lines). The same `loaded` serves one adapter after the
-    other: its prompts are built in the first call. log: directory for the items in lm-eval's own layout."""
+    """-> (result: metrics, n, versions, wall time; the items' lines). `loaded` is reused for the next
+    adapter: its prompts are built in the first call. log: directory for the items in lm-eval's own layout."""
     from lm_eval.api.metrics import mean_stderr
     from lm_eval.evaluator import evaluate
     from lm_eval.utils import env as jinja
     start = time.time()
-    # What lm_eval.simple_evaluate sets, without its survey of the machine for every call.
+    # The seeds and settings of lm_eval.simple_evaluate, which also inspects the machine in every call.
     random.seed(0)
     np.random.seed(1234)
     torch.manual_seed(1234)
@@ -460,7 +461,7 @@ def run_task(lm: "RungsLM", loaded, task: str, shots: int, limit: int | None, ar
         unit.set_fewshot_seed(1234)
         if args.max_gen_toks and unit.OUTPUT_TYPE == "generate_until":
             unit.set_config("generation_kwargs", {"max_gen_toks": args.max_gen_toks}, update=True)
-        if hasattr(unit, "_instances"):  # built for the adapter before, with its responses
+        if hasattr(unit, "_instances"):  # built for the previous adapter, and holds its responses
             for instance in unit.instances:
                 instance.resps, instance.filtered_resps = [], {}
             unit.build_all_requests = lambda **_: None
@@ -468,7 +469,7 @@ def run_task(lm: "RungsLM", loaded, task: str, shots: int, limit: int | None, ar
     # lm-eval compiles a task's template for every example of every prompt: minutes on MMLU
     with (
         patch.object(jinja, "from_string", functools.lru_cache(1024)(jinja.from_string)),
-        patch("lm_eval.api.task.tqdm", lambda docs, **_: docs),  # a bar for each of 57 subjects' prompts
+        patch("lm_eval.api.task.tqdm", lambda docs, **_: docs),  # instead of a progress bar for each of 57 subjects
     ):
         found = evaluate(lm, loaded, limit=limit, apply_chat_template=in_chat, fewshot_as_multiturn=in_chat)
     lines = sample_lines(found["samples"])
@@ -500,7 +501,7 @@ def log_samples(found: dict, folder: Path, lm: "RungsLM") -> None:
     tracker = EvaluationTracker(output_path=str(folder / "results.json"))
     model = f"pretrained={lm.tokenizer.name_or_path}"
     tracker.general_config_tracker.log_experiment_args("hf", model, None, None, False)
-    samples = {task: [{**item} for item in items] for task, items in found["samples"].items()}  # it changes them
+    samples = {task: [{**item} for item in items] for task, items in found["samples"].items()}  # lm-eval edits them
     tracker.save_results_aggregated({key: value for key, value in found.items() if key != "samples"}, samples)
     for task, items in samples.items():
         tracker.save_results_samples(task, items)
@@ -509,7 +510,7 @@ def log_samples(found: dict, folder: Path, lm: "RungsLM") -> None:
 
 
 def write_gzip(path: Path, text: str) -> None:
-    """Without a time in the header: equal text, equal bytes."""
+    """Compress without a time in the header, so that equal text gives equal bytes."""
     common.write_atomic(path, lambda p: p.write_bytes(gzip.compress(text.encode(), mtime=0)))
 
 
@@ -557,7 +558,7 @@ def thin(log: list[dict], points: int = 100) -> dict[str, list]:
 
 def keep_records(out: Path, policy: "Policy", secondary: Sequence[str]) -> dict:
     """Write scores/<name of samples>.json.gz and, of a run of ours, runs/<name>-<its hash>.json; -> the row's fields
-    for them: "scores" and "cost", what training took. Places on this machine are cut to their last part."""
+    "scores" and "cost" (what training took). Paths on this machine are cut to their last part."""
     columns = {}
     for task in (*TASKS, *secondary):
         with gzip.open(out / policy.samples / f"{task}.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -587,7 +588,7 @@ def keep_records(out: Path, policy: "Policy", secondary: Sequence[str]) -> dict:
 
 
 class Policy(NamedTuple):
-    """What a row is about: the base model, or it under an adapter."""
+    """The policy of a row: the base model, or the base model with an adapter."""
     name: str
     adapter: str | None      # as given; None: the base
     run: dict | None         # record of the adapter
@@ -671,7 +672,7 @@ def main(args: Args) -> list[dict]:
     if room <= longest:
         fail(f"{model_name} has room for {room} tokens, of which responses take up to {longest}: use --max-gen-toks")
 
-    # 2. What is there already: rows, or some of their tasks.
+    # 2. Find the rows, or tasks of rows, that are done already.
     kind = str(dtype).removeprefix("torch.")
     protocol = EvalProtocol(args.protocol, tasks, fingerprint, args.max_gen_toks, kind)
     beside = {  # protocols of the secondary tasks
@@ -709,7 +710,7 @@ def main(args: Args) -> list[dict]:
                 where = args.eval_data or "the hub (without it, give local files with --eval-data DIR)"
                 fail(f"lm-eval can't load {task} from {where}: {type(error).__name__}: {error}")
 
-    # 3. The model; for each row its adapter, and one lm-eval call a task.
+    # 3. The model; for each row its adapter, and one lm-eval call per task.
     lm, written = None, []
     for policy in rows:
         results = {task: read_result(policy, task, p) for task, _, _, p in plan}
@@ -735,7 +736,7 @@ def main(args: Args) -> list[dict]:
         for task, shots, limit, p in plan:
             if results[task]:
                 continue
-            at_most = f", {limit} items{' a subject' if task == 'mmlu' else ''} at most" if limit else ""
+            at_most = f", {limit} items{' per subject' if task == 'mmlu' else ''} at most" if limit else ""
             print(f"{policy.name}: {task}, {shots}-shot{at_most}", flush=True)
             log = out / policy.samples / "lm-eval" / task if args.log_samples else None
             result, lines = run_task(lm, loaded[task], task, shots, limit, args, log)

@@ -41,7 +41,7 @@ def fail(message: str) -> NoReturn:
 
 
 def say(message: str = "") -> None:
-    """Print on rank 0; what the terminal's encoding doesn't have, as question marks."""
+    """Print on rank 0; characters that the terminal's encoding lacks become question marks."""
     if rank() == 0:
         encoding = sys.stdout.encoding or "utf-8"
         print(message.encode(encoding, "replace").decode(encoding), flush=True)
@@ -80,9 +80,9 @@ TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?:(?P<host>[^.]+)-)?(?P<pid>\d+)\.tm
 
 
 def remove_temporaries(directory: str | Path, target: str | None = None) -> None:
-    """Remove what write_atomic of processes that were killed has left in a directory: of one target, where others may
-    be writing now, what processes of this machine left that have ended; without a target, of whatever process, since
-    the caller holds the directory's lock."""
+    """Remove temporary files that write_atomic of killed processes left in a directory: for one target, where others
+    may be writing now, only those of this machine's processes that have ended; without a target, those of any process,
+    since the caller holds the directory's lock."""
     with os.scandir(directory) if os.path.isdir(directory) else contextlib.nullcontext([]) as entries:
         for entry in entries:
             found = TEMPORARY.fullmatch(entry.name)
@@ -92,7 +92,7 @@ def remove_temporaries(directory: str | Path, target: str | None = None) -> None
 
 
 def scratch(prefix: str) -> tempfile.TemporaryDirectory:
-    """A temporary directory that goes with the process; those that killed processes of this machine left go now."""
+    """A temporary directory, removed with the process; those that killed processes of this machine left go now."""
     begin = f"{prefix}-{host()}-"
     for left in Path(tempfile.gettempdir()).glob(f"{begin}*"):
         pid = left.name.removeprefix(begin).partition("-")[0]
@@ -121,8 +121,8 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of f
 
 
 class Lock:
-    """A lock file, held by this process from `Lock(…)` to `release()`; or the end of the program, with an error that
-    says `busy` and who holds it.
+    """A lock file, held by this process from `Lock(…)` to `release()`. If another holds it, the program ends with an
+    error that says `busy` and who holds it.
 
     The kernel frees it when its holder ends, even by SIGKILL, so that a dead process keeps nobody out. It works between
     machines where the file system carries flock(2) from one to the other (NFS 4 does); where it has no locks at all,

@@ -18,8 +18,8 @@ Deviations, on purpose:
   1. Sums run over the whole mini-batch and all ranks: `sequence` and `token` are means over the mini-batch, not means
      of the groups' means.
   2. An answer that does not end within --completion-tokens has reward 0, whatever it says; it stays in the loss.
-  3. A group whose rewards are all equal has A = 0. With β = 0 its answers get no forward with gradient and no
-     backward; they still count in B and Σ|o|, so that the gradient is the one that computing them would have given.
+  3. A group whose rewards are all equal has A = 0. With β = 0 its answers are left out of the forward with
+     gradient and the backward; they still count in B and Σ|o|, so that the gradient is the same as with them.
   4. With one optimizer step per update (the default, and the paper's μ = 1), π_old is π_θ: ρ ≡ 1, and its log-probs are
      those of the forward that is trained. With more, they are computed before the first step, on the same micro-batches
      (ρ ≡ 1 is asserted). Either way they must agree with the sampler's (`sampler_gap`).
@@ -29,11 +29,11 @@ Deviations, on purpose:
     python grpo.py --task arithmetic --sft-adapter runs/sft_v2 --out runs/grpo_arithmetic
     python grpo.py --task my_task.py --sft-adapter runs/sft_v2 --out runs/grpo_mine
 
-Expect, of Qwen2.5-Coder-0.5B-Instruct after SFT, --updates 80 (seed 41): held-out pass@1 0.4 -> 40.0 % by the answer
+Expect, for Qwen2.5-Coder-0.5B-Instruct after SFT, --updates 80 (seed 41): held-out pass@1 0.4 -> 40.0 % by the answer
 after "####", and 27.7 -> 40.0 % by the last number, change 8.0 to 16.6 points; 16 GiB, under 6 minutes on one H200.
 
 A task defines the prompts and the reward of an answer. GSM8K: rows of question and answer (`#### 18`), or of prompt and
-answer; a correct answer is paid 1, and nothing else is paid. Arithmetic: the same for generated problems of five grades,
+answer; a correct answer earns 1, any other answer 0. Arithmetic: the same for generated problems of five grades,
 for models too small for GSM8K. Your own: a Python file with `reward(row, completion)`, or TRL's or verl's reward
 function, and `rows()` unless --data gives them; see `load_task`. Shapes: P prompts per update, G answers to each,
 B = P·G, T tokens of the longest answer, K answer tokens of a micro-batch.
@@ -71,38 +71,38 @@ GSM8K = "openai/gsm8k@e53f048856ff4f594e959d75785d2c2d37b678ee:main/train"
 class Args:
     # -- model --
     sft_adapter: str = "runs/sft_v2"
-    """The start and the reference: a run, any plain PEFT LoRA (directory or hub id), or none: --model itself."""
+    """Initial policy and reference: a run, any plain PEFT LoRA (directory or hub id), or "none" for --model itself."""
     model: str | None = None
-    """The base model; by default the one that --sft-adapter was trained on, and with none Qwen2.5-0.5B."""
+    """The base model; by default the one that --sft-adapter was trained on, or Qwen2.5-0.5B if there is no adapter."""
     other_base: bool = False
-    """Accept a plain PEFT adapter that names another base than --model."""
+    """Accept a plain PEFT adapter whose config names a base other than --model."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Weights of base + SFT. Adapter and Adam state are always fp32."""
+    """Dtype of the base + SFT weights. Adapter and Adam state are always fp32."""
     # -- task and data --
     task: str = "gsm8k"
-    """gsm8k, gsm8k:format (pays the form alone, a control), arithmetic (grades 1 to 5; arithmetic:2 or arithmetic:1-3
-    for some), or a .py file with reward()."""
+    """gsm8k, gsm8k:format (a control that rewards only the form), arithmetic (grades 1 to 5; arithmetic:2 or
+    arithmetic:1-3 for some of them), or a .py file with reward()."""
     data: str | None = None
-    """Rows of the task, any source as everywhere [gsm8k: its train split]; none for a task that makes its own."""
+    """Rows of the task, from any kind of source [gsm8k: its train split]; none if the task makes its own rows."""
     heldout_data: str | None = None
     """Held-out rows; by default x_heldout.jsonl beside x.jsonl, else a part of the rows, at most a tenth, by sha256."""
     heldout_rows: int = 473
-    """Problems that are never trained on and are answered before, during and after [leaves 7,000 of GSM8K's 7,473]."""
+    """Problems never trained on, answered before, during and after training [leaves 7,000 of GSM8K's 7,473]."""
     eval_data: str | None = None
     """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
     prompt_tokens: int = 512
     """Longest prompt in tokens; longer ones are dropped and counted."""
     max_dropped: float = 0.05
-    """Largest share of dropped prompts (empty or too long) that doesn't end the run."""
+    """The run ends if a larger share of the prompts is dropped (empty or too long)."""
     # -- rollouts --
     updates: int = 100
-    """Rollouts, each followed by its epochs; the prompts are passed again when they run out."""
+    """Number of rollouts, each followed by its epochs; when the prompts run out, another pass over them begins."""
     batch_size: int = 32
     """P, prompts per update, over all ranks [2402.03300: 16, 1,024 answers]."""
     group_size: int = 8
     """G, answers to each prompt [2402.03300: 64]."""
     completion_tokens: int = 400
-    """L, tokens an answer may take; one that takes more has reward 0 [2402.03300: 1024]."""
+    """L, most tokens of an answer; one that does not end within L has reward 0 [2402.03300: 1024]."""
     temperature: float = 1.0
     """Sampling temperature; every log-prob is taken at it [2503.14476 and 2503.20783: 1]."""
     resample_groups: bool = False
@@ -121,7 +121,7 @@ class Args:
     epochs: int = 1
     """μ, epochs per update: passes over its answers [2402.03300: 1]."""
     minibatches: int = 1
-    """Optimizer steps per epoch, each on whole groups; they divide --batch-size [2402.03300: 1]."""
+    """Optimizer steps per epoch, each on whole groups; --batch-size must be a multiple of it [2402.03300: 1]."""
     # -- held-out measurement --
     eval_every: int = 20
     """Updates between measurements of the held-out pass@1; 0: only before and after."""
@@ -129,16 +129,16 @@ class Args:
     """k of the held-out pass@k, estimated before and after from 2k samples per problem; 0 leaves it out."""
     # -- optimisation --
     lr: float = 1e-4
-    """Peak learning rate [ours: results/sweeps/qwen2.5-coder-0.5b-instruct-grpo+lr_1e-4.json, 80 updates]. The rule of
-    the sweep chose 2e-4: 0.4 points more of pass@1, with a standard error of 2.2, for 43 nats of KL instead of 24. A tie is
-    taken at the smaller KL until a second base confirms either. Qwen2.5-0.5B itself has not been tried."""
+    """Peak learning rate [ours: results/sweeps/qwen2.5-coder-0.5b-instruct-grpo+lr_1e-4.json, 80 updates]. The
+    sweep's rule chose 2e-4: pass@1 is 0.4 points higher, standard error 2.2, but KL is 43 nats instead of 24. Of tied
+    rates, the one of smaller KL is used until a second base confirms either. Qwen2.5-0.5B itself has not been tried."""
     max_grad_norm: float = 1.0
     """Largest norm of the gradient."""
     importance_cap: float = 0.0
-    """Weight a token's policy loss by min(π_old / π_sampler, this), for a sampler that is another program
+    """Weight a token's policy loss by min(π_old / π_sampler, this), if the sampler is another program
     [Ionides 2008: truncated importance sampling; 2 is usual]; 0: no weight, since here the sampler is the policy."""
     max_gap: float = 0.1
-    """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise: 0.03 on SmolLM2]."""
+    """The run ends if the mean |Δ log-prob| between sampler and trainer is larger [bf16 noise: 0.03 on SmolLM2]."""
     # -- run --
     preview: int = 0
     """Show this many prompts as they would be answered, and what would be dropped; load no weights, train nothing."""
@@ -147,13 +147,13 @@ class Args:
     out: str = "runs/grpo_v1"
     """Run directory."""
     results: str = "results"
-    """Where grpo/<name>-<train_invariants>-s<seed>.json and .png go."""
+    """Where grpo/<name>-<train_invariants>-s<seed>.json and .png are written."""
     overwrite: bool = False
-    """Move another configuration's run in --out aside."""
+    """If --out holds a run of another configuration, move that run aside."""
     micro_tokens: int = 8192
-    """Tokens per forward: memory and speed, not the update."""
+    """Tokens per forward: affects memory and speed, not the update."""
     engine: Literal["auto", "fast", "plain"] = "auto"
-    """auto: the fast engine if it supports the model, else the plain one (any model, slower). Speed, not the update."""
+    """auto: the fast engine if it supports the model, else the plain one (any model, slower); the same update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 10
@@ -173,7 +173,7 @@ ROUNDS = 10  # most rollouts per update with --resample-groups [the limit in the
 def group_advantages(rewards: Tensor, scale: str) -> Tensor:
     """A_i of each answer, rewards [P, G] -> [P, G]: 2402.03300, sec. 4.1.2 ("std") or 2503.20783, sec. 3.2 ("none").
 
-    The sd has n−1 below. A group of equal rewards has A = 0 exactly, not what rounding leaves.
+    The sd divides by n−1. A group of equal rewards has A = 0 exactly, without rounding residue.
     """
     centred = rewards - rewards.mean(1, keepdim=True)                              # r_i − μ
     varies = rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True)
@@ -193,7 +193,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """min(π_old / q, cap) of each token, q the sampler's distribution; all 1 where cap is 0. Same shape as its inputs.
+    """min(π_old / q, cap) of each token, q the sampler's distribution; all 1 if cap is 0. Same shape as the inputs.
 
     Truncated importance sampling: Ionides 2008 (J. Comput. Graph. Stat. 17:295), eq. 3; for a sampler and a trainer
     that are two programs: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
@@ -214,7 +214,7 @@ def token_weights(lengths: Tensor, aggregate: str, limit: int) -> Tensor:
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈0.03 T⌉): no step, the last included, has rate 0."""
+    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈0.03 T⌉): never 0, not even at the last step."""
     w = max(1, math.ceil(0.03 * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
@@ -355,7 +355,7 @@ def main(args: Args) -> None:
             groups += [g for g in drawn if not g.varies][:P - len(groups)]
         row_ids, rolled = [g.problem.index for g in groups], time.time()
 
-        # 3b. Advantages of the B = P·G answers; those that the loss can learn from. A group's answers are adjacent.
+        # 3b. Advantages of the B = P·G answers, and which of them the loss can use. A group's answers are adjacent.
         completions = [c for g in groups for c in g.completions]
         rewards = torch.tensor([[s.reward for s in g.scores] for g in groups], dtype=torch.float64)    # [P, G]
         advantages = group_advantages(rewards, args.scale_advantages).flatten().float().to(device)     # [B]
@@ -378,8 +378,8 @@ def main(args: Args) -> None:
                 parts.append((micros, int(mask[rows].sum()), weights))
             return parts
 
-        # 3c. Log-probs of old policy and reference, from the very micro-batches of the first epoch. With β = 0 the loss
-        # needs no reference; it is asked about all answers, for the `kl` that is logged.
+        # 3c. Log-probs of old policy and reference, on the same micro-batches as the first epoch. With β = 0 the
+        # loss needs no reference; it is computed on all answers, for the logged `kl`.
         first_epoch = minibatches(0)
         micros = [micro for part, _, _ in first_epoch for micro in part]
         old = torch.zeros(2, *mask.shape, device=device)                       # log π_old and its entropy, each [B, T]
@@ -415,17 +415,16 @@ def main(args: Args) -> None:
                                          0.5 * (log_ratio ** 2).sum(), clipped.sum()])
                     ratio_max = torch.maximum(ratio_max, ratio.max())
                 totals += common.all_reduce_(sums)
-                if epoch == part == 0 and mask.any():  # before the first step: π_θ is π_old, and is it the sampler's?
+                if epoch == part == 0 and mask.any():  # before the first step, π_θ is π_old: is it the sampler's too?
                     if single:
                         common.all_reduce_(old)
-                    drift = (old[0] - sampler_logprobs)[mask]  # d = log π − log q: rounding alone
+                    drift = (old[0] - sampler_logprobs)[mask]  # d = log π − log q: only rounding
                     gap = drift.abs().mean().item()
                     run.check_finite(update, row_ids, sampler_gap=gap)
                     if not gap <= args.max_gap:
                         run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, "
-                                 f"beyond --max-gap {args.max_gap}. Rounding to bfloat16 gives about 0.03; more means "
-                                 f"other weights, another temperature or another attention, which the recomputed ratio "
-                                 f"would hide")
+                                 f"above --max-gap {args.max_gap}. Rounding to bfloat16 gives about 0.03; more means "
+                                 f"different weights, temperature or attention, which the recomputed ratio would hide")
                     assert (sums[2:] <= common.step0_tolerance(policy) * max(tokens, 1)).all(), \
                         f"first mini-batch: sums of {METRICS}: {sums.tolist()}: the policy is not the one that sampled"
                 common.all_reduce_(params.grad)
@@ -449,8 +448,8 @@ def main(args: Args) -> None:
                if args.importance_cap else {}),
             "learn_tokens_per_s":
                 args.epochs * sum(len(e.ids) for e, learn in zip(examples, learns) if learn) / (learned - rolled)}
-        rolled_out = old[0] if args.beta else sampler_logprobs  # the same policy, and with β = 0 known of all answers
-        learning |= {"kl": (rolled_out - ref_logprobs).sum(1).mean().item(),  # a completion's sum, at the rollout
+        rolled_out = old[0] if args.beta else sampler_logprobs  # same policy; at β = 0 only the sampler's are complete
+        learning |= {"kl": (rolled_out - ref_logprobs).sum(1).mean().item(),  # sum per completion
                      "k3": k3(rolled_out, ref_logprobs).sum(1).mean().item()}
         run.log(update, {
             **means(drawn), "zero_variance": sum(not g.varies for g in drawn) / len(drawn),
@@ -548,7 +547,7 @@ CURVES = ["rewards", "reward_correct", "reward_format", "reward_flexible", "held
 
 
 def endless(n: int, position: int, seed: int) -> int:
-    """Which of n rows is at a position of an endless order: pass after pass, each newly shuffled."""
+    """Index of the row at a position of an endless order of n rows: one pass after another, each newly shuffled."""
     return shuffle(n, seed, position // n)[position % n]
 
 
@@ -594,7 +593,7 @@ NUMBER = re.compile(r"(?P<sign>-?\$?-?)(?P<digits>[0-9]{1,3}(?:,[0-9]{3}){1,9}|[
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number right after the first ####, exactly; None without one.
+    """The number right after the first ####, as an exact fraction; None if there is none.
 
     The first, as in lm-eval's strict GSM8K: an answer that gives two numbers is scored by the first.
     """
@@ -607,7 +606,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a text, exactly; None without one. What lm-eval's flexible GSM8K reads."""
+    """The last number in a text, as an exact fraction; None if there is none. As in lm-eval's flexible GSM8K."""
     last = None
     for last in re.finditer(r"(?<![\w.,/])" + NUMBER.pattern, text):
         pass
@@ -626,7 +625,7 @@ def number_reward(row: dict, completion: str) -> dict[str, float]:
 
 # -- tasks ----------------------------------------------------------------------------------------
 
-# Arithmetic is for models too small for GSM8K: worked examples, without which SmolLM2-135M doesn't take up the form.
+# Arithmetic is for models too small for GSM8K: worked examples, without which SmolLM2-135M doesn't adopt the form.
 ARITHMETIC_PROMPT = '\n\nEnd with the answer on a line of its own: "#### number".'
 WORKED = [("What is 2 + 5?", "2 + 5 = 7\n#### 7"), ("What is 14 - 6?", "14 - 6 = 8\n#### 8")]
 GRADES = {1: ("+", 0, 9, 0, 9), 2: ("-", 0, 9, 0, 9), 3: ("*", 2, 9, 2, 9),  # signs, range of a, range of b
@@ -668,9 +667,9 @@ def load_task(args: Args) -> Task:
     """The task that --task names.
 
     A file is your own code: it is imported as it stands and never fetched; its content enters config_hash.
-    It has one of these, told apart by their parameters (docs/data-formats.md has an example of each):
-      reward(row, completion) -> a finite number, or its parts, {"correct": 1.0, "style": 0.1}, whose sum it is. It is
-        called for answers that ended; the row is as rows() or --data gave it. What it raises ends the run with the row.
+    It defines one of these, which are recognised by their parameters (docs/data-formats.md has an example of each):
+      reward(row, completion) -> a finite number, or parts, {"correct": 1.0, "style": 0.1}, whose sum is the reward.
+        It gets only answers that ended, and the row as rows() or --data gave it. An error ends the run, with the row.
       reward_funcs: TRL's function of lists, f(completions, **columns) -> a list of numbers or None; or a list of such.
       compute_score(data_source, solution_str, ground_truth, extra_info): verl's -> a number, or a dict with "score".
     And, unless --data gives them, rows() -> a list of dicts with a prompt (text or messages), the same at every call.
@@ -744,7 +743,7 @@ def each(reward: Callable[[dict, str], Any], name: str, paid: str | None = None)
     return lambda answered: [one(*item) for item in answered]
 
 
-GIVEN = ("prompts", "completions", "completion_ids")  # what a TRL reward function gets besides the columns
+GIVEN = ("prompts", "completions", "completion_ids")  # passed to a TRL reward function besides the columns
 
 
 def required(function: Callable) -> list[str]:
@@ -754,10 +753,10 @@ def required(function: Callable) -> list[str]:
 
 
 def of_lists(functions: Sequence[Callable], name: str):
-    """Task.rewards of TRL's reward functions: their sum, without those that return None for an answer.
+    """Task.rewards of TRL's reward functions: their sum, where a function that returns None for an answer is skipped.
 
-    Each is called with lists over a rollout's answers (this rank's, that ended): completions, as message lists where
-    prompts are, prompts, completion_ids, and each column by its name, as far as it takes them.
+    Each is called with lists over a rollout's answers (on this rank, those that ended): completions (message lists if
+    the prompts are), prompts, completion_ids, and each column by its name, but only those that it has parameters for.
     """
     names = [getattr(f, "__name__", "reward") for f in functions]
     names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
@@ -821,7 +820,7 @@ def read_data(task: Task, args: Args) -> tuple[str, list, list, dict[str, str]]:
     source = args.task if task.rows else args.data or GSM8K
     held_source = args.heldout_data or (None if task.rows else inputs.heldout_beside(source))
     if tests := [s for s in (source, held_source) if s and re.search(r":(.*/)?test", s)]:
-        common.fail(f"{tests[0]} is a test split, which is evaluate.py's; train on, and hold out, rows of another")
+        common.fail(f"{tests[0]} is a test split, which only evaluate.py may use; train on, and hold out, other rows")
 
     def read(rows, fingerprint: str, source: str) -> tuple[list, str]:
         items = []

@@ -1,12 +1,13 @@
-"""guardrails.py: what judge.py measures of a row's answers without a judge: length, ends, refusals, repetition.
+"""guardrails.py: figures of a row's answers that need no judge: length, endings, refusals, repetition.
 
-Each figure is of one answer; a row has their means. They say what a win rate can't: whether a policy still answers.
+Each figure is computed per answer; a row has the means. Unlike a win rate, they show whether a policy still answers.
 Its answers have collapsed when one of these bounds is crossed, and then no judge's win rate is evidence:
     refusal_rate     above REFUSES: it refuses most prompts
     repetition_rate  above LOOPS: most answers are stuck in a loop
     eos_rate         below ENDS times the reference's: far fewer answers end
-    tokens_mean      below LENGTH times the reference's: next to nothing is said
-The reference is the row that the others are compared with, their SFT policy. Fewer than FEWEST answers say nothing.
+    tokens_mean      below LENGTH times the reference's: the answers are almost empty
+The reference is the row that the others are compared with, their SFT policy. A row with fewer than FEWEST answers is
+never called collapsed.
 """
 
 import re
@@ -38,7 +39,7 @@ def distinct(ids: Sequence[int], n: int) -> float | None:
 
 def longest_repeat(ids: Sequence[int]) -> int:
     """Tokens of the longest span that occurs twice in a completion; the two may overlap."""
-    def repeats(n: int) -> bool:  # a span that occurs twice begins with shorter ones that do
+    def repeats(n: int) -> bool:  # if a span occurs twice, so do its shorter prefixes
         return len({tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)}) < len(ids) - n + 1
     low, high = 0, len(ids)
     while low + 1 < high:
@@ -51,7 +52,7 @@ LOOP_UNIT, LOOP_TIMES, LOOP_TOKENS = 64, 3, 24
 
 
 def has_loop(ids: Sequence[int]) -> bool:
-    """Does a span of at most 64 tokens stand three times or more in a row, 24 tokens or more in all?"""
+    """Does a span of at most 64 tokens occur three times or more in a row, over 24 tokens or more in all?"""
     for unit in range(1, min(LOOP_UNIT, len(ids) // LOOP_TIMES) + 1):
         run, wanted = 0, max(LOOP_TIMES * unit, LOOP_TOKENS) - unit
         for i in range(unit, len(ids)):
@@ -68,7 +69,7 @@ REFUSAL = re.compile(
 
 
 def is_refusal(text: str) -> bool:
-    """Does a completion refuse in its first 200 characters? By English phrases: a rate to compare, not a fact."""
+    """Does a completion refuse in its first 200 characters? Matches English phrases: compare rates, not answers."""
     return bool(REFUSAL.search(text[:200].replace("’", "'")))
 
 

@@ -1,7 +1,7 @@
-"""harness.py: a model of ours, as lm-evaluation-harness sees it. Imported when evaluate.py has checked its arguments.
+"""harness.py: lm-evaluation-harness's model interface. evaluate.py imports it after it has checked its arguments.
 
-`RungsLM` gives the numbers of lm-eval's HFLM (equal in fp32) from packed forwards without padding, in which what items
-begin with alike is computed once, and from common.Sampler. Where it deviates on purpose: evaluate.py.
+`RungsLM` gives the numbers of lm-eval's HFLM (equal in fp32) from common.Sampler and from packed forwards without
+padding, in which a prefix that items share is computed once. evaluate.py lists the deliberate deviations.
 """
 
 import json
@@ -50,12 +50,12 @@ def lines_of(text: str) -> list[str]:
 
 
 def lines_stand_alone(tokenizer) -> bool:
-    """Whether a text's ids are those of its `lines_of`, one after the other.
+    """Whether a text's token ids are those of its `lines_of`, concatenated.
 
     BPE in general doesn't promise that; byte-level BPE over the words that GPT-2's or Qwen2's pattern finds does
-    (SmolLM2, Qwen2.5). Both patterns end a match at a LINE_END, whatever follows: no match goes on from a newline to a
-    letter, and the one that looks ahead, \\s+(?!\\S), has no whitespace before the newline to stop at. Everything else
-    that could reach across a LINE_END (normalizer, added tokens, BOS) is excluded here.
+    (SmolLM2, Qwen2.5). Both patterns end a match at a LINE_END, whatever follows: no match continues from a newline to
+    a letter, and the one that looks ahead, \\s+(?!\\S), has no whitespace before the newline to stop at. Everything
+    else that could reach across a LINE_END (normalizer, added tokens, BOS) is excluded here.
     """
     if not tokenizer.is_fast:
         return False
@@ -125,8 +125,9 @@ class RungsLM(TemplateLM):
         return self.encoded.get(string) or self.encode_many([string], self.bos)[0]
 
     def encode_many(self, strings: Sequence[str], bos: str | None) -> list[list[int]]:
-        """Token ids of each string, with what special tokens the tokenizer adds unless it begins with `bos` already.
-        Where lines stand alone, each different line is tokenised once: most of MMLU's are those of its examples."""
+        """Token ids of each string, with the special tokens that the tokenizer adds, unless it begins with `bos`.
+        If lines can be tokenised separately, each distinct line is tokenised once: most of MMLU's are few-shot lines.
+        """
         ids: list[list[int]] = [[]] * len(strings)
         for own_bos in (True, False):
             pieces = {i: lines_of(s) if self.by_line else [s]
@@ -143,7 +144,7 @@ class RungsLM(TemplateLM):
     # -- log-likelihoods
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(sum of log p(continuation tokens | context), is it what greedy decoding gives) of each request."""
+        """(sum of log p(continuation tokens | context), whether greedy decoding gives them) of each request."""
         results = []
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as self.bar:
             for i in range(0, len(requests), 4096):  # bounds the ids held in memory; neighbours share contexts
@@ -160,12 +161,12 @@ class RungsLM(TemplateLM):
         return results
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[tuple[str, str], list[int], list[int]]]:
-        """What TemplateLM.loglikelihood makes of its requests, as it is: `score` takes it."""
+        """Returns the tokenised requests of TemplateLM.loglikelihood unchanged; `score` takes them."""
         return requests
 
     def score(self, requests: list[tuple[tuple[str, str], list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """requests: ((context, continuation), context ids, continuation ids). Those whose inputs are the same (the four
-        letters of an MMLU item) are one sequence, whose last positions are read once for each of them."""
+        """requests: ((context, continuation), context ids, continuation ids). Requests with the same inputs (the
+        four letters of an MMLU item) are one sequence, whose last positions are read once per request."""
         groups: dict[tuple, list[int]] = defaultdict(list)  # input ids -> requests
         for i, (texts, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
@@ -181,7 +182,7 @@ class RungsLM(TemplateLM):
             examples.append(Example(list(ids), predict, [token for c in continuations for token in c]))
         members = list(groups.values())
         micro_tokens, found = max(self.micro_tokens, *map(len, groups)), []
-        # What sequences begin with alike (MMLU's five examples, a TruthfulQA question) the fast engine computes once.
+        # The fast engine computes a prefix that sequences share (MMLU's examples, a TruthfulQA question) once.
         packs = common.micro_batches(self.model, examples, micro_tokens)
         with torch.no_grad():
             for pack in packs:
@@ -228,8 +229,7 @@ class RungsLM(TemplateLM):
         return [self.cut(completion.ids, stop) for completion, stop in zip(completions, stops, strict=True)]
 
     def cut(self, ids: list[int], stops: list[str]) -> str:
-        """The text before a stop token, before a special token that has a stop string and before the first stop
-        string."""
+        """The text before the first stop token, special token that contains a stop string, or stop string."""
         stops = handle_stop_sequences(list(stops), self.tokenizer.decode([self.eot_token_id]))  # and EOS
         ends = {i for i in self.tokenizer.all_special_ids if any(s in self.tokenizer.decode([i]) for s in stops)}
         ends |= {*getattr(self.tokenizer, "stop_ids", [])}

@@ -186,9 +186,9 @@ def table_rows(table) -> Rows:
 def split_files(directory: Path, split: str) -> list[Path]:
     """The data files of one split of a directory, in order of name.
 
-    A file belongs to the split whose name it has without its shard number (train-00000-of-00002.parquet), or its folder
-    has; if none does, to the splits named by a word of its name (my_train.jsonl). Where no file names "train", that is
-    all files without a held-out word. So x_heldout.jsonl is in no training split.
+    A file belongs to the split that its name, without its shard number (train-00000-of-00002.parquet), or its folder
+    names; if no file's does, to the splits named by a word of its name (my_train.jsonl). Where no file names "train",
+    train is all files without a held-out word. So x_heldout.jsonl is in no training split.
     """
     files = sorted(p for p in directory.rglob("*")
                    if p.is_file() and p.name.endswith(DATA_SUFFIXES) and p.name not in CARDS
@@ -259,9 +259,9 @@ def locate_dataset(name: str, revision: str | None = None) -> tuple[str, str]:
 
 
 def dataset_options(path: str, commit: str, config: str | None) -> dict[str, Any]:
-    """Keywords of `datasets.load_dataset` beside a path of locate_dataset: the commit, or of a directory the files that
-    its card names for one configuration (None: the only or the default one). The cache may lack all others', and
-    datasets would look for the first one's."""
+    """Keywords of `datasets.load_dataset` for a path of locate_dataset: the commit, or for a directory the files that
+    its card names for one configuration (None: the only or the default one). The cache may lack the files of
+    all others, and datasets would look for those of the first."""
     if not Path(path).is_dir():
         return {"revision": commit}
     from huggingface_hub import DatasetCard
@@ -276,7 +276,7 @@ def dataset_options(path: str, commit: str, config: str | None) -> dict[str, Any
 # Layouts. Whatever a row's columns, `normalise` gives it the project's own; as_pair, as_conversation and as_prompt read
 # those. A row that can't be used raises Degenerate and is counted; one that breaks its layout ends the run, by number.
 
-LAYOUTS = {  # kind, in words: columns that tell it, in the order they are tried
+LAYOUTS = {  # (kind, description): columns that identify it, in the order they are tried
     ("pair", "preference pairs with a prompt column"): ("prompt", "chosen", "rejected"),
     ("pair", "preference pairs of instructions"): ("instruction", "chosen", "rejected"),
     ("pair", "preference pairs after a conversation"): ("conversations", "chosen", "rejected"),
@@ -393,7 +393,7 @@ def as_pair(row: dict, where: str) -> tuple[list[dict], str, str]:
     """(prompt messages, chosen text, rejected text) of a preference row, in any of its usual layouts.
 
     prompt: messages, a text, or absent; chosen and rejected: a text, one assistant message, or the whole conversation.
-    Texts without a prompt begin with it: it is what both begin with alike, up to a space before the first difference
+    Texts without a prompt column contain it: it is their common prefix, up to a space before the first difference
     (TRL's rule for an implicit prompt).
     """
     row = normalise(row)
@@ -451,7 +451,7 @@ def count_sources(rows: Iterable[dict]) -> dict[str, int]:
 
 
 def say_ignored(rows: Iterable[dict], source: str) -> None:
-    """One line on what changes a row's meaning and isn't used, with the number of rows that have it."""
+    """One line on fields that change a row's meaning but aren't used, with the number of rows that have each."""
     counts = Counter()
     for row in map(normalise, rows):
         counts.update({f"column {c}" for c in ("system", "tools", "functions", "weight")
@@ -563,7 +563,7 @@ def load_heldout(data: str, heldout_data: str | None, rows: Rows) -> Heldout:
             if not all(among_them(prompts_if_any(row, f"{data}, row {i}")) for i, row in enumerate(rows)):
                 first = [several[0] if several else None for several in prompts]
                 return Heldout(source, held, fingerprint, first, among_them)
-            say(f"WARNING: all prompts of {data} are held out in {source}, which so can't be used")
+            say(f"WARNING: all prompts of {data} are held out in {source}, so it can't be used")
     prompts = [prompts_if_any(row, f"{data}, row {i}") for i, row in enumerate(rows)]
     places = sorted({bucket("heldout " + text_key(several[0])) for several in prompts if several})
     count = min(max(math.ceil(0.05 * len(places)), min(4, len(places) // 4)), 2000)
@@ -597,7 +597,7 @@ def take_rows(rows: Sequence, n: int, seed: int, read: Callable[[int, Any], Any]
     read: (index, row) -> what `build` needs of a row, or None (not a candidate: another part of a split); may raise
     Degenerate. build: (these values, their rows' names), many at a time -> for each an item to keep, or a str: why it
     is dropped. Returns (items, dropped reasons, row indices of the items).
-    Fails when more than `max_dropped` of the rows looked at are degenerate (of fewer than 20, of 20), or none is
+    Fails when more than `max_dropped` of the rows looked at are degenerate (of 20 if there are fewer), or none is
     usable; rows that are "too long" have a limit of their own when `max_overlong` is given. A preview names what would
     be dropped instead.
     """
@@ -800,7 +800,7 @@ def say_template(tokenizer) -> None:
 
 def preflight(tokenizer, examples: Sequence[Example], texts: Sequence[str], dropped: Counter, truncated: int,
               eval_data: str | None, preview: int = 0) -> dict[str, int]:
-    """Print what will be trained on, and stop at a mask that can't be meant.
+    """Print what will be trained on, and stop at a mask that can't be intended.
 
     Shows one example (a preview: that many, and then ends the process) with its trained tokens between ⟦ ⟧ (green on
     a terminal), counts, token totals and the 13-word overlap of the training texts with the evaluation prompts. Fails

@@ -1,4 +1,4 @@
-"""judge.py: what the policies say to held-out prompts, side by side: guardrails of each row, win rates between rows.
+"""judge.py: compare the policies' answers to held-out prompts: guardrails of each row, win rates between rows.
 
     score of a prompt   1 if row a wins in both orders, 0 if row b does, ½ if both say tie or the orders disagree
     win rate            w = mean score over prompts; its 95 % interval by a bootstrap over prompts
@@ -16,30 +16,31 @@ Judges, by --judge-model:
   reward  a reward model of ours; the higher score wins
 A judge that is the base, one of the policies, or what a policy was trained against is circular, and the result says so.
 A judge is evidence only if it beats "the longer answer wins", paired, on held-out pairs of the preference data: a
-reward model's record has them, a language model is asked about --check-pairs of them in both orders. Nor is a win rate
-evidence when a row's answers have collapsed (guardrails.py has the bounds); a warning and the report say so.
-A judge that learned from prompts that a row, its parents or its reward model learned from is not independent: computed
-from the prompts.json of every run directory, and stated as a share. Prompts that stand in any of these training sets
-are not asked, and counted.
+reward model's record has its results on them, a language model is asked about --check-pairs of them in both orders.
+Nor is a win rate evidence when a row's answers have collapsed (guardrails.py has the bounds); a warning and the report
+say so.
+A judge that shares training prompts with a row, its parents or its reward model is not independent; the share of such
+prompts is computed from the prompts.json of every run directory, and stated. Prompts that occur in any of these
+training sets are left out, and their number is stated.
 
 Deliberate choices:
-  1. Each pair is judged in both orders, and a disagreement is a tie. Equal completions are a tie, not asked about.
-  2. What is asked, quoted so that no answer can give the judge an order, stands in ask.py.
+  1. Each pair is judged in both orders, and a disagreement is a tie. Equal completions are a tie without a question.
+  2. The question is in ask.py; it quotes the answers so that none of them can give the judge an instruction.
   3. A reply that is not one of the three letters is counted as unparsable, never interpreted.
-  4. All rows have the same noise, keyed by the prompt: equal policies say the same. KL is at the sampling temperature,
+  4. All rows have the same noise, keyed by the prompt: equal policies answer alike. KL is at the sampling temperature,
      since the completions are samples at it (exact for --top-p 1; greedy ones are measured at temperature 1).
   5. θ and γ have a weak prior, N(0, 10²), without which a row that always wins has no finite fit.
   6. --best-of N adds the reference's best of N samples by --reward-adapter: what a policy trained against that reward
-     model must beat. None of the N is the reference's own answer, beside which it is judged. It moves no weights; its
-     KL is stated by its bound, log N − (N − 1)/N.
+     model must beat. None of the N is the reference's own answer, which the best is judged against. No weights change;
+     for the KL its bound is stated, log N − (N − 1)/N.
 
     python judge.py --rows runs/dpo_v1 runs/ppo_v1 --against runs/sft_v2 --judge-model runs/rm_watch
     python judge.py --judge-model gpt-4o --judge-url https://api.openai.com/v1       # its key: OPENAI_API_KEY
     python judge.py --judge-model Qwen/Qwen2.5-1.5B-Instruct --check-pairs 256   # a language model, on any device;
         # 512 of its verdicts say whether it is a judge: "heldout" in the records, "Its win rates are …" in the report
 
-Completions, scores and verdicts are kept line by line in cache/ beside the results: a run that was cut off goes on
-where it was, and nothing is sampled or asked twice.
+Completions, scores and verdicts are stored line by line in cache/ beside the results: an interrupted run resumes where
+it stopped, and nothing is sampled or asked twice.
 
 Shapes: n prompts, R resamples of the bootstrap.
 """
@@ -85,16 +86,16 @@ class Args:
     best_of: int = 0
     """Adds the reference's best of N samples as a row <reference>_bo<N>; 0: no such row."""
     reward_adapter: str | None = None
-    """The reward model that chooses for --best-of."""
+    """The reward model that chooses the best sample for --best-of."""
     # -- prompts --
     pref_data: str = common.ULTRAFEEDBACK
     """Preference data. The prompts are those of its held-out rows that are set aside for the judge (10 % by sha256)."""
     heldout_data: str | None = None
-    """Its held-out rows; by default found beside it, test_prefs for train_prefs on the hub."""
+    """Held-out rows of --pref-data; by default found beside it, test_prefs for train_prefs on the hub."""
     data: str | None = None
-    """Prompts to use in their place: rows with a prompt (text or messages), or turns, of which the first is asked."""
+    """Prompts to use instead: rows with a prompt (text or messages), or with turns, of which the first is used."""
     prompts: int = 200
-    """Prompts, the first usable ones of the seed's shuffle; all when there are fewer."""
+    """Number of prompts: the first usable ones of the seed's shuffle, or all when there are fewer."""
     max_dropped: float = 0.05
     """Largest share of dropped prompts (empty or too long) that doesn't end the run."""
     # -- sampling, the same for all rows --
@@ -103,7 +104,7 @@ class Args:
     top_p: float = 1.0
     """Draw from the smallest set of tokens whose probability reaches this."""
     max_new_tokens: int = 512
-    """Tokens a completion may take."""
+    """Maximum tokens per completion."""
     seed: int = 42
     """Seed of the prompts' shuffle, the sampling and the bootstrap."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -117,24 +118,24 @@ class Args:
     judge_key_env: str = "OPENAI_API_KEY"
     """Environment variable with the API's key; unset, no key is sent."""
     judge_parallel: int = 8
-    """Requests to the API at a time."""
+    """Concurrent requests to the API."""
     judge_retries: int = 6
-    """Tries after the first when the API is busy (429, 5xx), slow or cut off."""
+    """Retries when the API is busy (429, 5xx), slow or drops the connection."""
     judge_timeout: float = 120.0
     """Seconds to wait for a reply."""
     judge_tokens: int = 16
-    """Tokens the reply of an API may take."""
+    """Maximum tokens per reply of the API."""
     check_pairs: int = 256
-    """Held-out pairs of --pref-data that a language model is asked about too: does it beat "the longer answer wins"? 0:
-    none. A reward model's are in results/rm."""
+    """Number of held-out pairs of --pref-data that a language model is asked about too: does it beat "the longer answer
+    wins"? 0: none. A reward model's results on them are in results/rm."""
     decides: bool = True
-    """Whether this judge decides if DPO beats SFT: named before it is asked, and recorded."""
+    """Whether this judge decides if DPO beats SFT; chosen before it is asked, and recorded."""
     # -- run --
     results: str = "results"
-    """Its directory judge/<train_invariants>-s<seed of the policies>/ gets <a>_vs_<b>.json, the same without text in
-    summaries/, guardrails.json and the page index.html."""
+    """Results directory. Its judge/<train_invariants>-s<seed of the policies>/ gets <a>_vs_<b>.json, the same without
+    text in summaries/, guardrails.json and the page index.html."""
     micro_tokens: int = 16384
-    """Tokens of one forward: memory and speed, not the figures; a longer sequence makes a pack of its own."""
+    """Maximum tokens per forward: changes memory and speed, not the figures; a longer sequence gets its own pack."""
     engine: Literal["auto", "fast", "plain"] = "auto"
     """auto: the fast engine where it serves a model, else the plain one (any model, slower)."""
     device: str = "auto"
@@ -166,7 +167,7 @@ def resamples(n: int, seed: int) -> np.ndarray:
 
 
 def interval(rates: np.ndarray) -> list[float]:
-    """95 % of the resamples' rates lie in it."""
+    """The interval that contains the middle 95 % of the resamples' rates."""
     return np.quantile(rates, [0.025, 0.975]).tolist()
 
 
@@ -179,7 +180,7 @@ def length_controlled(scores: np.ndarray, lengths: np.ndarray, weights: np.ndarr
     """σ(θ), the win rate at equal lengths; scores, lengths Δ [n], weights [R, n] -> [R].
 
     θ, γ minimise −Σ w (y log p + (1 − y) log(1 − p)) + (θ² + γ²)/(2·10²), p = σ(θ + γ x), x = tanh(Δ/sd Δ), y the
-    score, ties ½: R fits at a time by Newton's method. Where all Δ are equal, length tells nothing and x = 0.
+    score, ties ½: R fits at a time by Newton's method. Where all Δ are equal, length carries no information and x = 0.
     """
     sd = lengths.std()
     x = np.tanh(lengths / sd) if sd else np.zeros(len(lengths))
@@ -230,7 +231,7 @@ def summarise(entries: list[dict], seed: int) -> dict[str, Any]:
 def kl_of_completions(policy, reference, examples: Sequence[Example], temperature: float,
                       micro_tokens: int) -> dict[str, float | None]:
     """kl_sft, the mean over completions of Σ_t KL(π ‖ π_ref) in nats, its standard error, and kl_sft_floor: the same
-    figure for the policy against itself in other micro-batches, which is what the measurement's precision adds."""
+    figure for the policy against itself in other micro-batches: the part that the measurement's precision adds."""
     states, of_reference = (common.answer_states(model, examples, micro_tokens) for model in (policy, reference))
     alone = [common.answer_states(policy, [e], micro_tokens)[0] for e in examples]
     nats = common.answer_kl(policy, states, reference, of_reference, temperature)
@@ -250,7 +251,7 @@ def delta_w(adapter: str, model) -> float:
 
 
 def best_of_kl(n: int) -> float:
-    """log n − (n − 1)/n, nats per completion: the KL of the best of n to the policy that sampled them is at most that."""
+    """log n − (n − 1)/n, nats per completion: an upper bound on the KL of the best of n to the policy that sampled."""
     return math.log(n) - (n - 1) / n
 
 
@@ -258,22 +259,22 @@ def best_of_kl(n: int) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """A policy under its name."""
+    """A policy and its name."""
     name: str
     adapter: Path | None        # its directory; None: the base
     run: dict[str, Any] | None  # its run.json, or the record of a plain PEFT adapter
-    record: dict[str, Any]      # what results name it by
+    record: dict[str, Any]      # identifies it in the results
     best_of: int = 1            # completions of which the reward model chooses one
 
 
 def locked(directory: Path) -> common.Lock:
-    """The directory, for one process at a time."""
+    """A lock on the directory: one process at a time."""
     directory.mkdir(parents=True, exist_ok=True)
     return common.Lock(directory / ".judge.lock", f"another process is judging in {directory}")
 
 
 class Lines:
-    """JSON lines under a key, appended and flushed one by one; a last line that a crash cut short is forgotten."""
+    """JSON lines under a key, appended and flushed one by one; a last line that a crash cut short is dropped."""
 
     def __init__(self, path: Path):
         self.path, self.found, self.lock = path, {}, threading.Lock()
@@ -299,7 +300,7 @@ def read_rows(args: Args):
     adapters = [place for place in (args.against, *args.rows) if place != "base"]
     if not adapters:
         fail("--rows and --against name no adapter: nothing to compare with the base")
-    # A plain PEFT adapter has no invariants of its own: what a run names comes first
+    # A plain PEFT adapter has no invariants of its own: start from an adapter that has, if there is one
     read = {place: common.read_policy(place) for place in adapters}
     first = next((place for place in adapters if read[place][0]["invariants"]), adapters[0])
     start = inputs.read_start(first, args.model, other_base=args.other_base)
@@ -324,7 +325,7 @@ def read_rows(args: Args):
 
 
 def best_of_row(reference: Row, scorer: dict[str, Any], n: int) -> Row:
-    """The reference's best of n samples by a reward model: the same policy, another choice."""
+    """The reference's best of n samples by a reward model: the same policy, another choice of its samples."""
     config = common.sha256_json([reference.record["config_hash"], scorer["config_hash"], n])[:8]
     chosen = {"n": n, **{k: scorer[k] for k in ("name", "config_hash", "adapter_sha256")}}
     record = reference.record | {"name": f"{reference.name}_bo{n}", "config_hash": config, "best_of": chosen}
@@ -342,7 +343,7 @@ def check_same(adapter: str, run: dict[str, Any], start: inputs.Start, args: Arg
 
 
 def read_prompts(args: Args, tokenizer, limit: int, trained_on: Set[str] = frozenset()) -> tuple[list[Prompt], dict]:
-    """The prompts, different ones of at most `limit` tokens and none of `trained_on`, and what identifies them."""
+    """The prompts (distinct, at most `limit` tokens, none in `trained_on`), and the fields that identify them."""
     source, seen, left_out = args.data or args.pref_data, set(), set()
     rows, fingerprint = inputs.load_rows(source)
     if not args.data:
@@ -388,8 +389,8 @@ def load_policy(row: Row, model_dir: Path, args: Args, device):
 
 def sample(policy: Callable[[], Any], tokenizer, prompts: Sequence[Prompt], n: int, args: Args, lines: Lines,
            title: str) -> list[list[Answer]]:
-    """n answers of a policy to each prompt: those that `lines` has, the others sampled, some at a time. Where one will
-    be chosen of several, none is answer 0, the policy's own: it would be compared with itself."""
+    """n answers of a policy to each prompt: taken from `lines` where it has them, else sampled, CHUNK at a time. With
+    n > 1, answer 0 (the policy's own) is not among those to choose from: it would be compared with itself."""
     wanted = [(p, f"{p.id}/{k}") for p in prompts for k in (range(1, n + 1) if n > 1 else [0])]
     todo = [(p, key) for p, key in wanted if key not in lines.found]
     if todo:
@@ -433,7 +434,7 @@ def choose_best(answers: Sequence[Answer], scores: Sequence[float]) -> Answer:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who judges. adapter and run: of a reward model or policy of ours."""
+    """The judge. adapter and run are set for a reward model or policy of ours."""
     kind: Literal["api", "local", "reward"]
     model: str
     identity: list                  # what its verdicts depend on, besides the question
@@ -451,7 +452,7 @@ def read_judge(args: Args, start: inputs.Start) -> Judge:
                   args.judge_tokens)
         return Judge("api", name, ["api", args.judge_url, name, args.judge_tokens], api=api)
     path = Path(name)
-    name = name.rstrip("/")  # one judge, however its directory is written
+    name = name.rstrip("/")  # the same judge with and without a trailing slash
     if (path / "adapter_config.json").is_file():
         record = path / "run.json"
         reward = record.is_file() and common.read_json(record).get("method") == "reward"
@@ -472,7 +473,7 @@ def read_judge(args: Args, start: inputs.Start) -> Judge:
 
 
 def circular_why(judge: Judge, a: Row, b: Row, base_sha256: str) -> str | None:
-    """Why this judge is not independent of a row; None when nothing is known that says so."""
+    """Why this judge is not independent of a row; None when no reason is known."""
     if judge.kind == "local":
         own = judge.run["adapter_sha256"] if judge.run else None
         if named := [row.name for row in (a, b) if own and row.record["adapter_sha256"] == own]:
@@ -491,7 +492,7 @@ def circular_why(judge: Judge, a: Row, b: Row, base_sha256: str) -> str | None:
 
 def training_prompts(run: dict[str, Any], adapter: str) -> dict[str, set[str] | None]:
     """{run name: ids of the prompts that it was trained on} of a run, of the runs that it started from, and of the
-    reward model that it was trained against; None where a run directory or its prompts.json is not there."""
+    reward model that it was trained against; None where a run directory or its prompts.json is missing."""
     listed = Path(adapter) / "prompts.json"
     prompts = {run["name"]: set(common.read_prompts(listed)["train"]) if listed.is_file() else None}
     settings = run.get("args") or {}
@@ -506,8 +507,8 @@ def training_prompts(run: dict[str, Any], adapter: str) -> dict[str, set[str] | 
 
 
 def independence(judge: Judge, rows: Sequence[Row]) -> dict[str, Any]:
-    """{"independent": shares the judge no training prompt with the rows, None where that is not known;
-    "shared_prompts": {row name: {"prompts": how many, "share": of the judge's training prompts}}}."""
+    """{"independent": whether the judge shares no training prompt with the rows, None where that is not known;
+    "shared_prompts": {row name: {"prompts": how many, "share": their share of the judge's training prompts}}}."""
     def joined(run: dict | None, adapter: str | None) -> set[str] | None:
         parts = list(training_prompts(run, adapter).values()) if run else []
         return None if None in parts else set().union(*parts)
@@ -524,7 +525,7 @@ def independence(judge: Judge, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def letter_tokens(tokenizer, model: str) -> list[int]:
-    """The token of each verdict, as a reply begins with it."""
+    """The token of each verdict at the beginning of a reply."""
     tokens = []
     for letter in LETTERS:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}]
@@ -536,7 +537,7 @@ def letter_tokens(tokenizer, model: str) -> list[int]:
 
 
 def ask_local(judge: Judge, questions: dict[str, list[dict]], lines: Lines, args: Args, device) -> None:
-    """The likeliest of the letters A, B, C where the reply would begin; likeliest alike is C, a tie.
+    """The likeliest of the letters A, B, C where the reply would begin; C, a tie, if several are equally likely.
 
     Their logits are fp32 whatever the dtype: in bfloat16 one of 20 is a multiple of 1/8, and letters would often tie.
     """
@@ -576,7 +577,7 @@ COST = ("requests", "prompt_tokens", "completion_tokens", "seconds")
 
 
 def ask_all(judge: Judge, compared: dict[str, list[dict]], args: Args, device) -> dict[str, dict[str, float]]:
-    """Put both verdicts into each entry of every comparison. Returns what those of each comparison cost."""
+    """Put both verdicts into each entry of every comparison. Returns the cost of each comparison's verdicts."""
     name = f"verdicts-{common.sha256_json(judge.identity)[:16]}.jsonl"
     lines = Lines(Path(args.results) / "cache" / name)
     keys, questions, costs = {}, {}, {}
@@ -627,9 +628,8 @@ def held_out_pairs(args: Args, tokenizer) -> tuple[list[dict], str]:
 
 
 def against_longer(entries: list[dict], data: str, seed: int) -> dict[str, Any]:
-    """What the record says of a judge's verdicts on held-out pairs: accuracy of the judge and of the rule that the
-    longer answer wins, a tie half, with bootstrap intervals, and the outcomes pair by pair (1 right, 0 wrong, - a tie
-    or no verdict)."""
+    """The record of a judge's verdicts on held-out pairs: accuracy of the judge and of "the longer answer wins" (a tie
+    counts half) with bootstrap intervals, and the outcome of each pair (1 right, 0 wrong, - a tie or no verdict)."""
     scores = {"model": [prompt_score(e["verdict_ab"], e["verdict_ba"]) for e in entries],
               "longer_wins": [0.5 + np.sign(e["tokens_a"] - e["tokens_b"]) / 2 for e in entries]}
     outcomes = {name: "".join({1.0: "1", 0.0: "0"}.get(s, "-") for s in each) for name, each in scores.items()}
@@ -645,7 +645,7 @@ def against_longer(entries: list[dict], data: str, seed: int) -> dict[str, Any]:
 
 def score_all(judge: Judge, compared: dict[str, list[dict]], reference: str, prompts: Sequence[Prompt],
               answers: dict[str, list[Answer]], end_id: int, args: Args, device) -> dict[str, dict[str, float]]:
-    """The same with a reward model: one verdict for both orders, by the scores, which are kept beside it."""
+    """As ask_all, with a reward model: one verdict for both orders, from the scores, which are stored beside it."""
     began, pairs = time.time(), [pair for said in answers.values() for pair in zip(prompts, said)]
     found = iter(reward_scores(judge.adapter, judge.run, judge.model_dir, pairs, end_id, args, device))
     scores = {name: list(itertools.islice(found, len(prompts))) for name in answers}
@@ -696,7 +696,7 @@ def show(result: dict) -> None:
 
 def measure(reference: Row, rows: Sequence[Row], choose: Callable, prompts: Sequence[Prompt], tokenizer,
             shared: dict[str, Any], directory: Path, load: Callable, args: Args, device) -> dict[str, list[Answer]]:
-    """Each row's answers, and its row of guardrails.json. One that was measured before, alike, is not measured again.
+    """Each row's answers, and its row of guardrails.json. A row already measured alike is not measured again.
 
     load(row) gives its policy; choose(prompts, [n answers to each]) the best of each.
     """
@@ -704,7 +704,7 @@ def measure(reference: Row, rows: Sequence[Row], choose: Callable, prompts: Sequ
     before = common.read_json(path) if path.is_file() else {}
     known = before["rows"] if all(before.get(k) == v for k, v in shared.items()) else []
     measured = {row["name"]: row for row in known}
-    reference_policy = functools.cache(lambda: load(reference))  # models load when something is missing
+    reference_policy = functools.cache(lambda: load(reference))  # loaded only when something is missing
 
     def exact(row: Row):
         """The row's policy in fp32, where it fits: a KL measured in bfloat16 is mostly rounding."""
@@ -740,7 +740,7 @@ PAGE_DATA = '<script type="application/json" id="data">null</script>'  # in judg
 
 
 def page_html(comparisons: list[dict], guardrails: dict | None) -> str:
-    """judge.html with the records in it. A comparison is what its file holds and "file", the file's name without .json,
+    """judge.html with the records in it. A comparison is its file's content and "file", the file's name without .json,
     which is its address in the page. The JSON is ASCII without a "<", so that no text in it ends the script element."""
     records = json.dumps({"comparisons": comparisons, "guardrails": guardrails}, allow_nan=False, separators=(",", ":"))
     html = Path(__file__).with_name("judge.html").read_text(encoding="utf-8")
@@ -857,7 +857,7 @@ def main(args: Args) -> None:
             for e in entries:
                 e["score"] = prompt_score(e["verdict_ab"], e["verdict_ba"])
             summary = summarise(entries, args.seed)
-            if judge.kind == "reward":  # it sees an answer at a time: there are no places to prefer
+            if judge.kind == "reward":  # it scores one answer at a time: no position to prefer
                 summary["position_inconsistency"] = None
             result = {
                 "schema_version": 1, "a": row.name, "b": reference.name,

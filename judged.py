@@ -27,7 +27,7 @@ FEWEST = 20  # judged prompts; the bootstrap's interval of two wins in two has n
 
 
 def independence(record: dict) -> str:
-    """What a comparison's record says of its judge: "circular", "not independent …", "independent" or "" (not
+    """A judge's independence by a comparison's record: "circular", "not independent …", "independent" or "" (not
     known)."""
     judge = record.get("judge") or {}
     if judge.get("circular"):
@@ -52,7 +52,8 @@ def judge_evidence(record: dict, reward_models: list[dict]) -> str:
 
 
 def checked_pairs(record: dict, reward_models: list[dict]) -> dict | None:
-    """A judge's outcomes on held-out pairs: a reward model's own record, or what judge.py asked a language model."""
+    """A judge's outcomes on held-out pairs: from a reward model's own record, or from judge.py's language model check.
+    """
     judge = record.get("judge") or {}
     if judge.get("heldout"):
         return {"label": judge.get("model"), **judge["heldout"]}
@@ -71,7 +72,7 @@ def is_evidence(record: dict, reward_models: list[dict]) -> bool | None:
 
 
 def pool(records: list[dict]) -> dict:
-    """The figures of a comparison over seeds: judge.py's own of one; of several, over the prompts that all were asked,
+    """The figures of a comparison over seeds. One seed: judge.py's own. Several: over the prompts that all were asked,
     which are crossed with the seeds, the interval of verdicts.paired_over_seeds. Length-controlled: the mean of the
     seeds' rates, SE^2 = s^2(seed rates)/S + the mean of the seeds' own SE^2, a little too wide."""
     summaries = [record.get("summary") or {} for record in records]
@@ -117,9 +118,9 @@ def judged_families(judge: list[dict], rows: list[dict]) -> list[tuple[str, str,
 
 
 def own_criterion(family: tuple[dict, ...], rows: list[dict], judge: list[dict], reward_models: list[dict]) -> str:
-    """DPO's: the judged win rate against its SFT row, with its whole interval, is above 50 %, by the judge that was
-    named to decide, that beats "the longer answer wins" and shares no training prompt with it, over FEWEST prompts or
-    more; a line per judge, seeds pooled."""
+    """DPO's own criterion: the judged win rate against its SFT row, with its whole interval, is above 50 %, by the
+    judge that was named to decide, that beats "the longer answer wins" and shares no training prompt with it, over
+    FEWEST prompts or more; a line per judge, seeds pooled."""
     adapters, said = {r["adapter_sha256"]: r["parent"]["adapter_sha256"] for r in family if r.get("parent")}, []
     against_parent = [record for record in judge if independence(record) != "circular" and at(
         record, "rows", "b", "adapter_sha256") == adapters.get(at(record, "rows", "a", "adapter_sha256"), "none")]
@@ -287,7 +288,7 @@ def mark_collapsed(rows: list[dict], records: dict[str, list[dict]]) -> None:
 
 
 def collapse_of(group: Sequence[dict]) -> str:
-    """What to say of a family's rows, one per seed: "**answers collapsed**: 98 % refusals", or nothing."""
+    """The warning for a family's rows, one per seed: "**answers collapsed**: 98 % refusals", or nothing."""
     fallen = [row["collapsed"] for row in group if row.get("collapsed")]
     seeds = f" in {len(fallen)} of {len(group)} seeds" * (len(group) > 1)
     return f"**answers collapsed**{seeds}: {fallen[0]}" if fallen else ""

@@ -8,7 +8,7 @@
 Paper: Ethayarajh et al. 2024 (2402.01306), eq. 8, and the estimate of z0 below it; the weights λ: eq. 9. In symbols:
 x the prompt, y its answer, π_θ the policy, π_ref the reference (base + SFT). log π(y|x) is the sum over the answer's
 tokens, EOS included. z0, an estimate of the KL from the reference, is the point from which gains and losses are
-counted: a desirable answer gains only as far as its ρ exceeds z0. Reference implementation: ContextualAI/HALOs.
+measured: a desirable answer gains only by how far its ρ exceeds z0. Reference implementation: ContextualAI/HALOs.
 
 Public implementations differ in z0. Here:
   - z0 is not computed from the pairs (x, y) of the loss. The step's answers are rotated by one, and no resulting pair
@@ -30,12 +30,12 @@ Deviations from the usual script, on purpose:
     python kto.py --sft-adapter runs/sft_v2
 
 Cost per row: as an answer in DPO (two forwards, one backward), and two forwards without gradient for z0.
-Expect, of Qwen2.5-Coder-0.5B-Instruct after SFT (seed 41): at lr 2e-5 held-out AUC 0.626 [0.560, 0.693], but only 65 %
+Expect, for Qwen2.5-Coder-0.5B-Instruct after SFT (seed 41): at lr 2e-5 held-out AUC 0.626 [0.560, 0.693], but only 65 %
 of the answers end, where SFT has 95 %; the default 5e-6 has not been run there. Under 4 minutes on one H200.
 
 A row: {"prompt": "…" or messages, "completion": …, "label": true or false}, all of them used. Or a preference pair, as
-for dpo.py and from part A of the prompts too: half of the pairs, by the seed, give their chosen answer as desirable,
-the others their rejected one as undesirable, so that no pair is seen from both sides.
+for dpo.py and also from part A of the prompts: half of the pairs, by the seed, give their chosen answer as desirable,
+the others their rejected answer as undesirable, so that only one answer of each pair is used.
 """
 import math
 from collections import Counter
@@ -56,13 +56,13 @@ from common import Example
 class Args:
     # -- model --
     sft_adapter: str = "runs/sft_v2"
-    """The start and the reference: a run, any plain PEFT LoRA (directory or hub id), or "none" for --model itself."""
+    """Initial policy and reference: a run, any plain PEFT LoRA (directory or hub id), or "none" for --model itself."""
     model: str | None = None
-    """The base model; by default the one that --sft-adapter was trained on, and with none Qwen2.5-0.5B."""
+    """The base model; by default the one that --sft-adapter was trained on, or Qwen2.5-0.5B if there is no adapter."""
     other_base: bool = False
-    """Accept a plain PEFT adapter that names another base than --model."""
+    """Accept a plain PEFT adapter whose config names a base other than --model."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Weights of base + SFT. Adapter and Adam state are always fp32."""
+    """Dtype of the base + SFT weights. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRAFEEDBACK
     """Rows with a label, or preference pairs: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]."""
@@ -77,33 +77,33 @@ class Args:
     max_length: int = 1024
     """Longest prompt + answer in tokens."""
     max_dropped: float = 0.05
-    """Largest share of degenerate rows (empty answers, or a pair's equal ones) that doesn't end the run."""
+    """The run ends if a larger share of the rows is degenerate (an empty answer, or a pair of equal answers)."""
     max_overlong: float = 0.15
-    """Largest share of rows beyond --max-length that doesn't end the run [at least 6 % of UltraFeedback's pairs]."""
+    """The run ends if a larger share of rows exceeds --max-length [at least 6 % of UltraFeedback's pairs do]."""
     # -- method --
     beta: float = 0.1
-    """Strength of the pull to the reference [paper: its default]."""
+    """Strength of the pull toward the reference [paper: its default]."""
     desirable_weight: float = 1.0
     """λ_D, the weight of a desirable row's loss [paper: 1]."""
     undesirable_weight: float = 1.0
     """λ_U, the weight of an undesirable row's loss [paper: 1, and it advises λ_D n_D / (λ_U n_U) in [1, 4/3]]."""
     # -- optimisation --
     lr: float = 5e-6
-    """Peak learning rate [paper: its advice for KTO]. Of 2e-5, 5e-5 and 1e-4 on Qwen2.5-Coder-0.5B-Instruct none kept
-    the rate of ended answers [results/sweeps/README.md]. Qwen2.5-0.5B and a second base have not been tried."""
+    """Peak learning rate [paper: its advice for KTO]. On Qwen2.5-Coder-0.5B-Instruct, 2e-5, 5e-5 and 1e-4 all
+    lowered the rate of ended answers [results/sweeps/README.md]. Qwen2.5-0.5B and a second base have not been tried."""
     batch_size: int = 16
     """Rows per step, over all ranks, at least 2; some steps may have one row less [paper: 32]."""
     epochs: int = 2
-    """Passes over the rows [ours: of pairs one answer each is used, so that two passes see as many as DPO's one]."""
+    """Passes over the rows [ours: only one answer per pair is used, so that two passes see as many as one of DPO]."""
     warmup: float = 0.03
     """Share of the steps over which the rate rises linearly; then it falls linearly to 0."""
     max_grad_norm: float = 1.0
     """Gradient clip, over all trained parameters."""
     # -- what is measured at the end --
     eos_prompts: int = 64
-    """Held-out prompts answered greedily for eos_rate."""
+    """Number of held-out prompts answered greedily to measure eos_rate."""
     eos_tokens: int = 512
-    """Largest number of tokens per answer there [room for all but the longest answers of chat data]."""
+    """Token limit of these answers [enough for all but the longest answers of chat data]."""
     # -- run --
     preview: int = 0
     """Show this many examples as they would be trained, and what would be dropped; load no weights, train nothing."""
@@ -112,11 +112,11 @@ class Args:
     out: str = "runs/kto_v1"
     """Run directory."""
     overwrite: bool = False
-    """Move another configuration's run in --out aside."""
+    """If --out holds a run of another configuration, move that run aside."""
     micro_tokens: int = 8192
-    """Tokens of one forward: memory and speed, not the update."""
+    """Tokens per forward: affects memory and speed, not the update."""
     engine: Literal["auto", "fast", "plain"] = "auto"
-    """auto: the fast engine where it serves the model, else the plain one (any model, slower); same update."""
+    """auto: the fast engine if it supports the model, else the plain one (any model, slower); the same update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
@@ -143,7 +143,7 @@ def kto_loss(policy: Tensor, ref: Tensor, desirable: Tensor, z0: Tensor | float,
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): no step, the last included, has rate 0."""
+    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): never 0, not even at the last step."""
     w = max(1, math.ceil(args.warmup * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
@@ -256,7 +256,7 @@ def main(args: Args) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-        # 3d. Log and checkpoint. Nothing above waits for the GPU: a line is written when its numbers are there.
+        # 3d. Log and checkpoint. Nothing above waits for the GPU: a line is written once its numbers are ready.
         run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(len(r.example.ids) for r in batch)},
                 [split.kept[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
@@ -265,7 +265,7 @@ def main(args: Args) -> None:
     run.save(policy, tokenizer, split.prompts)
     metrics = {**counts, "heldout_rows": len(heldout), "eos_prompts": len(prompts)}
     metrics["eos_rate"] = common.eos_rate(policy, tokenizer, prompts, args.eos_tokens, parent) if prompts else None
-    # movement turns the base into fp32 where it fits: eos_rate belongs before it, the held-out figures after it
+    # movement converts the base to fp32 if that fits: measure eos_rate before it, the held-out figures after it
     metrics |= common.movement(policy, args.out, adapter, model_dir, [r.example for r in heldout[:args.eos_prompts]],
                                args.micro_tokens)
     metrics |= {f"heldout_{k}": v for k, v in evaluate_rows(policy, heldout, args, device).items()}
@@ -286,7 +286,7 @@ def arrange(prompts: list[str], batch_size: int, epochs: int, seed: int) -> list
     n, steps = len(prompts), []
     count = min(math.ceil(n / batch_size), n // 2)
     if n < 2 or batch_size < 2:
-        common.fail(f"{n} rows in steps of --batch-size {batch_size}: want at least 2, "
+        common.fail(f"{n} rows in steps of --batch-size {batch_size}: both must be at least 2, "
                     f"since z0 needs another row's answer")
     prompt, most = Counter(prompts).most_common(1)[0]
     if most > count:

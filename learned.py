@@ -59,8 +59,8 @@ MOVED_LEGEND = (
 def change_of_run(objective: tuple, fact: dict) -> tuple[float | None, list[float] | None]:
     """(after − before, its 95 % interval) of one run's figures; None for what was not recorded.
 
-    The run's own interval of the change is symmetric about the mean of the paired changes, which for PPO are those of
-    the prompts whose answers ended both times: not the difference of the two means."""
+    The run's own interval of the change is symmetric about the mean of the paired changes, which for PPO covers
+    only the prompts whose answers ended both times: its centre is not the difference of the two means."""
     _, before_key, after_key, n_key, _, _ = objective
     before = before_key if isinstance(before_key, float) else finite(fact.get(before_key))
     after, n = finite(fact.get(after_key)), finite(fact.get(n_key))
@@ -100,8 +100,8 @@ def interval_of(key: str, fact: dict, n: float | None) -> list[float] | None:
 
 
 def objective_line(rows: list[dict], objective: tuple) -> list[str] | None:
-    """[title, n, before, after, change, learned] for a family of rows, one per seed; None where the runs recorded
-    nothing of it."""
+    """[title, n, before, after, change, learned] for a family of rows, one per seed; None where the runs didn't record
+    this objective."""
     title, before_key, after_key, n_key, scale, better = objective
     facts = [row.get("training") or {} for row in rows]
     after = [finite(fact.get(after_key)) for fact in facts]
@@ -168,7 +168,8 @@ def learned_table(rows: list[dict], reward_models: list[dict]) -> Table | None:
 
 
 def moved_table(rows: list[dict]) -> Table | None:
-    """How far each policy went from its reference, beside what measurement and rounding add; where any recorded it."""
+    """How far each policy moved from its reference, beside the part that measurement and rounding add; None if no run
+    recorded it."""
     lines = []
     for label, group in families(rows):
         facts = [row.get("training") or {} for row in group]
@@ -204,7 +205,7 @@ REWARD_LEGEND = (
 def paired_with_length(record: dict) -> tuple[Paired, str] | None:
     """(accuracy minus that of the better rule of length, paired on the same pairs; the rule's name), from a judge's
     per-pair outcomes: strings of "1" right, "0" wrong, "-" a tie. None where they are not recorded. A tie of a reward
-    model tells nothing; one of a language model, whose two orders disagree, is half right."""
+    model carries no information; a tie of a language model, whose two orders disagree, is half right."""
     model, longer = at(record, "outcomes", "model"), at(record, "outcomes", "longer_wins")
     if not model or not longer:
         return None
@@ -217,7 +218,7 @@ def paired_with_length(record: dict) -> tuple[Paired, str] | None:
         d = np.array([value[a] - value[b] for (a, b), n in sorted(pairs.items()) for _ in range(n)])
         paired = paired_over_items(d, np.ones(len(d), int), bool(np.isin(d, (-1, 0, 1)).all()))
         return (paired, name) if paired else None
-    gained, lost = pairs["1", "0"], pairs["0", "1"]  # a tie of either tells nothing
+    gained, lost = pairs["1", "0"], pairs["0", "1"]  # a tie of either carries no information
     d = np.array([1] * gained + [-1] * lost + [0] * (len(model) - gained - lost))
     return paired_over_items(d, np.ones(len(d), int), True), name
 
@@ -238,7 +239,7 @@ def against_length(record: dict) -> str:
 
 
 def reward_table(records: list[dict]) -> Table:
-    """A line a reward model, and the mean ± sd of a family's seeds; rm_v1 as not run where none belongs to them."""
+    """A line per reward model, and the mean ± sd of a family's seeds; rm_v1 as not run if no record belongs to it."""
     lines, families = [], {}
     for record in records:
         cells = []

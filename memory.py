@@ -17,7 +17,7 @@ def training_memory(config, weights: int, trained: int, tokens: int, fast: bool 
 
     weights: bytes of all models as they are loaded. trained: parameters, which take 24 bytes each: value, gradient,
     Adam's two moments, the gradient of a recorded pass, casts. tokens: of the largest micro-batch; the backward keeps
-    of each, in each layer, gate, up and their product (3 I), the inputs of the products and the residual stream (6 H),
+    per token and layer: gate, up and their product (3 I), the inputs of the products and the residual stream (6 H),
     queries, keys and values twice; the plain engine 2.1 times as much. models: those with a backward (PPO's policy and
     critic: 2); the first pass of a kind runs outside the memory that all recorded passes share. head: of a chunk of
     predicted tokens, logits and slopes (plain: what the backward computes again). rows, length: what the sampler
@@ -52,7 +52,7 @@ def expected_memory(models: Sequence[nn.Module], micro_tokens: int, largest: int
 
 
 def note_memory(models: Sequence[nn.Module], micro_tokens: int, largest: int, rows: int = 0, length: int = 0) -> None:
-    """On a GPU, before the first step: expected_memory beside what is free; a warning where that is less."""
+    """On a GPU, before the first step: print expected_memory and what is free; warn where that is less."""
     device = device_of(models[0])
     if device.type == "cuda":
         expected = expected_memory(models, micro_tokens, largest, rows, length)

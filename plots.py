@@ -1,6 +1,6 @@
 """plots.py: the figures of report.py, as SVG and PNG: differences to base, trade-offs, curves of the runs.
 
-A figure is None where its data is missing. SVG is the same bytes for the same figure, so that report.py --check can
+A figure is None where its data is missing. An SVG has the same bytes for the same figure, so that report.py --check can
 compare it.
 """
 
@@ -101,7 +101,7 @@ def scatter(points: list[tuple], x_title: str, y_title: str) -> Figure:
 
 
 def tradeoff(compared: list[Comparison]) -> Figure | None:
-    """A point a row: the gain on IFEval beside the worse of MMLU and TruthfulQA, each with its interval."""
+    """A point per row: the gain on IFEval beside the worse of MMLU and TruthfulQA, each with its interval."""
     points = []
     for c in compared:
         gain = c.changes["IFEval\nprompt"]
@@ -121,8 +121,8 @@ def tradeoff(compared: list[Comparison]) -> Figure | None:
 
 
 def winrate_kl(judge: list[dict], guardrails: list[dict]) -> Figure | None:
-    """A point a judged row: how often it beats SFT, and how far from SFT it went for that, along the very answers that
-    were judged; hollow: circular judge. None for records of another climb."""
+    """A point per judged row: how often it beats SFT, and how far it moved from SFT for that, measured on the answers
+    that were judged; hollow: circular judge. None for records of another climb."""
 
     def key(record: dict, row: dict, reference: object) -> str:
         return sha256_json([row.get("name"), row.get("adapter_sha256"), reference, record.get("prompts_fingerprint"),
@@ -154,14 +154,14 @@ def winrate_kl(judge: list[dict], guardrails: list[dict]) -> Figure | None:
 
 
 def smooth(values: list[float | None]) -> np.ndarray:
-    """Mean over a twentieth of the steps around each, of those that have a value."""
+    """Running mean: of each step, over the surrounding twentieth of all steps, where they have a value."""
     found, half = np.array([np.nan if finite(v) is None else v for v in values], float), max(1, len(values) // 40)
     windows = [found[max(0, i - half) : i + half + 1] for i in range(len(found))]
     return np.array([np.nan if np.isnan(w).all() else np.nanmean(w) for w in windows])
 
 
 def draw_curve(axis, steps: list[float], values: list, tone: str, label: str = "", style: str = "-") -> None:
-    """The values, faint, under their running mean. Few points, measured only now and then, are joined as they are."""
+    """Draw the values, faint, under their running mean. A few points, measured at intervals, are joined as they are."""
     points = [(x, y) for x, y in zip(steps, values) if finite(y) is not None]
     if 2 * len(points) < len(values):
         axis.plot(*zip(*points), style, color=tone, marker=".", label=label)

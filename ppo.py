@@ -21,7 +21,7 @@ The details of 2403.17031, and where this file has them:
   5. Logits are divided by the sampling temperature, in      14. Policy and critic share nothing that is trained.
      old, new and reference log-probs alike.                 15. ρ ≡ 1 in the first mini-batch (asserted in 3d).
   6. The critic starts from the reward model.                16. Sampler and trainer must agree (`sampler_gap`, 3b).
-  7. Prompts are never the reward model's (`load_prompts`).
+  7. No prompt is among the reward model's (`load_prompts`).
 
 Deviations from them, on purpose:
   1. The critic is a copy of the reward model's adapter with a new head of zeros: V starts at 0, not at the reward.
@@ -35,9 +35,9 @@ Deviations from them, on purpose:
 
     python ppo.py --sft-adapter runs/sft_v2 --reward-adapter runs/rm_v1
 
-Expect, of Qwen2.5-Coder-0.5B-Instruct after SFT, 40 updates (seed 41): 13 GiB, under 4 minutes on one H200, a score
+Expect, for Qwen2.5-Coder-0.5B-Instruct after SFT, 40 updates (seed 41): 13 GiB, under 4 minutes on one H200, a score
 that rises by 0.89 [0.82, 0.96] on 256 fixed prompts, and a collapse: nearly every answer becomes "I'm sorry, but I
-can't assist with that", which both reward models score above SFT's answers. No setting that was tried avoids it
+can't assist with that", which both reward models score above SFT's answers. None of the settings tried avoids it
 (docs/recipes.md): read completions.jsonl before you believe a score.
 
 A row: {"prompt": "…" or messages}, or a preference pair, whose answers are not read. Prompts come from part B (30 % by
@@ -68,17 +68,17 @@ from common import Example
 class Args:
     # -- model --
     sft_adapter: str = "runs/sft_v2"
-    """The start and the reference: a run, any plain PEFT LoRA (directory or hub id), or none: --model itself."""
+    """Initial policy and reference: a run, any plain PEFT LoRA (directory or hub id), or "none" for --model itself."""
     reward_adapter: str = "runs/rm_v1"
     """The reward model that gives the scores; the critic starts from it."""
     watch_adapter: str | None = None
-    """A second reward model (reward.py --part J) that is logged and never trained against."""
+    """A second reward model (reward.py --part J), whose score is logged but never trained against."""
     model: str | None = None
-    """The base model; by default the one that --sft-adapter was trained on, and with none Qwen2.5-0.5B."""
+    """The base model; by default the one that --sft-adapter was trained on, or Qwen2.5-0.5B if there is no adapter."""
     other_base: bool = False
-    """Accept a plain PEFT adapter that names another base than --model."""
+    """Accept a plain PEFT adapter whose config names a base other than --model."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Weights of base + SFT. Adapter and Adam state are always fp32."""
+    """Dtype of the base + SFT weights. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRAFEEDBACK
     """Prompts, or preference pairs of which only the prompts are read; same kinds of source as everywhere."""
@@ -89,24 +89,24 @@ class Args:
     prompt_tokens: int = 512
     """Longest prompt in tokens; longer ones are dropped and counted."""
     max_dropped: float = 0.15
-    """Largest share of dropped prompts (empty or too long) that doesn't end the run."""
+    """The run ends if a larger share of the prompts is dropped (empty or too long)."""
     fixed_prompts: int = 64
-    """Prompts that are never trained on, answered and scored before and after; their answers are saved."""
+    """Prompts never trained on, answered and scored before and after training; the answers are saved."""
     # -- rollouts --
     updates: int = 100
-    """Rollouts, each followed by its epochs; the prompts are passed again when they run out."""
+    """Number of rollouts, each followed by its epochs; when the prompts run out, another pass over them begins."""
     batch_size: int = 64
     """Completions per update, over all ranks [2403.17031: 512, with a million episodes]."""
     completion_tokens: int = 256
-    """Tokens a completion may take [2403.17031: 53, for TL;DR summaries]."""
+    """Most tokens of a completion [2403.17031: 53, for TL;DR summaries]."""
     temperature: float = 0.7
     """Sampling temperature; every log-prob is taken at it [2403.17031: 0.7]."""
     # -- method --
     beta: float = 0.05
-    """β, weight of the KL to the reference in the reward [2403.17031: 0.05; 0.02 scored highest in our sweep, by a
-    score that the collapse above pays: no recommendation, as for lr]."""
+    """β, weight of the KL to the reference in the reward [2403.17031: 0.05; 0.02 scored highest in our sweep, but
+    that score rewards the collapse described above: no recommendation, as for lr]."""
     kl_target: float = 0.0
-    """Nats per completion that an adaptive β steers to [1909.08593, sec. 2.2]; 0 keeps β fixed."""
+    """Nats of KL per completion that an adaptive β aims at [1909.08593, sec. 2.2]; 0 keeps β fixed."""
     gamma: float = 1.0
     """γ, discount [2403.17031: 1]."""
     lam: float = 0.95
@@ -118,7 +118,7 @@ class Args:
     epochs: int = 4
     """Epochs per update: passes over its completions [2403.17031: 4]."""
     minibatches: int = 1
-    """Optimizer steps per epoch; they divide --batch-size [2403.17031: 1]."""
+    """Optimizer steps per epoch; --batch-size must be a multiple of it [2403.17031: 1]."""
     missing_eos: float = -1.0
     """Score of a completion that doesn't end by itself, in normalised units [2403.17031: -1]."""
     normalise: int = 256
@@ -131,10 +131,10 @@ class Args:
     max_grad_norm: float = 1.0
     """Largest norm of the gradient, of the policy and of the critic separately."""
     importance_cap: float = 0.0
-    """Weight a token's policy loss by min(π_old / π_sampler, this), for a sampler that is another program
+    """Weight a token's policy loss by min(π_old / π_sampler, this), if the sampler is another program
     [Ionides 2008: truncated importance sampling; 2 is usual]; 0: no weight, since here the sampler is the policy."""
     max_gap: float = 0.1
-    """Largest mean |Δ log-prob| between sampler and trainer that doesn't end the run [bf16 noise: 0.03 on SmolLM2]."""
+    """The run ends if the mean |Δ log-prob| between sampler and trainer is larger [bf16 noise: 0.03 on SmolLM2]."""
     # -- run --
     preview: int = 0
     """Show this many prompts as they would be answered, and what would be dropped; load no weights, train nothing."""
@@ -143,13 +143,13 @@ class Args:
     out: str = "runs/ppo_v1"
     """Run directory."""
     results: str = "results"
-    """Where ppo/<name>-<train_invariants>-s<seed>.json and .png go."""
+    """Where ppo/<name>-<train_invariants>-s<seed>.json and .png are written."""
     overwrite: bool = False
-    """Move another configuration's run in --out aside."""
+    """If --out holds a run of another configuration, move that run aside."""
     micro_tokens: int = 4096
-    """Tokens per forward: memory and speed, not the update; small, since three copies of the base share the memory."""
+    """Tokens per forward: affects memory and speed, not the update; small, as memory holds three copies of the base."""
     engine: Literal["auto", "fast", "plain"] = "auto"
-    """auto: the fast engine if it supports the model, else the plain one (any model, slower). Speed, not the update."""
+    """auto: the fast engine if it supports the model, else the plain one (any model, slower); the same update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 10
@@ -194,7 +194,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """max(−Aρ, −A clip(ρ, 1±ε)) of each token, [K]. 1707.06347, eq. 7, signs turned."""
+    """max(−Aρ, −A clip(ρ, 1±ε)) of each token, [K]. 1707.06347, eq. 7, with the sign flipped."""
     ratio = (logprobs - old_logprobs).exp()
     return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
 
@@ -206,7 +206,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: 
 
 
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """min(π_old / q, cap) of each token, q the sampler's distribution; all 1 where cap is 0. Same shape as its inputs.
+    """min(π_old / q, cap) of each token, q the sampler's distribution; all 1 if cap is 0. Same shape as the inputs.
 
     Truncated importance sampling: Ionides 2008 (J. Comput. Graph. Stat. 17:295), eq. 3; for a sampler and a trainer
     that are two programs: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
@@ -215,12 +215,12 @@ def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: floa
 
 
 def adapted_beta(beta: float, kl: float, target: float) -> float:
-    """β (1 + 0.1 e), e = clip(KL/target − 1, ±0.2). 1909.08593, sec. 2.2; without a target β stays."""
+    """β (1 + 0.1 e), e = clip(KL/target − 1, ±0.2). 1909.08593, sec. 2.2; without a target β stays the same."""
     return beta * (1 + 0.1 * min(0.2, max(-0.2, kl / target - 1))) if target else beta
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈0.03 T⌉): no step, the last included, has rate 0."""
+    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈0.03 T⌉): never 0, not even at the last step."""
     w = max(1, math.ceil(0.03 * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
@@ -330,7 +330,7 @@ def main(args: Args) -> None:
         mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]                  # [B, T]
         rolled = time.time()
 
-        # 3b. Old and reference log-probs and old values, each [B, T], from the very micro-batches of the first epoch.
+        # 3b. Old and reference log-probs and old values, each [B, T], on the same micro-batches as the first epoch.
         def minibatches(epoch: int) -> list[tuple]:
             """[(micro-batches, response tokens over all ranks)] of an epoch, in a new order each."""
             order = common.permutation(args.batch_size, args.seed, "minibatches", update, epoch)
@@ -350,13 +350,13 @@ def main(args: Args) -> None:
         old_values = common.per_token(lambda micro: common.token_values(scorers, micro), micros, mask.shape, device)
         sampler_logprobs = torch.zeros(mask.shape, device=device)                                  # log q, [B, T]
         sampler_logprobs[mask] = torch.tensor([lp for row in batch.logprobs for lp in row], device=device)
-        drift = (old_logprobs - sampler_logprobs)[mask]  # d = log π − log q: one policy, two programs: rounding alone
+        drift = (old_logprobs - sampler_logprobs)[mask]  # d = log π − log q: same policy, so only rounding
         gap = drift.abs().mean().item()
         run.check_finite(update, row_ids, sampler_gap=gap)
         if not gap <= args.max_gap:
-            run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, beyond --max-gap "
-                     f"{args.max_gap}. Rounding to bfloat16 gives about 0.03; more means other weights, another "
-                     f"temperature or another attention, which the recomputed ratio would hide")
+            run.stop(f"sampler and trainer disagree at update {update}: mean |Δ log-prob| {gap:.4f}, above --max-gap "
+                     f"{args.max_gap}. Rounding to bfloat16 gives about 0.03; more means different weights, "
+                     f"temperature or attention, which the recomputed ratio would hide")
 
         # 3c. Rewards, advantages (whitened once, over all tokens of all ranks) and returns.
         kl = (old_logprobs - ref_logprobs) * mask                                                  # k1, [B, T]
@@ -504,7 +504,7 @@ def load_prompts(
             return None
         if name in scorer_prompts:
             common.fail(f"{args.data}, row {i}: its prompt is one of {scorer_prompts[name]}; a policy must not be "
-                        f"trained on prompts that its reward model has seen: give prompts that it has not")
+                        f"trained on prompts that its reward model has seen; give other prompts")
         return prompt
 
     def build(prompts: list[list[dict]], names: list[str]) -> list[Prompt | str]:
@@ -555,7 +555,7 @@ def read_scorer(adapter: str, invariants, model: str) -> tuple[dict, dict[str, s
                     f"({invariants.hash}): quantisation {run['invariants']['quantization']} / "
                     f"{invariants.quantization}")
     if not (listed := Path(adapter) / "prompts.json").is_file():
-        common.fail(f"{adapter} has no prompts.json, so that its prompts can't be kept apart; train it again")
+        common.fail(f"{adapter} has no prompts.json, so its prompts can't be kept out of PPO's; train it again")
     return run, {name: f"the {role} prompts of {adapter}"
                  for role, names in common.read_prompts(listed).items() for name in names}
 
@@ -605,7 +605,7 @@ def completions(rollout: Rollout, tokenizer) -> list[dict]:
 
 
 def summary(answers: list[dict]) -> dict[str, float | None]:
-    """Means over the answers, of the scores over those that have one."""
+    """Means over the answers; means of scores over the answers that have one."""
     means = {}
     for k in answers[0].keys() - {"text"}:
         values = [a[k] for a in answers if a[k] is not None]
@@ -614,8 +614,8 @@ def summary(answers: list[dict]) -> dict[str, float | None]:
 
 
 def score_changes(before: list[dict], after: list[dict]) -> dict[str, list[float] | None]:
-    """95 % interval of each score's mean change over the fixed prompts, those whose answers ended both times; None of
-    fewer than two."""
+    """95 % interval of each score's mean change over the fixed prompts whose answers ended both times; None if there
+    are fewer than two."""
     intervals = {}
     for k in [k for k in after[0] if k.endswith("scores")]:
         changes = [a[k] - b[k] for a, b in zip(after, before) if None not in (a[k], b[k])]

@@ -1,9 +1,9 @@
 """The card of a run, and --push-to-hub: the run on the Hugging Face hub.
 
-What is uploaded is what others load and what proves where it comes from: adapter, tokenizer, run.json, prompts.json
+The upload holds what others need to load it and to trace its origin: adapter, tokenizer, run.json, prompts.json
 (hashes of the prompts, by which a judge is kept apart), log, curves and the card; no text of the data. Absolute paths
-of this machine are cut to their last part. The token is huggingface_hub's own business (`hf auth login`, HF_TOKEN) and
-stands in none of it.
+of this machine are cut to their last part. huggingface_hub reads the token by itself (`hf auth login`, HF_TOKEN);
+it is in none of the files.
 """
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def results_table(rows: list[dict[str, Any]], bases: list[dict[str, Any]]) -> st
 def check_access(repo: str) -> None:
     """Fail unless NAMESPACE/NAME can be written to, before anything is trained.
 
-    A repository that isn't there yet is created, private and empty: nothing less shows that it will be possible.
+    A repository that isn't there yet is created, private and empty: only this shows that the upload will be possible.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
@@ -172,7 +172,7 @@ def check_access(repo: str) -> None:
 
 
 def push(directory: Path, repo: str, results: str | Path) -> None:
-    """Upload a finished run in one commit. results: where metrics.json is, whose rows of this adapter the card shows.
+    """Upload a finished run in one commit. results: where metrics.json is; the card shows its rows of this adapter.
     Fails when the upload does; the run directory is complete in any case."""
     import huggingface_hub
     record = read_json(directory / "run.json")

@@ -1,23 +1,23 @@
-"""report.py: what results/ holds -> the tables, verdicts and plots that compare the rows.
+"""report.py: writes the tables, verdicts and plots that compare the rows in results/.
 
 It answers three questions, in this order, for every method:
     1. Did it learn what it optimises?  Its own objective on held-out data, before -> after.
     2. What did it change?              Paired differences on the benchmarks: to the policy that it started from,
                                         its own parent, and to the base.
-    3. Is it a win?                     The verdict, against base.
+    3. Is it a win?                     The verdict, against the base.
 Tests, intervals and the rules of the verdict are in verdicts.py, the tables of the first question in learned.py, what
-judge.py measured in judged.py, the figures in plots.py, cells and tables in tables.py. Here are the tables of the
-benchmarks, the pages, and the files that are read and written.
+judge.py measured in judged.py, the figures in plots.py, cells and tables in tables.py. This file has the tables of the
+benchmarks and the pages, and reads and writes the files.
 
 1. A table is about one train_invariants, one protocol (plain, chat) and one eval_hash. Where a results file holds
-   several of them, each train_invariants has a part of its own, whose beginning says in what it differs from the first;
+   several of them, each train_invariants has a part of its own, which begins with its differences from the first;
    README.md is about the first (--first HASH). Rows of one eval_hash whose items (doc_id, doc_hash) differ are refused.
 2. A row's own parent is the one that the row names, by the hash of its adapter; without one it is the base. Where the
    parent has no row the difference is left out, and a note says so.
 3. The same config_hash with another adapter hash is a run that did not reproduce: both rows stay, the later marked †.
 4. What is missing is shown as missing, never as zero: a row as "not run", a score as "–", a standard error as "?".
 5. A reward model scores answers and has no benchmark row: its own table comes from rm/*.json, beside the baseline "the
-   longer answer wins". What PPO and GRPO say of themselves comes from ppo/*.json and grpo/*.json, what a judge says of
+   longer answer wins". PPO's and GRPO's own figures come from ppo/*.json and grpo/*.json, a judge's verdicts on
    held-out answers from judge/*/summaries, README.md's line on speed from bench/*.json. A record whose
    train_invariants no row has is listed with ‡ and both hashes, and left out where --group names theirs.
 
@@ -63,8 +63,8 @@ class Args:
     group: tuple[str, ...] = ()
     """Report only rows of these train_invariants and eval_hashes; a kind of hash that isn't named is not restricted."""
     first: str = ""
-    """The train_invariants or eval_hash of the rows that come first and make README.md's table; by default those with
-    most rows, of several the newest."""
+    """The train_invariants or eval_hash of the rows that come first and make README.md's table; by default the
+    group with the most rows, or of several such groups the newest."""
     full: bool = False
     """Print every table, not only what was learned and the verdicts."""
     check: bool = False
@@ -75,7 +75,7 @@ COST = {  # of a training run: key -> column title
     "judge_eos_rate": "EOS rate,\njudge's\nprompts, %", "tokens": "tokens", "minutes": "minutes",
     "gpu_minutes": "GPU\nminutes", "peak_gib": "peak\nGiB", "device": "device",
 }  # fmt: skip
-PUBLISHED = {  # by others, lm-eval without a chat template, %: the real default, and its instruct model
+PUBLISHED = {  # measured by others with lm-eval, no chat template, %: the default base model and its instruct model
     "Qwen2.5-0.5B": {"MMLU": 48.1, "GSM8K\nstrict": 33.9, "TruthfulQA\nMC2": 39.9, "IFEval\nprompt": 12.4},
     "Qwen2.5-0.5B-Instruct": {"MMLU": 47.3, "GSM8K\nstrict": 34.0, "TruthfulQA\nMC2": 41.9, "IFEval\nprompt": 18.9},
 }  # fmt: skip
@@ -113,7 +113,7 @@ VERDICTS = (
 
 def read_records(results: Path, rows: list[dict], group: tuple[str, ...],
                  elsewhere: set[str] = frozenset()) -> dict[str, list[dict]]:
-    """{"rm", "ppo", "grpo", "judge", "guardrails", "runs": what the files hold}, with a `label`, the `plot` beside the
+    """{"rm", "ppo", "grpo", "judge", "guardrails", "runs": the files' records}, with a `label`, the `plot` beside the
     file ("": none), and a `note` on one whose train_invariants are not those of `rows`; without those of the
     train_invariants `elsewhere`, which have a part of their own. Fails on a newer schema."""
     records = {kind: [] for kind in ("rm", "ppo", "grpo", "judge", "guardrails", "runs")}
@@ -152,16 +152,16 @@ def read_records(results: Path, rows: list[dict], group: tuple[str, ...],
 
 
 def detectable_row(compared: list[Comparison], left: int) -> list[list[str]]:
-    """The last line of a table with a paired test: by column the largest effect that a row's test needs to detect
-    it."""
+    """The last line of a table with a paired test: per column, the largest of the smallest effects that the rows' tests
+    detect."""
     known = {k: [c.changes[k].paired.detectable for c in compared if c.changes[k].paired] for k in METRICS}
     cells = [number(max(filter(None, values), default=None), 1) for values in known.values()]
     return [[""] * (left - 1) + [DETECTABLE, *cells]] if any(cell != "–" for cell in cells) else []
 
 
 def titles(rows: list[dict], endpoints: tuple[str, ...] = ()) -> list[str]:
-    """The columns' titles with shots and items, which are the same in every row of a table; what is no endpoint is
-    marked as descriptive."""
+    """The columns' titles with shots and items, which are the same in every row of a table; a column that is no
+    endpoint is marked as descriptive."""
     header = []
     for column, (task, _, _) in METRICS.items():
         shots = {f"{k}-shot" for row in rows for name, k, _ in row["eval"]["tasks"] if name == task}
@@ -197,7 +197,7 @@ def score_notes(rows: list[dict], lines: list[list[str]]) -> list[str]:
 
 def compact_table(results: "Results") -> Table:
     """README.md's table: a line per family of the climb, without the controls. Each endpoint in the protocol that it is
-    tested in, of several seeds mean ± sd, with the difference to base; the own objective; what it took; the verdict."""
+    tested in (for several seeds mean ± sd) with the difference to base; the own objective; the cost; the verdict."""
     rows, tables = once(results.rows), results.tables
     labels = {id(row): label for label, row in label_rows(rows)}
     columns = {column: results.protocols[column] for column in METRICS if column in results.protocols}
@@ -255,7 +255,7 @@ def gpu_minutes(row: dict) -> float | None:
 
 
 def three_sentences(results: "Results") -> str:
-    """What the table says: what was learned, what that changed against the policies it started from, and whether it
+    """The table in words: what was learned, what that changed against the policies it started from, and whether it
     is a win."""
     words, fallen = {}, {}
     for label, group in families(results.rows):
@@ -395,7 +395,7 @@ def empty_note(rows: list[dict]) -> str:
 
 
 def cost_table(rows: list[dict], guardrails: list[dict]) -> Table | None:
-    """What each training run took."""
+    """The cost of each training run."""
     rows, facts, ended = [row for row in once(rows) if row.get("training")], [], eos_rates(guardrails)
     for row in rows:
         fact = {k: (row.get("cost") or {}).get(k) or row["training"].get(k) for k in ("tokens", "wall_time_s")}
@@ -491,7 +491,7 @@ def seeds_of(rows: list[dict]) -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """What the pages are written from."""
+    """The data that the pages are written from."""
 
     tables: dict[str, list[dict]]  # protocol -> its rows
     records: dict[str, list[dict]]  # kind -> rm, ppo, grpo, judge, guardrails, runs
@@ -499,8 +499,8 @@ class Results:
     protocols: dict[str, str]  # endpoint -> the protocol it is tested in
     verdicts: list[Verdict]
     plots: list[str]
-    suffix: str = ""  # of the names of plots and pages
-    apart: str = ""  # in what it differs from the first part of the report
+    suffix: str = ""  # appended to the names of plots and pages
+    apart: str = ""  # how it differs from the first part of the report
 
     def image(self, stem: str) -> str:
         """The plot by its path, if it is there: the SVG, which opens sharp at any size."""
@@ -585,7 +585,7 @@ def records_report(records: dict[str, list[dict]], results: "Results") -> list[s
 def overview_lines(results: Results) -> list[tuple]:
     """Of plots.overview: a line per method of the climb, its own objective and then each endpoint, [(title, changes of
     the seeds, their mean, its 95 % interval or None, whether Holm calls it clear)]; benchmarks against the own parent,
-    of SFT against base."""
+    those of SFT against base."""
     lines = []
     for label, group in families(results.rows):
         objectives = OBJECTIVES.get(group[0]["method"], ())
@@ -656,7 +656,7 @@ def compact_report(results: Results, directory: str, others: list[str]) -> list[
 
 
 def policies(tables: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """{label: its rows, one a protocol} of each trained policy: the runs that get a page."""
+    """{label: its rows, one per protocol} of each trained policy: the runs that get a page."""
     found = {}
     for rows in tables.values():
         for row in rows:
@@ -754,7 +754,7 @@ def with_section(readme: Path, section: str) -> str:
 
 
 def generated(results: Path) -> list[Path]:
-    """The pages and plots that a report has written, now or before; what else lies beside them is not ours."""
+    """The pages and plots that a report has written, now or before; any other files beside them are the user's."""
     pages = [path for path in results.glob("runs/*.md") if path.read_bytes().startswith(STAMP.encode())]
     plots = [path for kind in ("svg", "png") for path in results.glob(f"plots/*.{kind}")]
     return pages + [path for path in plots if path.stem.startswith((*PLOTS, "run-"))]
@@ -766,7 +766,7 @@ def results_of(results: Path, climbs: list[dict[str, list[dict]]], i: int, group
     rows = [row for table in tables.values() for row in table]
     invariants = [next((row["train_invariants"] for t in climb.values() for row in t), "") for climb in climbs]
     records = read_records(results, rows, group, {*invariants} - {invariants[i]})
-    if i:  # what belongs to no rows is listed once, with the first
+    if i:  # records that belong to no rows are listed once, in the first part
         records = {kind: [record for record in found if not record["note"]] for kind, found in records.items()}
     swept = {record.get("config_hash") for record in read_sweeps(results)}
     for row in rows:
@@ -780,7 +780,7 @@ def results_of(results: Path, climbs: list[dict[str, list[dict]]], i: int, group
         protocol = next(iter(tables))
         first = climbs[0].get(protocol) or next(iter(climbs[0].values()))
         apart = f"Not comparable with the rows above; they differ in (above / here) {differences(first[0], rows[0])}."
-        same = invariants[:i].count(invariants[i])  # the same training, evaluated otherwise
+        same = invariants[:i].count(invariants[i])  # the same training, evaluated with other settings
         suffix = f"-{tables[protocol][0]['eval_hash'] if same else invariants[i]}"
     return Results(tables, records, compared, protocols, verdicts, [], suffix, apart)
 

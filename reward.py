@@ -13,15 +13,15 @@ Deviations from the usual script, on purpose:
      ("the last token that is not pad") reads one token too early in a padded batch.
   3. The head is fp32 and never quantised, w ~ N(0, 1/(H+1)) [2403.17031: its reward head], seeded.
   4. One comparison per row, all pairs of a step in one mean; 2203.02155 batches all K(K−1)/2 pairs of a prompt.
-  5. The centring term makes the scores' level comparable between prompts; nothing else normalises them.
+  5. The centring term makes the level of the scores comparable between prompts; there is no other normalisation.
   6. A pair's two answers are scored in the same micro-batch; attention never crosses from one to the other.
   7. Pairs with an over-long side are dropped and counted, never cut: a cut answer has no EOS to read.
 
     python reward.py
     python reward.py --score answers.jsonl --adapter runs/rm_v1
 
-Expect, of Qwen2.5-Coder-0.5B-Instruct on 4,669 pairs of part A (seed 41): held-out accuracy 64.2 % [59.6, 68.5], where
-"the longer answer wins" has 60.2 %: no clear difference on 441 pairs. 29 s on one H200.
+Expect, for Qwen2.5-Coder-0.5B-Instruct on 4,669 pairs of part A (seed 41): held-out accuracy 64.2 % [59.6, 68.5], where
+"the longer answer wins" reaches 60.2 %: no clear difference on 441 pairs. 29 s on one H200.
 
 A row: {"prompt": "…" or messages, "chosen": …, "rejected": …}, or chosen and rejected as whole conversations. Pairs
 come from part A of the prompts (50 % by sha256), with --part J from J (20 %), for a model that watches PPO and judges;
@@ -51,9 +51,9 @@ class Args:
     model: str = common.QWEN
     """The pretrained base: a local directory or a hub id[@revision]."""
     quantization: Literal["qlora", "none"] = "qlora"
-    """Policy for the whole climb: "qlora" trains on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
+    """One choice for the whole climb: "qlora" trains on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Base weights where they are not NF4. Adapter, head and Adam state are always fp32."""
+    """Dtype of the base weights unless they are NF4. Adapter, head and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRAFEEDBACK
     """Preference pairs: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]."""
@@ -64,15 +64,15 @@ class Args:
     rows: int = 5000
     """Training pairs: the first usable ones of --part in the seed's shuffle."""
     heldout_rows: int = 1800
-    """Held-out pairs for results/rm [UltraFeedback has 1,800 beside the judge's 200, which are not among them]."""
+    """Held-out pairs for results/rm [UltraFeedback has 1,800 besides the judge's 200, which are excluded]."""
     max_length: int = 1024
     """Longest prompt + answer in tokens."""
     max_dropped: float = 0.05
-    """Largest share of degenerate pairs (empty or equal answers) that doesn't end the run."""
+    """The run ends if a larger share of the pairs is degenerate (empty or equal answers)."""
     max_overlong: float = 0.15
-    """Largest share of pairs beyond --max-length that doesn't end the run [at least 6 % of UltraFeedback]."""
+    """The run ends if a larger share of the pairs is longer than --max-length [at least 6 % of UltraFeedback is]."""
     part: Literal["A", "J", "B"] = "A"
-    """Part of the prompts to learn from: A for the model that PPO is trained against, J for one that watches and judges,
+    """Part of the prompts to learn from: A for the model that PPO trains against, J for one that watches and judges,
     B for one that selects settings of DPO and KTO (`make sweep`)."""
     # -- method --
     centring: float = 0.01
@@ -101,13 +101,13 @@ class Args:
     out: str = "runs/rm_v1"
     """Run directory; with --score the file to write (by default FILE.scored.jsonl)."""
     results: str = "results"
-    """Where rm/<name>-<train_invariants>-s<seed>.json and .png go."""
+    """Where rm/<name>-<train_invariants>-s<seed>.json and .png are written."""
     overwrite: bool = False
-    """Move another configuration's run in --out aside."""
+    """If --out holds a run of another configuration, move that run aside."""
     micro_tokens: int = 8192
-    """Tokens of one forward: memory and speed, not the update."""
+    """Tokens per forward: affects memory and speed, not the update."""
     engine: Literal["auto", "fast", "plain"] = "auto"
-    """auto: the fast engine where it serves the model, else the plain one (any model, slower); same update."""
+    """auto: the fast engine if it supports the model, else the plain one (any model, slower); the same update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
@@ -127,7 +127,7 @@ def reward_loss(chosen: Tensor, rejected: Tensor, centring: float) -> Tensor:
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): no step, the last included, has rate 0."""
+    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): never 0, not even at the last step."""
     w = max(1, math.ceil(args.warmup * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
@@ -232,7 +232,7 @@ def main(args: Args) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-        # 3c. Log and checkpoint. Nothing above waits for the GPU: a line is written when its numbers are there.
+        # 3c. Log and checkpoint. Nothing above waits for the GPU: a line is written once its numbers are ready.
         run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(p.tokens for p in batch),
                        "chosen_tokens": sum(p.lengths[0] for p in batch) / len(batch),
                        "rejected_tokens": sum(p.lengths[1] for p in batch) / len(batch)},
@@ -303,7 +303,7 @@ def correlation(x: Tensor, y: Tensor) -> dict[str, float | None]:
 
 
 def calibration(margin: Tensor, bins: int = 10) -> list[dict]:
-    """Tenths of the pairs by |margin|, smallest first: of pairs with confidence p = σ(|margin|), is a share p right?
+    """Tenths of the pairs by |margin|, smallest first: are pairs with confidence p = σ(|margin|) right at a rate of p?
 
     Grouped by |margin|, the model's confidence: the signed margin alone would tell whether the pair is right.
     """
@@ -319,7 +319,7 @@ def length_matched(lengths: Tensor, tolerance: float = 0.1) -> Tensor:
 
 
 def evaluation(scores: Tensor, lengths: Tensor, centring: float) -> dict:
-    """results/rm/<name>-….json's figures, from scores and answer lengths in tokens of (chosen, rejected), [pairs, 2]."""
+    """Figures of results/rm/<name>-….json, from scores and token counts of (chosen, rejected) answers, [pairs, 2]."""
     margin, longer = scores[:, 0] - scores[:, 1], (lengths[:, 0] - lengths[:, 1]).double()
     bins = calibration(margin)
     return {
@@ -382,13 +382,13 @@ def score_file(args: Args) -> None:
         try:
             conversations.append(inputs.as_conversation(row, f"{args.score}, row {i}"))
         except inputs.Degenerate as e:
-            common.fail(f"{args.score}, row {i}: {e}: it can't be scored")
+            common.fail(f"{args.score}, row {i}: {e}, so it can't be scored")
     names = [f"{args.score}, row {i}" for i in range(len(rows))]
     examples = [at_eos(ids) for ids, _ in chat.render_many(tokenizer, conversations, "last", names)]
     limit = min(args.micro_tokens, common.max_positions(model_dir))
     if long := [i for i, e in enumerate(examples) if len(e.ids) > limit]:
-        common.fail(f"{args.score}, row {long[0]}: {len(examples[long[0]].ids)} tokens, and {len(long)} rows in all, "
-                    f"are beyond the {limit} that the model or --micro-tokens can hold")
+        common.fail(f"{args.score}, row {long[0]}: {len(examples[long[0]].ids)} tokens; {len(long)} rows in all "
+                    f"are longer than the {limit} tokens that the model or --micro-tokens allows")
     nf4 = run["invariants"]["quantization"] == "qlora"
     if nf4:
         common.check_nf4(device)

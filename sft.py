@@ -9,7 +9,7 @@ Deviations from the usual script, on purpose:
   1. One mean over all trained tokens of a step (all micro-batches, all ranks), never a mean of means.
   2. Every assistant turn is trained, no user or system token is; a turn's EOS is trained, so the policy learns to stop.
   3. Over-long conversations are cut at the end of a turn, never inside an answer.
-  4. The held-out loss is measured where later phases use the adapter: merged into the bfloat16 base.
+  4. The held-out loss is measured with the adapter as later phases use it: merged into the bfloat16 base.
 
     python sft.py                                     # Qwen2.5-0.5B on 5,000 rows of UltraChat
     python sft.py --model DIR --data my.jsonl --quantization none --out runs/mine
@@ -17,7 +17,7 @@ Deviations from the usual script, on purpose:
     python sft.py --epochs 2 --out runs/sft_2ep       # a control: does a method gain more than longer training?
     python sft.py --sft-adapter runs/sft_v2 --data PAIRS --out runs/sft_chosen      # a control: DPO's chosen answers
 
-Expect, of Qwen2.5-Coder-0.5B-Instruct (4-bit GGUF, dequantised) on 5,000 rows of Alpaca, GPTeacher and Dolly: held-out
+Expect, for Qwen2.5-Coder-0.5B-Instruct (4-bit GGUF, dequantised) on 5,000 rows of Alpaca, GPTeacher and Dolly: held-out
 loss 2.206 -> 2.059, change -0.158 to -0.135 (seed 41); 26 s and 6.7 GiB on one H200.
 
 A row: {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}, or a preference pair.
@@ -45,15 +45,15 @@ class Args:
     sft_adapter: str | None = None
     """Start from this policy, as DPO does (merged, a fresh LoRA): a run, or a plain PEFT LoRA (directory or hub id)."""
     other_base: bool = False
-    """Accept a plain PEFT adapter that names another base than --model."""
+    """Accept a plain PEFT adapter whose config names a base other than --model."""
     quantization: Literal["qlora", "none"] = "qlora"
-    """Policy for the whole climb: "qlora" trains SFT on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
+    """One choice for the whole climb: "qlora" trains SFT on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Base weights where they are not NF4. Adapter and Adam state are always fp32."""
+    """Dtype of the base weights unless they are NF4. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRACHAT
-    """Training conversations: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]. Of preference rows, the
-    chosen answers to the prompts of part A: the ones that DPO and KTO see, used as demonstrations."""
+    """Training conversations: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]. Preference
+    rows give the chosen answers to part A's prompts, which DPO and KTO see too, as demonstrations."""
     heldout_data: str | None = None
     """Held-out conversations; by default found beside --data (x.jsonl -> x_heldout.jsonl, train_sft -> test_sft)."""
     eval_data: str | None = None
@@ -65,9 +65,9 @@ class Args:
     max_length: int = 1024
     """Longest conversation in tokens."""
     max_dropped: float = 0.05
-    """Largest share of degenerate rows (empty answer, first exchange too long) that doesn't end the run."""
+    """The run ends if a larger share of the rows is degenerate (empty answer, first exchange too long)."""
     max_overlong: float = 0.15
-    """Largest share of preference rows beyond --max-length that doesn't end the run, as in dpo.py."""
+    """The run ends if a larger share of preference rows is longer than --max-length, as in dpo.py."""
     # -- optimisation --
     lr: float = 2e-4
     """Peak learning rate [QLoRA: table 9, up to 13B; ours: results/sweeps/qwen2.5-coder-0.5b-instruct-sft+lr_2e-4.json,
@@ -82,9 +82,9 @@ class Args:
     """Gradient clip, over all trained parameters."""
     # -- what is measured at the end --
     eos_prompts: int = 64
-    """Held-out prompts answered greedily for eos_rate."""
+    """Number of held-out prompts answered greedily to measure eos_rate."""
     eos_tokens: int = 512
-    """Largest number of tokens per answer there [room for all but the longest answers of chat data]."""
+    """Token limit of these answers [enough for all but the longest answers of chat data]."""
     # -- run --
     preview: int = 0
     """Show this many examples as they would be trained, and what would be dropped; load no weights, train nothing."""
@@ -93,11 +93,11 @@ class Args:
     out: str = "runs/sft_v2"
     """Run directory."""
     overwrite: bool = False
-    """Move another configuration's run in --out aside."""
+    """If --out holds a run of another configuration, move that run aside."""
     micro_tokens: int = 8192
-    """Tokens of one forward: memory and speed, not the update."""
+    """Tokens per forward: affects memory and speed, not the update."""
     engine: Literal["auto", "fast", "plain"] = "auto"
-    """auto: the fast engine where it serves the model, else the plain one (any model, slower); same update."""
+    """auto: the fast engine if it supports the model, else the plain one (any model, slower); the same update."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     checkpoint_every: int = 50
@@ -116,7 +116,7 @@ def sft_loss(logprobs: Tensor, step_tokens: int) -> Tensor:
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): no step, the last included, has rate 0."""
+    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): never 0, not even at the last step."""
     w = max(1, math.ceil(args.warmup * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
@@ -151,7 +151,7 @@ def main(args: Args) -> None:
         args.sft_adapter, args.model, args.other_base, args.quantization)
     if invariants.quantization != args.quantization:
         common.fail(f"--quantization {args.quantization}, but {args.sft_adapter} was trained under "
-                    f"{invariants.quantization!r}: give that")
+                    f"{invariants.quantization!r}: use the same")
     nf4 = args.quantization == "qlora" and not adapter
     engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens)
@@ -184,7 +184,7 @@ def main(args: Args) -> None:
         step_tokens = sum(len(e.targets) for e in batch)  # the denominator: all ranks, all micro-batches
         mine = [batch[i] for i in common.my_share([len(e.ids) for e in batch])]
 
-        # 3a. Forward and backward, one micro-batch after the other; gradients add up to those of L.
+        # 3a. Forward and backward, one micro-batch after the other; the gradients add up to the gradient of L.
         totals = torch.zeros(2, dtype=torch.float64, device=device)
         for micro in common.micro_batches(policy, mine, args.micro_tokens):
             logprobs, extra = common.token_logprobs(policy, micro, extras=("correct",))
@@ -200,7 +200,7 @@ def main(args: Args) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-        # 3c. Log and checkpoint. Nothing above waits for the GPU: a line is written when its numbers are there.
+        # 3c. Log and checkpoint. Nothing above waits for the GPU: a line is written once its numbers are ready.
         run.log(step, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": lr,
                        "tokens": sum(len(e.ids) for e in batch), "trained_tokens": step_tokens},
                 [split.kept[i] for i in steps[step]])

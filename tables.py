@@ -64,7 +64,7 @@ def spread(values: list, scale: int, decimals: int) -> str:
 
 
 def delta_cell(points: float | None, stderr: float | None, clear: bool | None, short: bool = False) -> str:
-    """`**+5.0 ± 0.7**` beyond noise, `+0.5 ± 0.7 ~` within it, `+0.5 ± ?` not to be told; short: without the ±."""
+    """`**+5.0 ± 0.7**` beyond noise, `+0.5 ± 0.7 ~` within it, `+0.5 ± ?` if that is unknown; short: without the ±."""
     if points is None:
         return "–"
     text = signed(points)
@@ -94,7 +94,7 @@ def change_cell(change: Change, short: bool = False) -> str:
 # ------------------------------------------------------------------ tables
 
 
-BAD = ("**−", "**worse", "**forgetting", "**regression", "**irreproducible")  # in bold, and no gain
+BAD = ("**−", "**worse", "**forgetting", "**regression", "**irreproducible")  # printed in bold, but not a gain
 
 
 @dataclass(frozen=True)

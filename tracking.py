@@ -2,7 +2,7 @@
 
 Both have the same interface as far as it is used here (init, log, Image, Table, finish). Without an account, a key or a
 network W&B logs offline into wandb/, to be sent later by `wandb sync`; trackio logs into a local data base unless
-TRACKIO_SPACE_ID names a Space. A tracker that is not installed or fails costs a run one warning and its tracking.
+TRACKIO_SPACE_ID names a Space. If a tracker is missing or fails, the run prints one warning and goes on without it.
 """
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SAMPLES = 64  # rows of completions.jsonl that are attached
 
 
 def new_id(config_hash: str, directory: Path) -> str:
-    """What a run is called at a tracker. It is kept with the run's state, so that a resumed run goes on under it; a run
-    begun anew in the same directory has another."""
+    """A run's name at a tracker. It is saved with the run's state, so that a resumed run goes on under it; a new run in
+    the same directory gets another."""
     return f"{config_hash}-{sha256_json([config_hash, str(directory.resolve()), time.time()])[:8]}"
 
 

@@ -10,7 +10,7 @@ Both rows answered the same items, so the test is a paired one, on the differenc
                  differences averaged over the seeds; t with Satterthwaite's degrees of freedom. The items are the same
                  for every seed (crossed), so neither part alone would do.
     detectable   (z_0.975 + z_0.8) sqrt(sum d_i^2) / sum m_i: what a test at 5 % detects with power 0.8
-Intervals condition on what was resampled: with one seed on the items alone, so they say nothing of another seed.
+Intervals condition on what was resampled: with one seed on the items alone, so they say nothing about another seed.
 
 One family of tests for one base, named before any run: four endpoints (ENDPOINTS; for an instruct base IFEval and GSM8K
 in the chat protocol, for a pretrained one in the plain; MMLU and TruthfulQA plain) x {sft, dpo, ppo, grpo, kto} x
@@ -26,10 +26,10 @@ and more than 2 points. The verdict is the first that holds:
     flat            nothing up or down, and every endpoint equivalent: its 90 % interval lies within 2 points of 0
                     (two one-sided tests at 5 %)
     inconclusive    nothing up or down, and a change of more than 2 points remains possible
-"inherited" behind the word: every drop that it rests on is one that the parent had already, clearly, and to which the
-method itself added nothing clear. DPO has a criterion of its own besides: the lower bound of its judged win rate
+"inherited" after the word: every drop that it rests on was already clear in the parent, and the method itself added
+nothing clear to it. DPO has a criterion of its own besides: the lower bound of its judged win rate
 against SFT is above 50 %, by the judge that was named to decide (judge.py --decides), that beats "the longer answer
-wins" on held-out pairs and shares no training prompt with it; seeds pooled by the formula above, prompts for items.
+wins" on held-out pairs and shares no training prompt with it; seeds pooled by the formula above, with prompts as items.
 
 Shapes: n items, S seeds, d differences of items, m sizes of items. report.py prints what comes out of here.
 """
@@ -77,7 +77,7 @@ NORMAL = statistics.NormalDist()  # scipy and statsmodels are imported where the
 
 @dataclass(frozen=True)
 class Paired:
-    """What a paired test says of a difference, as a share: 95 % and 90 % intervals, p, whether p is as small as the
+    """The result of a paired test of a difference, as a share: 95 % and 90 % intervals, p, whether p is as small as the
     resamples can show, and the smallest difference that it detects (None where no item differs)."""
 
     interval: tuple[float, float]
@@ -204,7 +204,7 @@ def read_items(results: Path, row: dict) -> dict[str, dict] | None:
 
 
 def identity(row: dict) -> dict[str, object]:
-    """What stands behind a row's two hashes, and what lm-eval then ran; flat, so that a difference can be named."""
+    """The fields behind a row's two hashes, and what lm-eval then ran; flat, so that a difference can be named."""
     fields = {key: row[key] for key in ("train_invariants", "eval_hash", "model", "revision", "weights_sha256")}
     fields |= {f"invariants.{key}": value for key, value in row.get("invariants", {}).items() if key not in fields}
     fields |= {f"eval.{key}": value for key, value in row["eval"].items() if key != "tasks"}
@@ -273,8 +273,8 @@ def climbs_of(rows: list[dict], group: tuple[str, ...], path: Path, first: str =
 
 
 def label_rows(rows: list[dict]) -> list[tuple[str, dict]]:
-    """[(label, row)]: the name; where it isn't unique with the seed, or where that is not either, with the adapter's
-    hash; and † on a rerun."""
+    """[(label, row)]: the name; with the seed where the name isn't unique, with the adapter's hash where that isn't
+    unique either; and † on a rerun."""
     first, labelled = {}, []
     count, of_seed = Counter(row["name"] for row in rows), Counter((row["name"], row.get("seed")) for row in rows)
     for row in rows:
@@ -422,7 +422,7 @@ def paired_items(a: dict, b: dict, column: str) -> tuple[np.ndarray, np.ndarray,
 
 
 def mean_score(rows: list[dict], column: str) -> tuple[float | None, float | None]:
-    """(mean score, mean standard error) over seeds, whose items are the same; None where a row misses one."""
+    """(mean score, mean standard error) over seeds, whose items are the same; None where a row lacks one."""
     means = []
     for values in zip(*(score(row, column) for row in rows)):
         means.append(None if None in values else statistics.fmean(values))

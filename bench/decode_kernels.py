@@ -4,10 +4,10 @@
     TRITON_INTERPRET=1 python bench/decode_kernels.py      # on a CPU, by Triton's interpreter: small shapes, fp32 and float16
 
 One JSON line per kernel and case: `gap` is the largest difference from the torch functions of fast/sampler.py, computed
-in fp32 from the same inputs, relative to the largest value of the result. The exit status is 1 unless it stays below
-1e-5 in fp32, and below eight roundings in half precision (4e-3 in float16, 3e-2 in bfloat16, whose products Triton
-3.8's interpreter can't compute). `us` is the mean time of one call inside a CUDA graph of many. What the kernels
-replace: `python bench/sample.py --profile`.
+in fp32 from the same inputs, relative to the largest value of the result. The exit status is 1 unless every gap is
+below 1e-5 in fp32, and below eight roundings in half precision (4e-3 in float16, 3e-2 in bfloat16, whose products
+Triton 3.8's interpreter can't compute). `us` is the mean time of one call inside a CUDA graph of many.
+`python bench/sample.py --profile` shows the kernels that they replace.
 """
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ SMALL = {"small": (6, 2, 32, 80, 72), "small-normed": (4, 4, 32, 64, 64)}
 @dataclasses.dataclass(frozen=True)
 class Args:
     rows: tuple[int, ...] = (8, 64, 256)
-    """Rows; one case each (the interpreter takes 3)."""
+    """Numbers of rows; one case each (the interpreter takes 3)."""
     lora_rank: tuple[int, ...] = (0, 16, 32)
     """Rank of the adapter beside the weights; one case each."""
     length: int = 384
@@ -47,7 +47,7 @@ class Args:
     time: bool = True
     """Time each kernel (GPU)."""
     tune: bool = False
-    """Time attention and the product with other settings, too (GPU)."""
+    """Also time attention and the product with other settings (GPU)."""
 
 
 def low_term(y, b, sizes):
@@ -64,7 +64,7 @@ def make_b(sizes, rank, scale, like):
 
 
 class Case:
-    """Random inputs of one layer's three kernels, and what torch makes of them."""
+    """Random inputs of one layer's three kernels, and torch's results for them."""
 
     def __init__(self, shape, rows, rank, length, dtype, device, normed):
         torch.manual_seed(rows + rank)

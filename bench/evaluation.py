@@ -3,9 +3,10 @@
     python bench/evaluation.py --eval-data data/demo/eval --limit 100                     # bfloat16: what rounding changes
     python bench/evaluation.py --eval-data data/demo/eval --limit 8 --dtype float32       # every figure is equal
 
-One JSON line a task: seconds and their ratio (theirs / ours), the headline scores by both, items whose scores differ (by over
-0.005), mean |difference| of log-likelihoods (nats) or the share of other texts. In bfloat16 the two differ by rounding alone: packs
-against padded batches, and an LM head in fp32 (evaluate.py's first deviation). Seen on one H100: NOTES.md.
+One JSON line per task: seconds and their ratio (theirs / ours), the headline scores by both, items whose scores differ
+(by over 0.005), mean |difference| of log-likelihoods (nats) or the share of texts that differ. In bfloat16 the two
+differ by rounding alone: packs against padded batches, and an LM head in fp32 (evaluate.py's first deviation). Figures
+of one H100: NOTES.md.
 """
 import dataclasses
 import json
@@ -35,13 +36,13 @@ class Args:
     limit: int | None = 100
     """Items of each task; for MMLU spread over the subjects."""
     tasks: tuple[str, ...] = tuple(evaluate.TASKS)
-    """Some of the four tasks."""
+    """Tasks to run, of the four."""
     max_gen_toks: int | None = None
     """As in evaluate.py."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and forward."""
     batch_size: int = 64
-    """Rows of HFLM's batches."""
+    """Rows per batch of HFLM."""
     device: str = "auto"
     """Torch device; "auto" takes the GPU if there is one."""
 

@@ -36,7 +36,7 @@ class Args:
     length: int = 512
     """Tokens of a sequence; where it is varied, a step has as many tokens as --rows sequences of this length."""
     rows: int = 32
-    """Sequences a step."""
+    """Sequences per step."""
     out: str = "results/bench/linear"
     """Where <device>.json and <device>.png go."""
 
@@ -48,7 +48,7 @@ def examples(rows: int, length: int) -> list[common.Example]:
 
 
 def speed(work: Path, rows: int, length: int, micro_tokens: int, device) -> dict:
-    """Tokens a second of a step of a model of its own, and the most memory that the process had reserved for it."""
+    """Tokens per second of a training step of a fresh model, and the most memory that the process reserved for it."""
     cuda, data, taken = device.type == "cuda", examples(rows, length), []
     gc.collect()  # the model before
     if cuda:

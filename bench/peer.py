@@ -1,9 +1,10 @@
-"""One case of TRL 1.16, in a process of its own: prints lines "RESULT {…}", a better founded one after each step.
+"""One case of TRL 1.16, in a process of its own: prints a line "RESULT {…}" after each step, each from more steps.
 
     python bench/peer.py WORKLOAD WORK SETTINGS STEPS WARM COMPLETION_TOKENS        (train.py calls it)
 
-WORK is what workload.make wrote; SETTINGS a JSON object of fields of the trainer's config, over the defaults of TRL. What is
-given to every case: 16 rows per step, bfloat16, LoRA r = 16 on all linear layers without dropout, no saving and no reports.
+WORK is what workload.make wrote; SETTINGS is a JSON object of fields of the trainer's config that override TRL's
+defaults. Every case has 16 rows per step, bfloat16, LoRA r = 16 on all linear layers without dropout, no saving and no
+reports.
 """
 import json
 import sys

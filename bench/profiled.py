@@ -34,10 +34,10 @@ def report(trace, wall: float, plain: float) -> None:
     kinds = Counter()
     for name, ms in spent.items():
         kinds[next(kind for kind, words in KINDS if any(w in name.lower() for w in words))] += ms
-    print(f"-- profile of {STEPS} steps: {plain * 1e3:.1f} ms a step unwatched, {wall * 1e3:.1f} ms watched; kernels "
-          f"{spent.total():.1f} ms a step, {count.total() / STEPS:.0f} of them")
+    print(f"-- profile of {STEPS} steps: {plain * 1e3:.1f} ms per step unwatched, {wall * 1e3:.1f} ms watched; kernels "
+          f"{spent.total():.1f} ms per step, {count.total() / STEPS:.0f} of them")
     print("   " + ", ".join(f"{kind} {ms:.1f} ms" for kind, ms in kinds.most_common()))
-    print(f"{'ms a step':>10} {'calls':>8} {'us each':>9}  kernel")
+    print(f"{'ms/step':>10} {'calls':>8} {'us each':>9}  kernel")
     for name, ms in spent.most_common(45):
         print(f"{ms:10.2f} {count[name] / STEPS:8.1f} {ms * 1e3 * STEPS / count[name]:9.1f}  {name[:150]}")
     if gpu:
@@ -45,7 +45,7 @@ def report(trace, wall: float, plain: float) -> None:
 
 
 def waits(trace) -> None:
-    """Where no kernel runs: how long in all by how long at a time, and after and before which kernels it is longest."""
+    """Print where no kernel runs: total time by length of gap, and the kernels before and after the longest gaps."""
     ran = sorted((e.time_range.start, e.time_range.end, e.name) for e in trace.events()
                  if e.device_type == torch.autograd.DeviceType.CUDA)
     longest, spent, at = Counter(), Counter(), ran[0]
@@ -55,7 +55,7 @@ def waits(trace) -> None:
             if gap >= 20:
                 longest[at[2][:60], name[:60]] += gap / STEPS / 1e3
         at = max(at, (start, end, name), key=lambda k: k[1])
-    print("waits, ms a step: " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in spent.most_common()))
+    print("waits, ms per step: " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in spent.most_common()))
     for (before, after), ms in longest.most_common(25):
         print(f"{ms:10.2f}  {before}  ->  {after}")
 

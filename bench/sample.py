@@ -7,9 +7,9 @@
 
 The shape is Qwen2.5-0.5B's in bfloat16; every row samples --tokens tokens at temperature 1 after one of --prompts random
 prompts of --prompt-tokens to twice as many tokens, and no EOS ends it early. A case is run twice: the first includes
-compiling and capturing (its surplus is setup_s), the second is timed, prompts included. One JSON line a case.
+compiling and capturing (its surplus is setup_s), the second is timed, prompts included. One JSON line per case.
 
-Seen on one H100 (torch 2.11): 64 rows 37,693 tokens/s, 1.70 ms a step (356 kernels), 10.3 times transformers' generate and
+On one H100 (torch 2.11): 64 rows 37,693 tokens/s, 1.70 ms per step (356 kernels), 10.3 times transformers' generate and
 2.8 times its static cache in the same call; 256 rows 108,379 tokens/s, 2.36 ms, 7.9 and 4.5 times; 9 s of compiling and
 capturing, 1.8 and 2.6 GiB of tensors. Floor of a step: 1 GB of weights at 3 TB/s, 0.33 ms.
 """

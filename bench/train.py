@@ -1,4 +1,4 @@
-"""Tokens per second of training: the scripts themselves against TRL 1.16, the same random model, text and rows per step.
+"""Tokens per second of training: the scripts against TRL 1.16 on the same random model, text and rows per step.
 
     python bench/train.py                                  # all workloads and systems, on a GPU
     python bench/train.py --only sft-bf16 dpo --system rungs --profile
@@ -7,21 +7,22 @@
     python bench/train.py --shape tiny --seconds 60        # a trial without a GPU
 
 Ours is what a user runs: `python sft.py …` with its default flags, on generated data; speed is read from its log.jsonl. TRL
-runs once with its defaults, and with each of some faster settings (peer.py), of which the fastest counts. A process for
-each case; its first --warm steps (compiling, recording of most sizes) don't count. 16 rows per step (pairs for dpo and
-reward), LoRA r = 16 on all linear layers; grpo and ppo: 64 completions of 256 tokens an update, from 8 prompts or 64. Tokens
-are those of the text (both answers of a pair; of sampling and its updates the completions'), never padding or mismatched
-pairs. peak_gib: the most memory that the process had reserved. command_to_first_step_s: from the call of the script to the
-end of its first step, imports and compiling included.
+runs once with its defaults, and with each of some faster settings (peer.py), of which the fastest counts. Each case
+has its own process; its first --warm steps (compiling, recording of most sizes) don't count. 16 rows per step (pairs
+for dpo and reward), LoRA r = 16 on all linear layers; grpo and ppo: 64 completions of 256 tokens per update, from 8 or
+64 prompts. Tokens are those of the text (both answers of a pair; for sampling and its updates only the
+completions), never padding or mismatched pairs. peak_gib: the most memory that the process had reserved.
+command_to_first_step_s: from the call of the script to the end of its first step, imports and compiling included.
 
 mfu: FLOPs that the mathematics needs (common.model_flops; frozen base, nothing recomputed, the prompt of a pair or a group
-once) a second, over the GPU's dense bfloat16 peak. By workload, in passes over its sequences: sft, reward (no LM head) one
-with backward; dpo one more forward (reference); kto three more (reference, and two over mismatched pairs); grpo-step
-sampling, reference, one with backward; ppo-step sampling, old, reference and four epochs, and of scorer and critic (no LM
-head) scores, old values and four epochs.
+once) per second, over the GPU's dense bfloat16 peak. By workload, in passes over its sequences: sft, reward (no LM
+head) one with backward; dpo one more forward (reference); kto three more (reference, and two over mismatched pairs);
+grpo-step sampling, reference, one with backward; ppo-step sampling, old, reference and four epochs, and for scorer and
+critic (no LM head) scores, old values and four epochs.
 
-Results go to --out, results/bench/<device>.json: a case that is run again replaces its former self, one that fails is kept
-with its error. README.md beside it has the tables of all such files; `--only` with no workload only writes that.
+Results go to --out, results/bench/<device>.json: a case that is run again replaces its earlier result, one that fails
+is kept with its error. README.md beside it has the tables of all such files; `--only` with no workload only writes
+those tables.
 """
 import dataclasses
 import functools
@@ -49,29 +50,29 @@ from peer import SETTINGS
 HERE = Path(__file__).parent
 WORKLOADS = ("sft-bf16", "sft-nf4", "dpo", "reward", "kto", "grpo-step", "ppo-step", "sample")
 SYSTEMS = ("rungs", "trl-default", "trl-best", "transformers-generate")
-ROWS, PROMPTS, GROUP = 16, 8, 8  # rows a step; prompts of an update, answers to each
+ROWS, PROMPTS, GROUP = 16, 8, 8  # rows per step; prompts per update, answers per prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     only: tuple[Literal[WORKLOADS], ...] = WORKLOADS
-    """Workloads."""
+    """Workloads to run."""
     system: tuple[Literal[SYSTEMS], ...] = SYSTEMS
-    """Who runs them; transformers-generate only samples."""
+    """Systems that run them; transformers-generate only samples."""
     steps: int = 200
-    """Optimizer steps of a training case; of grpo and ppo a tenth as many updates."""
+    """Optimizer steps of a training case; grpo and ppo run a tenth as many updates."""
     warm: int = 50
-    """First steps that don't count; of grpo and ppo a tenth, at least one."""
+    """First steps that don't count; for grpo and ppo a tenth of this, at least one."""
     peer_steps: int = 25
-    """The same of TRL's cases, which record nothing; of its GRPO a fifth, at least three more than don't count."""
+    """Steps of TRL's cases, which record nothing; for its GRPO a fifth, at least three more than don't count."""
     peer_warm: int = 5
-    """First steps of TRL's cases that don't count; of its GRPO a fifth, at least one."""
+    """First steps of TRL's cases that don't count; for its GRPO a fifth of this, at least one."""
     seconds: int = 300
     """Time budget of a case, start-up and compiling included; what was measured by then counts."""
     at_once: int = 1
-    """Cases at a time, each on a GPU of its own of one host."""
+    """Cases that run at the same time, each on its own GPU of one host."""
     gpus: int = 1
-    """GPUs of ours, by torchrun, for the same update; with more than one the system is called rungs-x2, -x3, …"""
+    """GPUs of our scripts, by torchrun, for the same update; with more than one the system is named rungs-x2, -x3, …"""
     shape: Literal["qwen2.5-0.5b", "tiny"] = "qwen2.5-0.5b"
     """Shape of the random model."""
     flags: str = ""
@@ -109,20 +110,20 @@ def script(case: str, work: Path, steps: int, completion_tokens: int) -> tuple[s
 
 
 class Gpus:
-    """Those that this process sees, one for each case that is running."""
+    """The GPUs that this process sees, one for each case that is running."""
     free: queue.Queue = queue.Queue()  # values of CUDA_VISIBLE_DEVICES
     mine = threading.local()
 
     @classmethod
     def share(cls, at_once: int, each: int) -> None:
-        """For `at_once` cases at a time, with so many GPUs each: a library that sees more would use them."""
+        """Divide the GPUs among `at_once` cases, `each` GPUs per case: a library that sees more would use them."""
         seen = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
         for i in range(at_once):
             cls.free.put(",".join(seen[i * each:(i + 1) * each]))
 
     @classmethod
     def take(cls, function: Callable) -> Any:
-        """function(), whose processes see a free GPU."""
+        """Call function() with a free GPU as the only one that its processes see."""
         gpu = cls.free.get()
         cls.mine.environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
         try:
@@ -268,7 +269,7 @@ def settings_of(case: dict) -> str:
 
 
 def table(cases: list[dict]) -> str:
-    """Markdown: one line per case, beside it how many times its speed is that of rungs on one GPU; notes below."""
+    """Markdown: one line per case, with the ratio of the speed of rungs on one GPU to its own; notes below."""
     def cell(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
     ours = {c["workload"]: c["tokens_per_s"] for c in cases if c["system"] == "rungs" and c.get("tokens_per_s")}
@@ -295,7 +296,7 @@ def write_tables(out: Path) -> None:
 
 
 def best_of(cases: list[dict]) -> list[dict]:
-    """Of TRL's cases of one workload with several settings the fastest, with all that were tried."""
+    """The fastest of TRL's cases of one workload with several settings, with all that were tried."""
     found = {}
     for c in cases:
         found.setdefault((c["workload"], c["system"]), []).append(c)
@@ -304,7 +305,7 @@ def best_of(cases: list[dict]) -> list[dict]:
 
 
 def merge(path: Path, new: list[dict], device: str) -> list[dict]:
-    """Write the cases among those that the file has; a case that was run again takes the place of its former self."""
+    """Write the cases among those that the file has; a case that was run again replaces its earlier result."""
     def order(case: dict) -> tuple:
         return WORKLOADS.index(case["workload"]), case["system"] not in SYSTEMS, SYSTEMS.index(case["system"].split("-x")[0])
     again = {(c["workload"], c["system"]) for c in new}

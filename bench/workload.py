@@ -1,7 +1,7 @@
-"""What every case of the benchmark works on: a random model, a tokenizer and text of real-like lengths, made on the spot.
+"""Inputs of every case of the benchmark: a random model, a tokenizer and text of real-like lengths, made on the spot.
 
-One model directory in a real model's shape, one word a token, lengths log-normal; nothing comes from a hub, and every
-system reads the same files. Random weights cost what trained ones cost; only sampling never meets an EOS.
+One model directory in a real model's shape, one word per token, lengths log-normal; nothing comes from a hub, and every
+system reads the same files. Random weights cost as much time as trained ones, except that sampling never meets an EOS.
 """
 import json
 import random

@@ -1,14 +1,14 @@
-"""The fast engine: the same log-probabilities, gradients and samples as the plain engine in common.py, sooner.
+"""The fast engine: the same log-probabilities, gradients and samples as the plain engine in common.py, in less time.
 
 Nothing here changes what is computed. common.py's plain engine is the specification; the tests hold this one to it
 (log-probs, gradients and sampled tokens at 1e-5 in fp32), and every script runs without this folder, more slowly. The
 scripts never import it, and it never imports common.py: what both engines need comes in as an argument.
 
-Why it is fast, in the order in which to read:
+Why it is fast, in reading order:
 
   packing.py    Sequences are laid end to end, not each padded to the longest: one forward for a whole micro-batch.
-                (Recorded passes pad a pack's end a little: graphs.py.) What they begin with alike (a pair's prompt, a
-                group's prompt, few-shot examples) is computed once.
+                (Recorded passes pad a pack's end a little: graphs.py.) A prefix that sequences share (a pair's
+                prompt, a group's prompt, few-shot examples) is computed once.
   attention.py  Causal attention inside each packed sequence, never across: one variable-length kernel on CUDA.
   decoder.py    The decoder layers of llama, qwen2 and qwen3 written out for packs, with LoRA and NF4: three
                 projections of one input are one matrix product, elementwise steps are compiled together; in
@@ -20,10 +20,10 @@ Why it is fast, in the order in which to read:
                 can be reused.
   sampler.py    Decoding with a cache that stays allocated, one recorded graph per step; rows that have ended leave the
                 batch.
-  kernels.py    What stands between the matrix products of a decoding step, in Triton: used with RUNGS_KERNELS=1.
+  kernels.py    The operations between the matrix products of a decoding step, in Triton; used with RUNGS_KERNELS=1.
 
 On a CPU the same code runs without compilation and recording. On CUDA, RUNGS_COMPILE=0 in the environment turns both
-off for passes over packs, which short runs want; the sampler always records its step, and compiles it unless
+off for passes over packs, which suits short runs; the sampler always records its step, and compiles it unless
 common.Sampler was given short=True.
 """
 from fast.decoder import dequantized

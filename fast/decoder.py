@@ -62,7 +62,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """A linear layer's weight; an NF4 one in its compute dtype."""
+    """A linear layer's weight; an NF4 weight is dequantised to its compute dtype."""
     if getattr(weight, "quant_state", None) is None:
         return weight
     import bitsandbytes.functional
@@ -80,8 +80,8 @@ def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
 
 
 def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
-    """The weights of frozen linear layers of one input, stacked [Σ out, in]. Unquantised ones become views of one
-    tensor, once."""
+    """The weights of frozen linear layers with one input, stacked [Σ out, in]. The first call turns unquantised ones
+    into views of one tensor."""
     if len(modules) == 1:
         return dequantized(modules[0].weight).to(dtype)
     first, parts = modules[0].weight, [m.weight for m in modules]
@@ -102,8 +102,8 @@ def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
 class AdaptedLinear(torch.autograd.Function):
     """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ of frozen linear layers with one input, x [T, in] -> y [T, out]; A, B trained.
 
-    Written out, because of what autograd would do: keep W for the backward (an NF4 one is dequantised there again),
-    cast x to the factors' fp32 and back, and hold each low-rank term before it is added.
+    Written out, because autograd would keep W for the backward (here an NF4 weight is dequantised again), cast x to the
+    factors' fp32 and back, and hold each low-rank term before it is added.
     """
 
     @staticmethod
@@ -140,7 +140,7 @@ class AdaptedLinear(torch.autograd.Function):
 
 
 def adapted(x: Tensor, *modules: nn.Module) -> Tensor:
-    """Linear layers of one input (plain, NF4, with or without LoRA) as one product: [T, in] -> [T, Σ out]."""
+    """Linear layers with one input (plain, NF4, with or without LoRA) as one product: [T, in] -> [T, Σ out]."""
     terms, factors, at = [], [], 0
     for m in modules:
         end = at + m.out_features

@@ -25,14 +25,13 @@ RECORDING_COST = 8e12  # weights times tokens of a pass that takes as long as re
 
 def compile_layers(base: nn.Module) -> None:
     """From now on, elementwise steps are compiled (a few small graphs, for packs of any size and for all layers) and
-    passes over
-    packs are recorded (CUDA). With RUNGS_COMPILE=0 in the environment neither is."""
+    passes over packs are recorded (CUDA). With RUNGS_COMPILE=0 in the environment, neither happens."""
     if os.environ.get("RUNGS_COMPILE", "1") != "0":
         base.__dict__["recordings"] = Recordings(base)
 
 
 def is_compiled(base: nn.Module) -> bool:
-    """Does compile_layers apply to it?"""
+    """Whether compile_layers has taken effect on this model."""
     return "recordings" in base.__dict__
 
 
@@ -124,9 +123,8 @@ class RecordedPass:
 
     @torch.enable_grad()
     def __init__(self, base: nn.Module, static: Pack, flat: Tensor | None, gradient: Tensor | None, first: bool):
-        """flat: the trained parameters, if they take part; gradient: where their gradient is written; first: the first
-        pass of
-        this kind, which compiles and stacks weights before anything is captured."""
+        """flat: the trained parameters, if they take part; gradient: where their gradient is written; first: this is
+        the first pass of its kind, which compiles and stacks weights before anything is captured."""
         self.static, self.gradient = static, gradient
         stream, learns = Recordings.stream, flat is not None
         parts = {} if flat is None else {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
@@ -203,7 +201,7 @@ class Recordings:
     """The recorded passes of a model, by size and by the adapters that take part in them."""
     pool = stream = None       # memory of all graphs: one pass at a time, forward and backward, needs it
     held = 0                   # its bytes
-    alive = weakref.WeakSet()  # a pool ends with its last graph
+    alive = weakref.WeakSet()  # a pool is freed with its last graph
     pending = lambda: None     # the sentinel of the pass whose backward is still to come
 
     def __init__(self, base: nn.Module):
@@ -213,10 +211,10 @@ class Recordings:
         self.worth = RECORDING_COST / max(1, sum(p.numel() for p in base.parameters()))  # tokens
 
     def size_for(self, pack: Pack) -> GraphSize:
-        """The smallest recorded size that holds a pack; its own when the padding so far has cost more than recording
-        it would.
-        All passes over a pack have the same, so that they are rounded alike. In torch's deterministic mode always its
-        own, since a run that continues hasn't recorded what the uninterrupted one has."""
+        """The smallest recorded size that holds a pack; the pack's own size when padding so far has cost more than
+        recording it would. All passes over a pack use the same size, so that they are rounded alike. In torch's
+        deterministic mode it is always the pack's own, since a resumed run hasn't recorded the same sizes as an
+        uninterrupted one."""
         if pack.graph_size is None:
             own = GraphSize.of(pack)
             recorded = () if torch.are_deterministic_algorithms_enabled() else self.sizes

@@ -1,4 +1,4 @@
-"""Triton kernels of one decoding step: what stands between a layer's matrix products, each part as one kernel.
+"""Triton kernels of one decoding step: the operations between a layer's matrix products, one kernel for each gap.
 
 A step of B rows (one token each) reads every weight once: its matrix products are short, and the small kernels between
 them take as long as they do. Per layer there are three here:
@@ -7,8 +7,8 @@ them take as long as they do. Per layer there are three here:
   attend     rotary positions, cache write and attention       between the q/k/v and the output product
   swiglu     silu(gate) · up                                   between the gate/up and the down product
 
-A fourth, `product` (RUNGS_KERNELS=2), is for the products with few outputs (q/k/v, output, down). It shares out their
-inputs among programs and leaves the sum over these to the kernel that reads the product.
+A fourth, `product` (RUNGS_KERNELS=2), is for the products with few outputs (q/k/v, output, down). It splits their
+inputs among programs and leaves the sum over programs to the kernel that reads the product.
 
 An adapter's low-rank term costs no kernel: the product before computes [x Wᵀ | x Aᵀ] (sampler.Projection), and the
 kernel that reads its result adds (x Aᵀ) Bᵀ. Sums are fp32; results are rounded to the model's type where the torch path
@@ -26,11 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-RANK_STEP = 16            # a rank is a multiple of it; so many products are unrolled
+RANK_STEP = 16            # ranks are multiples of it; this many products are unrolled
 ATTEND_BLOCK = 64         # keys per iteration
 ATTEND_WARPS = 4
-ATTEND_STAGES = 3         # iterations whose keys and values are on their way
-KEYS_PER_SPLIT = 256      # with few rows the keys of a row are shared out among programs, at least so many each
+ATTEND_STAGES = 3         # iterations whose keys and values are being loaded
+KEYS_PER_SPLIT = 256      # with few rows the keys of a row are split among programs, at least this many each
 SWIGLU_TILE = (16, 64)    # rows and columns of one program
 PRODUCT_COLUMNS = 32      # columns of one program of a product
 PRODUCT_STEP = 64         # inputs per iteration
@@ -44,7 +44,7 @@ def unsupported(config) -> str | None:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; an H100's under the interpreter."""
+    """Number of multiprocessors of a GPU; that of an H100 under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -75,7 +75,7 @@ def product_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, rows, columns, share, K: tl.co
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias as [P, B, out] in fp32, to be summed over P by the kernel that reads it.
 
-    With few rows and few outputs a product has too few tiles for a GPU; here the inputs are shared out as well, into P
+    With few rows and few outputs a product has too few tiles for a GPU; here the inputs are split as well, into P
     parts, so that there is about one tile per multiprocessor. x [B, in], weight [out, in], bias [out] or None.
     """
     (rows, inputs), columns = x.shape, len(weight)

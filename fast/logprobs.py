@@ -8,7 +8,7 @@ from fast.decoder import compiled
 from fast.graphs import hidden_states, is_compiled
 from fast.packing import Pack
 
-HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time, at most; common.py has its own
+HEAD_CHUNK = 1024  # maximum number of predicted tokens whose logits exist at one time; common.py has its own
 
 
 class KnownSlope(torch.autograd.Function):
@@ -44,11 +44,11 @@ def of_targets(logits: Tensor, targets: Tensor, temperature: float, extras: Sequ
 
 
 def token_logprobs(base: nn.Module, pack: Pack, temperature: float = 1.0, extras: Sequence[str] = ()):
-    """log softmax(logits / temperature)[target] of a pack's predicted tokens, [K] in fp32; what common.token_logprobs
-    says.
+    """log softmax(logits / temperature)[target] of a pack's predicted tokens, [K] in fp32; see
+    common.token_logprobs.
 
     The LM head is frozen, so a token's gradient with respect to its hidden state, (w_t − Σ_v p_v w_v) / temperature,
-    is taken while its logits are there, and the backward only has to scale it: nothing of [C, V] is kept, and nothing
+    is taken while its logits exist, and the backward only has to scale it: no [C, V] tensor is kept, and nothing is
     computed again.
     """
     hidden = hidden_states(base, pack)[pack.predict]

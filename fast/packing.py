@@ -1,4 +1,4 @@
-"""Packs: sequences laid end to end in one forward, with what they begin with alike computed once."""
+"""Packs: sequences laid end to end in one forward, in which a prefix that they share is computed once."""
 from __future__ import annotations
 
 import dataclasses
@@ -23,8 +23,8 @@ Example = Any
 class Pack:
     """Sequences laid end to end: one forward, no padding between them.
 
-    With `keys`, tokens that sequences begin with alike are stored once: a sequence's stored tokens are those after
-    what it has in common with the sequence before it, and its other tokens are where the earlier sequences put them.
+    With `keys`, a prefix that sequences share is stored once: a sequence's stored tokens are those after the prefix
+    that it shares with the sequence before it, and the prefix is where the earlier sequences stored it.
     """
     input_ids: Tensor      # [1, T]
     position_ids: Tensor   # [1, T], from 0 in each sequence
@@ -79,9 +79,9 @@ class Pack:
 def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="cpu", share: bool = True) -> list[Pack]:
     """Packs of at most `micro_tokens` tokens; each example is in exactly one of them.
 
-    `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. share: what examples (of one
-    unit, if it has several) begin with alike is computed once per pack, where that saves enough; log-probabilities,
-    scores and gradients stay the same.
+    `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. share: a prefix that examples
+    (of one unit, if it has several) have in common is computed once per pack, where that saves enough;
+    log-probabilities, scores and gradients stay the same.
     """
     bins = []
     if share:
@@ -128,7 +128,7 @@ def sorted_fit(examples: Sequence[Example], micro_tokens: int) -> list[list[tupl
     """Bins filled one after the other with the examples in the order of their ids, about equally full.
 
     Returns for each bin [(example, tokens it shares with the example before it)]. In that order an example shares more
-    with its neighbours than with any other, so that a pack holds every beginning once: a few-shot prompt of many
+    with its neighbours than with any other, so that a pack holds every common prefix once: a few-shot prompt of many
     questions, and inside it a question of many answers.
     """
     ids = [np.array(e.ids, dtype=">u4") for e in examples]  # big-endian: bytes sort as the numbers do
@@ -154,14 +154,14 @@ def sorted_fit(examples: Sequence[Example], micro_tokens: int) -> list[list[tupl
 
 
 def shared_length(a: np.ndarray, b: np.ndarray) -> int:
-    """How many numbers a and b begin with alike."""
+    """Length of the common prefix of a and b."""
     n = min(len(a), len(b))
     unequal = a[:n] != b[:n]
     return int(unequal.argmax()) if unequal.any() else n
 
 
 def shared_in_units(sequences: Sequence[Sequence[int]], unit: int) -> list[int]:
-    """For each sequence: how many numbers it begins with alike with the one before it; 0 for the first of each unit."""
+    """For each sequence, the length of its common prefix with the one before it; 0 for the first of each unit."""
     arrays = [as_array(s) for s in sequences]
     return [shared_length(arrays[i - 1], arrays[i]) if i % unit else 0 for i in range(len(arrays))]
 

@@ -1,5 +1,5 @@
-"""Decoding of many rows: plain weights with the adapter's factors beside them, a cache that stays, one recorded graph
-per step."""
+"""Decoding of many rows: plain weights with the adapter's factors beside them, a cache that stays allocated, one
+recorded graph per step."""
 from __future__ import annotations
 
 import functools
@@ -121,20 +121,20 @@ class Beginning(NamedTuple):
 class Decoder:
     """Token by token decoding for common.Sampler: the same interface as common.PlainDecoder.
 
-    What samples is the policy that is trained: `refresh` fuses each layer's q/k/v and gate/up weights and puts the
+    It samples from the policy that is trained: `refresh` fuses each layer's q/k/v and gate/up weights and puts the
     factors of the active adapter beside them, cast as the trainer's forward casts them. They are never merged: a merge
     into bfloat16 rounds most of a small update away. choose: the rule that picks a token, common.choose; note: prints
-    a line. compile: fuse the elementwise parts (CUDA), which takes seconds that a short job doesn't win back.
+    a line. compile: fuse the elementwise parts (CUDA), which takes seconds that a short job doesn't recover.
     """
-    READBACK = 16            # steps between two looks at what was sampled
+    READBACK = 16            # steps between two readbacks of the sampled tokens
     LENGTH_BUCKET = 128      # lengths of the cache and of attention are multiples of it
-    PREFILL_TOKENS = 8192    # of prompts in one forward
+    PREFILL_TOKENS = 8192    # prompt tokens per forward
     RANK_STEP = 16           # ranks are padded to multiples of it
 
     def __init__(self, base: nn.Module, choose: Callable, note: Callable[[str], Any], compile: bool = True):
         self.choose, self.note, self.noted = choose, note, False
         self.weights: dict[str, Tensor] = {}  # the fused weights
-        self.addresses: list = []             # of all that graphs read
+        self.addresses: list = []             # of all tensors that graphs read
         self.release()
         self.refresh(base)
         self.compile = compile and self.device.type == "cuda"
@@ -143,7 +143,7 @@ class Decoder:
         """Give the cache and the graphs back; the next `begin` makes new ones."""
         self.cache: list[Tensor] = []       # per layer: [slots, 2, kv, d]
         self.graphs: dict[tuple, Any] = {}  # (rows, length, stride, kind)
-        self.rows = 0                       # that the buffers of a step hold
+        self.rows = 0                       # rows that the buffers of a step hold
 
     # -- weights
 
@@ -151,7 +151,7 @@ class Decoder:
     def refresh(self, base: nn.Module) -> None:
         """Take over the policy's weights as they are now, in place: captured graphs stay valid.
 
-        What no adapter touches (embeddings, norms, LM head) is shared with it.
+        Tensors that no adapter touches (embeddings, norms, LM head) are shared with the model.
         """
         self.config, body = base.config, base.base_model
         self.embedding, self.head = body.embed_tokens.weight, base.get_output_embeddings()
@@ -180,8 +180,8 @@ class Decoder:
         self.kernels = self._choose_kernels()
 
     def _choose_kernels(self):
-        """fast.kernels where RUNGS_KERNELS asks for them (1, or 2: also for products with few outputs), there is Triton
-        and they serve this model; else None."""
+        """fast.kernels if RUNGS_KERNELS asks for them (1, or 2: also for products with few outputs), Triton is
+        installed and they serve this model; else None."""
         level = os.environ.get("RUNGS_KERNELS", "0")
         wanted, self.own_products = level in ("1", "2"), level == "2"
         runs = self.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -218,7 +218,7 @@ class Decoder:
         return Projection(weight, bias, b)
 
     def _store(self, name: str, parts: Sequence[Tensor]) -> Tensor:
-        """The parts end to end, in the memory that this name has had from the first time."""
+        """Concatenate the parts, into the memory that the first call for this name allocated."""
         if name in self.weights:
             return torch.cat(tuple(parts), out=self.weights[name])
         return self.weights.setdefault(name, torch.cat(tuple(parts)))
@@ -283,8 +283,8 @@ class Decoder:
     @torch.no_grad()
     def begin(self, prompts: dict[int, Sequence[int]], keys: dict[int, int], longest: int, temperature: float,
               top_p: float, seed: int) -> None:
-        """Start a batch: fill the cache with its prompts. keys: what keys the noise of each; longest: tokens of a
-        whole row."""
+        """Start a batch: fill the cache with its prompts. keys: the key of each prompt's noise; longest: maximum
+        tokens of a row, prompt and completion."""
         rows, self.stride = len(prompts), round_up(longest, self.LENGTH_BUCKET)
         self._reserve(self._bucket(rows), self.stride)
         self.temperature.fill_(temperature or 1.0)
@@ -318,7 +318,7 @@ class Decoder:
         return {i: (tokens[row], logprobs[row]) for i, row in self.row_of.items()}
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Fill the cache with each prompt but its last token, which the first step feeds. What prompts begin with alike
+        """Fill the cache with each prompt but its last token, which the first step feeds. A prefix that prompts share
         is computed once."""
         groups: dict[tuple, list[int]] = {}
         for row, p in enumerate(prompts):
@@ -383,7 +383,7 @@ class Decoder:
             h = self._layers(fused, *fused(decode_places)(*fed, self.first_slot[:size], self.cos, self.sin), stride)
         logits = self.head(h)
         noise = (None, None, None) if kind == "greedy" else (self.seed, self.key[:size], self.position)
-        # a sort, which nucleus sampling takes, is not fused anyway
+        # nucleus sampling needs a sort, which isn't fused anyway
         pick, top_p = (self.choose, self.top_p) if kind == "nucleus" else (fused(self.choose), None)
         token, logprob = pick(logits, self.temperature, *noise, top_p)
         at = (self.position % self.READBACK)[None]
@@ -403,7 +403,7 @@ class Decoder:
         return end(x, update, self.norm)
 
     def _layers_by_kernels(self, x: Tensor, at: Tensor, stride: int, length: int) -> Tensor:
-        """The same by fast/kernels.py; at: each row's new position [B]."""
+        """As _layers, by fast/kernels.py; at: each row's new position [B]."""
         kernels, update, b = self.kernels, torch.zeros_like(x), None
         product = kernels.product if self.own_products and len(x) <= 128 else F.linear
         for w, cache in zip(self.layers, self.cache):

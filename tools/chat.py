@@ -95,7 +95,7 @@ class Speaker:
 
     def answer(self, text: str, turn: int, args: Args, show: Callable[[str], Any]) -> str:
         """Answer a turn of the user; show(answer so far) is called as it grows. Returns how it ended: "eos", "length"
-        (--max-new-tokens), "full" (no positions are left for more of it, or for any), or "cut" by Ctrl-C."""
+        (--max-new-tokens), "full" (no positions are left to go on or to begin), or "cut" by Ctrl-C."""
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt, ids = chat.render_prompt(self.tokenizer, asked, "the conversation"), []
         room = min(args.max_new_tokens, self.positions - len(prompt))
@@ -147,7 +147,7 @@ def narrower(console: Console) -> int:
 
 
 class End:
-    """The last lines of a renderable, as many as the terminal has: what grows stays in view, and nothing scrolls."""
+    """The last lines of a renderable, up to the terminal's height: growing text stays in view, and nothing scrolls."""
 
     def __init__(self, whole: Table | Text):
         self.whole = whole
@@ -160,8 +160,8 @@ class End:
 
 
 def show_columns(console: Console, speakers: list[Speaker], text: str, turn: int, args: Args) -> None:
-    """The answers side by side, one growing after the other; what is too tall for the terminal is printed whole at
-    the end. One policy's alone has no frame."""
+    """The answers side by side, one growing after the other; answers too tall for the terminal are printed whole
+    at the end. With one policy there is no frame."""
     shown = {speaker.name: "" for speaker in speakers}
 
     def columns() -> Table | Text:

@@ -5,7 +5,7 @@
     python tools/merge.py runs/dpo_v1 merged/dpo_v1                     # a run, or any plain PEFT LoRA adapter
     python tools/merge.py runs/dpo_v1 merged/dpo_v1 --dtype float32     # nothing is rounded beyond fp32
 
-Beside small updates bfloat16 is coarse: what the rounding takes away is printed as a share of the adapter's own update.
+bfloat16 is coarse for small updates: the rounding error is printed as a share of the adapter's own update.
 Serve the adapter itself (PEFT, vLLM with LoRA) where that share matters. Other tools read the directory as any model:
 
     vllm serve merged/dpo_v1

@@ -4,7 +4,7 @@
 
 Arguments: the number of GPUs, the commands that may share one, the command. The command sees one GPU
 (CUDA_VISIBLE_DEVICES) and takes this process's place; the lock file that reserves its GPU is released when it ends,
-however it ends. GPUs that CUDA_VISIBLE_DEVICES names already are the ones that are counted.
+however it ends. If CUDA_VISIBLE_DEVICES is set already, only the GPUs that it names are counted.
 """
 import fcntl
 import os

@@ -2,8 +2,8 @@
 
     python tools/push.py runs/dpo_v1 NAMESPACE/NAME
 
-What a training script's --push-to-hub does at its end. Done again after evaluate.py, the card has the row's scores,
-with their intervals. A repository that isn't there yet is created private.
+A training script's --push-to-hub does the same at its end. Run this again after evaluate.py, and the card has the
+row's scores, with their intervals. A repository that isn't there yet is created private.
 """
 import sys
 from dataclasses import dataclass

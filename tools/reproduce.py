@@ -38,7 +38,7 @@ class Args:
     out: str = "runs/reproduced"
     """The rerun goes to <out>/<name>."""
     results: str = "results/reproduced"
-    """Where <name>-<config_hash>.json goes, what was compared."""
+    """Directory for <name>-<config_hash>.json, the result of the comparison."""
 
 
 def flags(old: dict, out: Path) -> list[str]:
@@ -59,7 +59,7 @@ def flags(old: dict, out: Path) -> list[str]:
 
 
 def check_inputs(old: dict, where: Path) -> None:
-    """The adapters of the lineage are the ones of then. What else is missing, the script itself says."""
+    """Fail unless the lineage's adapters are those of the first run. The script itself reports other missing inputs."""
     links = {"parent": old.get("parent"), **(old.get("scorers") or {})}
     for flag, name in PARENTS.items():
         given, link = old["args"].get(flag), links.get(name)
@@ -73,7 +73,7 @@ def check_inputs(old: dict, where: Path) -> None:
 
 
 def rerun(old: dict, out: Path) -> None:
-    """The script as a process of its own, ended as soon as it turns out to be another configuration."""
+    """Run the script as a process of its own, and end it as soon as its configuration turns out to differ."""
     command = [sys.executable, str(REPO / f"{old['method']}.py"), *flags(old, out)]
     common.say(" ".join(["python", Path(command[1]).name, *command[2:]]))
     begun = out / "checkpoint" / "run.json"  # written when the rows are checked, before a model loads
@@ -101,7 +101,7 @@ def config_differences(old: dict, new: dict) -> str:
 
 
 def compared(old: dict, new: dict) -> dict[str, dict]:
-    """{metric: then, now, their difference, and the interval of then, if the run recorded one}."""
+    """{metric: then, now, their difference, and the first run's interval, if it recorded one}."""
     found = {}
     for key, then in old["metrics"].items():
         now = new["metrics"].get(key)

@@ -45,7 +45,7 @@ class Args:
 
 
 def measured(method: str, name: str, metrics: dict, judge: Path, guardrails: dict[str, dict]) -> dict:
-    """Value and 95 % interval of a run's objective, and what its admissibility is decided by."""
+    """Value and 95 % interval of a run's objective, and what decides whether it is admissible."""
     sft, row = guardrails.get("sft_v2", {}), guardrails.get(name, {})
     kl = metrics.get("kl_reference")
     if method == "sft":
