@@ -459,11 +459,25 @@ def check_max_length(model_dir: Path, max_length: int, micro_tokens: int, unit: 
              f"give at least {unit * max_length}")
 
 
+def check_positions(args: Any, model_dir: Path) -> None:
+    """Fail when --prompt-tokens and --completion-tokens together exceed the model's positions."""
+    if args.prompt_tokens + args.completion_tokens > max_positions(model_dir):
+        fail(f"--prompt-tokens {args.prompt_tokens} + --completion-tokens {args.completion_tokens} are beyond "
+             f"the model's {max_positions(model_dir)} positions")
+
+
 def check_positive(args: Any, *names: str) -> None:
     """Fail unless the named fields are above zero."""
     for name in names:
         if not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+
+
+def check_not_negative(args: Any, *names: str) -> None:
+    """Fail unless the named fields are 0 or above, and finite."""
+    for name in names:
+        if not 0 <= getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
 
 
 def check_share(args: Any, *names: str) -> None:
@@ -1349,15 +1363,17 @@ def movement(policy: PeftModel, adapter: str | Path, parent: str | Path | None, 
                "kl_floor": answer_kl(policy, own, policy, alone, temperature).mean().item(),
                "logprob_floor": sum(abs(a - b) for a, b in zip(*sums)) / len(examples), "kl_answers": len(examples),
                "measured_in": measured_in}
-    engine = "fast" if is_fast(policy) else "plain"
+    base = load_model(model_dir, None, "none", dtype, device, "fast" if is_fast(policy) else "plain")
     for name, beside, states in (("kl_evaluated", adapter, own), ("kl_merge", parent, start)):
         if beside is None:
             figures[name] = None
             continue
-        model = attach_adapter(load_model(model_dir, None, "none", dtype, device, engine), beside)
+        model = attach_adapter(base, beside)
         evaluated = answer_states(model, examples, micro_tokens)
         figures[name] = answer_kl(policy, states, model, evaluated, temperature).mean().item()
+        base = detach_adapter(model)
     return figures
+
 
 # ------------------------------------------------------------------------------------------------
 # 7. Sampling

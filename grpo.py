@@ -297,7 +297,7 @@ def main(args: Args) -> None:
     dtype = common.setup_dtype(args.dtype, device)
     parent, adapter, model, model_dir, tokenizer, invariants = inputs.read_start(
         args.sft_adapter, args.model, args.other_base)
-    check_positions(args, model_dir)
+    common.check_positions(args, model_dir)
     engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.prompt_tokens + args.completion_tokens, args.micro_tokens)
     task = load_task(args)
@@ -488,21 +488,12 @@ def check(args: Args) -> None:
     common.check_share(args, "clip_low", "max_dropped")
     common.check_numbers(args)
     common.check_output("--results", args.results)
-    for name in ("beta", "eval_every", "pass_k", "importance_cap"):
-        if not 0 <= getattr(args, name) < math.inf:
-            common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
+    common.check_not_negative(args, "beta", "eval_every", "pass_k", "importance_cap")
     if args.group_size < 2:
         common.fail(f"--group-size {args.group_size}: a group needs 2 answers at least, to compare them")
     if args.batch_size % args.minibatches:
         common.fail(f"--batch-size {args.batch_size} is not a multiple of --minibatches {args.minibatches}; "
                     f"give mini-batches of equal size")
-
-
-def check_positions(args: Args, model_dir) -> None:
-    """Ends the run when a prompt and its answer don't fit into the model's positions."""
-    if args.prompt_tokens + args.completion_tokens > common.max_positions(model_dir):
-        common.fail(f"--prompt-tokens {args.prompt_tokens} + --completion-tokens {args.completion_tokens} are beyond "
-                    f"the model's {common.max_positions(model_dir)} positions")
 
 
 # -- held-out evaluation --------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def main(args: Args) -> None:
         quantization=common.read_adapter(args.reward_adapter, reward=True)["invariants"]["quantization"])
     adapters = {"reward": args.reward_adapter} | ({"watch": args.watch_adapter} if args.watch_adapter else {})
     scorer_runs, scorer_prompts = read_scorers(adapters, invariants, model)
-    check_positions(args, model_dir)
+    common.check_positions(args, model_dir)
     engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.prompt_tokens + args.completion_tokens, args.micro_tokens)
     nf4 = invariants.quantization == "qlora"
@@ -461,19 +461,10 @@ def check(args: Args) -> None:
     common.check_share(args, "gamma", "lam", "max_dropped")
     common.check_numbers(args)
     common.check_output("--results", args.results)
-    for name in ("beta", "kl_target", "normalise", "importance_cap"):
-        if not 0 <= getattr(args, name) < math.inf:
-            common.fail(f"--{name.replace('_', '-')} must be 0 or above, got {getattr(args, name)}")
+    common.check_not_negative(args, "beta", "kl_target", "normalise", "importance_cap")
     if args.batch_size % args.minibatches:
         common.fail(f"--batch-size {args.batch_size} is not a multiple of --minibatches {args.minibatches}; "
                     f"give mini-batches of equal size")
-
-
-def check_positions(args: Args, model_dir) -> None:
-    """Ends the run when a prompt and its completion don't fit into the model's positions."""
-    if args.prompt_tokens + args.completion_tokens > common.max_positions(model_dir):
-        common.fail(f"--prompt-tokens {args.prompt_tokens} + --completion-tokens {args.completion_tokens} are beyond "
-                    f"the model's {common.max_positions(model_dir)} positions")
 
 
 # -- rows to prompts ------------------------------------------------------------------------------
