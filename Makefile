@@ -71,6 +71,7 @@ PART_rm_watch = J
 PART_rm_select = B
 PPO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(PPO_FLAGS))
 GRPO = $(strip $(COMMON) $(call flag,--data,$(GRPO_DATA)) $(GRPO_FLAGS))
+GRPO_BASE = $(GRPO) --sft-adapter none --quantization $(QUANT)
 KTO  = $(strip $(COMMON) $(call flag,--data,$(PREF_DATA)) $(KTO_FLAGS))
 EVAL = $(strip --out $(RESULTS) $(call flag,--model,$(MODEL)) $(call flag,--eval-data,$(EVAL_DATA)) $(call flag,--limit,$(LIMIT)) \
        $(call flag,--tasks,$(EVAL_TASKS)) --quantization $(QUANT) $(EVAL_FLAGS))
@@ -81,7 +82,7 @@ JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))
 # The rows of the table, and the reward models, which have no row: their figures are in $(RESULTS)/rm. rm_watch learns
 # from prompts that no other run sees (part J), watches PPO and judges. A new method needs a name here and a rule.
 POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1 kto_v1
-CONTROLS = sft_2ep sft_chosen grpo_format
+CONTROLS = sft_2ep sft_chosen grpo_format grpo_base
 RUNS     = $(foreach run,$(POLICIES),$(OUT)/$(run)/run.json) $(REWARD_MODELS)/rm_v1/run.json $(REWARD_MODELS)/rm_watch/run.json
 EVALS    = $(foreach p,$(PROTOCOL),$(foreach row,$(if $(filter 1,$(JOBS)),rows,base $(POLICIES)),$(OUT)/.done/$(row)-$(p)))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
@@ -101,7 +102,7 @@ all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row,
 	$(call phase,10,the report)
 	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(STAMPS) | tr ' ' '\n' | sort -u)
 
-controls: ## make all with three more rows: SFT for a second epoch, SFT on the answers that DPO prefers, GRPO paid for the form alone
+controls: ## make all with four more rows: SFT for a second epoch, SFT on the answers that DPO prefers, GRPO paid for the form alone, GRPO without SFT
 	@$(MAKE) --no-print-directory all POLICIES='$(POLICIES) $(CONTROLS)'
 
 # -- a method: one rule. Its parent adapters are its prerequisites. --
@@ -148,6 +149,10 @@ $(OUT)/sft_chosen/run.json: $(OUT)/.flags/sft_chosen $(OUT)/sft_v2/run.json $(wi
 
 $(OUT)/grpo_format/run.json: $(OUT)/.flags/grpo_format $(OUT)/sft_v2/run.json $(wildcard $(GRPO_DATA)) | $(ENV)
 	$(TRAIN) grpo.py $(GRPO) --task gsm8k:format --sft-adapter $(OUT)/sft_v2 --out $(@D) --results $(RESULTS) --overwrite
+	@touch $@
+
+$(OUT)/grpo_base/run.json: $(OUT)/.flags/grpo_base $(BASE) $(wildcard $(GRPO_DATA)) | $(ENV)
+	$(TRAIN) grpo.py $(GRPO_BASE) --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
 # -- evaluation: all rows in one process, or one row per GPU; a row's stamp holds the hashes of its table --
@@ -227,7 +232,7 @@ $(SWEEP)/.judged: $(foreach run,$(SWEPT),$(run)/run.json) $(OUT)/rm_select/run.j
 
 SPEEDRUN_FLAGS ?= --lr 1e-4 --updates 80 --eval-every 10 --pass-k 0
 speedrun: $(BASE) | $(ENV) ## GRPO on GSM8K from --model itself, pass@1 against minutes; 195 s at 0.5B on an H200, models and data local
-	started=$$(date +%s) && $(RUN) grpo.py $(strip $(GRPO) --sft-adapter none $(SPEEDRUN_FLAGS)) --out $(OUT)/speedrun --results $(RESULTS) --overwrite && \
+	started=$$(date +%s) && $(RUN) grpo.py $(strip $(GRPO_BASE) $(SPEEDRUN_FLAGS)) --out $(OUT)/speedrun --results $(RESULTS) --overwrite && \
 	  $(PY) tools/speedrun.py $(OUT)/speedrun --seconds $$(($$(date +%s) - started)) --out $(RESULTS)/speedrun.jsonl
 
 # -- rerun a finished run from its run.json, and report what differs --
@@ -249,6 +254,7 @@ $(OUT)/.flags/kto_v1:   LINE = $(KTO)
 $(OUT)/.flags/sft_2ep:  LINE = $(SFT) --epochs 2
 $(OUT)/.flags/sft_chosen: LINE = $(SFT_CHOSEN) --data $(PREF_DATA)
 $(OUT)/.flags/grpo_format: LINE = $(GRPO) --task gsm8k:format
+$(OUT)/.flags/grpo_base: LINE = $(GRPO_BASE)
 $(OUT)/.flags/evaluate: LINE = $(EVAL)
 $(OUT)/.flags/judge:    LINE = $(JUDGE)
 $(OUT)/.flags/%: force

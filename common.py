@@ -102,6 +102,11 @@ def setup_device(device: str = "auto") -> torch.device:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):  # streams, graphs and memory figures are those of the current device
         torch.cuda.set_device(device)
+        if limit := os.environ.get("RUNGS_GPU_GIB"):  # what torch may take of the card: to share it, or to try a smaller
+            memory = torch.cuda.mem_get_info(device)[1]
+            if not re.fullmatch(r"\d+(\.\d+)?", limit) or not 0 < float(limit) <= memory / 2**30:
+                fail(f"RUNGS_GPU_GIB={limit}: want GiB, above 0 and at most the card's {memory / 2**30:.1f}")
+            torch.cuda.set_per_process_memory_fraction(float(limit) * 2**30 / memory, device)
     return torch.device(device)
 
 
@@ -1492,6 +1497,9 @@ class PlainDecoder:
         return {i: ([tokens[self.row_of[i]]], [logprobs[self.row_of[i]]]) for i in live}
 
 
+MAX_BATCH = 1408  # rows decoded at one time, at most; GSM8K's 1,319 test prompts are one batch
+
+
 class Sampler:
     """Completions of many prompts by the policy as it is now, the adapter beside the weights and never merged into
     them.
@@ -1502,7 +1510,7 @@ class Sampler:
     """
 
     def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None, short: bool = False):
-        self.tokenizer, self.max_batch = tokenizer, max_batch or 1024
+        self.tokenizer, self.max_batch = tokenizer, max_batch or MAX_BATCH
         self.stop_ids = frozenset(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
         self.model = model
         self.decoder = PlainDecoder(model) if not is_fast(model) else \

@@ -57,6 +57,7 @@ def note_memory(models: Sequence[nn.Module], micro_tokens: int, largest: int, ro
     if device.type == "cuda":
         expected = expected_memory(models, micro_tokens, largest, rows, length)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        free = min(free, torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.mem_get_info(device)[1])
         say(memory_note(expected, free, min(micro_tokens, largest)))
 
 

@@ -54,7 +54,7 @@ class Args:
     """Below 1 the sampler sorts the vocabulary."""
     compile: bool = True
     """Fuse the elementwise parts with torch.compile (rungs)."""
-    shape: Literal["qwen2.5-0.5b", "tiny"] = "qwen2.5-0.5b"
+    shape: Literal["qwen2.5-0.5b", "qwen2.5-1.5b", "tiny"] = "qwen2.5-0.5b"
     """Shape of the random model."""
     device: str = "auto"
     """Torch device; "auto" takes the GPU if there is one."""

@@ -73,7 +73,7 @@ class Args:
     """Cases that run at the same time, each on its own GPU of one host."""
     gpus: int = 1
     """GPUs of our scripts, by torchrun, for the same update; with more than one the system is named rungs-x2, -x3, …"""
-    shape: Literal["qwen2.5-0.5b", "tiny"] = "qwen2.5-0.5b"
+    shape: Literal["qwen2.5-0.5b", "qwen2.5-1.5b", "tiny"] = "qwen2.5-0.5b"
     """Shape of the random model."""
     flags: str = ""
     """More flags for our scripts, as one word: --flags="--micro-tokens 16384"."""

@@ -236,12 +236,14 @@ class Decoder:
         deterministic mode 20 % of all of it, whatever else runs there."""
         if self.device.type != "cuda":
             return 2 << 30
+        free, most = torch.cuda.mem_get_info(self.device)
+        most *= torch.cuda.get_per_process_memory_fraction(self.device)
         if torch.are_deterministic_algorithms_enabled():
-            return 0.2 * torch.cuda.mem_get_info(self.device)[1]
+            return 0.2 * most
         # torch's own reserve, without that of recorded passes
         reserved, allocated = torch.cuda.memory_reserved(self.device), torch.cuda.memory_allocated(self.device)
-        free = max(0, reserved - allocated - Recordings.held)
-        return 0.4 * (torch.cuda.mem_get_info(self.device)[0] + free + sum(c.nbytes for c in self.cache))
+        reserve = max(0, reserved - allocated - Recordings.held)
+        return 0.4 * (min(free, most - reserved) + reserve + sum(c.nbytes for c in self.cache))
 
     def _batch_size(self, rows: int, length: int, most: int) -> int:
         """How many of the rows, of at most this length, go into one batch: what fits, at most `most`."""

@@ -435,6 +435,30 @@ def test_deterministic_runs_end_alike(engine, tmp_path, data_dir, device=DEVICE)
     print(engine, seconds)
 
 
+def test_memory_that_ends_on_a_gpu(tmp_path):
+    """A card (RUNGS_GPU_GIB) too small for --micro-tokens and large enough for half of it: one notice, the same training."""
+    model, words = make_model(tmp_path / "model", hidden_size=256), "how many books does the model read slowly and when"
+    rows = [{"prompt": f"{i}", "completion": f"{words} {words} {words} {i} {words} {words}"} for i in range(650)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-10]))
+    (tmp_path / "rows_heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[-10:]))
+
+    def run(name, micro_tokens, **environment):
+        done = subprocess.run(
+            [sys.executable, "sft.py", "--model", model, "--quantization", "none", "--data", f"{tmp_path}/rows.jsonl", "--rows",
+             "640", "--batch-size", "320", "--heldout-rows", "8", "--max-length", "256", "--eos-prompts", "1", "--eos-tokens",
+             "1", "--max-dropped", "1", "--micro-tokens", str(micro_tokens), "--out", str(tmp_path / name)], cwd=REPO,
+            env=os.environ | environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done, [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    (_, whole), (_, halves) = run("whole", 32768), run("halves", 16384)
+    peaks = [lines[-1]["peak_gib"] for lines in (whole, halves)]
+    assert peaks[1] < 0.8 * peaks[0], peaks
+    done, lines = run("small", 32768, RUNGS_GPU_GIB=f"{sum(peaks) / 2:.3f}")
+    print("peaks", peaks, "of the retried run", lines[-1]["peak_gib"])
+    assert "note: out of memory with --micro-tokens 32768: once more with 16384" in done.stderr
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in whole], abs=0.01)
+
+
 def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
     """SFT, DPO, reward model and KTO, after three steps: torch raises where the host would wait for the GPU (but for a line's
     own event, in flush). One length of row, so that no size is new."""
