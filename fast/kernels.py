@@ -116,10 +116,11 @@ def add_norm_kernel(x_ptr, y_ptr, b_ptr, weight_ptr, h_ptr, y_width, y_part, eps
     dtype = x_ptr.dtype.element_ty
     y_row = y_ptr + row * y_width
     update = summed(y_row + column, inside, y_part, PARTS)
-    for first in range(0, RANK, STEP):
-        for i in tl.static_range(STEP):
-            low = summed(y_row + H + first + i, row >= 0, y_part, PARTS).to(dtype).to(tl.float32)
-            update += low * tl.load(b_ptr + (first + i) * H + column, mask=inside, other=0.0).to(tl.float32)
+    for first in tl.static_range(0, RANK, STEP):  # Bᵀ comes from the GPU's main memory: a tile of it at one time
+        j = first + tl.arange(0, STEP)
+        b = tl.load(b_ptr + j[:, None] * H + column[None, :], mask=inside[None, :] & (j < RANK)[:, None], other=0.0)
+        low = summed(y_row + H + j, j < RANK, y_part, PARTS).to(dtype).to(tl.float32)
+        update += tl.sum(low[:, None] * b.to(tl.float32), 0)
     x = tl.load(x_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32) + update.to(dtype).to(tl.float32)
     x = x.to(dtype)
     tl.store(x_ptr + row * H + column, x, mask=inside)
