@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -47,7 +46,7 @@ class Args:
     time: bool = True
     """Time each kernel (GPU)."""
     tune: bool = False
-    """Also time attention and the product with other settings (GPU)."""
+    """Also time attention with other settings (GPU)."""
 
 
 def low_term(y, b, sizes):
@@ -87,9 +86,6 @@ class Case:
         self.at[0], self.at[-1] = 0, length - 1  # the shortest and the longest possible
         self.at = self.at.to(device)
         self.gate_up = random(rows, 2 * self.I + 2 * rank)
-        self.gate = random(rows, self.I)
-        self.weight, self.bias = random(self.H + rank, self.I, scale=self.I ** -0.5), random(self.H + rank)
-        self.parts = torch.stack([self.qkv.float() / 4, self.qkv.float() / 2, self.qkv.float() / 4])  # sums are exact
         self.gate_up_b = make_b([self.I, self.I], rank, 0.1, like)
 
     # Each kernel: the tensors to compare, and the call to time. `_torch`: the same in fp32 from the same inputs.
@@ -129,40 +125,6 @@ class Case:
         mask = torch.where(columns <= self.at[:, None], 0.0, -torch.inf).to(f)[:, None, None]
         return attend(q, cache, self.stride, mask), cache
 
-    def product(self):
-        return self.product_alone().sum(0),
-
-    def product_alone(self):  # down's, with a bias
-        return kernels.product(self.gate, self.weight, self.bias)
-
-    def product_torch(self):
-        return F.linear(*(t.float() for t in (self.gate, self.weight, self.bias))),
-
-    def product_then_norm(self):
-        """add_norm of a product in parts."""
-        x = self.x.clone()
-        return kernels.add_norm(x, kernels.product(self.gate, self.weight, self.bias), self.b, self.norm), x
-
-    def product_then_norm_torch(self):
-        y = self.product_torch()[0]
-        b = None if self.b is None else self.b.float()
-        y[:, self.H:] = y[:, self.H:].to(self.dtype).float()  # as a product in the model's type would be
-        x, h = add_norm(self.x.float(), low_term(y, b, [self.H]), (self.norm[0].float(), self.norm[1]))
-        return h, x
-
-    def attend_parts(self):
-        """attend of a product in parts."""
-        kept, self.qkv = self.qkv, self.parts
-        result = self.attend()
-        self.qkv = kept
-        return result
-
-    def attend_parts_torch(self):
-        kept, self.qkv = self.qkv, self.parts.sum(0)
-        result = self.attend_torch()
-        self.qkv = kept
-        return result
-
     def swiglu(self):
         return self.swiglu_alone(),
 
@@ -193,21 +155,18 @@ def microseconds(call, repeats: int = 50) -> float:
     return begin.elapsed_time(end) / repeats / 4 * 1e3
 
 
-SETTINGS = {  # to try, per kernel
-    "attend": (("ATTEND_BLOCK", "ATTEND_WARPS", "ATTEND_STAGES"),
-               ((32, 4, 3), (64, 2, 3), (64, 4, 2), (64, 4, 4), (128, 4, 2), (128, 8, 2))),
-    "product": (("PRODUCT_COLUMNS", "PRODUCT_STEP"), ((16, 64), (16, 128), (32, 128), (64, 64), (64, 128)))}
+SETTINGS = ("ATTEND_BLOCK", "ATTEND_WARPS", "ATTEND_STAGES")
+CHOICES = ((32, 4, 3), (64, 2, 3), (64, 4, 2), (64, 4, 4), (128, 4, 2), (128, 8, 2))  # to try
 
 
-def tune(case: Case, kernel: str) -> dict[str, float]:
-    """Times of a kernel by its settings; the module's own settings are put back."""
-    names, choices = SETTINGS[kernel]
-    before, times = [getattr(kernels, name) for name in names], {}
-    for choice in (*choices, before):
-        for name, value in zip(names, choice):
+def tune(case: Case) -> dict[str, float]:
+    """Times of attention by its settings; the module's own settings are put back."""
+    before, times = [getattr(kernels, name) for name in SETTINGS], {}
+    for choice in (*CHOICES, before):
+        for name, value in zip(SETTINGS, choice):
             setattr(kernels, name, value)
         if choice is not before:
-            times["/".join(map(str, choice))] = round(microseconds(getattr(case, kernel + "_alone")), 2)
+            times["/".join(map(str, choice))] = round(microseconds(case.attend_alone), 2)
     return times
 
 
@@ -220,18 +179,16 @@ def main(args: Args) -> None:
     for name, rows, rank, type_name in cases:
         dtype, normed = getattr(torch, type_name), name in ("qwen3-0.6b", "small-normed")
         case = Case(shapes[name], rows, rank, length, dtype, device, normed)
-        for kernel in ("add_norm", "attend", "swiglu", "product", "product_then_norm", "attend_parts"):
+        for kernel in ("add_norm", "attend", "swiglu"):
             gap = max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in
                       zip(getattr(case, kernel)(), getattr(case, kernel + "_torch")(), strict=True))
             line = {"kernel": kernel, "shape": name, "rows": rows, "rank": rank, "dtype": type_name, "gap": gap,
                     "right": gap < BOUND[dtype]}  # False for a NaN
             right = right and line["right"]
-            if gpu and args.time and hasattr(case, kernel + "_alone"):
+            if gpu and args.time:
                 line["us"] = round(microseconds(getattr(case, kernel + "_alone")), 2)
-                if kernel == "product":
-                    line["cublas_us"] = round(microseconds(lambda: F.linear(case.gate, case.weight, case.bias)), 2)
-                if args.tune and kernel in ("attend", "product"):
-                    line["tuned"] = tune(case, kernel)
+                if args.tune and kernel == "attend":
+                    line["tuned"] = tune(case)
             print(json.dumps(line), flush=True)
     sys.exit(0 if right else 1)
 

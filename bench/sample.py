@@ -1,7 +1,7 @@
 """Tokens per second of sampling: common.Sampler against transformers' generate, on random weights made in memory.
 
     python bench/sample.py --rows 64 256 --system rungs transformers-generate static-cache
-    python bench/sample.py --rows 64 --system rungs rungs-kernels --lora-rank 16     # Triton kernels (fast/kernels.py)
+    python bench/sample.py --rows 64 --system rungs rungs-torch --lora-rank 16       # with and without Triton kernels
     python bench/sample.py --rows 64 --profile        # the kernels of one decoding step, by time
     python bench/sample.py --shape tiny --tokens 16   # a trial without a GPU
 
@@ -34,10 +34,9 @@ from workload import SHAPES
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    system: tuple[Literal["rungs", "rungs-kernels", "rungs-products", "rungs-plain", "transformers-generate", "static-cache"],
+    system: tuple[Literal["rungs", "rungs-torch", "rungs-plain", "transformers-generate", "static-cache"],
                   ...] = ("rungs",)
-    """What samples: common.Sampler with the fast engine, with its Triton kernels, with these and its own products,
-    or with the plain engine; or generate with its dynamic or its static (compiled) cache."""
+    """What samples: common.Sampler with the fast engine, with this but without its Triton kernels, or with the plain engine; or generate with its dynamic or its static (compiled) cache."""
     lora_rank: tuple[int, ...] = (0,)
     """Rank of an adapter beside the weights (rungs); 0: none, which is what an adapter merged into them costs. One case each."""
     rows: tuple[int, ...] = (64,)
@@ -154,7 +153,9 @@ def main(args: Args) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        os.environ["RUNGS_KERNELS"] = {"rungs-kernels": "1", "rungs-products": "2"}.get(system, "0")
+        os.environ.pop("RUNGS_KERNELS", None)
+        if system == "rungs-torch":
+            os.environ["RUNGS_KERNELS"] = "0"
         rank = rank if system.startswith("rungs") else 0
         policy = policy_of(model, rank, "plain" if system == "rungs-plain" else "fast")
         if system.startswith("rungs"):
@@ -166,7 +167,7 @@ def main(args: Args) -> None:
                  "ms_per_step": round(taken / args.tokens * 1e3, 3), "setup_s": round(first - taken, 1)}
         if device.type == "cuda":
             found["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-        if args.profile and system in ("rungs", "rungs-kernels", "rungs-products"):
+        if args.profile and system in ("rungs", "rungs-torch"):
             found.update(profile(sampler, rows, max(map(len, prompts)) + args.tokens, device))
         settings = dataclasses.asdict(args) | {"rows": rows, "lora_rank": rank, "device": common.hardware()["device"],
                                                "torch": torch.__version__}

@@ -7,15 +7,12 @@ them take as long as they do. Per layer there are three here:
   attend     rotary positions, cache write and attention       between the q/k/v and the output product
   swiglu     silu(gate) · up                                   between the gate/up and the down product
 
-A fourth, `product` (RUNGS_KERNELS=2), is for the products with few outputs (q/k/v, output, down). It splits their
-inputs among programs and leaves the sum over programs to the kernel that reads the product.
-
 An adapter's low-rank term costs no kernel: the product before computes [x Wᵀ | x Aᵀ] (sampler.Projection), and the
 kernel that reads its result adds (x Aᵀ) Bᵀ. Sums are fp32; results are rounded to the model's type where the torch path
 rounds them, except that (x Aᵀ) Bᵀ itself isn't rounded before it is added.
 
-Only fast/sampler.py calls this module, and only with RUNGS_KERNELS set; the torch path there is the specification.
-Under TRITON_INTERPRET=1 the kernels run on a CPU, which the tests use. B rows, H hidden size, d head size, I size of
+Only fast/sampler.py calls this module: on a GPU in half precision, unless RUNGS_KERNELS=0. The torch path there is the
+specification. With RUNGS_KERNELS=1 and TRITON_INTERPRET=1 the kernels run on a CPU, which the tests use. B rows, H hidden size, d head size, I size of
 the MLP, r rank (a multiple of 16).
 """
 import functools
@@ -26,14 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-RANK_STEP = 16            # ranks are multiples of it; this many products are unrolled
+RANK_STEP = 16            # ranks are multiples of it; this many rows of a factor are read at one time
 ATTEND_BLOCK = 64         # keys per iteration
 ATTEND_WARPS = 4
 ATTEND_STAGES = 3         # iterations whose keys and values are being loaded
 KEYS_PER_SPLIT = 256      # with few rows the keys of a row are split among programs, at least this many each
 SWIGLU_TILE = (16, 64)    # rows and columns of one program
-PRODUCT_COLUMNS = 32      # columns of one program of a product
-PRODUCT_STEP = 64         # inputs per iteration
 
 
 def unsupported(config) -> str | None:
@@ -48,78 +43,21 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-# -- products with few outputs
-
-
-@triton.jit
-def product_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, rows, columns, share, K: tl.constexpr, BIAS: tl.constexpr,
-                   ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
-    """One tile of x Wᵀ over one share of the inputs."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    part = tl.program_id(1)
-    row = (tl.program_id(2) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    first, total = part * share, tl.zeros([ROWS, COLUMNS], tl.float32)
-    if BIAS:
-        if part == 0:
-            total += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    for at in range(first, tl.minimum(first + share, K), STEP):
-        k = at + tl.arange(0, STEP)
-        x = tl.load(x_ptr + row[:, None] * K + k[None, :], mask=(row < rows)[:, None] & (k < K)[None, :], other=0.0)
-        w = tl.load(w_ptr + column[None, :] * K + k[:, None], mask=(column < columns)[None, :] & (k < K)[:, None],
-                    other=0.0)
-        total = tl.dot(x, w, total, input_precision="ieee")
-    y = y_ptr + (part * rows + row[:, None]) * columns + column[None, :]
-    tl.store(y, total, mask=(row < rows)[:, None] & (column < columns)[None, :])
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias as [P, B, out] in fp32, to be summed over P by the kernel that reads it.
-
-    With few rows and few outputs a product has too few tiles for a GPU; here the inputs are split as well, into P
-    parts, so that there is about one tile per multiprocessor. x [B, in], weight [out, in], bias [out] or None.
-    """
-    (rows, inputs), columns = x.shape, len(weight)
-    tile_rows = min(64, max(16, triton.next_power_of_2(rows)))
-    tiles = triton.cdiv(columns, PRODUCT_COLUMNS), triton.cdiv(rows, tile_rows)
-    share = triton.cdiv(triton.cdiv(inputs, triton.cdiv(multiprocessors(x.device), tiles[0] * tiles[1])), PRODUCT_STEP)
-    share *= PRODUCT_STEP
-    parts = triton.cdiv(inputs, share)
-    y = torch.empty(parts, rows, columns, device=x.device)
-    product_kernel[(tiles[0], parts, tiles[1])](
-        x, weight, weight if bias is None else bias, y, rows, columns, share, K=inputs, BIAS=bias is not None,
-        ROWS=tile_rows, COLUMNS=PRODUCT_COLUMNS, STEP=PRODUCT_STEP, num_warps=4, num_stages=4)
-    return y
-
-
-@triton.jit
-def summed(y, mask, step, PARTS: tl.constexpr):
-    """Elements of a product [PARTS, B, out], summed over its parts, fp32. y: pointers into the first part."""
-    total = tl.load(y, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(1, PARTS):
-        total += tl.load(y + i * step, mask=mask, other=0.0).to(tl.float32)
-    return total
-
-
-def parts_of(y: Tensor) -> tuple[int, int]:
-    """(parts, elements from one to the next) of a product [P, B, out], or of an ordinary one [B, out]."""
-    return (len(y), y.stride(0)) if y.dim() == 3 else (1, 0)
-
-
 # -- residual sum and norm
 
 
 @triton.jit
-def add_norm_kernel(x_ptr, y_ptr, b_ptr, weight_ptr, h_ptr, y_width, y_part, eps, PARTS: tl.constexpr,
-                    H: tl.constexpr, RANK: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
+def add_norm_kernel(x_ptr, y_ptr, b_ptr, weight_ptr, h_ptr, y_width, eps, H: tl.constexpr, RANK: tl.constexpr,
+                    STEP: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < H
     dtype = x_ptr.dtype.element_ty
     y_row = y_ptr + row * y_width
-    update = summed(y_row + column, inside, y_part, PARTS)
+    update = tl.load(y_row + column, mask=inside, other=0.0).to(tl.float32)
     for first in tl.static_range(0, RANK, STEP):  # Bᵀ comes from the GPU's main memory: a tile of it at one time
         j = first + tl.arange(0, STEP)
         b = tl.load(b_ptr + j[:, None] * H + column[None, :], mask=inside[None, :] & (j < RANK)[:, None], other=0.0)
-        low = summed(y_row + H + j, j < RANK, y_part, PARTS).to(dtype).to(tl.float32)
+        low = tl.load(y_row + H + j, mask=j < RANK, other=0.0).to(tl.float32)
         update += tl.sum(low[:, None] * b.to(tl.float32), 0)
     x = tl.load(x_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32) + update.to(dtype).to(tl.float32)
     x = x.to(dtype)
@@ -133,16 +71,16 @@ def add_norm_kernel(x_ptr, y_ptr, b_ptr, weight_ptr, h_ptr, y_width, y_part, eps
 def add_norm(x: Tensor, y: Tensor, b: Tensor | None, norm: tuple[Tensor, float]) -> Tensor:
     """x += y's projection, in place; returns the RMSNorm of the sum, [B, H].
 
-    x: residual stream [B, H]. y: [B, H + r] or [P, B, H + r], a projection and its x Aᵀ; b: Bᵀ [r, H], or None (r = 0).
+    x: residual stream [B, H]. y: [B, H + r], a projection and its x Aᵀ; b: Bᵀ [r, H], or None (r = 0).
     norm: (weight, eps).
     """
     rows, size = x.shape
     rank = 0 if b is None else len(b)
-    (weight, eps), (parts, step) = norm, parts_of(y)
+    weight, eps = norm
     h = torch.empty_like(x)
     add_norm_kernel[(rows,)](
-        x, y, weight if b is None else b, weight, h, y.stride(-2), step, eps, PARTS=parts, H=size, RANK=rank,
-        STEP=RANK_STEP, BLOCK=triton.next_power_of_2(size), num_warps=4 if size <= 2048 else 8)
+        x, y, weight if b is None else b, weight, h, y.stride(0), eps, H=size, RANK=rank, STEP=RANK_STEP,
+        BLOCK=triton.next_power_of_2(size), num_warps=4 if size <= 2048 else 8)
     return h
 
 
@@ -151,7 +89,7 @@ def add_norm(x: Tensor, y: Tensor, b: Tensor | None, norm: tuple[Tensor, float])
 
 @triton.jit
 def attend_kernel(qkv_ptr, b_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, at_ptr, cache_ptr, out_ptr, sums_ptr,
-                  stats_ptr, width, part, stride, splits, scale, eps, PARTS: tl.constexpr, KV: tl.constexpr,
+                  stats_ptr, width, stride, splits, scale, eps, KV: tl.constexpr,
                   GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr,
                   STEP: tl.constexpr, NORMED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     """One program: the query heads of a row that share a kv head, over one share of the row's keys."""
@@ -167,12 +105,12 @@ def attend_kernel(qkv_ptr, b_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, at_p
     column, exists = head[:, None] * D + half[None, :], (group < GROUP + 2)[:, None] & (half < D)[None, :]
     is_k, is_v = (kind == 1)[:, None], (kind == 2)[:, None]
     y_row = qkv_ptr + row * width
-    x1 = summed(y_row + column, exists, part, PARTS)
-    x2 = summed(y_row + column + D // 2, exists, part, PARTS)
+    x1 = tl.load(y_row + column, mask=exists, other=0.0).to(tl.float32)
+    x2 = tl.load(y_row + column + D // 2, mask=exists, other=0.0).to(tl.float32)
     for first in range(0, RANK, STEP):
         for i in tl.static_range(STEP):
             j = kind * RANK + first + i
-            low = summed(y_row + OUT + j, kind < 3, part, PARTS).to(dtype).to(tl.float32)[:, None]
+            low = tl.load(y_row + OUT + j).to(tl.float32)[:, None]
             b = b_ptr + j[:, None] * OUT + column
             x1 += low * tl.load(b, mask=exists, other=0.0).to(tl.float32)
             x2 += low * tl.load(b + D // 2, mask=exists, other=0.0).to(tl.float32)
@@ -266,12 +204,12 @@ def attend(qkv: Tensor, b: Tensor | None, q_norm: Tensor | None, k_norm: Tensor 
            sin: Tensor, at: Tensor, cache: Tensor, stride: int, length: int) -> Tensor:
     """Attention of one new token per row over its row of the cache, which gets the token's key and value: [B, heads d].
 
-    qkv: [B, (heads + 2 kv) d + 3 r], or [P, B, …], the projections of q, k, v and x Aᵀ of each. b: their Bᵀ as blocks
-    on a diagonal, [3 r, (heads + 2 kv) d], or None (r = 0). q_norm, k_norm: weights of their RMSNorm [d] (Qwen3), or
+    qkv: [B, (heads + 2 kv) d + 3 r], the projections of q, k, v and x Aᵀ of each. b: their Bᵀ as blocks on a diagonal,
+    [3 r, (heads + 2 kv) d], or None (r = 0). q_norm, k_norm: weights of their RMSNorm [d] (Qwen3), or
     None. cos, sin: [positions, d]. at: each row's new position [B]. cache: [slots, 2, kv, d]; row i has the slots
     i·stride, …. length: more than any `at`.
     """
-    rows, width, (kv_heads, d), (parts, step) = *qkv.shape[-2:], cache.shape[2:], parts_of(qkv)
+    (rows, width), (kv_heads, d) = qkv.shape, cache.shape[2:]
     rank = 0 if b is None else len(b) // 3
     heads = (width - 3 * rank) // d - 2 * kv_heads
     splits = max(1, min(multiprocessors(qkv.device) // (rows * kv_heads), length // KEYS_PER_SPLIT))
@@ -282,8 +220,8 @@ def attend(qkv: Tensor, b: Tensor | None, q_norm: Tensor | None, k_norm: Tensor 
     group = heads // kv_heads
     attend_kernel[(rows, kv_heads, splits)](
         qkv, out if b is None else b, cos if q_norm is None else q_norm, cos if k_norm is None else k_norm, cos, sin,
-        at, cache, out, sums, stats, width, step, stride, splits, math.log2(math.e) / math.sqrt(d), eps,
-        PARTS=parts, KV=kv_heads, GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group + 2)), D=d, RANK=rank,
+        at, cache, out, sums, stats, width, stride, splits, math.log2(math.e) / math.sqrt(d), eps,
+        KV=kv_heads, GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group + 2)), D=d, RANK=rank,
         STEP=RANK_STEP, NORMED=q_norm is not None, SPLIT=splits > 1, BLOCK=ATTEND_BLOCK, num_warps=ATTEND_WARPS,
         num_stages=ATTEND_STAGES)
     if splits > 1:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -180,12 +181,14 @@ class Decoder:
         self.kernels = self._choose_kernels()
 
     def _choose_kernels(self):
-        """fast.kernels if RUNGS_KERNELS asks for them (1, or 2: also for products with few outputs), Triton is
-        installed and they serve this model; else None."""
-        level = os.environ.get("RUNGS_KERNELS", "0")
-        wanted, self.own_products = level in ("1", "2"), level == "2"
-        runs = self.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-        if not (wanted and runs and importlib.util.find_spec("triton")):
+        """fast.kernels, or None: the torch path. RUNGS_KERNELS=1 and 0 decide; without it they run in half precision on
+        a GPU from Ampere on, where Triton and the C compiler that it needs are installed and they serve the model."""
+        on_gpu = self.device.type == "cuda"
+        default = on_gpu and self.dtype != torch.float32 and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        runs = on_gpu or os.environ.get("TRITON_INTERPRET") == "1"
+        compiler = any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
+        wanted = os.environ.get("RUNGS_KERNELS", str(int(default))) == "1"
+        if not (wanted and runs and compiler and importlib.util.find_spec("triton")):
             return None
         from fast import kernels
         return None if kernels.unsupported(self.config) else kernels
@@ -407,13 +410,12 @@ class Decoder:
     def _layers_by_kernels(self, x: Tensor, at: Tensor, stride: int, length: int) -> Tensor:
         """As _layers, by fast/kernels.py; at: each row's new position [B]."""
         kernels, update, b = self.kernels, torch.zeros_like(x), None
-        product = kernels.product if self.own_products and len(x) <= 128 else F.linear
         for w, cache in zip(self.layers, self.cache):
             h = kernels.add_norm(x, update, b, (w.input_norm, w.eps))
-            qkv = product(h, w.qkv.weight, w.qkv.bias)
+            qkv = F.linear(h, w.qkv.weight, w.qkv.bias)
             attended = kernels.attend(qkv, w.qkv.b, w.q_norm, w.k_norm, w.eps, self.cos, self.sin, at, cache, stride,
                                       length)
-            h = kernels.add_norm(x, product(attended, w.o.weight, w.o.bias), w.o.b, (w.post_norm, w.eps))
+            h = kernels.add_norm(x, F.linear(attended, w.o.weight, w.o.bias), w.o.b, (w.post_norm, w.eps))
             h = kernels.swiglu(F.linear(h, w.gate_up.weight, w.gate_up.bias), w.gate_up.b)
-            update, b = product(h, w.down.weight, w.down.bias), w.down.b
+            update, b = F.linear(h, w.down.weight, w.down.bias), w.down.b
         return kernels.add_norm(x, update, b, self.norm)

@@ -305,25 +305,25 @@ def test_sampler_by_kernels(pair, kind, rank, monkeypatch):
     budgets = [1 + (i * 37) % 60 for i in range(40)] + [70, 80]
     for how in ({}, {"temperature": 1.0, "seed": 3}):
         done = []
-        for kernels in "012":
+        for kernels in "01":
             monkeypatch.setenv("RUNGS_KERNELS", kernels)
             sampler = common.Sampler(policy, tokenizer, short=True)
             assert bool(sampler.decoder.kernels) == (kernels != "0")
             done.append(sampler.sample(prompts, budgets, **how))
-        for a, b in zip(done[1] + done[2], done[0] * 2):
+        for a, b in zip(done[1], done[0]):
             assert a.ids == b.ids
             torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
     exact = common.Sampler(policy, tokenizer, short=True).sample(prompts, 1)
     common.base_of(policy).to(torch.bfloat16)
     gaps = []
-    for kernels in "012":
+    for kernels in "01":
         monkeypatch.setenv("RUNGS_KERNELS", kernels)
         done = common.Sampler(policy, tokenizer, short=True).sample(prompts, 1)
         same = [(a, b) for a, b in zip(done, exact) if a.ids == b.ids]
         assert len(same) > len(prompts) / 2
         gaps.append(sum(abs(a.logprobs[0] - b.logprobs[0]) for a, b in same) / len(same))
-    print("mean gap to fp32: torch, kernels, and products", gaps)
-    assert max(gaps[1:]) < 2 * gaps[0]
+    print("mean gap to fp32: torch, kernels", gaps)
+    assert gaps[1] < 2 * gaps[0]
 
 
 def test_sampler_graphs_follow_the_policy(pair):
