@@ -198,9 +198,10 @@ seed-reward-models:
 SWEEP      = $(OUT)/sweep
 SWEEP_SFT  ?= lr_1e-4 lr_2e-4 lr_5e-4
 SWEEP_DPO  ?= lr_5e-6+beta_0.1 lr_2e-5+beta_0.1 lr_5e-5+beta_0.1 lr_1e-4+beta_0.1 lr_5e-5+beta_0.3
-SWEEP_PPO  ?= lr_3e-5+beta_0.05 lr_1e-4+beta_0.05 lr_3e-5+beta_0.02 lr_1e-4+beta_0.02
+SWEEP_PPO  ?= lr_3e-5+beta_0.05 lr_1e-4+beta_0.05 lr_3e-5+beta_0.02 lr_1e-4+beta_0.02 lr_1e-5+beta_0.05 lr_1e-5+beta_0.2 \
+              lr_3e-5+beta_0.2 lr_3e-5+beta_0.5
 SWEEP_GRPO ?= lr_5e-5 lr_1e-4 lr_2e-4
-SWEEP_KTO  ?= lr_5e-6 lr_2e-5 lr_5e-5 lr_1e-4
+SWEEP_KTO  ?= lr_5e-6 lr_2e-5 lr_5e-5 lr_1e-4 lr_2e-5+beta_0.3
 SWEEP_JUDGE_FLAGS ?= --prompts 256
 SWEPT      = $(foreach m,DPO KTO,$(foreach s,$(SWEEP_$(m)),$(SWEEP)/$(if $(filter DPO,$(m)),dpo,kto)+$(s)))
 SWEPT_ALL  = $(foreach s,$(SWEEP_GRPO),$(SWEEP)/grpo+$(s)) $(foreach s,$(SWEEP_PPO),$(SWEEP)/ppo+$(s)) $(SWEPT) \

@@ -41,15 +41,19 @@ def fake_run(runs, name, args=None, **metrics):
 
 
 def test_the_sweep_chooses_by_its_rule(tmp_path, monkeypatch, capsys):
-    """SFT by the lowest loss; PPO by the largest score change among those that move at most 10 nats and still end; GRPO
+    """SFT by the lowest loss; PPO by the largest score change among those that move at most 10 nats, still end and don't refuse; GRPO
     by pass@1; DPO by the length-controlled win rate, unless answers end less often."""
     monkeypatch.chdir(tmp_path)
     runs, judge = tmp_path / "sweep", tmp_path / "sweep" / "results" / "judge" / "aaaa-s41"
     for rate, loss in (("1e-4", 2.0), ("2e-4", 1.9)):
         fake_run(runs, f"sft+lr_{rate}", heldout_loss=loss, heldout_loss_interval=[loss - 0.1, loss + 0.1])
-    for beta, change, kl, missing in (("0.1", 0.5, 5.0, 0.1), ("0.2", 0.9, 10.5, 0.1), ("0.3", 0.8, 5.0, 0.17), ("0.4", 0.6, 9.9, 0.14)):
+    for beta, change, kl, missing in (("0.1", 0.5, 5.0, 0.1), ("0.2", 0.9, 10.5, 0.1), ("0.3", 0.8, 5.0, 0.17), ("0.4", 0.6, 9.9, 0.14), ("0.5", 1.0, 1.0, 0.1)):
         fake_run(runs, f"ppo+lr_1e-4+beta_{beta}", {"beta": float(beta)}, kl_reference=kl, missing_eos_before=0.1,
                  missing_eos_after=missing, completion_tokens_before=100.0, completion_tokens_after=90.0, scores_change_interval=[change - 0.1, change + 0.1])
+        refused = 1 if beta == "0.5" else 0  # of two prompts
+        (runs / f"ppo+lr_1e-4+beta_{beta}" / "completions.jsonl").write_text("".join(json.dumps({
+            "before": {"text": "It is blue."}, "after": {"text": "I'm sorry, but I can't assist." if i < refused else "Blue."}})
+            + "\n" for i in range(2)))
     for rate, solved in (("1e-4", 0.3), ("2e-4", 0.4)):
         fake_run(runs, f"grpo+lr_{rate}", pass_1_before=0.1, pass_1_after=solved, heldout_problems=50, kl_reference=40.0,
                  pass_1_change_interval=[0.1, 0.3], completion_tokens_after=100.0)
@@ -69,7 +73,8 @@ def test_the_sweep_chooses_by_its_rule(tmp_path, monkeypatch, capsys):
     assert {name for name, r in records.items() if r["chosen"]} == {
         "sft+lr_2e-4", "ppo+lr_1e-4+beta_0.4", "grpo+lr_2e-4", "dpo+lr_1e-4"}
     assert {name for name, r in records.items() if not r["admissible"]} == {
-        "ppo+lr_1e-4+beta_0.2", "ppo+lr_1e-4+beta_0.3", "dpo+lr_2e-4"}
+        "ppo+lr_1e-4+beta_0.2", "ppo+lr_1e-4+beta_0.3", "ppo+lr_1e-4+beta_0.5", "dpo+lr_2e-4"}
+    assert records["ppo+lr_1e-4+beta_0.5"]["refusal_rate"] == 0.5
     low, high = records["grpo+lr_2e-4"]["interval"]  # Wilson's of 20 of 50
     assert (low, high) == (pytest.approx(0.2761, abs=1e-4), pytest.approx(0.5382, abs=1e-4))
     assert "PPO_FLAGS = --lr 1e-4 --beta 0.4\n" in (runs / "chosen.mk").read_text()

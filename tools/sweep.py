@@ -8,17 +8,18 @@ is measured on a benchmark.
                of part B (whose pairs train nothing else; part J's model is kept for the comparison's own judge)
     ppo        the largest mean change of the reward model's score over the fixed prompts, paired
     grpo       the highest held-out pass@1, strict
-    admissible among dpo, kto and ppo: a rate of answers that end at most 5 points below SFT's on the same prompts, and at
-               most 10 nats of KL to SFT, measured in fp32
+    admissible among dpo, kto and ppo: a rate of answers that end at most 5 points below SFT's on the same prompts, at
+               most 10 nats of KL to SFT, measured in fp32, and at most 10 points more refusals than SFT
 
     python tools/sweep.py runs/sweep --results results/sweeps
 
 A run's directory is named by its method and its setting: dpo+lr_5e-5+beta_0.3. Beside the records it writes
 <runs>/chosen.mk: the flags of the winners, for make.
 
-What the rule cannot see: that a reward model pays for a collapse. On Qwen2.5-Coder-0.5B-Instruct all settings of PPO
-end in one refusal for nearly every prompt, which scores above SFT's answers (docs/recipes.md). Whether a winner becomes
-a default is decided there, with the reason; `chosen` in a record means the rule's winner and nothing more.
+The bound on refusals was added after the first sweep, and before any run that it judges: a reward model may pay for a
+collapse. On Qwen2.5-Coder-0.5B-Instruct all of PPO's first four settings end in one refusal for nearly every prompt,
+which scores above SFT's answers (docs/recipes.md). `chosen` in a record means the rule's winner; whether it becomes a
+default is decided there, with the reason.
 """
 import json
 import sys
@@ -30,8 +31,9 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+from guardrails import is_refusal
 
-EOS_MARGIN, LARGEST_KL = 0.05, 10.0
+EOS_MARGIN, LARGEST_KL, REFUSAL_MARGIN = 0.05, 10.0, 0.1
 OBJECTIVES = {"sft": "held-out loss", "dpo": "length-controlled win rate", "kto": "length-controlled win rate",
               "ppo": "score change", "grpo": "held-out pass@1"}
 
@@ -44,8 +46,16 @@ class Args:
     """Where <base>-<run>.json goes."""
 
 
-def measured(method: str, name: str, metrics: dict, judge: Path, guardrails: dict[str, dict]) -> dict:
+def refusal_rates(completions: Path) -> dict[str, float]:
+    """Shares of PPO's fixed prompts that are refused before and after, from its completions.jsonl."""
+    answers = [json.loads(line) for line in completions.read_text(encoding="utf-8").splitlines()]
+    return {key: sum(is_refusal(a[when]["text"]) for a in answers) / len(answers)
+            for key, when in (("refusal_rate_before", "before"), ("refusal_rate", "after"))}
+
+
+def measured(method: str, run: Path, metrics: dict, judge: Path, guardrails: dict[str, dict]) -> dict:
     """Value and 95 % interval of a run's objective, and what decides whether it is admissible."""
+    name = run.name
     sft, row = guardrails.get("sft_v2", {}), guardrails.get(name, {})
     kl = metrics.get("kl_reference")
     if method == "sft":
@@ -64,19 +74,24 @@ def measured(method: str, name: str, metrics: dict, judge: Path, guardrails: dic
                 "eos_rate_before": 1 - metrics["missing_eos_before"], "eos_rate": 1 - metrics["missing_eos_after"],
                 "completion_tokens_before": metrics["completion_tokens_before"],
                 "completion_tokens": metrics["completion_tokens_after"],
-                "watch_interval": metrics.get("watch_scores_change_interval")}
+                "watch_interval": metrics.get("watch_scores_change_interval"),
+                **refusal_rates(run / "completions.jsonl")}
     heldout = "heldout_auc" if method == "kto" else "heldout_accuracy"
     summary = common.read_json(judge / f"{name}_vs_sft_v2.json")["summary"]
     return {"value": summary["length_controlled_win_rate"], "interval": summary["length_controlled_ci95"], "kl": kl,
             "win_rate": summary["win_rate"], "unfinished_lost_win_rate": summary.get("unfinished_lost_win_rate"),
             "judged_prompts": summary["n"], "eos_rate_before": sft.get("eos_rate"), "eos_rate": row.get("eos_rate"),
             "completion_tokens_before": sft.get("tokens_mean"), "completion_tokens": row.get("tokens_mean"),
+            "refusal_rate_before": sft.get("refusal_rate"), "refusal_rate": row.get("refusal_rate"),
             "heldout_accuracy": metrics.get(heldout), "heldout_accuracy_interval": metrics.get(f"{heldout}_interval")}
 
 
 def admissible(figures: dict) -> bool:
     ends = figures.get("eos_rate") is None or figures["eos_rate"] >= figures["eos_rate_before"] - EOS_MARGIN
-    return figures["value"] is not None and ends and (figures.get("kl") is None or figures["kl"] <= LARGEST_KL)
+    answers = figures.get("refusal_rate") is None or \
+        figures["refusal_rate"] <= figures["refusal_rate_before"] + REFUSAL_MARGIN
+    near = figures.get("kl") is None or figures["kl"] <= LARGEST_KL
+    return figures["value"] is not None and ends and answers and near
 
 
 def main(args: Args) -> None:
@@ -89,7 +104,7 @@ def main(args: Args) -> None:
     for file in sorted(runs.glob("*+*/run.json")):
         run = common.read_json(file)
         method, *settings = run["name"].split("+")
-        figures = measured(method, run["name"], run["metrics"], judge / "summaries", guardrails)
+        figures = measured(method, file.parent, run["metrics"], judge / "summaries", guardrails)
         records.append({
             "schema_version": 1, "name": run["name"], "method": method,
             "setting": {key: value for key, _, value in (s.partition("_") for s in settings)},
