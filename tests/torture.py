@@ -182,7 +182,8 @@ def execute(work: Path, script: str, place: Path, plan: str = "", ranks: int = 1
             **environment) -> tuple:
     """(exit code, what it printed) of the script's command in the directory `place`. size: no file may be larger."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                   "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(work / "site"), "TORTURE_PLAN": plan,
+                   "CUDA_VISIBLE_DEVICES": "", "TORTURE_PLAN": plan,
+                   "PYTHONPATH": os.pathsep.join(filter(None, (str(work / "site"), os.environ.get("PYTHONPATH")))),
                    "HF_HOME": str(work / "cache"), "TQDM_DISABLE": "1", "TMPDIR": str(temporary(place)), **environment}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     process = subprocess.Popen([sys.executable, *launcher, str(REPO / script), *commands(work)[script]], cwd=place,
