@@ -46,9 +46,6 @@ class Args:
     """The base model; by default the one that --sft-adapter was trained on, or Qwen2.5-0.5B if there is no adapter."""
     other_base: bool = False
     """Accept a plain PEFT adapter whose config names a base other than --model."""
-    quantization: Literal["qlora", "none"] = "none"
-    """With --sft-adapter none: policy of the comparison that the run belongs to; it is recorded and hashed. (An adapter
-    hands down its own. This script loads the weights in --dtype under either.)"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the base + SFT weights. Adapter and Adam state are always fp32."""
     # -- data --
@@ -173,7 +170,7 @@ def main(args: Args) -> None:
     device = common.setup_device(args.device)
     dtype = common.setup_dtype(args.dtype, device)
     parent, adapter, model, model_dir, tokenizer, invariants = inputs.read_start(
-        args.sft_adapter, args.model, args.other_base, args.quantization)
+        args.sft_adapter, args.model, args.other_base)
     engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
     split = inputs.load_split(args, ["pair"], inputs.as_pair, build_pairs(tokenizer, args))

@@ -102,9 +102,10 @@ class Args:
     temperature: float = 0.7
     """Sampling temperature; every log-prob is taken at it [2403.17031: 0.7]."""
     # -- method --
-    beta: float = 0.05
-    """β, weight of the KL to the reference in the reward [2403.17031: 0.05; 0.02 scored highest in our sweep, but
-    that score rewards the collapse described above: no recommendation, as for lr]."""
+    beta: float = 0.5
+    """β, weight of the KL to the reference in the reward [ours:
+    results/sweeps/qwen2.5-coder-0.5b-instruct-ppo+lr_3e-5+beta_0.5.json; 2403.17031: 0.05, with which answers there
+    become refusals, which the reward model prefers]. Qwen2.5-0.5B itself and a second base have not been tried."""
     kl_target: float = 0.0
     """Nats of KL per completion that an adaptive β aims at [1909.08593, sec. 2.2]; 0 keeps β fixed."""
     gamma: float = 1.0
@@ -125,9 +126,8 @@ class Args:
     """Samples of the reference by whose mean and sd scores are normalised [1909.08593, sec. 2]; 0: raw scores."""
     # -- optimisation --
     lr: float = 3e-5
-    """Peak learning rate of policy and critic [ours; 2403.17031: 3e-6 for full fine-tuning, LoRA ten times that], tried
-    in results/sweeps/qwen2.5-coder-0.5b-instruct-ppo+lr_3e-5+beta_0.05.json: no recommendation, since all settings
-    there collapse. Neither Qwen2.5-0.5B itself nor a second base has been tried."""
+    """Peak learning rate of policy and critic [ours, the same record; 2403.17031: 3e-6 for full fine-tuning, LoRA ten
+    times that]."""
     max_grad_norm: float = 1.0
     """Largest norm of the gradient, of the policy and of the critic separately."""
     importance_cap: float = 0.0

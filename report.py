@@ -98,6 +98,7 @@ COMPACT_LEGEND = (
 )
 UNPAIRED = "±: no per-item scores (evaluate.py keeps them in scores/), so no paired test and no verdict."
 DETECTABLE = "smallest detectable"
+ZERO_SHOT = ("gsm8k_zero_shot", "exact_match", "flexible-extract")  # what GRPO is trained for, on GSM8K's test set
 VERDICTS = (
     "Up and down: p < 0.05 after Holm. Catastrophic: clearly down, and by more than 2 points. **win**: IFEval up, no "
     "catastrophic drop on MMLU or TruthfulQA. **forgetting**: IFEval up, and such a drop. **regression**: something "
@@ -197,10 +198,13 @@ def score_notes(rows: list[dict], lines: list[list[str]]) -> list[str]:
 
 def compact_table(results: "Results") -> Table:
     """README.md's table: a line per family of the climb, without the controls. Each endpoint in the protocol that it is
-    tested in (for several seeds mean ± sd) with the difference to base; the own objective; the cost; the verdict."""
+    tested in (for several seeds mean ± sd) with the difference to base; GSM8K in GRPO's own prompt, descriptive; the own
+    objective; the cost; the verdict."""
     rows, tables = once(results.rows), results.tables
     labels = {id(row): label for label, row in label_rows(rows)}
     columns = {column: results.protocols[column] for column in METRICS if column in results.protocols}
+    table = tables.get(columns.get("GSM8K\nstrict", ""), [])
+    beside = [column for column in secondary_columns(table) if column == ZERO_SHOT]
     rungs, missing = [], {name: phase for name, phase in LADDER.items() if name not in {row["name"] for row in rows}}
     for group in seed_groups(rows):
         row, cells = group[0], []
@@ -216,6 +220,7 @@ def compact_table(results: "Results") -> Table:
                 cell = spread([score(r, column)[0] for r in own], 1, 1) + " sd"
                 cell += "°" * all(is_at_floor(r, column) for r in own)
             cells.append(cell if short == "–" else f"{cell} ({short})")
+        cells += [secondary_cell(group, table, column, short=True) for column in beside]
         word = next((v.word for v in results.verdicts if any(same_policy(row, r) for r in v.rows)), "")
         if row["method"] != "base" and not word:
             word = "(descriptive)"
@@ -224,22 +229,23 @@ def compact_table(results: "Results") -> Table:
         took = [minutes for r in group if (minutes := gpu_minutes(r)) is not None]
         cells += [(headline(group) or [""])[0], number(statistics.fmean(took), 1) if took else ""]
         rungs.append((*rung(row["phase"], row["name"]), [label_group(group, labels), *cells, word, key and f"`{key}`"]))
-    empty = ["–"] * (len(columns) + 2)
+    empty = ["–"] * (len(columns) + len(beside) + 2)
     rungs += [(*rung(phase, name), [name, *empty, "not run", ""]) for name, phase in missing.items()]
     lines = [[str(phase), *cells] for phase, _, cells in sorted(rungs, key=lambda r: r[:2])]
     tested = [c for (_, to), (found, _) in results.compared.items() if to == "base" for c in found if c.in_family]
     known = [[c.changes[k].paired.detectable for c in tested if c.changes[k].adjusted is not None] for k in columns]
     cells = [number(max(filter(None, values), default=None), 1) for values in known]
     if any(cell != "–" for cell in cells):
-        lines.append(["", DETECTABLE, *cells, "", "", "", ""])
+        lines.append(["", DETECTABLE, *cells, *[""] * (len(beside) + 4)])
     published = "qwen2.5" in next((row["model"] for row in rows), "").lower()
     for name, figures in PUBLISHED.items() if published else ():
         cells = [number(figures.get(column), 1) for column in columns]
-        lines.append(["", f"*{name}, published*", *cells, "", "", "", ""])
+        lines.append(["", f"*{name}, published*", *cells, *[""] * (len(beside) + 4)])
     header = ["phase", "row"]
     for column, protocol in columns.items():
         title = titles(tables.get(protocol) or rows, (column,))[list(METRICS).index(column)]
         header.append(f"{title}\n{protocol}")
+    header += ["GSM8K\nflexible\n0-shot, GRPO's prompt\ndescriptive" for _ in beside]
     header += ["own objective, held out; learned?", "GPU\nminutes", "verdict", "config_hash"]
     notes = score_notes(rows, lines)
     if published:
@@ -317,33 +323,34 @@ def secondary_columns(rows: list[dict]) -> dict[tuple[str, str, str], str]:
     return columns
 
 
+def secondary_cell(group: list[dict], rows: list[dict], column: tuple[str, str, str], short: bool = False) -> str:
+    """A family's score on a secondary task and its changes against parent and base; short: against base alone."""
+    expected = secondary_columns(rows)[column]
+
+    def has(row: dict | None) -> bool:
+        return row is not None and at(row, "secondary", column[0], "eval_hash") == expected and (
+            score(row, column)[0] is not None)
+    own = [row for row in rows if has(row) and any(same_policy(row, r) for r in group)]
+    if not own:
+        return "–"
+    text = score_cell(*score(own[0], column))
+    if len(own) > 1:
+        text = spread([score(row, column)[0] for row in own], 1, 1) + " sd"
+    for to in ("base",) if short else ("parent", "base"):
+        pairs = [(row, other) for row in own if has(other := reference_of(row, rows, to))]
+        if pairs:
+            change = change_cell(compare(pairs, column), short)
+            text += f" ({change})" if short else f"\n− {to} {change}"
+    return text
+
+
 def secondary_table(rows: list[dict]) -> Table | None:
     """Scores on the secondary tasks and their changes, unadjusted: a line per family."""
     columns, labels = secondary_columns(rows), {id(row): label for label, row in label_rows(rows)}
     if not columns:
         return None
-
-    def has(row: dict | None, column: tuple) -> bool:
-        return row is not None and at(row, "secondary", column[0], "eval_hash") == columns[column] and (
-            score(row, column)[0] is not None)
-
-    lines = []
-    for group in seed_groups(rows):
-        cells = []
-        for column in columns:
-            own = [row for row in group if has(row, column)]
-            if not own:
-                cells.append("–")
-                continue
-            text = score_cell(*score(own[0], column))
-            if len(own) > 1:
-                text = spread([score(row, column)[0] for row in own], 1, 1) + " sd"
-            for to in ("parent", "base"):
-                pairs = [(row, other) for row in own if has(other := reference_of(row, rows, to), column)]
-                if pairs:
-                    text += f"\n− {to} {change_cell(compare(pairs, column))}"
-            cells.append(text)
-        lines.append([label_group(group, labels), *cells])
+    lines = [[label_group(group, labels), *(secondary_cell(group, rows, column) for column in columns)]
+             for group in seed_groups(rows)]
     how = next(row["secondary"] for row in rows if row.get("secondary"))
     header = [f"{task}\n{metric},\n{name}" + f"\nn = {number(at(how, task, 'n'))}" for task, metric, name in columns]
     notes = ["Secondary: descriptive, with unadjusted intervals; in no test, and in no verdict."]
@@ -386,7 +393,10 @@ def empty_share(row: dict, task: str) -> float | None:
 
 def empty_note(rows: list[dict]) -> str:
     """IFEval's empty answers, where rows differ in them by ten points or more; else nothing."""
-    share = {label: found for label, row in label_rows(rows) if (found := empty_share(row, "ifeval")) is not None}
+    share = {}
+    for label, group in families(rows):
+        if None not in (found := [empty_share(row, "ifeval") for row in group]):
+            share[label] = statistics.fmean(found)
     if not share or max(share.values()) - min(share.values()) < 10:
         return ""
     shares = ", ".join(f"{k} {v:.0f} %" for k, v in share.items())
@@ -438,9 +448,10 @@ def data_of(record: dict, settings: dict | None = None) -> dict[str, str]:
 
 
 def training_data(rows: list[dict], records: dict[str, list[dict]]) -> str:
-    """One line: what the rows of a table were trained on."""
+    """One line: what the rows of a table were trained on; of several seeds the first one's sources, since seeds differ
+    in which rows the shuffle takes."""
     by_data = {}
-    for label, row in label_rows(rows):
+    for label, (row, *_) in families(rows):
         run = next((run for run in records["runs"] if same_policy(run, row)), {})
         words = data_of(row | {"data_sources": run.get("data_sources")}, run.get("args"))
         if text := ", ".join(text for role, text in words.items() if role in ("train", "prompts", "task")):

@@ -3,6 +3,7 @@ for real.)
 
 Each test is a process of its own: Triton reads TRITON_INTERPRET once, when it is imported.
 """
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton (pip install triton)")
+TRITON = importlib.util.find_spec("triton") and tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+pytestmark = pytest.mark.skipif(not TRITON or TRITON < (3, 8), reason="needs triton 3.8 (pip install triton), whose "
+                                "interpreter works with NumPy 2.4")
 
 SAMPLER = """
 import os

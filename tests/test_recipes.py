@@ -14,7 +14,7 @@ from tools import reproduce, speedrun, sweep
 REPO = Path(common.__file__).parent
 
 
-@pytest.mark.parametrize("script", ["sft", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("script", ["sft", "dpo", "ppo", "grpo", "kto"])
 def test_a_default_names_the_record_of_a_run_with_it(script):
     """The record that a docstring names is committed, and its rate and β are the script's defaults."""
     (named,) = re.findall(r"results/sweeps/\S+?\.json", (REPO / f"{script}.py").read_text())

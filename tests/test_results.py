@@ -1673,8 +1673,8 @@ def test_the_terminal_shows_what_was_learned_the_verdicts_and_the_paths(here, ca
 def test_empty_answers_are_said_where_they_differ():
     """By hand: 40 % and 0 % of IFEval's answers are empty; rows that are alike, or have no items, say nothing."""
     def row(name, characters):
-        return {"name": name, "config_hash": name, "adapter_sha256": None,
-                "items": characters and {"ifeval": {"characters": characters}, "gsm8k": {"characters": [9, 11]}}}
+        return {"name": name, "phase": 1, "config_hash": name, "adapter_sha256": name, "weights_sha256": None, "family": name, "method": "sft",
+                "seed": 42, "items": characters and {"ifeval": {"characters": characters}, "gsm8k": {"characters": [9, 11]}}}
     base, talker = row("base", [0, 0, 7, 100, 5]), row("talker", [1, 2, 3, 4, 5])
     said = report.empty_note([base, talker, row("old", None)])
     assert "base 40 %, talker 0 %." in said and "old" not in said

@@ -75,15 +75,15 @@ def dpo_from_base(tiny_model, dpo_args, tmp_path_factory):
 def test_every_method_starts_from_the_model_itself(tiny_model, dpo_from_base, dpo_run, kto_args, ppo_args, grpo_args,
                                                    tmp_path):
     start = {"sft_adapter": "none", "model": tiny_model}
-    kto.main(kto.Args(**{**kto_args, **start, "rows": 8}, quantization="qlora", out=str(tmp_path / "kto")))
+    kto.main(kto.Args(**{**kto_args, **start, "rows": 8}, out=str(tmp_path / "kto")))
     ppo.main(ppo.Args(**{**ppo_args, **start, "updates": 1}, out=str(tmp_path / "ppo")))
-    grpo.main(grpo.Args(**{**grpo_args, **start, "updates": 1}, out=str(tmp_path / "grpo")))
+    grpo.main(grpo.Args(**{**grpo_args, **start, "updates": 1}, quantization="qlora", out=str(tmp_path / "grpo")))
     base = logits(plain_base(tiny_model))
     for out in (dpo_from_base, *(tmp_path / name for name in ("kto", "ppo", "grpo"))):
         run, config = finished(out)
         assert run["parent"] is None and run["model"] == tiny_model and run["metrics"]["kl_merge"] is None
         assert (config["r"], config["lora_alpha"]) == (16, 32)
-        assert run["invariants"]["quantization"] == ("qlora" if run["method"] == "kto" else "none")  # the policy alone
+        assert run["invariants"]["quantization"] == ("qlora" if run["method"] == "grpo" else "none")  # the policy alone
         reloaded = logits(PeftModel.from_pretrained(plain_base(tiny_model), out))
         moved = (reloaded - base).abs().max()
         assert moved < 1 and (moved > 1e-4 or run["method"] == "grpo")  # whose answers never end here, and earn 0

@@ -379,6 +379,13 @@ def figures(trials: list[dict]) -> dict:
     return found
 
 
+def added(one, other):
+    """Figures of two results files as one: numbers are summed, key by key."""
+    if not isinstance(one, dict):
+        return one + other
+    return {k: added(one[k], other[k]) if k in one and k in other else one.get(k, other.get(k)) for k in one | other}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="commands at a time, one thread each")
@@ -389,6 +396,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0, help="begin no trial after this time; 0: no limit")
     parser.add_argument("--out", default=str(REPO / "results" / "torture.json"), help='results file; "" for none')
+    parser.add_argument("--add", action="store_true", help="add to the figures that the results file has (another --seed)")
     parser.add_argument("--work", help="directory to work in; by default a temporary one")
     args = parser.parse_args()
     began = time.time()
@@ -428,7 +436,7 @@ def main() -> None:
         print(f"{script:12} " + json.dumps(row))
     if args.out:
         import common
-        common.write_json(args.out, found)
+        common.write_json(args.out, added(json.loads(Path(args.out).read_text()), found) if args.add else found)
     print(f"{len(trials)} trials of {len(todo)} in {time.time() - began:.0f} s")
     if len(trials) < len(todo) or any(not t["identical"] or t["lost_rows"] for t in trials):
         raise SystemExit(1)
