@@ -185,13 +185,15 @@ $(OUT)/.done/judge: $(OUT)/.flags/judge $(RUNS) | $(ENV)
 seeds: $(foreach seed,$(SEEDS),seed-$(seed)) ## make all for each of SEEDS, in $(OUT)/s<seed>, with one table; on several GPUs side by side
 	$(PY) report.py --results $(RESULTS) --readme $(README)
 
+# The reward models of all seeds: the first seed's, or those that REWARD_MODELS names.
 FIRST_SEED = $(firstword $(SEEDS))
+SHARED_RMS = $(if $(filter command environment,$(origin REWARD_MODELS)),$(REWARD_MODELS),$(OUT)/s$(FIRST_SEED))
 seed-%: $(if $(filter-out 1,$(words $(SEEDS))),seed-reward-models)
-	@$(MAKE) --no-print-directory all SEED=$* OUT=$(OUT)/s$* RESULTS=$(RESULTS) README=none REWARD_MODELS=$(OUT)/s$(FIRST_SEED)
+	@$(MAKE) --no-print-directory all SEED=$* OUT=$(OUT)/s$* RESULTS=$(RESULTS) README=none REWARD_MODELS=$(SHARED_RMS)
 
 seed-reward-models:
-	@$(MAKE) --no-print-directory $(foreach run,rm_v1 rm_watch,$(OUT)/s$(FIRST_SEED)/$(run)/run.json) SEED=$(FIRST_SEED) \
-	  OUT=$(OUT)/s$(FIRST_SEED) RESULTS=$(RESULTS)
+	$(if $(filter $(OUT)/s$(FIRST_SEED),$(SHARED_RMS)),@$(MAKE) --no-print-directory SEED=$(FIRST_SEED) RESULTS=$(RESULTS) \
+	  OUT=$(OUT)/s$(FIRST_SEED) $(foreach run,rm_v1 rm_watch,$(OUT)/s$(FIRST_SEED)/$(run)/run.json))
 
 # -- sweeps: one run per setting, named method+flag_value; the rule by which one is chosen: tools/sweep.py --
 

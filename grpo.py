@@ -328,7 +328,8 @@ def main(args: Args) -> None:
                f"{args.minibatches} mini-batches of {size * G} = {total_steps:,} optimizer steps; {params.numel():,} "
                f"trained parameters; {len(problems):,} problems, {len(heldout)} held out")
     longest = max(len(p.ids) for p in [*problems, *heldout]) + args.completion_tokens
-    common.note_memory([policy], args.micro_tokens, P * G * longest, max(P * G, len(heldout)), longest)
+    common.note_memory([policy], args.micro_tokens, P * G * longest,
+                       max(P * G, len(heldout) * max(1, 2 * args.pass_k)), longest)
 
     # Before the first update the policy is the reference: measured now, to compare with.
     first = run.resume(optimizer, args.updates)

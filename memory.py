@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from common import HEAD, HEAD_CHUNK, base_of, device_of, is_fast, say, trainable, world
+from common import HEAD, HEAD_CHUNK, MAX_BATCH, base_of, device_of, is_fast, say, trainable, world
 
 
 def training_memory(config, weights: int, trained: int, tokens: int, fast: bool = True, head: bool = True,
@@ -47,8 +47,8 @@ def expected_memory(models: Sequence[nn.Module], micro_tokens: int, largest: int
     return training_memory(
         bases[0].config.get_text_config(), weights, trained=sum(p.numel() for m in models for p in trainable(m)),
         tokens=min(micro_tokens, math.ceil(largest / world())), fast=is_fast(bases[0]),
-        head=not hasattr(bases[0], HEAD), models=len(models), rows=math.ceil(rows / world()), length=length,
-        itemsize=bases[0].dtype.itemsize)
+        head=not hasattr(bases[0], HEAD), models=len(models), rows=min(MAX_BATCH, math.ceil(rows / world())),
+        length=length, itemsize=bases[0].dtype.itemsize)
 
 
 def note_memory(models: Sequence[nn.Module], micro_tokens: int, largest: int, rows: int = 0, length: int = 0) -> None:

@@ -7,7 +7,7 @@ Each command runs three times on the benchmark's tiny model: twice to its end, o
 checkpoint and the same command again. Then the same with RUNGS_DETERMINISTIC=1. One JSON line per command and mode:
 `again` compares the second run with the first, `continued` the killed one with the first; each as
 {"identical": whether all weights have the same bits, "distance": ‖θ − θ'‖ / ‖θ‖ over all factors of the adapter,
-"metric": difference of the held-out metric}. Results go to --out, results/bench/resume-<device>.json.
+"metric": difference of the held-out metric}. Results go to --out, results/bench/resume/<device>.json.
 """
 import dataclasses
 import json
@@ -45,8 +45,8 @@ class Args:
     """Commands at a time."""
     work: str = "runs/bench-resume"
     """Where model, data and runs go; what is there is deleted."""
-    out: str = "results/bench"
-    """Where resume-<device>.json goes."""
+    out: str = "results/bench/resume"
+    """Where <device>.json goes."""
 
 
 def command(script: str, engine: str, work: Path, device: str) -> list[str]:
@@ -103,7 +103,7 @@ def main(args: Args) -> None:
     for line in found:
         print(json.dumps(line), flush=True)
     name = common.hardware()["device"]
-    common.write_json(Path(args.out) / f"resume-{name.lower().replace(' ', '-')}.json",
+    common.write_json(Path(args.out) / f"{name.lower().replace(' ', '-')}.json",
                       {"schema_version": 1, "device": name, "torch": torch.__version__, "cases": found})
 
 

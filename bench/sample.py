@@ -9,9 +9,8 @@ The shape is Qwen2.5-0.5B's in bfloat16; every row samples --tokens tokens at te
 prompts of --prompt-tokens to twice as many tokens, and no EOS ends it early. A case is run twice: the first includes
 compiling and capturing (its surplus is setup_s), the second is timed, prompts included. One JSON line per case.
 
-On one H100 (torch 2.11): 64 rows 37,693 tokens/s, 1.70 ms per step (356 kernels), 10.3 times transformers' generate and
-2.8 times its static cache in the same call; 256 rows 108,379 tokens/s, 2.36 ms, 7.9 and 4.5 times; 9 s of compiling and
-capturing, 1.8 and 2.6 GiB of tensors. Floor of a step: 1 GB of weights at 3 TB/s, 0.33 ms.
+On one H200 (torch 2.11), adapter of rank 16: 64 rows 43,080 tokens/s, 1.5 times the torch path in the same call (which is
+2.8 times transformers' static cache and 10 times its default); 256 rows 128,838, 1.3 times. bench/NOTES.md has the rest.
 """
 import dataclasses
 import json
@@ -36,7 +35,8 @@ from workload import SHAPES
 class Args:
     system: tuple[Literal["rungs", "rungs-torch", "rungs-plain", "transformers-generate", "static-cache"],
                   ...] = ("rungs",)
-    """What samples: common.Sampler with the fast engine, with this but without its Triton kernels, or with the plain engine; or generate with its dynamic or its static (compiled) cache."""
+    """What samples: common.Sampler with the fast engine, with this but without its Triton kernels, or with the plain
+    engine; or generate with its dynamic or its static (compiled) cache."""
     lora_rank: tuple[int, ...] = (0,)
     """Rank of an adapter beside the weights (rungs); 0: none, which is what an adapter merged into them costs. One case each."""
     rows: tuple[int, ...] = (64,)

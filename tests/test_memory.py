@@ -41,11 +41,13 @@ def runs():
         told = {"weights": NF4 if args.get("quantization") == "qlora" else BF16, "trained": LORA,
                 "tokens": args["micro_tokens"]}
         if method in ("grpo", "ppo"):
-            at_once = {"grpo": lambda: max(args["batch_size"] * args["group_size"], run["metrics"]["heldout_problems"]),
+            at_once = {"grpo": lambda: max(args["batch_size"] * args["group_size"],
+                                           run["metrics"]["heldout_problems"] * max(1, 2 * args["pass_k"])),
                        "ppo": lambda: max(args["batch_size"], args["fixed_prompts"], args["normalise"])}[method]()
-            told |= {"rows": at_once, "length": args["prompt_tokens"] + args["completion_tokens"]}
+            longest = 256 if method == "grpo" else args["prompt_tokens"]  # of GSM8K's prompts, as --preview says
+            told |= {"rows": min(common.MAX_BATCH, at_once), "length": longest + args["completion_tokens"]}
             told |= {"weights": BF16 + NF4, **PPO} if method == "ppo" else {}
-        else:
+        elif method != "kto":  # a record's curve is of means over some steps; KTO's largest step fills a micro-batch
             told["tokens"] = min(told["tokens"], max(curves["tokens"]))
         yield f"{run['name']}-{run['seed']}", max(peak for peak in curves["peak_gib"] if peak), told
 
