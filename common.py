@@ -47,6 +47,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -108,6 +109,22 @@ def setup_device(device: str = "auto") -> torch.device:
                 fail(f"RUNGS_GPU_GIB={limit}: want GiB, above 0 and at most the card's {memory / 2**30:.1f}")
             torch.cuda.set_per_process_memory_fraction(float(limit) * 2**30 / memory, device)
     return torch.device(device)
+
+
+def take_turn() -> None:
+    """Wait until no other command works on this GPU; from here on this one does, until its process ends.
+
+    RUNGS_GPU_TURN, set by tools/on_gpu.py, names the GPU's lock file; without it nothing waits. What needs no GPU
+    (imports, rows, checks) is done before, so that one command gets ready while another one works.
+    """
+    path = os.environ.get("RUNGS_GPU_TURN")
+    if path and world() == 1 and not gpu_turn:
+        import_library("peft")  # with transformers' modelling: most of a start-up's seconds
+        gpu_turn.append(FileLock(path))
+        gpu_turn[0].acquire()
+
+
+gpu_turn: list[FileLock] = []  # held by this process
 
 
 def set_deterministic() -> None:
@@ -554,6 +571,7 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
     engine: "fast" or "plain", as choose_engine gives it; by default fast where it serves the model.
     """
     import_library("peft")  # with it transformers' modelling
+    take_turn()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()  # of a load that takes a second
@@ -1706,6 +1724,7 @@ class Run:
 
     def __init__(self, method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None = None,
                  parent_dir: str | None = None, scorers: dict[str, dict] | None = None):
+        take_turn()
         self.args, self.parent_dir = args, parent_dir
         self.directory = Path(args.out)
         self.stop_signal, self.seconds, self.started = 0, 0.0, time.time()

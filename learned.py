@@ -288,8 +288,8 @@ def on_policy_table(records: list[dict]) -> Table:
 SWEEPS = (
     "One run per setting, written by tools/sweep.py, which states the rule by which one is chosen; seed 41, held-out "
     "parts of the training data, no benchmark. Value with its 95 % interval; tokens: mean of an answer. Chosen: the "
-    "rule's winner. Not admissible: its answers end less often than SFT's by more than 5 points, or its KL to SFT is "
-    "above 10 nats."
+    "rule's winner. Not admissible: its answers end less often than SFT's by more than 5 points, refusals are more "
+    "than 10 points above SFT's, or its KL to SFT is above 10 nats."
 )
 
 

@@ -238,3 +238,36 @@ def test_memory_that_ends_is_tried_again_in_halves(times, sft_args, sft_run, tmp
     else:
         assert done.returncode == 1 and "error: give a smaller --micro-tokens: CUDA out of memory." in done.stderr
         assert (tmp_path / "run" / "checkpoint" / "state.safetensors").is_file()
+
+
+GETS_READY_THEN_WORKS = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import common
+common.import_library("peft")  # its seconds, here, not between the two
+def log(what):
+    with open("log", "a") as f:
+        f.write(f"{what} {os.environ['CUDA_VISIBLE_DEVICES']} {sys.argv[2]}\\n")
+log("ready")
+while open("log").read().count("ready") < 2:  # both are ready before one may work
+    time.sleep(0.01)
+common.take_turn()
+common.take_turn()  # it has it: the second call returns at once
+log("begin")
+time.sleep(0.5)
+log("end")
+"""
+
+
+@pytest.mark.parametrize("gpus, at_once", [(1, 2), (2, 1)])
+def test_on_one_gpu_one_command_works_while_the_next_gets_ready(gpus, at_once, tmp_path):
+    """tools/on_gpu.py: two commands on one GPU work one after the other, on two GPUs at the same time."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    commands = [subprocess.Popen([sys.executable, str(REPO / "tools" / "on_gpu.py"), str(gpus), str(at_once), sys.executable,
+                                  "-c", GETS_READY_THEN_WORKS, str(REPO), name], cwd=tmp_path, env=environment)
+                for name in ("one", "other")]
+    assert [command.wait(timeout=120) for command in commands] == [0, 0]
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert {card for _, card, _ in lines} == {str(i) for i in range(gpus)}
+    order = [what for what, _, _ in lines if what != "ready"]
+    assert order == (["begin", "end"] * 2 if gpus == 1 else ["begin", "begin", "end", "end"])

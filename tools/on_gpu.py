@@ -1,10 +1,11 @@
 """Run a command on the first free GPU of several: what `make all GPUS=4` puts before each phase.
 
-    python tools/on_gpu.py 4 1 python dpo.py --sft-adapter runs/sft_v2
+    python tools/on_gpu.py 4 2 python dpo.py --sft-adapter runs/sft_v2
 
-Arguments: the number of GPUs, the commands that may share one, the command. The command sees one GPU
-(CUDA_VISIBLE_DEVICES) and takes this process's place; the lock file that reserves its GPU is released when it ends,
-however it ends. If CUDA_VISIBLE_DEVICES is set already, only the GPUs that it names are counted.
+Arguments: the number of GPUs, the commands that may be on one at a time, the command. Of several on one GPU, one works;
+the others get as far as they can without it (imports, rows, checks) and wait for their turn (common.take_turn). The
+command sees one GPU (CUDA_VISIBLE_DEVICES) and takes this process's place; the lock file that reserves its place is
+released when it ends, however it ends. If CUDA_VISIBLE_DEVICES is set already, only the GPUs that it names are counted.
 """
 import fcntl
 import os
@@ -31,6 +32,7 @@ def main() -> None:
                     continue
                 os.set_inheritable(lock, True)  # the command holds it
                 os.environ["CUDA_VISIBLE_DEVICES"] = card
+                os.environ["RUNGS_GPU_TURN"] = str(locks / f"{card}.turn")
                 os.execvp(command[0], command)
         time.sleep(0.5)
 
