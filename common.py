@@ -1476,7 +1476,7 @@ class PlainDecoder:
 
     def refresh(self, model: nn.Module) -> None:
         """Sample from this model from now on; its weights are read when they are used."""
-        self.model = model
+        self.model, self.computed = model, 0
 
     def release(self) -> None:
         """Give the cache back."""
@@ -1511,6 +1511,7 @@ class PlainDecoder:
             out = base(self.fed, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         tokens, logprobs = choose(out.logits[:, -1], rows=self.keys, position=self.position, **self.choice)    # [B]
         self.cache, self.fed, self.position = out.past_key_values, tokens[:, None], self.position + 1
+        self.computed += len(tokens)
         tokens, logprobs = tokens.tolist(), logprobs.tolist()
         return {i: ([tokens[self.row_of[i]]], [logprobs[self.row_of[i]]]) for i in live}
 
@@ -1530,18 +1531,25 @@ class Sampler:
     def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None, short: bool = False):
         self.tokenizer, self.max_batch = tokenizer, max_batch or MAX_BATCH
         self.stop_ids = frozenset(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
-        self.model = model
+        self.model, self.kept = model, 0
         self.decoder = PlainDecoder(model) if not is_fast(model) else \
             fast.Decoder(base_of(model), choose, say, compile=not short)
 
     def refresh(self, policy: nn.Module) -> None:
         """Take over the policy's weights as they are now."""
+        self.kept = 0
         self.model = policy
         self.decoder.refresh(base_of(policy) if is_fast(policy) else policy)
 
     def release(self) -> None:
         """Give the cache back; the next `sample` makes a new one."""
         self.decoder.release()
+
+    def wasted(self) -> float:
+        """Share of the tokens computed since refresh(), over all ranks, that no completion has: a row goes on after its
+        end until the next readback, and a batch has as many rows as the next recorded size."""
+        kept, computed = (sum(counts) for counts in zip(*gather_lists([(self.kept, self.decoder.computed)])))
+        return 1 - kept / computed if computed else 0.0
 
     @without_gradients()
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], temperature: float = 0.0,
@@ -1583,6 +1591,7 @@ class Sampler:
                     if why:
                         text = self._text(ids[i], stops[i] if why == "string" else [])
                         done[i] = Completion(ids[i], logprobs[i], why, text)
+                        self.kept += len(ids[i])
                 finished = [i for i in live if done[i]]
                 live = [i for i in live if not done[i]]
                 if progress and finished:

@@ -459,7 +459,8 @@ def main(args: Args) -> None:
             **means(drawn), "zero_variance": sum(not g.varies for g in drawn) / len(drawn),
             "all_right": solved.count(G) / len(drawn), "all_wrong": solved.count(0) / len(drawn),
             "drawn_groups": len(drawn), **learning, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
-            "rollout_tokens_per_s": tokens / (rolled - began), **{f"heldout_{k}": v for k, v in measured.items()}})
+            "rollout_tokens_per_s": tokens / (rolled - began), "rollout_wasted": sampler.wasted(),
+            **{f"heldout_{k}": v for k, v in measured.items()}})
         run.watch(tokens / (len(drawn) * G), 1 - means(drawn)["overlong"], any(g.varies for g in drawn))
         run.checkpoint(update + 1, optimizer)
 

@@ -422,7 +422,7 @@ def main(args: Args) -> None:
             **({"importance_capped": (weights[mask] == args.importance_cap).float().mean().item()}
                if args.importance_cap else {}), "grad_norm": grad_norm,
             "critic_grad_norm": critic_grad_norm, "lr": lr, "tokens": tokens,
-            "rollout_tokens_per_s": tokens / (rolled - began),
+            "rollout_tokens_per_s": tokens / (rolled - began), "rollout_wasted": sampler.wasted(),
             "learn_tokens_per_s": args.epochs * sum(len(e.ids) for e in examples) / (learned - rolled)})
         run.watch(tokens / args.batch_size, batch.ended.float().mean().item())
         run.state["beta"] = adapted_beta(beta, kl_mean, args.kl_target)

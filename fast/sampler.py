@@ -154,7 +154,7 @@ class Decoder:
 
         Tensors that no adapter touches (embeddings, norms, LM head) are shared with the model.
         """
-        self.config, body = base.config, base.base_model
+        self.config, body, self.computed = base.config, base.base_model, 0
         self.embedding, self.head = body.embed_tokens.weight, base.get_output_embeddings()
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         self.norm = (body.norm.weight, body.norm.variance_epsilon)
@@ -318,6 +318,7 @@ class Decoder:
         for _ in range(steps):
             step()
         tokens, logprobs = (buffer[:steps, :self.size].T.tolist() for buffer in (self.ids, self.logprobs))
+        self.computed += steps * self.size
         for i in live:
             self.lengths[i] += steps
         return {i: (tokens[row], logprobs[row]) for i, row in self.row_of.items()}

@@ -593,3 +593,19 @@ def test_greedy_choice_is_the_first_of_equals():
     token, logprob = common.choose(logits, 1.0)
     assert token.tolist() == [200, 7, 0] == logits.argmax(1).tolist()
     torch.testing.assert_close(logprob, logits.log_softmax(1).amax(1), **CLOSE)
+
+
+def test_the_share_of_wasted_tokens(tiny_model):
+    """By hand, budgets of 1, 3 and 20 tokens that no EOS ends. Fast: three rows for 16 steps, one row for 4, of 52 computed
+    tokens 24 are kept. Plain, prompts of one length: three rows for 20 steps. refresh() starts anew."""
+    model, tokenizer = common.load_model(tiny_model, dtype=torch.float32), chat.load_tokenizer(tiny_model)
+    for engine, computed in (("fast", 52), ("plain", 60)):
+        model.__dict__["engine"] = engine
+        sampler = Sampler(model, tokenizer)
+        sampler.stop_ids = frozenset()
+        sampler.sample([[5, 6]] * 3, [1, 3, 20])
+        assert sampler.wasted() == pytest.approx(1 - 24 / computed), engine
+        sampler.refresh(model)
+        assert sampler.wasted() == 0
+        sampler.sample([[5, 6]], [16])
+        assert sampler.wasted() == 0
