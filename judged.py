@@ -183,7 +183,7 @@ def controlled_cell(record: dict) -> str:
 
 def judged_label(row: dict, rows: list[dict]) -> str:
     """The row's label in the tables; its name where they hold no such name (with its seed, if they hold the adapter);
-    with the adapter's hash where no row of that name has it."""
+    with its seed, or else the adapter's hash, where no row of that name has it: it was judged, but not evaluated."""
     known = {r["adapter_sha256"]: label for label, r in label_rows(once(rows)) if r["name"] == row.get("name")}
     if row.get("adapter_sha256") in known:
         return known[row.get("adapter_sha256")]
@@ -191,8 +191,10 @@ def judged_label(row: dict, rows: list[dict]) -> str:
              and r["adapter_sha256"] == row.get("adapter_sha256")]
     if seeds and not known:
         return str(row.get("name")) + seeds[0]  # best of N: its policy's adapter under another name
-    other = known and row.get("adapter_sha256") not in known
-    return str(row.get("name")) + f"@{(row.get('adapter_sha256') or 'none')[:8]}" * bool(other)
+    if not known:
+        return str(row.get("name"))
+    return f"{row.get('name')}-s{row['seed']}" if row.get("seed") is not None else \
+        f"{row.get('name')}@{(row.get('adapter_sha256') or 'none')[:8]}"
 
 
 def judge_table(records: list[dict], rows: list[dict], reward_models: list[dict]) -> Table:
@@ -277,7 +279,13 @@ def reference_row(record: dict) -> dict:
 
 def mark_collapsed(rows: list[dict], records: dict[str, list[dict]]) -> None:
     """Sets "collapsed" of each row, and of each comparison for its row a: how its answers to the judge's prompts have
-    collapsed (guardrails.collapsed), "" where they have not or were not measured."""
+    collapsed (guardrails.collapsed), "" where they have not or were not measured. Sets "seed" of judged rows whose run is
+    on record."""
+    seeds = {run.get("adapter_sha256"): run.get("seed") for run in records.get("runs", ())}
+    judged = [row for record in records["guardrails"] for row in record.get("rows") or []]
+    judged += [at(record, "rows", side) or {} for record in records["judge"] for side in "ab"]
+    for row in judged:
+        row["seed"] = seeds.get(row.get("adapter_sha256"))
     found = {(row.get("name"), row.get("adapter_sha256")): collapsed(row, reference_row(record))
              for record in records["guardrails"] for row in record.get("rows") or []}
     for row in rows:

@@ -1679,3 +1679,14 @@ def test_empty_answers_are_said_where_they_differ():
     said = report.empty_note([base, talker, row("old", None)])
     assert "base 40 %, talker 0 %." in said and "old" not in said
     assert report.empty_note([talker, row("other", [3, 3, 3, 3, 3])]) == report.empty_note([row("old", None)]) == ""
+
+
+def test_a_row_that_was_judged_but_not_evaluated_is_named_by_its_seed():
+    """From the record of its run; by its adapter's hash where there is none."""
+    _, sft, dpo = three_rows()
+    other = {"name": "dpo_v1", "adapter_sha256": "e" * 64}
+    records = {"guardrails": [], "runs": [other | {"seed": 44}], "judge": [{"rows": {"a": dict(other), "b": dict(sft)}}]}
+    judged_module.mark_collapsed([sft, dpo], records)
+    assert judged_module.judged_label(records["judge"][0]["rows"]["a"], [sft, dpo]) == "dpo_v1-s44"
+    assert judged_module.judged_label(other, [sft, dpo]) == "dpo_v1@eeeeeeee"
+    assert judged_module.judged_label(dpo, [sft, dpo]) == "dpo_v1"
