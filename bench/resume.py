@@ -7,7 +7,8 @@ Each command runs three times on the benchmark's tiny model: twice to its end, o
 checkpoint and the same command again. Then the same with RUNGS_DETERMINISTIC=1. One JSON line per command and mode:
 `again` compares the second run with the first, `continued` the killed one with the first; each as
 {"identical": whether all weights have the same bits, "distance": ‖θ − θ'‖ / ‖θ‖ over all factors of the adapter,
-"metric": difference of the held-out metric}. Results go to --out, results/bench/resume/<device>.json.
+"metric": difference of the held-out loss (GRPO: of the KL to the reference)}. Results go to --out,
+results/bench/resume/<device>.json.
 """
 import dataclasses
 import json

@@ -12,8 +12,8 @@ kernel that reads its result adds (x Aᵀ) Bᵀ. Sums are fp32; results are roun
 rounds them, except that (x Aᵀ) Bᵀ itself isn't rounded before it is added.
 
 Only fast/sampler.py calls this module: on a GPU in half precision, unless RUNGS_KERNELS=0. The torch path there is the
-specification. With RUNGS_KERNELS=1 and TRITON_INTERPRET=1 the kernels run on a CPU, which the tests use. B rows, H hidden size, d head size, I size of
-the MLP, r rank (a multiple of 16).
+specification. With RUNGS_KERNELS=1 and TRITON_INTERPRET=1 the kernels run on a CPU, which the tests use. B rows, H
+hidden size, d head size, I size of the MLP, r rank (a multiple of 16).
 """
 import functools
 import math
