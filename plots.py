@@ -243,7 +243,8 @@ def sweep_curves(records: list[dict], base_of) -> Figure:
         of_method = [r for r in records if r["method"] == method and finite(r["value"]) is not None and r["lr"] > 0]
         curves = {}
         for record in of_method:
-            others = ", ".join(f"{k} {v}" for k, v in record["setting"].items() if k != "lr")
+            setting = record["setting"] | ({"beta": record["beta"]} if record.get("beta") else {})
+            others = ", ".join(f"{k} {v}" for k, v in setting.items() if k != "lr")
             curves.setdefault((base_of(record), others), []).append(record)
         for style, ((base, others), points) in zip(itertools.cycle(("-", "--", ":", "-.")), curves.items()):
             tone = COLOURS.get(method, INK)
