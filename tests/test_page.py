@@ -188,7 +188,8 @@ def count(page):
 
 
 def place(page):
-    return page.url.partition("#")[2]
+    """What stands behind # in the page's address, asked of the page itself: page.url may lag behind under load."""
+    return page.evaluate("location.hash.slice(1)")
 
 
 def completions(page):
