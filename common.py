@@ -111,20 +111,20 @@ def setup_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-def take_turn() -> None:
-    """Wait until no other command works on this GPU; from here on this one does, until its process ends.
+@functools.cache  # once per process, which holds the lock until it ends
+def take_turn() -> FileLock | None:
+    """Wait until no other command works on this GPU; from here on this one does.
 
     RUNGS_GPU_TURN, set by tools/on_gpu.py, names the GPU's lock file; without it nothing waits. What needs no GPU
     (imports, rows, checks) is done before, so that one command gets ready while another one works.
     """
     path = os.environ.get("RUNGS_GPU_TURN")
-    if path and world() == 1 and not gpu_turn:
-        import_library("peft")  # with transformers' modelling: most of a start-up's seconds
-        gpu_turn.append(FileLock(path))
-        gpu_turn[0].acquire()
-
-
-gpu_turn: list[FileLock] = []  # held by this process
+    if not path or world() > 1:
+        return None
+    import_library("peft")  # with transformers' modelling: most of a start-up's seconds
+    lock = FileLock(path)
+    lock.acquire()
+    return lock
 
 
 def set_deterministic() -> None:

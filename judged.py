@@ -279,13 +279,7 @@ def reference_row(record: dict) -> dict:
 
 def mark_collapsed(rows: list[dict], records: dict[str, list[dict]]) -> None:
     """Sets "collapsed" of each row, and of each comparison for its row a: how its answers to the judge's prompts have
-    collapsed (guardrails.collapsed), "" where they have not or were not measured. Sets "seed" of judged rows whose run is
-    on record."""
-    seeds = {run.get("adapter_sha256"): run.get("seed") for run in records.get("runs", ())}
-    judged = [row for record in records["guardrails"] for row in record.get("rows") or []]
-    judged += [at(record, "rows", side) or {} for record in records["judge"] for side in "ab"]
-    for row in judged:
-        row["seed"] = seeds.get(row.get("adapter_sha256"))
+    collapsed (guardrails.collapsed), "" where they have not or were not measured."""
     found = {(row.get("name"), row.get("adapter_sha256")): collapsed(row, reference_row(record))
              for record in records["guardrails"] for row in record.get("rows") or []}
     for row in rows:
@@ -293,6 +287,15 @@ def mark_collapsed(rows: list[dict], records: dict[str, list[dict]]) -> None:
     for record in records["judge"]:
         a = at(record, "rows", "a") or {}
         record["collapsed"] = found.get((a.get("name"), a.get("adapter_sha256")), "")
+
+
+def mark_seeds(records: dict[str, list[dict]]) -> None:
+    """Sets "seed" of each judged row, from the record of its run; None without one. judged_label names rows by it."""
+    seeds = {run.get("adapter_sha256"): run.get("seed") for run in records["runs"]}
+    judged = [row for record in records["guardrails"] for row in record.get("rows") or []]
+    judged += [at(record, "rows", side) or {} for record in records["judge"] for side in "ab"]
+    for row in judged:
+        row["seed"] = seeds.get(row.get("adapter_sha256"))
 
 
 def collapse_of(group: Sequence[dict]) -> str:

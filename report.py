@@ -41,7 +41,7 @@ from pathlib import Path
 import tyro
 
 from common import SCHEMA_VERSION, fail, read_json, say_next, write_atomic
-from judged import (collapse_of, eos_rates, guardrails_table, judge_table, mark_collapsed, own_criterion,
+from judged import (collapse_of, eos_rates, guardrails_table, judge_table, mark_collapsed, mark_seeds, own_criterion,
                     win_rates)
 from learned import (OBJECTIVES, against_length, change_of, headline, learned_table, moved_table, objective_line,
                      on_policy_table, read_sweeps, reward_table, sweep_base, sweep_table)
@@ -204,7 +204,7 @@ def compact_table(results: "Results") -> Table:
     labels = {id(row): label for label, row in label_rows(rows)}
     columns = {column: results.protocols[column] for column in METRICS if column in results.protocols}
     table = tables.get(columns.get("GSM8K\nstrict", ""), [])
-    beside = [column for column in secondary_columns(table) if column == ZERO_SHOT]
+    beside = {column: found for column, found in secondary_columns(table).items() if column == ZERO_SHOT}
     rungs, missing = [], {name: phase for name, phase in LADDER.items() if name not in {row["name"] for row in rows}}
     for group in seed_groups(rows):
         row, cells = group[0], []
@@ -220,7 +220,7 @@ def compact_table(results: "Results") -> Table:
                 cell = spread([score(r, column)[0] for r in own], 1, 1) + " sd"
                 cell += "°" * all(is_at_floor(r, column) for r in own)
             cells.append(cell if short == "–" else f"{cell} ({short})")
-        cells += [secondary_cell(group, table, column, short=True) for column in beside]
+        cells += [secondary_cell(group, table, column, found, short=True) for column, found in beside.items()]
         word = next((v.word for v in results.verdicts if any(same_policy(row, r) for r in v.rows)), "")
         if row["method"] != "base" and not word:
             word = "(descriptive)"
@@ -323,12 +323,12 @@ def secondary_columns(rows: list[dict]) -> dict[tuple[str, str, str], str]:
     return columns
 
 
-def secondary_cell(group: list[dict], rows: list[dict], column: tuple[str, str, str], short: bool = False) -> str:
-    """A family's score on a secondary task and its changes against parent and base; short: against base alone."""
-    expected = secondary_columns(rows)[column]
-
+def secondary_cell(group: list[dict], rows: list[dict], column: tuple[str, str, str], eval_hash: str,
+                   short: bool = False) -> str:
+    """A family's score on a secondary task, evaluated by eval_hash, and its changes against parent and base; short:
+    against base alone. rows: of one table; the family's may be another's, and are found there."""
     def has(row: dict | None) -> bool:
-        return row is not None and at(row, "secondary", column[0], "eval_hash") == expected and (
+        return row is not None and at(row, "secondary", column[0], "eval_hash") == eval_hash and (
             score(row, column)[0] is not None)
     own = [row for row in rows if has(row) and any(same_policy(row, r) for r in group)]
     if not own:
@@ -349,7 +349,7 @@ def secondary_table(rows: list[dict]) -> Table | None:
     columns, labels = secondary_columns(rows), {id(row): label for label, row in label_rows(rows)}
     if not columns:
         return None
-    lines = [[label_group(group, labels), *(secondary_cell(group, rows, column) for column in columns)]
+    lines = [[label_group(group, labels), *(secondary_cell(group, rows, *asked) for asked in columns.items())]
              for group in seed_groups(rows)]
     how = next(row["secondary"] for row in rows if row.get("secondary"))
     header = [f"{task}\n{metric},\n{name}" + f"\nn = {number(at(how, task, 'n'))}" for task, metric, name in columns]
@@ -783,6 +783,7 @@ def results_of(results: Path, climbs: list[dict[str, list[dict]]], i: int, group
     for row in rows:
         row["items"], row["swept"] = read_items(results, row), row["config_hash"] in swept
     mark_collapsed(rows, records)
+    mark_seeds(records)
     protocols = endpoint_protocols(tables)
     compared = {(name, to): comparisons(table, to) for name, table in tables.items() for to in ("base", "parent")}
     compared = with_holm(compared, protocols)

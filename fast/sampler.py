@@ -112,6 +112,13 @@ def decode_end(x: Tensor, update: Tensor, norm: tuple[Tensor, float]) -> Tensor:
     return rms_norm(x + update, *norm)
 
 
+@functools.cache  # asked at every refresh
+def has_triton() -> bool:
+    """Are Triton and the C compiler that it needs installed?"""
+    compilers = map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))
+    return any(compilers) and importlib.util.find_spec("triton") is not None
+
+
 class Beginning(NamedTuple):
     """A prompt without its last token, as `pack` takes it: nothing in it is predicted."""
     ids: Sequence[int]
@@ -182,13 +189,12 @@ class Decoder:
 
     def _choose_kernels(self):
         """fast.kernels, or None: the torch path. RUNGS_KERNELS=1 and 0 decide; without it they run in half precision on
-        a GPU from Ampere on, where Triton and the C compiler that it needs are installed and they serve the model."""
+        a GPU from Ampere on, where Triton is installed and they serve the model."""
         on_gpu = self.device.type == "cuda"
         default = on_gpu and self.dtype != torch.float32 and torch.cuda.get_device_capability(self.device) >= (8, 0)
         runs = on_gpu or os.environ.get("TRITON_INTERPRET") == "1"
-        compiler = any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
         wanted = os.environ.get("RUNGS_KERNELS", str(int(default))) == "1"
-        if not (wanted and runs and compiler and importlib.util.find_spec("triton")):
+        if not (wanted and runs and has_triton()):
             return None
         from fast import kernels
         return None if kernels.unsupported(self.config) else kernels

@@ -1686,7 +1686,7 @@ def test_a_row_that_was_judged_but_not_evaluated_is_named_by_its_seed():
     _, sft, dpo = three_rows()
     other = {"name": "dpo_v1", "adapter_sha256": "e" * 64}
     records = {"guardrails": [], "runs": [other | {"seed": 44}], "judge": [{"rows": {"a": dict(other), "b": dict(sft)}}]}
-    judged_module.mark_collapsed([sft, dpo], records)
+    judged_module.mark_seeds(records)
     assert judged_module.judged_label(records["judge"][0]["rows"]["a"], [sft, dpo]) == "dpo_v1-s44"
     assert judged_module.judged_label(other, [sft, dpo]) == "dpo_v1@eeeeeeee"
     assert judged_module.judged_label(dpo, [sft, dpo]) == "dpo_v1"

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
@@ -62,9 +61,8 @@ def measured(method: str, run: Path, metrics: dict, judge: Path, guardrails: dic
         return {"value": metrics["heldout_loss"], "interval": metrics["heldout_loss_interval"]}
     if method == "grpo":
         value, n = metrics["pass_1_after"], metrics["heldout_problems"]
-        wilson = stats.binomtest(round(value * n), n).proportion_ci(method="wilson")
-        return {"value": value, "interval": [wilson.low, wilson.high], "before": metrics["pass_1_before"], "kl": kl,
-                "change_interval": metrics["pass_1_change_interval"],
+        return {"value": value, "interval": common.wilson(round(value * n), n), "before": metrics["pass_1_before"],
+                "kl": kl, "change_interval": metrics["pass_1_change_interval"],
                 "flexible_before": metrics.get("flexible_1_before"), "flexible_after": metrics.get("flexible_1_after"),
                 "flexible_change_interval": metrics.get("flexible_1_change_interval"),
                 "completion_tokens": metrics["completion_tokens_after"]}
