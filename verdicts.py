@@ -585,38 +585,49 @@ def verdict(against_base: dict[str, Change], irreproducible: bool | None = False
     return Verdict("flat", why)
 
 
-def endpoint_changes(compared: dict, against: str, adapter: str | None, protocols: dict[str, str]) -> dict[str, Change]:
-    """{endpoint: the change, in its protocol, of the family of rows that holds this adapter}; an empty Change where
-    none."""
+def endpoint_changes(compared: dict, against: str, adapters: set[str | None],
+                     protocols: dict[str, str]) -> dict[str, Change]:
+    """{endpoint: the change, in its protocol, of the family of rows that holds one of these adapters}; an empty Change
+    where none."""
     changes = {}
     for column, protocol in protocols.items():
         holding = [c for c in compared.get((protocol, against), ([], []))[0] if c.in_family
-                   and adapter in [row["adapter_sha256"] for row in c.rows]]
+                   and adapters & {row["adapter_sha256"] for row in c.rows}]
         changes[column] = holding[0].changes[column] if holding else Change(None, None, None)
     return changes
 
 
+def lineages(compared: dict, tables: dict[str, list[dict]]) -> list[dict[str, Comparison]]:
+    """[{protocol: a method's comparison with base}] of the methods in the family of tests. A method has the same family
+    in each protocol, not necessarily the same seeds: they are evaluated one after another."""
+    found = {}
+    for protocol in tables:
+        for c in [c for c in compared[protocol, "base"][0] if c.in_family]:
+            found.setdefault((c.row["method"], c.row.get("family") or c.row["adapter_sha256"]), {})[protocol] = c
+    return list(found.values())
+
+
 def verdicts_of(compared: dict, tables: dict[str, list[dict]], protocols: dict[str, str]) -> list[Verdict]:
     """The verdict of each method in the family of tests."""
-    verdicts, judged = [], []
-    for c in [c for protocol in tables for c in compared[protocol, "base"][0] if c.in_family]:
-        adapter = c.row["adapter_sha256"]
-        if adapter in judged:
-            continue
-        judged += [row["adapter_sha256"] for row in c.rows]
-        against_base = endpoint_changes(compared, "base", adapter, protocols)
+    verdicts = []
+    for by_protocol in lineages(compared, tables):
+        c, rows = next(iter(by_protocol.values())), [row for c in by_protocol.values() for row in c.rows]
+        adapters = {row["adapter_sha256"] for row in rows}
+        against_base = endpoint_changes(compared, "base", adapters, protocols)
         inherited = frozenset()
-        if parent := c.row.get("parent"):
-            of_parent = endpoint_changes(compared, "base", parent["adapter_sha256"], protocols)
-            against_parent = endpoint_changes(compared, "parent", adapter, protocols)
+        if parents := {row["parent"]["adapter_sha256"] for row in rows if row.get("parent")}:
+            of_parent = endpoint_changes(compared, "base", parents, protocols)
+            against_parent = endpoint_changes(compared, "parent", adapters, protocols)
             inherited = frozenset(column for column, change in against_parent.items()
                                   if of_parent[column].down and change.adjusted is not None and not change.down)
-        reruns = [reran(row, rows) for rows in tables.values() for row in rows
-                  if row["adapter_sha256"] in [r["adapter_sha256"] for r in c.rows]]
+        reruns = [reran(row, table) for table in tables.values() for row in table if row["adapter_sha256"] in adapters]
         irreproducible = True if True in reruns else None if None in reruns else False
         floors = tuple(column for column in FORGOTTEN for row in tables.get(protocols[column], [])
                        if row["method"] == "base" and is_at_floor(row, column))
         one = verdict(against_base, irreproducible, inherited, floors, protocols)
+        seeds = {protocol: len(other.rows) for protocol, other in by_protocol.items() if protocol in protocols.values()}
+        if len(set(seeds.values())) > 1:
+            one = replace(one, why=f"{one.why}; seeds: " + ", ".join(f"{n} {protocol}" for protocol, n in seeds.items()))
         verdicts.append(replace(one, label=c.label, rows=c.rows))
     return verdicts
 

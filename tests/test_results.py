@@ -834,16 +834,16 @@ def test_a_rerun_that_differs_is_irreproducible_and_one_that_does_not_is_no_matt
     assert table(verdicts)["dpo_v1@dddddddd"][0] == "**open**"
 
 
-def seeds_of(name, phase, method, parents=None, **right):
-    """Rows of three seeds of a family, each with per-item scores that differ a little by seed."""
-    rows = []
-    for seed in (42, 43, 44):
-        row = make_row(f"{name}{'' if seed == 42 else f'_s{seed}'}", phase, method, f"{phase}{seed - 42}"[:2].ljust(1),
+def seeds_of(name, phase, method, parents=None, seeds=(42, 43, 44), protocol="plain", **right):
+    """Rows of the seeds of a family, each with per-item scores that differ a little by seed; in the chat protocol of
+    other adapters than in the plain one."""
+    rows, kind = [], {"plain": "", "chat": "c"}[protocol]
+    for i, seed in enumerate(seeds):
+        row = make_row(f"{name}{'' if seed == 42 else f'_s{seed}'}", phase, method, "0", protocol=protocol,
                        config=f"{method}{seed}") | {"seed": seed, "family": f"family-{method}"}
-        row["adapter_sha256"] = f"{phase}{seed - 42}" * 32
+        row["adapter_sha256"] = (f"{phase}{seed - 42}{kind}" * 32)[:64]
         if parents:
-            row["parent"] = {"name": parents[seed - 42]["name"], "method": "sft",
-                             "adapter_sha256": parents[seed - 42]["adapter_sha256"]}
+            row["parent"] = {"name": parents[i]["name"], "method": "sft", "adapter_sha256": parents[i]["adapter_sha256"]}
         by_seed = {task: lambda i, f=f, seed=seed: max(0, f(i) - (i == seed)) for task, f in right.items()}
         rows.append(scored(row, 300, **by_seed))
     return rows
@@ -872,6 +872,23 @@ def test_seeds_of_a_family_are_one_comparison_each_with_its_own_parent(here):
     verdicts = table("## 3. Is it a win?")
     assert verdicts["dpo_v1 (3 seeds)"][0] == "**win**" and verdicts["sft_v2 (3 seeds)"][0] == "**flat**"
     assert "One family of tests, 12 in all" in Path("results/README.md").read_text()  # not three times as many
+
+
+def test_a_verdict_takes_each_endpoint_from_the_seeds_that_its_protocol_has(here):
+    """Plain: seeds 42 to 44. Chat, where IFEval and GSM8K of an instruct base are tested: 44, trained again, and 45.
+    The family is the same, so it is one verdict, which says how many seeds stand behind each protocol."""
+    rows = [scored(make_row("base", protocol=protocol), 300) for protocol in ("plain", "chat")]
+    for protocol, seeds in (("plain", (42, 43, 44)), ("chat", (44, 45))):
+        sft = seeds_of("sft_v2", 1, "sft", None, seeds, protocol, truthfulqa_mc2=lambda i: int(i % 3 == 0) - 0.75)
+        dpo = seeds_of("dpo_v1", 2, "dpo", sft, seeds, protocol, ifeval=lambda i: int(i % 3 < 2),
+                       truthfulqa_mc2=lambda i: int(i % 3 == 0) - 0.75)
+        rows += [*sft, *dpo]
+    run([row | {"model": "org/base-instruct"} for row in rows])
+    verdicts = table("## 3. Is it a win?")
+    word, why = verdicts["dpo_v1 (3 seeds)"][:2]
+    assert word == "**forgetting, inherited**" and "IFEval prompt +33." in why and why.endswith("; seeds: 3 plain, 2 chat")
+    assert verdicts["sft_v2 (3 seeds)"][0] == "**regression**"
+    assert table(report.BEGIN, "README.md")["dpo_v1 (4 seeds)"][-2] == "forgetting, inherited"
 
 
 def test_controls_are_descriptive(here):
