@@ -1678,7 +1678,7 @@ def model_flops(config, tokens: int, attended: int, predicted: int, backward: bo
     Forward: 2 per weight of the layers and token, 2 H V per predicted token (LM head), 4 heads·d per layer and pair of
     a query and a key that it attends to (QK^T and PV). backward: another 2 per weight, with respect to the inputs
     alone, since the base is frozen; twice the forward's of attention. LoRA's factors (3 % more) and elementwise work
-    are left out. config: transformers' (llama, qwen2, qwen3 and alike). attended: Σ n(n+1)/2 over sequences of n
+    are left out. config: transformers' (llama, qwen2, qwen3, gemma3 and alike). attended: Σ n(n+1)/2 over sequences of n
     tokens.
     """
     try:

@@ -10,7 +10,7 @@ Why it is fast, in reading order:
                 (Recorded passes pad a pack's end a little: graphs.py.) A prefix that sequences share (a pair's
                 prompt, a group's prompt, few-shot examples) is computed once.
   attention.py  Causal attention inside each packed sequence, never across: one variable-length kernel on CUDA.
-  decoder.py    The decoder layers of llama, qwen2 and qwen3 written out for packs, with LoRA and NF4: three
+  decoder.py    The decoder layers of llama, qwen2, qwen3 and gemma3 written out for packs, with LoRA and NF4: three
                 projections of one input are one matrix product, elementwise steps are compiled together; in
                 training an NF4 weight is dequantised in the forward and again in the backward, and not kept.
   logprobs.py   The gradient of a log-probability with respect to the hidden state is taken while its logits exist, so
@@ -35,23 +35,31 @@ from fast.sampler import Decoder
 __all__ = ["Decoder", "Pack", "compile_layers", "hidden_states", "is_compiled", "pack",
            "token_logprobs", "unsupported"]
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # transformers' model types that decoder.py writes out
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3_text")  # transformers' model types that decoder.py writes out
 ROPE_TYPES = (None, "default", "linear", "llama3", "yarn")  # whose scale does not depend on a sequence's length
 
 
 def unsupported(config: dict) -> str | None:
     """Why this engine can't serve a model, from its config.json; None if it can."""
-    config = config.get("text_config") or config
-    kind, rope = config.get("model_type"), config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", rope.get("type"))
+    text = config.get("text_config") or config
+    kind, rope = text.get("model_type"), text.get("rope_scaling") or text.get("rope_parameters") or {}
     if kind not in ARCHITECTURES:
         return f"architecture {kind} (it knows {', '.join(ARCHITECTURES)})"
-    if config.get("hidden_act", "silu") != "silu":
-        return f"activation {config['hidden_act']}"
-    if rope_type not in ROPE_TYPES:
-        return f"rotary positions of type {rope_type}"
-    full_layers, layers = config.get("max_window_layers", 28), config.get("num_hidden_layers", 0)
-    windows = config.get("use_sliding_window") and full_layers < layers
-    if windows or "sliding_attention" in (config.get("layer_types") or []):
-        return f"attention in a sliding window of {config.get('sliding_window')} tokens"
+    if kind == "gemma3_text" and (reason := unsupported_in_gemma(text, inside=text is not config)):
+        return reason
+    if text.get("hidden_act", "silu") != "silu":
+        return f"activation {text['hidden_act']}"
+    for rope in rope.values() if kind == "gemma3_text" else [rope]:  # Gemma's has one for each kind of layer
+        if (rope_type := rope.get("rope_type", rope.get("type"))) not in ROPE_TYPES:
+            return f"rotary positions of type {rope_type}"
     return None
+
+
+def unsupported_in_gemma(config: dict, inside: bool) -> str | None:
+    if inside:
+        return "gemma3_text inside a model of text and images"
+    if config.get("hidden_activation") != "gelu_pytorch_tanh":
+        return f"activation {config.get('hidden_activation')}"
+    if config.get("attn_logit_softcapping") or config.get("final_logit_softcapping"):
+        return "logits that are capped"
+    return "attention in both directions" if config.get("use_bidirectional_attention") else None

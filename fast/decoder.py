@@ -1,7 +1,9 @@
-"""The decoder of llama, qwen2 and qwen3 over a pack, with LoRA and NF4 written out.
+"""The decoder of llama, qwen2, qwen3 and gemma3 over a pack, with LoRA and NF4 written out.
 
-RMSNorm, rotary positions, grouped-query attention and SwiGLU in the order and the precisions of transformers' modules,
-whose weights it reads. T tokens, H hidden size, d head size, kv key/value heads. What a layer adds to the residual
+RMSNorm, rotary positions, grouped-query attention and a gated MLP in the order and the precisions of transformers'
+modules, whose weights it reads. Gemma 3 differs in this: its embeddings are scaled, its norms multiply by 1 + weight,
+what attention and MLP add to the residual stream has a norm of its own, and layers with a window have other positions.
+ T tokens, H hidden size, d head size, kv key/value heads. What a layer adds to the residual
 stream is carried separately (`update`), so that the sum and the norm after it are one kernel. Functions take the base
 model: PEFT puts a LoRA's layers into its modules.
 """
@@ -18,7 +20,32 @@ from fast.packing import Pack
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = x.float()
-    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * y.to(weight.dtype)).to(x.dtype)
+
+
+def norm_of(module: nn.Module) -> tuple[Tensor, float]:
+    """(weight, eps) of an RMSNorm; Gemma's multiplies by 1 + weight, in fp32."""
+    if hasattr(module, "variance_epsilon"):
+        return module.weight, module.variance_epsilon
+    return 1 + module.weight.float(), module.eps
+
+
+def norms_of(layer: nn.Module) -> tuple[nn.Module | None, ...]:
+    """The norms of a layer: of attention's input and of what attention adds, of the MLP's input and of what it adds.
+    Only Gemma has the second and the fourth."""
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        return (layer.input_layernorm, layer.post_attention_layernorm, layer.pre_feedforward_layernorm,
+                layer.post_feedforward_layernorm)
+    return layer.input_layernorm, None, layer.post_attention_layernorm, None
+
+
+def rotations(body: nn.Module, x: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer the cos and sin [T, d] of position_ids [1, T], in x's type; layers of one kind share them."""
+    kinds = [layer.self_attn.layer_type if hasattr(body.rotary_emb, "layer_types") else None for layer in body.layers]
+    found = {kind: body.rotary_emb(x, position_ids, *filter(None, [kind])) for kind in dict.fromkeys(kinds)}
+    found = {kind: (cos[0], sin[0]) for kind, (cos, sin) in found.items()}
+    return [found[kind] for kind in kinds]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -27,9 +54,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
-def add_norm(x: Tensor, update: Tensor, norm: tuple[Tensor, float]) -> tuple[Tensor, Tensor]:
-    """The residual stream x + update [T, H], and its norm."""
-    x = x + update
+def add_norm(x: Tensor, update: Tensor, norm: tuple[Tensor, float], own: tuple[Tensor, float] | None = None):
+    """The residual stream x + update [T, H], and its norm. own: the norm of the update itself."""
+    x = x + (rms_norm(update, *own) if own else update)
     return x, rms_norm(x, *norm)
 
 
@@ -46,6 +73,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """[T, 2 I] -> [T, I]"""
     gate, up = gate_up.chunk(2, 1)
     return F.silu(gate) * up
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """[T, 2 I] -> [T, I], Gemma's"""
+    gate, up = gate_up.chunk(2, 1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def gate_of(config) -> Callable[[Tensor], Tensor]:
+    return geglu if hasattr(config, "hidden_activation") else swiglu
 
 
 @functools.cache
@@ -155,21 +192,18 @@ def decoder(base: nn.Module, pack: Pack, compile: bool = False) -> Tensor:
     """The model's layers over a pack: its last hidden states, [T, H]. compile: fuse the elementwise steps (CUDA)."""
     body, config = base.base_model, base.config
     fused = compiled if compile else lambda function: function
-    add, split, activate = map(fused, (add_norm, split_heads, swiglu))
-
-    def norm(module: nn.Module) -> tuple[Tensor, float]:
-        return module.weight, module.variance_epsilon
+    add, split, activate = map(fused, (add_norm, split_heads, gate_of(config)))
     x = body.embed_tokens(pack.input_ids[0])                                                    # [T, H]
-    cos, sin = (table[0][:, None] for table in body.rotary_emb(x, pack.position_ids))           # [T, 1, d]
-    update = torch.zeros_like(x)
-    for layer in body.layers:
+    update, last_norm = torch.zeros_like(x), None
+    for layer, (cos, sin) in zip(body.layers, rotations(body, x, pack.position_ids)):
         attention, mlp = layer.self_attn, layer.mlp
-        norms = (norm(attention.q_norm), norm(attention.k_norm)) if hasattr(attention, "q_norm") else ()
-        x, h = add(x, update, norm(layer.input_layernorm))
+        first, attention_norm, second, mlp_norm = (module and norm_of(module) for module in norms_of(layer))
+        norms = (norm_of(attention.q_norm), norm_of(attention.k_norm)) if hasattr(attention, "q_norm") else ()
+        x, h = add(x, update, first, last_norm)
         qkv = split(adapted(h, attention.q_proj, attention.k_proj, attention.v_proj), config.num_attention_heads,
-                    config.num_key_value_heads, norms, cos, sin)
+                    config.num_key_value_heads, norms, cos[:, None], sin[:, None])
         attended = packed_attention(*qkv, pack.cu_seqlens, pack.max_length, attention.scaling, pack.keys,
-                                    pack.cu_seqlens_k)
-        x, h = add(x, adapted(attended.flatten(1), attention.o_proj), norm(layer.post_attention_layernorm))
-        update = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
-    return add(x, update, norm(body.norm))[1]
+                                    pack.cu_seqlens_k, getattr(attention, "sliding_window", None))
+        x, h = add(x, adapted(attended.flatten(1), attention.o_proj), second, attention_norm)
+        update, last_norm = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj), mlp_norm
+    return add(x, update, norm_of(body.norm), last_norm)[1]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fast.attention import packed_attention
-from fast.decoder import add_norm, compiled, dequantized, low_rank, rms_norm, split_heads, swiglu
+from fast.decoder import (add_norm, compiled, dequantized, gate_of, low_rank, norm_of, norms_of, rms_norm, rotations,
+                          split_heads)
 from fast.graphs import Recordings
 from fast.packing import pack, round_up
 
@@ -35,15 +36,26 @@ class Layer(NamedTuple):
     """Weights of a decoder layer."""
     input_norm: Tensor         # [H]
     qkv: Projection            # [(heads + 2 kv) d, H]
-    q_norm: Tensor | None      # [d], Qwen3
+    q_norm: Tensor | None      # [d], Qwen3 and Gemma
     k_norm: Tensor | None      # [d]
     o: Projection              # [H, heads d]
-    post_norm: Tensor          # [H]
+    attention_norm: Tensor | None  # [H], of what attention adds: Gemma
+    post_norm: Tensor          # [H], of the MLP's input
     gate_up: Projection        # [2 I, H]
     down: Projection           # [H, I]
+    mlp_norm: Tensor | None    # [H], of what the MLP adds: Gemma
     heads: int
     kv_heads: int
     eps: float
+    scale: float               # of a query's product with a key
+    kind: int                  # in Decoder.kinds
+
+
+class Kind(NamedTuple):
+    """What layers of one kind share: rotary positions, and how many tokens a query sees (None: all)."""
+    cos: Tensor                # [positions, d]
+    sin: Tensor
+    window: int | None
 
 
 def project(x: Tensor, p: Projection) -> Tensor:
@@ -63,31 +75,41 @@ def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) 
     return x, q, torch.stack([k, v], 1)
 
 
-def attention_out(x: Tensor, attended: Tensor, w: Layer) -> tuple[Tensor, Tensor]:
+def attention_out(x: Tensor, attended: Tensor, w: Layer, gate: Callable) -> tuple[Tensor, Tensor]:
     """The stream after attention [T, H], and what the MLP adds to it; attended [T, heads d]."""
-    x, h = add_norm(x, project(attended, w.o), (w.post_norm, w.eps))
-    return x, project(swiglu(project(h, w.gate_up)), w.down)
+    own = None if w.attention_norm is None else (w.attention_norm, w.eps)
+    x, h = add_norm(x, project(attended, w.o), (w.post_norm, w.eps), own)
+    update = project(gate(project(h, w.gate_up)), w.down)
+    return x, update if w.mlp_norm is None else rms_norm(update, w.mlp_norm, w.eps)
 
 
 # One decoding step of B rows. Row b has the slots b·stride, b·stride + 1, … of the cache [slots, 2, kv, d], one per
 # token.
 
 
-def decode_begin(token: Tensor, start: Tensor, position: Tensor, columns: Tensor, embedding: Tensor):
+def decode_begin(token: Tensor, start: Tensor, position: Tensor, columns: Tensor, embedding: Tensor, scale: float):
     """For the tokens to feed [B]: embeddings [B, H], and the place of each in its row [B].
 
     Token `position` of a completion is chosen by feeding the one before it, which stands at start + position of its
-    row. columns: arange(L), the tokens of a row that attention looks at. A row that has ended stays within them.
+    row. columns: arange(L), the tokens of a row that attention looks at. A row that has ended stays within them. scale:
+    of the embeddings.
     """
-    return F.embedding(token, embedding), torch.minimum(start + position, columns[-1])
+    return F.embedding(token, embedding) * scale, torch.minimum(start + position, columns[-1])
 
 
-def decode_places(token: Tensor, start: Tensor, position: Tensor, columns: Tensor, embedding: Tensor,
-                  first_slot: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """decode_begin's embeddings [B, H], slots [B], cos and sin [B, 1, d], attention mask [B, 1, 1, L]."""
-    x, at = decode_begin(token, start, position, columns, embedding)
-    mask = torch.where(columns <= at[:, None], 0.0, -math.inf).to(x.dtype)                      # [B, L]
-    return x, first_slot + at, cos[at][:, None], sin[at][:, None], mask[:, None, None]
+def decode_places(token: Tensor, start: Tensor, position: Tensor, columns: Tensor, embedding: Tensor, scale: float,
+                  first_slot: Tensor, kinds: Sequence[Kind]) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
+    """decode_begin's embeddings [B, H], slots [B], and of each kind of layer cos and sin [B, 1, d] and the attention
+    mask [B, 1, 1, L]."""
+    x, at = decode_begin(token, start, position, columns, embedding, scale)
+    places = []
+    for kind in kinds:
+        visible = columns <= at[:, None]                                                        # [B, L]
+        if kind.window:
+            visible &= columns > at[:, None] - kind.window
+        mask = torch.where(visible, 0.0, -math.inf).to(x.dtype)
+        places.append((kind.cos[at][:, None], kind.sin[at][:, None], mask[:, None, None]))
+    return x, first_slot + at, places
 
 
 def decode_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor):
@@ -97,14 +119,14 @@ def decode_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor, cac
     return x, q
 
 
-def attend(q: Tensor, cache: Tensor, stride: int, mask: Tensor) -> Tensor:
+def attend(q: Tensor, cache: Tensor, stride: int, mask: Tensor, scale: float) -> Tensor:
     """Attention of one query per row over its slots, [B, heads d]; query heads that share keys are one short
     sequence."""
     (rows, heads, d), length, kv_heads = q.shape, mask.shape[-1], cache.shape[2]
     k, v = cache[:rows * stride].view(rows, stride, 2, kv_heads, d)[:, :length].permute(2, 0, 3, 1, 4)  # [B, kv, L, d]
     # cuDNN would plan anew for every length
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        out = F.scaled_dot_product_attention(q.view(rows, kv_heads, -1, d), k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q.view(rows, kv_heads, -1, d), k, v, attn_mask=mask, scale=scale)
     return out.reshape(rows, heads * d)
 
 
@@ -143,6 +165,7 @@ class Decoder:
         self.choose, self.note, self.noted = choose, note, False
         self.weights: dict[str, Tensor] = {}  # the fused weights
         self.addresses: list = []             # of all tensors that graphs read
+        self.layers: list[Layer] = []
         self.release()
         self.refresh(base)
         self.compile = compile and self.device.type == "cuda"
@@ -164,23 +187,29 @@ class Decoder:
         self.config, body, self.computed = base.config, base.base_model, 0
         self.embedding, self.head = body.embed_tokens.weight, base.get_output_embeddings()
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
-        self.norm = (body.norm.weight, body.norm.variance_epsilon)
-        if not self.weights:
+        self.gate, self.norm = gate_of(self.config), (self._norm("norm", body.norm), norm_of(body.norm)[1])
+        scale = getattr(body.embed_tokens, "embed_scale", None)
+        self.embedding_scale = 1.0 if scale is None else scale.to(self.dtype).item()
+        if not self.layers:
             self.columns = torch.arange(round_up(self.config.max_position_embeddings, self.LENGTH_BUCKET),
                                         device=self.device)
-            self.cos, self.sin = (x[0] for x in body.rotary_emb(self.embedding, self.columns[None]))  # [positions, d]
+            kinds = [Kind(*table, getattr(layer.self_attn, "sliding_window", None)) for layer, table
+                     in zip(body.layers, rotations(body, self.embedding, self.columns[None]))]
+            keys = [(id(kind.cos), kind.window) for kind in kinds]
+            distinct = dict(zip(keys, kinds))
+            self.kinds, self.kind_of = list(distinct.values()), [[*distinct].index(key) for key in keys]
         self.layers = []
         for i, layer in enumerate(body.layers):
             attention, mlp = layer.self_attn, layer.mlp
-            q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+            names = "input_norm", "attention_norm", "post_norm", "mlp_norm", "q_norm", "k_norm"
+            modules = *norms_of(layer), getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
             self.layers.append(Layer(
-                input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight,
-                q_norm=q_norm and q_norm.weight, k_norm=k_norm and k_norm.weight,
+                **{name: module and self._norm(f"{i}.{name}", module) for name, module in zip(names, modules)},
                 qkv=self._fuse(f"{i}.qkv", attention.q_proj, attention.k_proj, attention.v_proj),
                 o=self._fuse(f"{i}.o", attention.o_proj), down=self._fuse(f"{i}.down", mlp.down_proj),
                 gate_up=self._fuse(f"{i}.gate_up", mlp.gate_proj, mlp.up_proj),
                 heads=self.config.num_attention_heads, kv_heads=self.config.num_key_value_heads,
-                eps=layer.input_layernorm.variance_epsilon))
+                eps=norm_of(layer.input_layernorm)[1], scale=attention.scaling, kind=self.kind_of[i]))
         tensors = torch.utils._pytree.tree_leaves([self.layers, self.norm, self.embedding])
         addresses = [self.head, *(t.data_ptr() for t in tensors if isinstance(t, Tensor))]
         if addresses != self.addresses:  # graphs hold addresses; these are another model's
@@ -198,6 +227,11 @@ class Decoder:
             return None
         from fast import kernels
         return None if kernels.unsupported(self.config) else kernels
+
+    def _norm(self, name: str, module: nn.Module) -> Tensor:
+        """An RMSNorm's factor: the module's own weight, or what is computed of it (Gemma)."""
+        weight = norm_of(module)[0]
+        return weight if weight is module.weight else self._store(name, [weight])
 
     def _fuse(self, name: str, *modules: nn.Module) -> Projection:
         """Linear layers (plain, NF4, with or without LoRA) as one projection in the compute dtype."""
@@ -256,7 +290,8 @@ class Decoder:
 
     def _batch_size(self, rows: int, length: int, most: int) -> int:
         """How many of the rows, of at most this length, go into one batch: what fits, at most `most`."""
-        row = 2 * self.config.num_key_value_heads * self.cos.shape[1] * self.dtype.itemsize * len(self.layers) * length
+        head = self.kinds[0].cos.shape[1]
+        row = 2 * self.config.num_key_value_heads * head * self.dtype.itemsize * len(self.layers) * length
         row += 24 * self.config.vocab_size  # logits, and the temporaries of choosing a token
         fit = self._free_memory() // row
         return next(n for n in range(min(rows, most), 0, -1) if self._bucket(n) <= fit or n == 1)
@@ -268,7 +303,7 @@ class Decoder:
             return
         rows, slots = max(rows, self.rows), max(rows * stride, slots)
         self.release()  # before the new ones are made
-        self.rows, shape = rows, (slots, 2, self.config.num_key_value_heads, self.cos.shape[1])
+        self.rows, shape = rows, (slots, 2, self.config.num_key_value_heads, self.kinds[0].cos.shape[1])
         new = functools.partial(torch.zeros, device=self.device)  # not empty: 0 times a NaN is NaN
         self.cache = [new(shape, dtype=self.dtype) for _ in self.layers]
         self.token, self.start, self.first_slot, self.key = (new(rows, dtype=torch.long) for _ in range(4))
@@ -344,15 +379,15 @@ class Decoder:
                 source.append(places.repeat(len(first)))
                 slots.append((first + torch.arange(len(places))).flatten())
             part, source, slots = part.to(self.device), *(torch.cat(x).to(self.device) for x in (source, slots))
-            cos, sin = (table[part.position_ids[0]][:, None] for table in (self.cos, self.sin))  # [T, 1, d]
-            x = F.embedding(part.input_ids[0], self.embedding)                                   # [T, H]
+            rotation = [[table[part.position_ids[0]][:, None] for table in (kind.cos, kind.sin)] for kind in self.kinds]
+            x = F.embedding(part.input_ids[0], self.embedding) * self.embedding_scale            # [T, H]
             update = torch.zeros_like(x)
             for w, cache in zip(self.layers, self.cache):
-                x, q, kv = attention_in(x, update, w, cos, sin)
+                x, q, kv = attention_in(x, update, w, *rotation[w.kind])
                 cache[slots] = kv[source]
-                attended = packed_attention(q, *kv.unbind(1), part.cu_seqlens, part.max_length, None, part.keys,
-                                            part.cu_seqlens_k)
-                x, update = attention_out(x, attended.flatten(1), w)
+                attended = packed_attention(q, *kv.unbind(1), part.cu_seqlens, part.max_length, w.scale, part.keys,
+                                            part.cu_seqlens_k, self.kinds[w.kind].window)
+                x, update = attention_out(x, attended.flatten(1), w, self.gate)
 
     def _compact(self, size: int) -> None:
         """Move the live rows beyond `size` into rows below it that have ended."""
@@ -388,11 +423,12 @@ class Decoder:
     def _step(self, size: int, length: int, stride: int, kind: str) -> None:
         """Feed each row its token and choose the next: into the buffers, for the next step and for the readback."""
         fused = compiled if self.compile else lambda function: function
-        fed = (self.token[:size], self.start[:size], self.position, self.columns[:length], self.embedding)
+        fed = (self.token[:size], self.start[:size], self.position, self.columns[:length], self.embedding,
+               self.embedding_scale)
         if self.kernels:
             h = self._layers_by_kernels(*fused(decode_begin)(*fed), stride, length)
         else:
-            h = self._layers(fused, *fused(decode_places)(*fed, self.first_slot[:size], self.cos, self.sin), stride)
+            h = self._layers(fused, *fused(decode_places)(*fed, self.first_slot[:size], self.kinds), stride)
         logits = self.head(h)
         noise = (None, None, None) if kind == "greedy" else (self.seed, self.key[:size], self.position)
         # nucleus sampling needs a sort, which isn't fused anyway
@@ -404,14 +440,14 @@ class Decoder:
         self.token[:size] = token
         self.position += 1
 
-    def _layers(self, fused: Callable, x: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
-                stride: int) -> Tensor:
+    def _layers(self, fused: Callable, x: Tensor, slots: Tensor, places: Sequence[tuple], stride: int) -> Tensor:
         """The decoder's layers over one token per row, in torch: embeddings -> last hidden states, [B, H]."""
         enter, leave, end = map(fused, (decode_in, attention_out, decode_end))
         update = torch.zeros_like(x)
         for w, cache in zip(self.layers, self.cache):
+            cos, sin, mask = places[w.kind]
             x, q = enter(x, update, w, cos, sin, cache, slots)
-            x, update = leave(x, attend(q, cache, stride, mask), w)
+            x, update = leave(x, attend(q, cache, stride, mask, w.scale), w, self.gate)
         return end(x, update, self.norm)
 
     def _layers_by_kernels(self, x: Tensor, at: Tensor, stride: int, length: int) -> Tensor:
@@ -420,7 +456,7 @@ class Decoder:
         for w, cache in zip(self.layers, self.cache):
             h = kernels.add_norm(x, update, b, (w.input_norm, w.eps))
             qkv = F.linear(h, w.qkv.weight, w.qkv.bias)
-            attended = kernels.attend(qkv, w.qkv.b, w.q_norm, w.k_norm, w.eps, self.cos, self.sin, at, cache, stride,
+            attended = kernels.attend(qkv, w.qkv.b, w.q_norm, w.k_norm, w.eps, *self.kinds[0][:2], at, cache, stride,
                                       length)
             h = kernels.add_norm(x, F.linear(attended, w.o.weight, w.o.bias), w.o.b, (w.post_norm, w.eps))
             h = kernels.swiglu(F.linear(h, w.gate_up.weight, w.gate_up.bias), w.gate_up.b)

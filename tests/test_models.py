@@ -153,7 +153,14 @@ SERVED = {
     "a window for no layer": (transformers.Qwen2Config(use_sliding_window=True, sliding_window=64, num_hidden_layers=4,
                                                        max_window_layers=4), None),
     "a window": (transformers.Qwen3Config(use_sliding_window=True, sliding_window=64, num_hidden_layers=4,
-                                          max_window_layers=1), "window of 64 tokens"),
+                                          max_window_layers=1), None),
+    "gemma 3": (transformers.Gemma3TextConfig(), None),
+    "gemma 3, capped": (transformers.Gemma3TextConfig(final_logit_softcapping=30.0), "capped"),
+    "gemma 3, both directions": (transformers.Gemma3TextConfig(use_bidirectional_attention=True), "both directions"),
+    "gemma 3, another gate": (transformers.Gemma3TextConfig(hidden_activation="silu"), "activation silu"),
+    "gemma 3, dynamic": (transformers.Gemma3TextConfig(rope_parameters={
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 4.0}}), "dynamic"),
     "dynamic": (transformers.LlamaConfig(rope_parameters={
         "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}), "dynamic"),
     "longrope": (transformers.LlamaConfig(rope_parameters={
