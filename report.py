@@ -560,7 +560,7 @@ def full_report(results: Results, pages: list[str]) -> list[str | Table]:
         blocks += ["## 2. What did it change?"]
     for protocol, table in tables.items():
         blocks += [f"### {protocol.capitalize()} protocol: {PROTOCOLS.get(protocol, '')}", *describe(table, records)]
-        blocks += ["#### Current state, %", scores_table(table)]
+        blocks += ["#### Current state, %", scores_table(table), *filter(None, [empty_note(table)])]
         for against, title in (("parent", "its own parent"), ("base", "base")):
             if changes := delta_table(*results.compared[protocol, against], results.endpoints(protocol)):
                 blocks += [f"#### Change against {title}, points", changes]
@@ -655,10 +655,13 @@ def speedrun_line(run: dict, points: list[dict]) -> str:
 def compact_report(results: Results, directory: str, others: list[str]) -> list[str | Table]:
     """README.md's section: one table, one plot, the sentences that read it, and what it is about."""
     blocks = [compact_table(results), results.image(f"{directory}/plots/overview"), three_sentences(results)]
-    for i, rows in enumerate(results.tables.values()):
+    for i, (protocol, rows) in enumerate(results.tables.items()):
         about = describe(rows, results.records)
         blocks += about if i == 0 else [text for text in about if text.startswith("**Trial")]
-        blocks.append(empty_note(rows))
+        if i:
+            blocks.append(f"{protocol.capitalize()} protocol: {seeds_of(rows)}eval_hash `{rows[0]['eval_hash']}`.")
+        if protocol == results.protocols["IFEval\nprompt"]:
+            blocks.append(empty_note(rows))
     if others:
         names = ", ".join(others)
         blocks.append(f"Other bases and evaluations: {names}, in [results/README.md]({directory}/README.md).")

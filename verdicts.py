@@ -625,9 +625,10 @@ def verdicts_of(compared: dict, tables: dict[str, list[dict]], protocols: dict[s
         floors = tuple(column for column in FORGOTTEN for row in tables.get(protocols[column], [])
                        if row["method"] == "base" and is_at_floor(row, column))
         one = verdict(against_base, irreproducible, inherited, floors, protocols)
-        seeds = {protocol: len(other.rows) for protocol, other in by_protocol.items() if protocol in protocols.values()}
+        seeds = {protocol: ", ".join(sorted(str(row["seed"]) for row in other.rows))
+                 for protocol, other in by_protocol.items() if protocol in protocols.values()}
         if len(set(seeds.values())) > 1:
-            one = replace(one, why=f"{one.why}; seeds: " + ", ".join(f"{n} {protocol}" for protocol, n in seeds.items()))
+            one = replace(one, why=f"{one.why}; " + ", ".join(f"{name} seeds {found}" for name, found in seeds.items()))
         verdicts.append(replace(one, label=c.label, rows=c.rows))
     return verdicts
 

@@ -886,7 +886,7 @@ def test_a_verdict_takes_each_endpoint_from_the_seeds_that_its_protocol_has(here
     run([row | {"model": "org/base-instruct"} for row in rows])
     verdicts = table("## 3. Is it a win?")
     word, why = verdicts["dpo_v1 (3 seeds)"][:2]
-    assert word == "**forgetting, inherited**" and "IFEval prompt +33." in why and why.endswith("; seeds: 3 plain, 2 chat")
+    assert word == "**forgetting, inherited**" and "IFEval prompt +33." in why and why.endswith("; plain seeds 42, 43, 44, chat seeds 44, 45")
     assert verdicts["sft_v2 (3 seeds)"][0] == "**regression**"
     assert table(report.BEGIN, "README.md")["dpo_v1 (4 seeds)"][-2] == "forgetting, inherited"
 
