@@ -14,7 +14,7 @@ Intervals condition on what was resampled: with one seed on the items alone, so 
 
 One family of tests for one base, named before any run: four endpoints (ENDPOINTS; for an instruct base IFEval and GSM8K
 in the chat protocol, for a pretrained one in the plain; MMLU and TruthfulQA plain) x {sft, dpo, ppo, grpo, kto} x
-{base, own parent}, adjusted by Holm. Controls, reruns, the other protocol and the other columns are descriptive: they
+{base, own parent}, adjusted by Holm; a test that can't be made yet counts with p = 1. Controls, reruns, the other protocol and the other columns are descriptive: they
 have an interval and no p-value. "Up" and "down" are adjusted p < 0.05. A drop is catastrophic when it is clearly down
 and more than 2 points. The verdict is the first that holds:
     open            a test is missing: the row or the base has no per-item scores
@@ -509,12 +509,24 @@ def endpoint_protocols(tables: dict[str, list[dict]]) -> dict[str, str]:
     return {column: protocol if chat else "plain" for column, protocol in ENDPOINTS.items()}
 
 
+def missing_tests(compared: dict, protocols: dict[str, str]) -> int:
+    """How many tests of the family can't be made yet: an endpoint of a method was not evaluated in its protocol, or has
+    no per-item scores."""
+    wanted = {(c.row["method"], against, column) for (_, against), (found, _) in compared.items() for c in found
+              if c.in_family for column in protocols}
+    made = {(c.row["method"], against, column) for (name, against), (found, _) in compared.items() for c in found
+            if c.in_family for column, protocol in protocols.items() if protocol == name and c.changes[column].paired}
+    return len(wanted - made)
+
+
 def with_holm(compared: dict, protocols: dict[str, str]) -> dict:
     """{(protocol, "base" or "parent"): (comparisons, notes)} with Holm's adjusted p-values over the one family of
-    tests: the endpoints, each in its protocol, of the comparisons that are in it."""
+    tests: the endpoints, each in its protocol, of the comparisons that are in it. A test that can't be made yet counts
+    with p = 1, so that no other becomes significant by its absence."""
     places = [(key, i, column) for key, (found, _) in compared.items() for i, c in enumerate(found) if c.in_family
               for column, protocol in protocols.items() if protocol == key[0] and c.changes[column].paired]
-    adjusted = dict(zip(places, holm([compared[key][0][i].changes[column].paired.p for key, i, column in places])))
+    p = [compared[key][0][i].changes[column].paired.p for key, i, column in places]
+    adjusted = dict(zip(places, holm(p + [1.0] * missing_tests(compared, protocols))))
 
     def changed(key: tuple, i: int, c: Comparison) -> Comparison:
         return replace(c, changes={column: replace(change, adjusted=adjusted.get((key, i, column)))

@@ -883,12 +883,16 @@ def test_a_verdict_takes_each_endpoint_from_the_seeds_that_its_protocol_has(here
         dpo = seeds_of("dpo_v1", 2, "dpo", sft, seeds, protocol, ifeval=lambda i: int(i % 3 < 2),
                        truthfulqa_mc2=lambda i: int(i % 3 == 0) - 0.75)
         rows += [*sft, *dpo]
+        if protocol == "plain":  # not evaluated in chat: its four tests there count with p = 1
+            rows += seeds_of("kto_v1", 5, "kto", sft, seeds, protocol)
     run([row | {"model": "org/base-instruct"} for row in rows])
     verdicts = table("## 3. Is it a win?")
     word, why = verdicts["dpo_v1 (3 seeds)"][:2]
     assert word == "**forgetting, inherited**" and "IFEval prompt +33." in why and why.endswith("; plain seeds 42, 43, 44, chat seeds 44, 45")
-    assert verdicts["sft_v2 (3 seeds)"][0] == "**regression**"
+    assert verdicts["sft_v2 (3 seeds)"][0] == "**regression**" and verdicts["kto_v1 (3 seeds)"][0] == "**open**"
     assert table(report.BEGIN, "README.md")["dpo_v1 (4 seeds)"][-2] == "forgetting, inherited"
+    text = Path("results/README.md").read_text()
+    assert "One family of tests, 20 in all" in text and "4 of them can't be made yet, and count with p = 1" in text
 
 
 def test_controls_are_descriptive(here):
