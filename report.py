@@ -203,8 +203,9 @@ def compact_table(results: "Results") -> Table:
     rows, tables = once(results.rows), results.tables
     labels = {id(row): label for label, row in label_rows(rows)}
     columns = {column: results.protocols[column] for column in METRICS if column in results.protocols}
-    table = tables.get(columns.get("GSM8K\nstrict", ""), [])
-    beside = {column: found for column, found in secondary_columns(table).items() if column == ZERO_SHOT}
+    # asked in the chat template whatever the table's protocol, so that the rows of all tables stand together
+    asked = once([row for row in results.rows if at(row, "secondary", ZERO_SHOT[0])])
+    beside = {column: found for column, found in secondary_columns(asked).items() if column == ZERO_SHOT}
     rungs, missing = [], {name: phase for name, phase in LADDER.items() if name not in {row["name"] for row in rows}}
     for group in seed_groups(rows):
         row, cells = group[0], []
@@ -220,7 +221,7 @@ def compact_table(results: "Results") -> Table:
                 cell = spread([score(r, column)[0] for r in own], 1, 1) + " sd"
                 cell += "°" * all(is_at_floor(r, column) for r in own)
             cells.append(cell if short == "–" else f"{cell} ({short})")
-        cells += [secondary_cell(group, table, column, found, short=True) for column, found in beside.items()]
+        cells += [secondary_cell(group, asked, column, found, short=True) for column, found in beside.items()]
         word = next((v.word for v in results.verdicts if any(same_policy(row, r) for r in v.rows)), "")
         if row["method"] != "base" and not word:
             word = "(descriptive)"
