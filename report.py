@@ -661,7 +661,9 @@ def compact_report(results: Results, directory: str, others: list[str]) -> list[
         about = describe(rows, results.records)
         blocks += about if i == 0 else [text for text in about if text.startswith("**Trial")]
         if i:
-            blocks.append(f"{protocol.capitalize()} protocol: {seeds_of(rows)}eval_hash `{rows[0]['eval_hash']}`.")
+            columns = ", ".join(title_of(column) for column, name in results.protocols.items() if name == protocol)
+            about = f"{columns or 'nothing above'}: {protocol} protocol, eval_hash `{rows[0]['eval_hash']}`."
+            blocks.append(f"{about} {seeds_of(rows)}".strip())
         if protocol == results.protocols["IFEval\nprompt"]:
             blocks.append(empty_note(rows))
     if others:
