@@ -203,8 +203,7 @@ def compact_table(results: "Results") -> Table:
     rows, tables = once(results.rows), results.tables
     labels = {id(row): label for label, row in label_rows(rows)}
     columns = {column: results.protocols[column] for column in METRICS if column in results.protocols}
-    # asked in the chat template whatever the table's protocol, so that the rows of all tables stand together
-    asked = once([row for row in results.rows if at(row, "secondary", ZERO_SHOT[0])])
+    asked = asked_zero_shot(results.rows)
     beside = {column: found for column, found in secondary_columns(asked).items() if column == ZERO_SHOT}
     rungs, missing = [], {name: phase for name, phase in LADDER.items() if name not in {row["name"] for row in rows}}
     for group in seed_groups(rows):
@@ -308,6 +307,12 @@ def delta_table(compared: list[Comparison], notes: list[str], endpoints: tuple[s
     return Table(["difference", *header], lines + detectable_row(compared, 1), 1, notes)
 
 
+def asked_zero_shot(rows: list[dict]) -> list[dict]:
+    """The policies that were asked GSM8K in GRPO's own question, each once."""
+    return sorted(once([row for row in rows if at(row, "secondary", ZERO_SHOT[0])]),
+                  key=lambda row: rung(row["phase"], row["name"]))
+
+
 def secondary_columns(rows: list[dict]) -> dict[tuple[str, str, str], str]:
     """{(task, metric, filter): eval_hash} of the secondary tasks of a table's rows, each as most rows evaluated it."""
     hashes = {}
@@ -345,17 +350,20 @@ def secondary_cell(group: list[dict], rows: list[dict], column: tuple[str, str, 
     return text
 
 
-def secondary_table(rows: list[dict]) -> Table | None:
-    """Scores on the secondary tasks and their changes, unadjusted: a line per family."""
-    columns, labels = secondary_columns(rows), {id(row): label for label, row in label_rows(rows)}
+def secondary_table(rows: list[dict], zero_shot: bool) -> Table | None:
+    """Scores on the secondary tasks and their changes, unadjusted: a line per family. zero_shot: GSM8K in GRPO's own
+    question alone, or all but that: it is asked in the chat template whatever the table's protocol, so that the rows of
+    all tables stand together."""
+    columns = {asked: found for asked, found in secondary_columns(rows).items() if (asked[0] == ZERO_SHOT[0]) == zero_shot}
+    labels = {id(row): label for label, row in label_rows(rows)}
     if not columns:
         return None
     lines = [[label_group(group, labels), *(secondary_cell(group, rows, *asked) for asked in columns.items())]
              for group in seed_groups(rows)]
-    how = next(row["secondary"] for row in rows if row.get("secondary"))
+    how = {task: found for row in rows for task, found in (row.get("secondary") or {}).items()}
     header = [f"{task}\n{metric},\n{name}" + f"\nn = {number(at(how, task, 'n'))}" for task, metric, name in columns]
     notes = ["Secondary: descriptive, with unadjusted intervals; in no test, and in no verdict."]
-    if "gsm8k_zero_shot" in {task for task, _, _ in columns}:
+    if zero_shot:
         notes.append("gsm8k_zero_shot: GSM8K's test set in the prompt that GRPO trains with; strict wants the answer "
                      "after `#### `, with the space (GRPO's reward takes it without one too), flexible takes the last number.")
     return Table(["row", *header], lines, 1, notes)
@@ -567,8 +575,10 @@ def full_report(results: Results, pages: list[str]) -> list[str | Table]:
             if changes := delta_table(*results.compared[protocol, against], results.endpoints(protocol)):
                 blocks += [f"#### Change against {title}, points", changes]
         blocks += [results.image(f"plots/deltas-{protocol}")]
-        if secondary := secondary_table(table):
+        if secondary := secondary_table(table, zero_shot=False):
             blocks += ["#### Secondary tasks, %", secondary]
+    if secondary := secondary_table(asked_zero_shot(results.rows), zero_shot=True):
+        blocks += ["### GSM8K in GRPO's own question, %", secondary]
     if not tables:
         blocks.append(scores_table([]))
     blocks += answers[third:]
