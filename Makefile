@@ -6,7 +6,7 @@
 #   make all PY=python3                             your own environment instead of .venv
 #   make all NPROC=2                                two GPUs for each phase: the same update
 #   make all GPUS=4                                 four GPUs: phases that don't depend on one another in parallel
-#   make all PER_GPU=2                              while a phase works on a GPU, the next one starts up beside it
+#   make all PER_GPU=2                              while a phase works on a GPU, the next one starts up beside it; evaluations share it
 #   make all PROTOCOL='plain chat'                 both protocols of the evaluation
 #   make seeds SEEDS='42 43 44' GPUS=4              the same for several seeds, each in $(OUT)/s<seed>, and one table
 

@@ -36,7 +36,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -47,7 +47,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -112,18 +111,20 @@ def setup_device(device: str = "auto") -> torch.device:
 
 
 @functools.cache  # once per process, which holds the lock until it ends
-def take_turn() -> FileLock | None:
+def take_turn() -> IO | None:
     """Wait until no other command works on this GPU; from here on this one does.
 
     RUNGS_GPU_TURN, set by tools/on_gpu.py, names the GPU's lock file; without it nothing waits. What needs no GPU
-    (imports, rows, checks) is done before, so that one command gets ready while another one works.
+    (imports, rows, checks) is done before, so that one command gets ready while another one works. Evaluations share
+    the GPU with each other (RUNGS_GPU_SHARED), not with a training, whose minutes are a result.
     """
     path = os.environ.get("RUNGS_GPU_TURN")
     if not path or world() > 1:
         return None
     import_library("peft")  # with transformers' modelling: most of a start-up's seconds
-    lock = FileLock(path)
-    lock.acquire()
+    import fcntl
+    lock = open(path, "a")
+    fcntl.flock(lock, fcntl.LOCK_SH if os.environ.get("RUNGS_GPU_SHARED") else fcntl.LOCK_EX)
     return lock
 
 

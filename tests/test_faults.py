@@ -259,15 +259,19 @@ log("end")
 """
 
 
-@pytest.mark.parametrize("gpus, at_once", [(1, 2), (2, 1)])
-def test_on_one_gpu_one_command_works_while_the_next_gets_ready(gpus, at_once, tmp_path):
-    """tools/on_gpu.py: two commands on one GPU work one after the other, on two GPUs at the same time."""
+@pytest.mark.parametrize("gpus, at_once, scripts", [
+    (1, 2, ("dpo.py", "sft.py")), (2, 1, ("dpo.py", "sft.py")), (1, 2, ("evaluate.py", "judge.py")),
+    (1, 2, ("evaluate.py", "dpo.py"))])
+def test_on_one_gpu_one_command_works_while_the_next_gets_ready(gpus, at_once, scripts, tmp_path):
+    """tools/on_gpu.py: two commands on one GPU work one after the other, on two GPUs at the same time; two evaluations
+    work on one GPU at the same time, an evaluation and a training don't."""
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     commands = [subprocess.Popen([sys.executable, str(REPO / "tools" / "on_gpu.py"), str(gpus), str(at_once), sys.executable,
                                   "-c", GETS_READY_THEN_WORKS, str(REPO), name], cwd=tmp_path, env=environment)
-                for name in ("one", "other")]
+                for name in scripts]
     assert [command.wait(timeout=120) for command in commands] == [0, 0]
     lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert {card for _, card, _ in lines} == {str(i) for i in range(gpus)}
     order = [what for what, _, _ in lines if what != "ready"]
-    assert order == (["begin", "end"] * 2 if gpus == 1 else ["begin", "begin", "end", "end"])
+    together = gpus == 2 or "dpo.py" not in scripts
+    assert order == (["begin", "begin", "end", "end"] if together else ["begin", "end"] * 2)

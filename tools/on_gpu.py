@@ -3,8 +3,8 @@
     python tools/on_gpu.py 4 2 python dpo.py --sft-adapter runs/sft_v2
 
 Arguments: the number of GPUs, the commands that may be on one at a time, the command. Of several on one GPU, one works;
-the others get as far as they can without it (imports, rows, checks) and wait for their turn (common.take_turn). The
-command sees one GPU (CUDA_VISIBLE_DEVICES) and takes this process's place; the lock file that reserves its place is
+the others get as far as they can without it (imports, rows, checks) and wait for their turn (common.take_turn); only
+evaluations work beside each other, since an evaluation keeps a GPU busy for about half of its time. The command sees one GPU (CUDA_VISIBLE_DEVICES) and takes this process's place; the lock file that reserves its place is
 released when it ends, however it ends. If CUDA_VISIBLE_DEVICES is set already, only the GPUs that it names are counted.
 """
 import fcntl
@@ -33,6 +33,8 @@ def main() -> None:
                 os.set_inheritable(lock, True)  # the command holds it
                 os.environ["CUDA_VISIBLE_DEVICES"] = card
                 os.environ["RUNGS_GPU_TURN"] = str(locks / f"{card}.turn")
+                if {Path(word).name for word in command} & {"evaluate.py", "judge.py"}:
+                    os.environ["RUNGS_GPU_SHARED"] = "1"
                 os.execvp(command[0], command)
         time.sleep(0.5)
 
