@@ -3,9 +3,9 @@
 RMSNorm, rotary positions, grouped-query attention and a gated MLP in the order and the precisions of transformers'
 modules, whose weights it reads. Gemma 3 differs in this: its embeddings are scaled, its norms multiply by 1 + weight,
 what attention and MLP add to the residual stream has a norm of its own, and layers with a window have other positions.
- T tokens, H hidden size, d head size, kv key/value heads. What a layer adds to the residual
-stream is carried separately (`update`), so that the sum and the norm after it are one kernel. Functions take the base
-model: PEFT puts a LoRA's layers into its modules.
+T tokens, H hidden size, d head size, kv key/value heads. What a layer adds to the residual stream is carried separately
+(`update`), so that the sum and the norm after it are one kernel. Functions take the base model: PEFT puts a LoRA's
+layers into its modules.
 """
 import functools
 from collections.abc import Callable, Sequence
@@ -197,13 +197,13 @@ def decoder(base: nn.Module, pack: Pack, compile: bool = False) -> Tensor:
     update, last_norm = torch.zeros_like(x), None
     for layer, (cos, sin) in zip(body.layers, rotations(body, x, pack.position_ids)):
         attention, mlp = layer.self_attn, layer.mlp
-        first, attention_norm, second, mlp_norm = (module and norm_of(module) for module in norms_of(layer))
+        input_norm, attention_norm, post_norm, mlp_norm = (module and norm_of(module) for module in norms_of(layer))
         norms = (norm_of(attention.q_norm), norm_of(attention.k_norm)) if hasattr(attention, "q_norm") else ()
-        x, h = add(x, update, first, last_norm)
+        x, h = add(x, update, input_norm, last_norm)
         qkv = split(adapted(h, attention.q_proj, attention.k_proj, attention.v_proj), config.num_attention_heads,
                     config.num_key_value_heads, norms, cos[:, None], sin[:, None])
         attended = packed_attention(*qkv, pack.cu_seqlens, pack.max_length, attention.scaling, pack.keys,
                                     pack.cu_seqlens_k, getattr(attention, "sliding_window", None))
-        x, h = add(x, adapted(attended.flatten(1), attention.o_proj), second, attention_norm)
+        x, h = add(x, adapted(attended.flatten(1), attention.o_proj), post_norm, attention_norm)
         update, last_norm = adapted(activate(adapted(h, mlp.gate_proj, mlp.up_proj)), mlp.down_proj), mlp_norm
     return add(x, update, norm_of(body.norm), last_norm)[1]

@@ -293,6 +293,24 @@ def test_an_architecture_is_trained_sampled_and_saved_like_the_libraries_do(buil
         assert (before - common.load_model(directory, dtype=torch.float32)(ids).logits).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["Gemma 3 (text)", "Qwen 2 with sliding windows"])
+def test_a_window_counts_from_the_query_where_sequences_share_a_prompt(built, name):
+    """Answers to one prompt longer than the window: packed with the prompt once, log-probs and gradients as without
+    sharing, in fp32."""
+    g, found = random.Random(3), []
+    prompt = [g.randrange(3, 360) for _ in range(30)]
+    rows = [Example.completion(prompt, [g.randrange(3, 360) for _ in range(n)]) for n in (1, 5, 20, 9)]
+    for share in (False, True):
+        policy = randomised(common.add_lora(common.load_model(built[name], dtype=torch.float32)))
+        (pack,) = fast.pack(rows, 512, 4, share=share)
+        assert (pack.keys is not None) == share and common.is_fast(policy)
+        logprobs = common.token_logprobs(policy, pack)
+        logprobs.sum().backward()
+        found.append((logprobs.detach(), torch.cat([p.grad.flatten() for p in common.trainable(policy)])))
+    for plain, shared in zip(*found):
+        assert torch.allclose(plain, shared, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["Gemma 3 (text)", "Phi 3", "LFM 2"])
 def test_a_run_records_the_layers_that_it_adapts(built, sft_args, dpo_args, tmp_path, name):
     """Fused projections and convolutions: all linear layers of the decoder, in the invariants and in the adapter; and
