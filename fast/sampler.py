@@ -275,8 +275,9 @@ class Decoder:
         return max(8, 1 << (rows - 1).bit_length()) if rows <= 256 else round_up(rows, 128)
 
     def _free_memory(self) -> float:
-        """Bytes that a batch may take: 40 % of free GPU memory (training needs its share), 2 GiB on a CPU. In torch's
-        deterministic mode 20 % of all of it, whatever else runs there."""
+        """Bytes that a batch may take: 40 % of free GPU memory (training needs its share), less where more than two
+        evaluations share the GPU (RUNGS_GPU_SHARED, how many), 2 GiB on a CPU. In torch's deterministic mode 20 % of
+        all of it, whatever else runs there."""
         if self.device.type != "cuda":
             return 2 << 30
         free, most = torch.cuda.mem_get_info(self.device)
@@ -286,7 +287,8 @@ class Decoder:
         # torch's own reserve, without that of recorded passes
         reserved, allocated = torch.cuda.memory_reserved(self.device), torch.cuda.memory_allocated(self.device)
         reserve = max(0, reserved - allocated - Recordings.held)
-        return 0.4 * (min(free, most - reserved) + reserve + sum(c.nbytes for c in self.cache))
+        share = min(0.4, 0.8 / int(os.environ.get("RUNGS_GPU_SHARED", 1)))
+        return share * (min(free, most - reserved) + reserve + sum(c.nbytes for c in self.cache))
 
     def _batch_size(self, rows: int, length: int, most: int) -> int:
         """How many of the rows, of at most this length, go into one batch: what fits, at most `most`."""

@@ -569,6 +569,21 @@ def test_a_batch_beyond_memory_is_split_and_said_once(talker, prompts, monkeypat
     assert "note" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("shared, share", [(None, 0.4), ("1", 0.4), ("2", 0.4), ("4", 0.2)])
+def test_evaluations_that_share_a_gpu_leave_memory_to_each_other(talker, monkeypatch, shared, share):
+    """Of 100 GiB free 40 at most; of four at one time, each a fifth."""
+    model, _, tokenizer = talker
+    decoder = Sampler(model, tokenizer).decoder
+    decoder.device = torch.device("cuda")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100 << 30, 140 << 30))
+    for name, value in (("get_per_process_memory_fraction", 1.0), ("memory_reserved", 0), ("memory_allocated", 0)):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda device, value=value: value)
+    monkeypatch.delenv("RUNGS_GPU_SHARED", raising=False)
+    if shared:
+        monkeypatch.setenv("RUNGS_GPU_SHARED", shared)
+    assert decoder._free_memory() == pytest.approx(share * (100 << 30))
+
+
 # -- the choice of a token ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("vocabulary", [3, 128, 300, 1000])

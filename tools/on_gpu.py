@@ -34,7 +34,7 @@ def main() -> None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = card
                 os.environ["RUNGS_GPU_TURN"] = str(locks / f"{card}.turn")
                 if {Path(word).name for word in command} & {"evaluate.py", "judge.py"}:
-                    os.environ["RUNGS_GPU_SHARED"] = "1"
+                    os.environ["RUNGS_GPU_SHARED"] = str(jobs)
                 os.execvp(command[0], command)
         time.sleep(0.5)
 
