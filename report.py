@@ -354,7 +354,8 @@ def secondary_table(rows: list[dict], zero_shot: bool) -> Table | None:
     """Scores on the secondary tasks and their changes, unadjusted: a line per family. zero_shot: GSM8K in GRPO's own
     question alone, or all but that: it is asked in the chat template whatever the table's protocol, so that the rows of
     all tables stand together."""
-    columns = {asked: found for asked, found in secondary_columns(rows).items() if (asked[0] == ZERO_SHOT[0]) == zero_shot}
+    columns = {asked: found for asked, found in secondary_columns(rows).items()
+               if (asked[0] == ZERO_SHOT[0]) == zero_shot}
     labels = {id(row): label for label, row in label_rows(rows)}
     if not columns:
         return None
@@ -365,7 +366,8 @@ def secondary_table(rows: list[dict], zero_shot: bool) -> Table | None:
     notes = ["Secondary: descriptive, with unadjusted intervals; in no test, and in no verdict."]
     if zero_shot:
         notes.append("gsm8k_zero_shot: GSM8K's test set in the prompt that GRPO trains with; strict wants the answer "
-                     "after `#### `, with the space (GRPO's reward takes it without one too), flexible takes the last number.")
+                     "after `#### `, with the space (GRPO's reward takes it without one too), flexible takes the last "
+                     "number.")
     return Table(["row", *header], lines, 1, notes)
 
 

@@ -49,7 +49,7 @@ def unsupported(config: dict) -> str | None:
         return reason
     if text.get("hidden_act", "silu") != "silu":
         return f"activation {text['hidden_act']}"
-    for rope in rope.values() if kind == "gemma3_text" else [rope]:  # Gemma's has one for each kind of layer
+    for rope in [part for part in rope.values() if isinstance(part, dict)] or [rope]:  # Gemma: one per kind of layer
         if (rope_type := rope.get("rope_type", rope.get("type"))) not in ROPE_TYPES:
             return f"rotary positions of type {rope_type}"
     return None

@@ -33,8 +33,8 @@ SWIGLU_TILE = (16, 64)    # rows and columns of one program
 
 def unsupported(config) -> str | None:
     """Why these kernels can't serve a model, from its config; None if they can."""
-    if config.model_type == "gemma3_text" or any("sliding" in kind for kind in getattr(config, "layer_types", None) or ()):
-        return "norms after attention and MLP, and windows"
+    if config.model_type == "gemma3_text" or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        return "norms after attention and MLP, or windows"
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return None if d in (32, 64, 128, 256) else f"heads of size {d}"
 

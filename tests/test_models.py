@@ -187,6 +187,10 @@ def test_older_layouts_of_the_positions_are_understood(tiny_model):
         assert "dynamic" in fast.unsupported({**config, "rope_scaling": scaling})
     assert fast.unsupported({**config, "rope_scaling": {"type": "linear", "factor": 2.0}}) is None
     assert "gemma3_text" in fast.unsupported({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
+    gemma = {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}
+    assert fast.unsupported(gemma) is None
+    for kind, why in (("linear", None), ("dynamic", "rotary positions of type dynamic")):
+        assert fast.unsupported({**gemma, "rope_scaling": {"rope_type": kind, "factor": 8.0}}) == why
 
 
 # -- architectures: each is trained, sampled and saved as plain transformers and PEFT do it

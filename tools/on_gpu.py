@@ -3,9 +3,10 @@
     python tools/on_gpu.py 4 2 python dpo.py --sft-adapter runs/sft_v2
 
 Arguments: the number of GPUs, the commands that may be on one at a time, the command. Of several on one GPU, one works;
-the others get as far as they can without it (imports, rows, checks) and wait for their turn (common.take_turn); only
-evaluations work beside each other, since an evaluation keeps a GPU busy for about half of its time. The command sees one GPU (CUDA_VISIBLE_DEVICES) and takes this process's place; the lock file that reserves its place is
-released when it ends, however it ends. If CUDA_VISIBLE_DEVICES is set already, only the GPUs that it names are counted.
+the others get as far as they can without it (imports, rows, checks) and wait for their turn (common.take_turn). Only
+evaluations work beside each other, since one alone leaves the GPU waiting for the host. The command sees one GPU
+(CUDA_VISIBLE_DEVICES) and takes this process's place; the lock file that reserves its place is released when it ends,
+however it ends. If CUDA_VISIBLE_DEVICES is set already, only the GPUs that it names are counted.
 """
 import fcntl
 import os
