@@ -187,7 +187,7 @@ class Decoder:
         self.config, body, self.computed = base.config, base.base_model, 0
         self.embedding, self.head = body.embed_tokens.weight, base.get_output_embeddings()
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
-        self.gate, self.norm = gate_of(self.config), (self._norm("norm", body.norm), norm_of(body.norm)[1])
+        self.gate, self.norm = gate_of(self.config), (self._norm("norm", body.norm), self.config.rms_norm_eps)
         scale = getattr(body.embed_tokens, "embed_scale", None)
         self.embedding_scale = 1.0 if scale is None else scale.to(self.dtype).item()
         if not self.layers:
@@ -209,7 +209,7 @@ class Decoder:
                 o=self._fuse(f"{i}.o", attention.o_proj), down=self._fuse(f"{i}.down", mlp.down_proj),
                 gate_up=self._fuse(f"{i}.gate_up", mlp.gate_proj, mlp.up_proj),
                 heads=self.config.num_attention_heads, kv_heads=self.config.num_key_value_heads,
-                eps=norm_of(layer.input_layernorm)[1], scale=attention.scaling, kind=self.kind_of[i]))
+                eps=self.config.rms_norm_eps, scale=attention.scaling, kind=self.kind_of[i]))
         tensors = torch.utils._pytree.tree_leaves([self.layers, self.norm, self.embedding])
         addresses = [self.head, *(t.data_ptr() for t in tensors if isinstance(t, Tensor))]
         if addresses != self.addresses:  # graphs hold addresses; these are another model's
