@@ -10,6 +10,7 @@ The reference is the row that the others are compared with, their SFT policy. A 
 never called collapsed.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from statistics import fmean, pstdev
@@ -76,6 +77,7 @@ def is_refusal(text: str) -> bool:
 SURE, ENOUGH = 0.9, 40
 
 
+@functools.cache  # every row answers the same prompts
 def language(text: str) -> str | None:
     """Language of a text outside of code blocks; None for fewer than 40 letters, or where it is less than 90 % sure."""
     import langdetect

@@ -1,12 +1,13 @@
-"""One case of TRL 1.16, in a process of its own: prints a line "RESULT {…}" after each step, each from more steps.
+"""One case of TRL or Unsloth, in a process of its own: prints a line "RESULT {…}" after each step, each from more steps.
 
     python bench/peer.py WORKLOAD WORK SETTINGS STEPS WARM COMPLETION_TOKENS        (train.py calls it)
 
 WORK is what workload.make wrote; SETTINGS is a JSON object of fields of the trainer's config that override TRL's
-defaults. Every case has 16 rows per step, bfloat16, LoRA r = 16 on all linear layers without dropout, no saving and no
-reports.
+defaults; with "unsloth": true among them Unsloth loads the model and patches the trainer. Every case has 16 rows per
+step, bfloat16, LoRA r = 16 on all linear layers without dropout, no saving and no reports.
 """
 import json
+import os
 import sys
 import tempfile
 import time
@@ -30,6 +31,8 @@ SETTINGS = {
                   {"per_device_train_batch_size": 32, "gradient_checkpointing": False, "use_liger_kernel": True,
                    "cache_implementation": "static"}],
 }
+UNSLOTH = {case: [{"unsloth": True, **FAST}] for case in ("sft-bf16", "sft-nf4", "dpo", "grpo-step")}
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -37,6 +40,10 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def main(case: str, work: Path, settings: dict, steps: int, warm: int, completion_tokens: int) -> None:
+    unsloth = settings.pop("unsloth", False)
+    if unsloth:  # it patches the others: before they are imported
+        os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": tempfile.mkdtemp()}
+        from unsloth import FastLanguageModel
     import transformers
     import trl
     from datasets import Dataset
@@ -82,7 +89,15 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16)}
     tokenizer = AutoTokenizer.from_pretrained(work / "model")
-    if kind == "reward":
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=MODULES,
+                      task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
+    if unsloth:  # checkpointing as its own function is told, not the trainer
+        model, _ = FastLanguageModel.from_pretrained(str(work / "model"), max_seq_length=1024, dtype=load["dtype"],
+                                                     load_in_4bit=case.endswith("nf4"))
+        model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, lora_dropout=0.0, target_modules=MODULES,
+                                                 use_gradient_checkpointing=config["gradient_checkpointing"])
+        lora = None
+    elif kind == "reward":
         model = AutoModelForSequenceClassification.from_pretrained(work / "model", num_labels=1, **load)
         model.config.pad_token_id = tokenizer.pad_token_id
     else:
@@ -101,9 +116,6 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
     trainer_of, config_of = {"sft": (trl.SFTTrainer, trl.SFTConfig), "dpo": (trl.DPOTrainer, trl.DPOConfig),
                              "reward": (trl.RewardTrainer, trl.RewardConfig), "kto": (trl.KTOTrainer, trl.KTOConfig),
                              "grpo": (trl.GRPOTrainer, trl.GRPOConfig)}[kind]
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=[
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
     trainer = trainer_of(model=model, args=config_of(**config), train_dataset=Dataset.from_list(rows), peft_config=lora,
                          processing_class=tokenizer, callbacks=[timer], **more)
     if on_policy:  # sampling is a part of the step: time it apart

@@ -1,7 +1,8 @@
-"""Tokens per second of sampling: common.Sampler against transformers' generate, on random weights made in memory.
+"""Tokens per second of sampling: common.Sampler against transformers' generate and vLLM, on random weights.
 
     python bench/sample.py --rows 64 256 --system rungs transformers-generate static-cache
     python bench/sample.py --rows 64 --system rungs rungs-torch --lora-rank 16       # with and without Triton kernels
+    python bench/sample.py --rows 64 256 --lora-rank 0 16 --system rungs vllm        # vLLM is none of our requirements
     python bench/sample.py --rows 64 --profile        # the kernels of one decoding step, by time
     python bench/sample.py --shape tiny --tokens 16   # a trial without a GPU
 
@@ -16,6 +17,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,12 +35,13 @@ from workload import SHAPES
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    system: tuple[Literal["rungs", "rungs-torch", "rungs-plain", "transformers-generate", "static-cache"],
+    system: tuple[Literal["rungs", "rungs-torch", "rungs-plain", "transformers-generate", "static-cache", "vllm"],
                   ...] = ("rungs",)
     """What samples: common.Sampler with the fast engine, with this but without its Triton kernels, or with the plain
-    engine; or generate with its dynamic or its static (compiled) cache."""
+    engine; generate with its dynamic or its static (compiled) cache; or vLLM with its defaults."""
     lora_rank: tuple[int, ...] = (0,)
-    """Rank of an adapter beside the weights (rungs); 0: none, which is what an adapter merged into them costs. One case each."""
+    """Rank of an adapter beside the weights (rungs, vllm); 0: none, which is what an adapter merged into them costs.
+    One case each."""
     rows: tuple[int, ...] = (64,)
     """Rows sampled at the same time; one case each."""
     tokens: int = 256
@@ -110,6 +113,30 @@ def generate(model, prompts: list[list[int]], args: Args, cache: str | None):
                                   cache_implementation=cache, **how)
 
 
+def vllm(policy, rank: int, prompts: list[list[int]], args: Args):
+    """vLLM's offline engine on a model of this shape (its own random weights), the adapter as a LoRA request."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+    work = Path(tempfile.mkdtemp())
+    config = common.base_of(policy).config
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(work / "model")
+    if rank:
+        policy.save_pretrained(work / "adapter")
+    engine = LLM(str(work / "model"), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
+                 max_model_len=max(map(len, prompts)) + args.tokens, max_num_seqs=len(prompts), enable_lora=bool(rank),
+                 max_lora_rank=max(8, rank), gpu_memory_utilization=0.5)
+    settings = SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=args.tokens, ignore_eos=True,
+                              detokenize=False)
+    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    adapter = LoRARequest("adapter", 1, str(work / "adapter")) if rank else None
+
+    def call():
+        done = engine.generate(asked, settings, lora_request=adapter, use_tqdm=False)
+        assert all(len(one.outputs[0].token_ids) == args.tokens for one in done)
+    return call
+
+
 def seconds(call, device: torch.device) -> float:
     """Wall time of a call, its GPU work included."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -147,7 +174,7 @@ def main(args: Args) -> None:
     device = common.setup_device(args.device)
     model = make_model(args.shape, device)
     cases = [(system, rank, rows) for rank in args.lora_rank for rows in args.rows for system in args.system
-             if system.startswith("rungs") or rank == args.lora_rank[0]]  # the others without an adapter, once
+             if system.startswith(("rungs", "vllm")) or rank == args.lora_rank[0]]  # the others without an adapter, once
     for system, rank, rows in cases:
         prompts = make_prompts(args, rows, model.config.vocab_size)
         if device.type == "cuda":
@@ -156,16 +183,18 @@ def main(args: Args) -> None:
         os.environ.pop("RUNGS_KERNELS", None)
         if system == "rungs-torch":
             os.environ["RUNGS_KERNELS"] = "0"
-        rank = rank if system.startswith("rungs") else 0
+        rank = rank if system.startswith(("rungs", "vllm")) else 0
         policy = policy_of(model, rank, "plain" if system == "rungs-plain" else "fast")
         if system.startswith("rungs"):
             sampler, call = rungs(policy, prompts, args)
+        elif system == "vllm":
+            call = vllm(policy, rank, prompts, args)
         else:
             call = generate(model, prompts, args, "static" if system == "static-cache" else None)
         first, taken = seconds(call, device), seconds(call, device)
         found = {"workload": "sample", "system": system, "tokens_per_s": round(rows * args.tokens / taken),
                  "ms_per_step": round(taken / args.tokens * 1e3, 3), "setup_s": round(first - taken, 1)}
-        if device.type == "cuda":
+        if device.type == "cuda" and system != "vllm":  # a process of its own, which takes what it is given
             found["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         if args.profile and system in ("rungs", "rungs-torch"):
             found.update(profile(sampler, rows, max(map(len, prompts)) + args.tokens, device))

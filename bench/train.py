@@ -1,4 +1,4 @@
-"""Tokens per second of training: the scripts against TRL 1.16 on the same random model, text and rows per step.
+"""Tokens per second of training: the scripts against TRL and Unsloth on the same random model, text and rows per step.
 
     python bench/train.py                                  # all workloads and systems, on a GPU
     python bench/train.py --only sft-bf16 dpo --system rungs --profile
@@ -7,8 +7,9 @@
     python bench/train.py --shape tiny --seconds 60        # a trial without a GPU
 
 Ours is what a user runs: `python sft.py …` with its default flags, on generated data; speed is read from its log.jsonl. TRL
-runs once with its defaults, and with each of some faster settings (peer.py), of which the fastest counts. Each case
-has its own process; its first --warm steps (compiling, recording of most sizes) don't count. 16 rows per step (pairs
+runs once with its defaults, and with each of some faster settings (peer.py), of which the fastest counts; Unsloth with
+16 rows a step and no checkpointing (it wants older versions of transformers and TRL than our lock file: install it in an
+environment of its own, and run `--system rungs unsloth` there). Each case has its own process; its first --warm steps (compiling, recording of most sizes) don't count. 16 rows per step (pairs
 for dpo and reward), LoRA r = 16 on all linear layers; grpo and ppo: 64 completions of 256 tokens per update, from 8 or
 64 prompts. Tokens are those of the text (both answers of a pair; for sampling and its updates only the
 completions), never padding or mismatched pairs. peak_gib: the most memory that the process had reserved.
@@ -45,11 +46,12 @@ from transformers import AutoConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import workload
-from peer import SETTINGS
+from peer import SETTINGS, UNSLOTH
 
 HERE = Path(__file__).parent
 WORKLOADS = ("sft-bf16", "sft-nf4", "dpo", "reward", "kto", "grpo-step", "ppo-step", "sample")
-SYSTEMS = ("rungs", "trl-default", "trl-best", "transformers-generate")
+SYSTEMS = ("rungs", "trl-default", "trl-best", "unsloth", "transformers-generate", "vllm")
+SAMPLERS = ("transformers-generate", "vllm")
 ROWS, PROMPTS, GROUP = 16, 8, 8  # rows per step; prompts per update, answers per prompt
 
 
@@ -58,15 +60,15 @@ class Args:
     only: tuple[Literal[WORKLOADS], ...] = WORKLOADS
     """Workloads to run."""
     system: tuple[Literal[SYSTEMS], ...] = SYSTEMS
-    """Systems that run them; transformers-generate only samples."""
+    """Systems that run them; transformers-generate and vllm only sample. unsloth and vllm are none of our requirements."""
     steps: int = 200
     """Optimizer steps of a training case; grpo and ppo run a tenth as many updates."""
     warm: int = 50
     """First steps that don't count; for grpo and ppo a tenth of this, at least one."""
     peer_steps: int = 25
-    """Steps of TRL's cases, which record nothing; for its GRPO a fifth, at least three more than don't count."""
+    """Steps of TRL's and Unsloth's cases, which record nothing; for their GRPO a fifth, at least three more than don't count."""
     peer_warm: int = 5
-    """First steps of TRL's cases that don't count; for its GRPO a fifth of this, at least one."""
+    """First steps of TRL's and Unsloth's cases that don't count; for their GRPO a fifth of this, at least one."""
     seconds: int = 300
     """Time budget of a case, start-up and compiling included; what was measured by then counts."""
     at_once: int = 1
@@ -219,8 +221,8 @@ def result(command: list[str], seconds: int) -> dict:
     return json.loads(found[-1].removeprefix("RESULT ")) if found else {"error": failed or "no result"}
 
 
-def trl(case: str, settings: dict, args: Args, work: Path, completion_tokens: int) -> dict:
-    """TRL with these settings of its trainer."""
+def peer(case: str, settings: dict, args: Args, work: Path, completion_tokens: int) -> dict:
+    """TRL or Unsloth with these settings of the trainer."""
     steps = min(args.peer_steps, args.steps)  # there is no more data
     warm = min(args.peer_warm, steps - 1)
     if case == "grpo-step":
@@ -229,6 +231,14 @@ def trl(case: str, settings: dict, args: Args, work: Path, completion_tokens: in
     found = result([str(HERE / "peer.py"), case, str(work), json.dumps(settings), str(steps), str(warm),
                     str(completion_tokens)], args.seconds)
     return {**found, "settings": settings}
+
+
+def settings_to_try(case: str, system: str) -> list[dict | None]:
+    """A system's settings for a workload; [None] where it has none: ours, a sampler, or no such trainer."""
+    if system == "unsloth":
+        return UNSLOTH.get(case, [None])
+    tried = SETTINGS.get(case, [None, None])
+    return {"trl-default": tried[:1], "trl-best": tried[1:]}.get(system, [None])
 
 
 def sample(system: str, args: Args, completion_tokens: int) -> dict:
@@ -296,7 +306,7 @@ def write_tables(out: Path) -> None:
 
 
 def best_of(cases: list[dict]) -> list[dict]:
-    """The fastest of TRL's cases of one workload with several settings, with all that were tried."""
+    """The fastest of a system's cases of one workload with several settings, with all that were tried."""
     found = {}
     for c in cases:
         found.setdefault((c["workload"], c["system"]), []).append(c)
@@ -348,9 +358,9 @@ def main(args: Args) -> None:
             found = ours(case, args, work, device, *((updates, warm_updates) if case in ("grpo-step", "ppo-step") else
                                                      (args.steps, args.warm)), completion_tokens)
         elif settings is None:
-            found = {"error": "TRL 1.16 has no such trainer"}
+            found = {"error": "not set up for Unsloth" if system == "unsloth" else "TRL 1.16 has no such trainer"}
         else:
-            found = trl(case, settings, args, work, completion_tokens)
+            found = peer(case, settings, args, work, completion_tokens)
         gpus = args.gpus if system == "rungs" and case != "sample" else 1
         if "tokens_per_s" in found and peak:
             found["mfu"] = round(found["tokens_per_s"] * flops_a_token(case, config, sizes, completion_tokens) / (peak * gpus), 4)
@@ -359,9 +369,8 @@ def main(args: Args) -> None:
         return {**found, "workload": case, "system": f"rungs-x{gpus}" if gpus > 1 else system,
                 "torch": torch.__version__.split("+")[0]}
     jobs = [(case, system, settings) for case in args.only for system in args.system
-            if system == "rungs" or (system == "transformers-generate") == (case == "sample")
-            for settings in ([None] if system in ("rungs", "transformers-generate") or case not in SETTINGS else
-                             SETTINGS[case][:1] if system == "trl-default" else SETTINGS[case][1:])]
+            if system == "rungs" or (system in SAMPLERS) == (case == "sample")
+            for settings in settings_to_try(case, system)]
     Gpus.share(args.at_once, args.gpus)
     cases = []
     with ThreadPoolExecutor(args.at_once) as pool:

@@ -157,6 +157,15 @@ def test_a_rerun_with_other_data_ends_before_it_trains(again, capfd):
     assert not (directory.parent / "again" / "dpo_v1" / "run.json").exists()
 
 
+def test_another_watch_model_is_a_note_and_another_reward_model_an_error(dpo_run, capsys):
+    """The watch model takes no part in PPO's training."""
+    other = {"name": "rm", "method": "reward", "config_hash": "c", "adapter_sha256": "0" * 64}
+    reproduce.check_inputs({"args": {"watch_adapter": str(dpo_run)}, "scorers": {"watch": other}}, Path("ppo_v1"))
+    assert "takes no part in the training" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        reproduce.check_inputs({"args": {"reward_adapter": str(dpo_run)}, "scorers": {"reward": other}}, Path("ppo_v1"))
+
+
 def test_inputs_that_are_gone_or_changed_are_named(again, capsys):
     """The parent, another policy in its place, an argument that the script no longer has, and no run at all."""
     directory, run = again
