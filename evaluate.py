@@ -33,10 +33,10 @@ Deliberate deviations from `lm_eval --model hf --model_args peft=...`:
 
 The base, the tasks' prompts and their token ids are loaded or built once per call, for all its adapters; between two
 rows only the adapter changes. Every task's items and result are stored as soon as it is done, in
-results/samples/<name>-<eval_hash>-<weights>/. An interrupted run resumes at the task that it was at, and a row that
-exists is not evaluated again. The other files that report.py needs contain no text of a data set and can be committed:
-the items' scores in results/scores/<the same>.json.gz, and the adapter's command, configuration and curves in
-results/runs/<name>-<weights>.json.
+results/samples/<name>-<eval_hash>-<weights>/ (of a base, with its train_invariants at the end). An interrupted run
+resumes at the task that it was at, and a row that exists is not evaluated again. The other files that report.py needs
+contain no text of a data set and can be committed: the items' scores in results/scores/<the same>.json.gz, and the
+adapter's command, configuration and curves in results/runs/<name>-<weights>.json.
 
 What to expect: about a minute per row for SmolLM2-135M on one H100, loading included (bench/NOTES.md).
 
@@ -688,7 +688,8 @@ def main(args: Args) -> list[dict]:
             "weights_sha256": weights,
             "eval_hash": protocol.hash,
         }
-        samples = Path("samples") / f"{name}-{protocol.hash}-{run['adapter_sha256'][:8] if run else weights[:8]}"
+        of_weights = run["adapter_sha256"][:8] if run else f"{weights[:8]}-{invariants.hash}"
+        samples = Path("samples") / f"{name}-{protocol.hash}-{of_weights}"
         ours = run is not None and run["method"] != "peft"
         train_invariants = run["train_invariants"] if ours else invariants.hash
         rows.append(Policy(name, adapter, run, directory, identity, train_invariants, samples))

@@ -14,7 +14,8 @@ benchmarks and the pages, and reads and writes the files.
    README.md is about the first (--first HASH). Rows of one eval_hash whose items (doc_id, doc_hash) differ are refused.
 2. A row's own parent is the one that the row names, by the hash of its adapter; without one it is the base. Where the
    parent has no row the difference is left out, and a note says so.
-3. The same config_hash with another adapter hash is a run that did not reproduce: both rows stay, the later marked †.
+3. The same config_hash with another adapter hash is a rerun whose bits differ: both rows stay, and one is marked †. The
+   one with more protocols stands for its seed, else the earlier; whether the two differ is a part of the verdict.
 4. What is missing is shown as missing, never as zero: a row as "not run", a score as "–", a standard error as "?".
 5. A reward model scores answers and has no benchmark row: its own table comes from rm/*.json, beside the baseline "the
    longer answer wins". PPO's and GRPO's own figures come from ppo/*.json and grpo/*.json, a judge's verdicts on
@@ -47,10 +48,10 @@ from learned import (OBJECTIVES, against_length, change_of, headline, learned_ta
                      on_policy_table, read_sweeps, reward_table, sweep_base, sweep_table)
 from plots import PLOTS, draw, encode, overview, speedrun, style, sweep_curves
 from tables import Table, change_cell, floor_cell, markdown, number, score_cell, show, spread
-from verdicts import (LADDER, METRICS, ROW_ID, Comparison, Verdict, at, climbs_of, compare, comparisons, differences,
+from verdicts import (LADDER, METRICS, Comparison, Verdict, at, climbs_of, compare, comparisons, differences,
                       endpoint_protocols, families, finite, is_at_floor, is_instruct, label_group, label_rows,
-                      missing_tests, once, read_items, read_rows, reference_of, rung, same_policy, score, seed_groups,
-                      signed, title_of, verdicts_of, with_holm)
+                      missing_tests, once, policy_of, read_items, read_rows, reference_of, rung, same_policy, score,
+                      seed_groups, signed, title_of, verdicts_of, with_holm)
 
 
 @dataclass(frozen=True)
@@ -190,14 +191,15 @@ def scores_table(rows: list[dict]) -> Table:
 def score_notes(rows: list[dict], lines: list[list[str]]) -> list[str]:
     notes = []
     if any("†" in line[1] for line in lines):
-        notes.append("† the config_hash of the row above, another adapter: it, or its parent, did not reproduce.")
+        notes.append("† a rerun: the config_hash of a row above, and another adapter. The verdict tests whether the two "
+                     "differ; only then it says irreproducible.")
     if any(score(row, column)[1] == 0 for row in rows for column in METRICS):
         notes.append("± 0.0: every item scored alike; a difference to this score looks more certain than it is.")
     return notes
 
 
 def compact_table(results: "Results") -> Table:
-    """README.md's table: a line per family of the climb, without the controls. Each endpoint in the protocol that it is
+    """README.md's table: a line per family of the climb, without controls and reruns. Each endpoint in the protocol that it is
     tested in (for several seeds mean ± sd) with the difference to base; GSM8K in GRPO's own prompt, descriptive; the own
     objective; the cost; the verdict."""
     rows, tables = once(results.rows), results.tables
@@ -208,11 +210,11 @@ def compact_table(results: "Results") -> Table:
     rungs, missing = [], {name: phase for name, phase in LADDER.items() if name not in {row["name"] for row in rows}}
     for group in seed_groups(rows):
         row, cells = group[0], []
-        if not any(r["name"] in LADDER for r in group):
+        if not any(r["name"] in LADDER for r in group) or labels[id(row)].endswith("†"):
             continue
-        ids = [[r[key] for key in ROW_ID] for r in group]
+        ids = [policy_of(r) for r in group]
         for column, protocol in columns.items():
-            own = [r for r in tables.get(protocol, []) if [r[key] for key in ROW_ID] in ids]
+            own = [r for r in tables.get(protocol, []) if policy_of(r) in ids]
             compared = [c for c in results.compared.get((protocol, "base"), ([], []))[0] if c.row in own]
             short = change_cell(compared[0].changes[column], short=True) if compared else "–"
             cell = floor_cell(own[0], column) if own else "–"
@@ -265,7 +267,8 @@ def three_sentences(results: "Results") -> str:
     is a win."""
     words, fallen = {}, {}
     for label, group in families(results.rows):
-        if any(row["name"] in LADDER for row in group) and (found := headline(group)):
+        in_climb = any(row["name"] in LADDER for row in group) and not label.endswith("†")
+        if in_climb and (found := headline(group)):
             words.setdefault(found[1], []).append(label)
             fallen |= {label: why for why in [collapse_of(group)] if why}
     said = {"yes": "{} improved", "worse": "{} got worse", "not shown": "of {} no change is shown",
@@ -691,7 +694,7 @@ def policies(tables: dict[str, list[dict]]) -> dict[str, list[dict]]:
     for rows in tables.values():
         for row in rows:
             if row["adapter_sha256"]:
-                found.setdefault(tuple(row[key] for key in ROW_ID), []).append(row)
+                found.setdefault(policy_of(row), []).append(row)
     labels = [label.rstrip("†") for label, _ in label_rows([rows[0] for rows in found.values()])]
     return dict(zip(labels, found.values()))
 

@@ -174,11 +174,15 @@ def rung(phase: int, name: str) -> tuple[int, int]:
 
 
 def read_rows(path: Path) -> list[dict]:
+    """The rows in the order of the climb and of their seeds; of two runs of one seed the one with more protocols first,
+    then the earlier: that one stands for the seed, and the other is its rerun."""
     rows = read_results(path)["runs"]
     for row in rows:
         if missing := [key for key in ROW_KEYS if key not in row]:
             fail(f"{path}: row {row.get('name', '(unnamed)')} lacks {', '.join(missing)}; evaluate it again")
-    return sorted(rows, key=lambda row: (*rung(row["phase"], row["name"]), row["name"], row.get("timestamp") or ""))
+    protocols = Counter(policy_of(row) for row in rows)
+    return sorted(rows, key=lambda row: (*rung(row["phase"], row["name"]), row["name"], row.get("seed") or 0,
+                                         -protocols[policy_of(row)], row.get("timestamp") or ""))
 
 
 def read_items(results: Path, row: dict) -> dict[str, dict] | None:
@@ -306,9 +310,14 @@ def seed_groups(rows: list[dict]) -> list[list[dict]]:
     return groups
 
 
+def policy_of(row: dict) -> tuple:
+    """What identifies a row's policy, in any protocol."""
+    return tuple(row[key] for key in ROW_ID)
+
+
 def once(rows: list[dict]) -> list[dict]:
     """One row per policy, whatever the protocols that it was evaluated in."""
-    return list({tuple(row[key] for key in ROW_ID): row for row in reversed(rows)}.values())[::-1]
+    return list({policy_of(row): row for row in reversed(rows)}.values())[::-1]
 
 
 def compared_in_family(groups: list[list[dict]]) -> list[list[dict]]:

@@ -483,6 +483,15 @@ def test_other_weights_under_the_same_name_are_evaluated(base_run, place, tmp_pa
     assert other["metrics"]["truthfulqa_mc2/acc,none"] != row["metrics"]["truthfulqa_mc2/acc,none"]
 
 
+def test_a_base_has_a_row_and_scores_under_each_quantization(base_run, place, tmp_path):
+    """The base's own figures are the same under qlora; its row, and the file of its items, are others."""
+    out, row = base_run
+    shutil.copytree(out, tmp_path / "out")
+    other = main(args(place, tmp_path / "out", quantization="qlora"))
+    assert other["train_invariants"] != row["train_invariants"] and other["metrics"] == row["metrics"]
+    assert report.read_items(tmp_path / "out", other) == report.read_items(tmp_path / "out", row)
+
+
 def test_interrupted_evaluation_goes_on_at_that_task(base_run, place, tmp_path, monkeypatch):
     """Ctrl-C in the third task (the first that generates): the two before it stay as they are."""
     whole = base_run[1]
