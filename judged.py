@@ -101,7 +101,10 @@ def pool(records: list[dict]) -> dict:
 
 def judged_families(judge: list[dict], rows: list[dict]) -> list[tuple[str, str, list[dict]]]:
     """[(label of a, label of b, its records, one per seed)]: the comparisons of a judge, the seeds of a family and of
-    what it is compared with together; judges in the order of their records."""
+    what it is compared with together, which counts the seeds that were judged; judges in the order of their records."""
+    judged = {(row.get("name"), row.get("adapter_sha256")) for record in judge for side in "ab"
+              if (row := at(record, "rows", side))}
+    rows = [row for row in rows if (row["name"], row["adapter_sha256"]) in judged]
     family = {id(row): (label, [(r["name"], r["adapter_sha256"]) for r in group]) for label, group in families(rows)
               for row in group}
 

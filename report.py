@@ -14,7 +14,7 @@ benchmarks and the pages, and reads and writes the files.
    README.md is about the first (--first HASH). Rows of one eval_hash whose items (doc_id, doc_hash) differ are refused.
 2. A row's own parent is the one that the row names, by the hash of its adapter; without one it is the base. Where the
    parent has no row the difference is left out, and a note says so.
-3. The same config_hash with another adapter hash is a rerun whose bits differ: both rows stay, and one is marked †. The
+3. The same config_hash with another adapter hash is a rerun with other bits: both rows stay, and one is marked †. The
    one with more protocols stands for its seed, else the earlier; whether the two differ is a part of the verdict.
 4. What is missing is shown as missing, never as zero: a row as "not run", a score as "–", a standard error as "?".
 5. A reward model scores answers and has no benchmark row: its own table comes from rm/*.json, beside the baseline "the
@@ -145,8 +145,13 @@ def read_records(results: Path, rows: list[dict], group: tuple[str, ...],
         records[folder].append(record)
     for found in records.values():
         names = Counter(record["name"] for record in found)
+        of_seed = Counter((record["name"], record.get("seed")) for record in found)
         for record in found:
-            record["label"] += f"-s{record.get('seed')}" * (names[record["name"]] > 1) + "‡" * bool(record["note"])
+            if of_seed[record["name"], record.get("seed")] > 1 and record.get("adapter_sha256"):  # a rerun's
+                record["label"] += f"@{record['adapter_sha256'][:8]}"
+            elif names[record["name"]] > 1:
+                record["label"] += f"-s{record.get('seed')}"
+            record["label"] += "‡" * bool(record["note"])
     return {kind: sorted(found, key=lambda record: bool(record["note"])) for kind, found in records.items()}
 
 
@@ -191,17 +196,17 @@ def scores_table(rows: list[dict]) -> Table:
 def score_notes(rows: list[dict], lines: list[list[str]]) -> list[str]:
     notes = []
     if any("†" in line[1] for line in lines):
-        notes.append("† a rerun: the config_hash of a row above, and another adapter. The verdict tests whether the two "
-                     "differ; only then it says irreproducible.")
+        notes.append("† a rerun: the config_hash of a row above, and another adapter. The verdict tests whether the "
+                     "two differ; only then it says irreproducible.")
     if any(score(row, column)[1] == 0 for row in rows for column in METRICS):
         notes.append("± 0.0: every item scored alike; a difference to this score looks more certain than it is.")
     return notes
 
 
 def compact_table(results: "Results") -> Table:
-    """README.md's table: a line per family of the climb, without controls and reruns. Each endpoint in the protocol that it is
-    tested in (for several seeds mean ± sd) with the difference to base; GSM8K in GRPO's own prompt, descriptive; the own
-    objective; the cost; the verdict."""
+    """README.md's table: a line per family of the climb, without controls and reruns. Each endpoint in the protocol
+    that it is tested in (for several seeds mean ± sd) with the difference to base; GSM8K in GRPO's own prompt,
+    descriptive; the own objective; the cost; the verdict."""
     rows, tables = once(results.rows), results.tables
     labels = {id(row): label for label, row in label_rows(rows)}
     columns = {column: results.protocols[column] for column in METRICS if column in results.protocols}
@@ -808,12 +813,18 @@ def results_of(results: Path, climbs: list[dict[str, list[dict]]], i: int, group
     mark_seeds(records)
     protocols = endpoint_protocols(tables)
     compared = {(name, to): comparisons(table, to) for name, table in tables.items() for to in ("base", "parent")}
+    bases = {row["weights_sha256"] for j, climb in enumerate(climbs[:i]) if invariants[j] != invariants[i]
+             for table in climb.values() for row in table}
+    if another := bool(bases & {row["weights_sha256"] for row in rows}):  # one family of tests per base
+        compared = {key: ([replace(c, in_family=False) for c in found], notes)
+                    for key, (found, notes) in compared.items()}
     compared = with_holm(compared, protocols)
     verdicts, apart, suffix = verdicts_of(compared, tables, protocols), "", ""
     if i:
         protocol = next(iter(tables))
         first = climbs[0].get(protocol) or next(iter(climbs[0].values()))
         apart = f"Not comparable with the rows above; they differ in (above / here) {differences(first[0], rows[0])}."
+        apart += " The base is the same, and its tests stand above: everything here is descriptive." * another
         same = invariants[:i].count(invariants[i])  # the same training, evaluated with other settings
         suffix = f"-{tables[protocol][0]['eval_hash'] if same else invariants[i]}"
     return Results(tables, records, compared, protocols, verdicts, [], suffix, apart)
