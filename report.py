@@ -650,17 +650,21 @@ def overview_lines(results: Results) -> list[tuple]:
 
 
 def speed_line(results: Path, directory: str) -> str:
-    """One sentence on SFT's speed and memory beside the fastest peer's, from the first bench/*.json that has both."""
-    for path in sorted((results / "bench").glob("*.json")):
-        record = read_json(path)
-        sft = {case["system"]: case for case in record["cases"] if case["workload"] == "sft-bf16"}
-        speed, peer = (finite(at(sft, system, "tokens_per_s")) for system in ("rungs", "trl-best"))
-        if speed and peer:
-            model = re.search(r"\b[A-Z]+\d{2,}\b", record["device"])  # of NVIDIA H100 80GB HBM3: H100
-            device = model[0] if model else record["device"]
-            return (f"**Speed**: SFT {float(f'{speed:.3g}'):,.0f} tokens/s on one {device}, {speed / peer:.0f} × TRL's "
-                    f"best, in {sft['rungs']['peak_gib']:.0f} GiB; [all methods]({directory}/bench/README.md).")
-    return ""
+    """One sentence on the speed and memory of SFT beside TRL's best, and on that of sampling beside vLLM, each from the
+    first bench/*.json that has both."""
+    said = []
+    for workload, peer, text in (
+            ("sft-bf16", "trl-best", "SFT {speed} tokens/s on one {device}, {ratio:.0f} × TRL's best, in {gib:.0f} GiB"),
+            ("sample", "vllm", "sampling {speed} tokens/s on one {device} with 64 rows, {ratio:.1f} × vLLM's")):
+        for record in map(read_json, sorted((results / "bench").glob("*.json"))):
+            cases = {case["system"]: case for case in record["cases"] if case["workload"] == workload}
+            speed, other = (finite(at(cases, system, "tokens_per_s")) for system in ("rungs", peer))
+            if speed and other:
+                model = re.search(r"\b[A-Z]+\d{2,}\b", record["device"])  # of NVIDIA H100 80GB HBM3: H100
+                said.append(text.format(speed=f"{float(f'{speed:.3g}'):,.0f}", ratio=speed / other,
+                                        device=model[0] if model else record["device"], gib=cases["rungs"]["peak_gib"]))
+                break
+    return f"**Speed**: {'; '.join([*said, f'[all methods]({directory}/bench/README.md)'])}." if said else ""
 
 
 def speedrun_line(run: dict, points: list[dict]) -> str:
