@@ -84,36 +84,46 @@ def forest(compared: list[Comparison]) -> Figure | None:
 
 
 def scatter(points: list[tuple], x_title: str, y_title: str) -> Figure:
-    """Points with both intervals: (label, colour, x, its interval or None, y, its interval, filled)."""
-    figure = new_figure(7.6, 4.4)
+    """Points with both intervals: (label, colour, x, its interval or None, y, its interval, filled). Points of one
+    label, such as seeds, have one marker."""
+    markers = dict(zip(dict.fromkeys(point[0] for point in points), itertools.cycle("osD^vPX")))
+    figure = new_figure(7.6, max(4.4, 0.8 + 0.22 * len(markers)))  # room for the legend
     axis = figure.subplots()
     axis.margins(x=0.12)
     axis.grid()
-    for (label, tone, x, of_x, y, of_y, filled), marker in zip(points, itertools.cycle("osD^vPX")):
-        x, y = round(x, 3), round(y, 3)
+    for label, tone, x, of_x, y, of_y, filled in points:
+        marker, x, y = markers[label], round(x, 3), round(y, 3)
         axis.plot(np.round(of_x or (x, x), 3), [y, y], color=tone, alpha=0.6)
         axis.plot([x, x], np.round(of_y, 3), color=tone, alpha=0.6)
         axis.plot(x, y, marker, color=tone, markerfacecolor=tone if filled else "none", label=label)
-    axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(*zip(*{text: (handle, text) for handle, text in zip(handles, labels)}.values()), fontsize=9,
+                loc="upper left", bbox_to_anchor=(1, 1))
     axis.set_xlabel(x_title)
     axis.set_ylabel(y_title)
     return figure
 
 
-def tradeoff(compared: list[Comparison]) -> Figure | None:
-    """A point per row: the gain on IFEval beside the worse of MMLU and TruthfulQA, each with its interval."""
+def tradeoff(compared: dict, protocols: dict[str, str]) -> Figure | None:
+    """A point per row: the gain on IFEval beside the worse of MMLU and TruthfulQA, each with its interval, and each
+    benchmark in the protocol that it is tested in (of rows that were evaluated in both)."""
+    def against_base(column: str) -> list[Comparison]:
+        found = compared.get((protocols[column], "base"), ([], []))[0]
+        return [c for c in found if c.changes[column].paired]
+
     points = []
-    for c in compared:
-        gain = c.changes["IFEval\nprompt"]
-        losses = [c.changes[k] for k in FORGOTTEN if c.changes[k].paired]
-        if gain.paired and len(losses) == 2:
-            loss = min(losses, key=lambda change: change.points)
-            points.append((c.label, colour(c.row), gain.points, gain.paired.interval, loss.points, loss.paired.interval,
-                           True))
+    for c in against_base("IFEval\nprompt"):
+        adapters = {row["adapter_sha256"] for row in c.rows}
+        losses = [(other.changes[k].points, other.changes[k].paired.interval) for k in FORGOTTEN
+                  for other in against_base(k) if adapters & {row["adapter_sha256"] for row in other.rows}][:2]
+        if len(losses) == 2:
+            gain = c.changes["IFEval\nprompt"]
+            points.append((c.label, colour(c.row), gain.points, gain.paired.interval, *min(losses), True))
     if not points:
         return None
-    figure = scatter(points, "IFEval by prompt, points against base",
-                     "worse of MMLU and TruthfulQA,\npoints against base")
+    ifeval, *others = (protocols[column] for column in ("IFEval\nprompt", *FORGOTTEN))
+    figure = scatter(points, f"IFEval by prompt ({ifeval}), points against base",
+                     f"worse of MMLU and TruthfulQA ({others[0]}),\npoints against base")
     figure.axes[0].axvline(0, color=INK, linewidth=1)
     figure.axes[0].axhline(0, color=INK, linewidth=1)
     figure.axes[0].axhline(-MARGIN, color=INK, linewidth=1, linestyle=":")
@@ -310,10 +320,11 @@ def run_curves(record: dict) -> Figure | None:
     return figure
 
 
-def draw(compared: dict, records: dict[str, list[dict]], runs: dict[str, list[dict]]) -> dict[str, Figure]:
+def draw(compared: dict, protocols: dict[str, str], records: dict[str, list[dict]],
+         runs: dict[str, list[dict]]) -> dict[str, Figure]:
     """{name under plots/: figure}, of those that have data."""
     figures = {f"deltas-{protocol}": forest(rows) for (protocol, to), (rows, _) in compared.items() if to == "base"}
-    figures["tradeoff"] = tradeoff(compared.get(("plain", "base"), ([], []))[0])
+    figures["tradeoff"] = tradeoff(compared, protocols)
     figures["winrate-kl"] = winrate_kl(records["judge"], records["guardrails"])
     figures |= {method: on_policy(records[method]) for method in ("ppo", "grpo")}
     for label, rows in runs.items():

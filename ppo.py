@@ -35,10 +35,10 @@ Deviations from them, on purpose:
 
     python ppo.py --sft-adapter runs/sft_v2 --reward-adapter runs/rm_v1
 
-Expect, for Qwen2.5-Coder-0.5B-Instruct after SFT, 40 updates (seed 41): 13 GiB, under 4 minutes on one H200, a score
-that rises by 0.89 [0.82, 0.96] on 256 fixed prompts, and a collapse: nearly every answer becomes "I'm sorry, but I
-can't assist with that", which both reward models score above SFT's answers. None of the settings tried avoids it
-(docs/recipes.md): read completions.jsonl before you believe a score.
+Expect, for Qwen2.5-Coder-0.5B-Instruct after SFT, 40 updates (seed 41): 13 GiB, 2 minutes on one H200, a score that
+rises by 0.16 [0.09, 0.23] on 256 fixed prompts, and more refusals (19 % of them, SFT 10 %). At β 0.05 the score rises
+by 0.89, and nearly every answer becomes "I'm sorry, but I can't assist with that", which both reward models score above
+SFT's answers (docs/recipes.md): read completions.jsonl before you believe a score.
 
 A row: {"prompt": "…" or messages}, or a preference pair, whose answers are not read. Prompts come from part B (30 % by
 sha256); parts A and J train the reward models. Shapes: B completions per update, T tokens of the longest completion, K

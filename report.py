@@ -14,8 +14,8 @@ benchmarks and the pages, and reads and writes the files.
    README.md is about the first (--first HASH). Rows of one eval_hash whose items (doc_id, doc_hash) differ are refused.
 2. A row's own parent is the one that the row names, by the hash of its adapter; without one it is the base. Where the
    parent has no row the difference is left out, and a note says so.
-3. The same config_hash with another adapter hash is a rerun with other bits: both rows stay, and one is marked †. The
-   one with more protocols stands for its seed, else the earlier; whether the two differ is a part of the verdict.
+3. The same config_hash with another adapter hash is another run of it, with other bits: both rows stay. The one with more
+   protocols stands for its seed, else the earlier; the other is marked †. Whether they differ is a part of the verdict.
 4. What is missing is shown as missing, never as zero: a row as "not run", a score as "–", a standard error as "?".
 5. A reward model scores answers and has no benchmark row: its own table comes from rm/*.json, beside the baseline "the
    longer answer wins". PPO's and GRPO's own figures come from ppo/*.json and grpo/*.json, a judge's verdicts on
@@ -196,7 +196,7 @@ def scores_table(rows: list[dict]) -> Table:
 def score_notes(rows: list[dict], lines: list[list[str]]) -> list[str]:
     notes = []
     if any("†" in line[1] for line in lines):
-        notes.append("† a rerun: the config_hash of a row above, and another adapter. The verdict tests whether the "
+        notes.append("† another run of a row above: the same config_hash, another adapter. The verdict tests whether the "
                      "two differ; only then it says irreproducible.")
     if any(score(row, column)[1] == 0 for row in rows for column in METRICS):
         notes.append("± 0.0: every item scored alike; a difference to this score looks more certain than it is.")
@@ -623,7 +623,7 @@ def overview_lines(results: Results) -> list[tuple]:
     for label, group in families(results.rows):
         objectives = OBJECTIVES.get(group[0]["method"], ())
         recorded = [objective for objective in objectives if objective_line(group, objective)]
-        if not recorded or not any(row["name"] in LADDER for row in group):
+        if not recorded or not any(row["name"] in LADDER for row in group) or label.endswith("†"):
             continue
         chosen = next((objective for objective in recorded if "flexible" in objective[0]), recorded[0])
         title, scale = chosen[0], chosen[4]
@@ -853,7 +853,7 @@ def main(args: Args) -> None:
     for report in reports:
         runs, plots = policies(report.tables), results / "plots"
         with style():
-            figures = draw(report.compared, report.records, runs) | overview(overview_lines(report))
+            figures = draw(report.compared, report.protocols, report.records, runs) | overview(overview_lines(report))
             report.plots.extend(figures)
             files |= {plots / f"{name}{report.suffix}.svg": encode(figure, "svg") for name, figure in figures.items()}
             shown = {plots / f"{name}{report.suffix}.png": figure for name, figure in figures.items() if name in PLOTS}

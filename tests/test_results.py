@@ -333,7 +333,7 @@ def test_a_rerun_with_another_adapter_stands_beside_the_first_and_is_marked(here
     run(None)
     state = table("#### Current state")
     assert state["dpo_v1@dddddddd"][1] == "50.0 ± 0.3" and state["dpo_v1@99999999†"][1] == "40.0 ± 0.3"
-    assert "† a rerun: the config_hash of a row above" in Path("results/README.md").read_text()
+    assert "† another run of a row above: the same config_hash" in Path("results/README.md").read_text()
     against_base = table("#### Change against base")
     assert against_base["dpo_v1@99999999† − base<br>(descriptive)"][0] == "**−10.0 ± 0.4**"
     assert against_base["dpo_v1@dddddddd − base"][0] == "0.0 ± 0.4 ~"
