@@ -14,8 +14,8 @@ benchmarks and the pages, and reads and writes the files.
    README.md is about the first (--first HASH). Rows of one eval_hash whose items (doc_id, doc_hash) differ are refused.
 2. A row's own parent is the one that the row names, by the hash of its adapter; without one it is the base. Where the
    parent has no row the difference is left out, and a note says so.
-3. The same config_hash with another adapter hash is another run of it, with other bits: both rows stay. The one with more
-   protocols stands for its seed, else the earlier; the other is marked †. Whether they differ is a part of the verdict.
+3. The same config_hash with another adapter hash is another run of it, with other bits: both rows stay. The one with
+   more protocols stands for its seed, else the earlier; the other is marked †. The verdict tests whether they differ.
 4. What is missing is shown as missing, never as zero: a row as "not run", a score as "–", a standard error as "?".
 5. A reward model scores answers and has no benchmark row: its own table comes from rm/*.json, beside the baseline "the
    longer answer wins". PPO's and GRPO's own figures come from ppo/*.json and grpo/*.json, a judge's verdicts on
@@ -196,8 +196,8 @@ def scores_table(rows: list[dict]) -> Table:
 def score_notes(rows: list[dict], lines: list[list[str]]) -> list[str]:
     notes = []
     if any("†" in line[1] for line in lines):
-        notes.append("† another run of a row above: the same config_hash, another adapter. The verdict tests whether the "
-                     "two differ; only then it says irreproducible.")
+        notes.append("† another run of a row above: the same config_hash, another adapter. The verdict tests whether "
+                     "the two differ; only then it says irreproducible.")
     if any(score(row, column)[1] == 0 for row in rows for column in METRICS):
         notes.append("± 0.0: every item scored alike; a difference to this score looks more certain than it is.")
     return notes

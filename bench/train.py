@@ -6,14 +6,15 @@
     python bench/train.py --system rungs --gpus 2 --only sft-bf16 dpo grpo-step      # beside the same with one
     python bench/train.py --shape tiny --seconds 60        # a trial without a GPU
 
-Ours is what a user runs: `python sft.py …` with its default flags, on generated data; speed is read from its log.jsonl. TRL
-runs once with its defaults, and with each of some faster settings (peer.py), of which the fastest counts; Unsloth with
-16 rows a step and no checkpointing (it wants older versions of transformers and TRL than our lock file: install it in an
-environment of its own, and run `--system rungs unsloth` there). Each case has its own process; its first --warm steps (compiling, recording of most sizes) don't count. 16 rows per step (pairs
-for dpo and reward), LoRA r = 16 on all linear layers; grpo and ppo: 64 completions of 256 tokens per update, from 8 or
-64 prompts. Tokens are those of the text (both answers of a pair; for sampling and its updates only the
-completions), never padding or mismatched pairs. peak_gib: the most memory that the process had reserved.
-command_to_first_step_s: from the call of the script to the end of its first step, imports and compiling included.
+Ours is what a user runs: `python sft.py …` with its default flags, on generated data; speed is read from its log.jsonl.
+TRL runs once with its defaults, and with each of some faster settings (peer.py), of which the fastest counts. Unsloth runs
+with 16 rows a step and no checkpointing; it wants older versions of transformers and TRL than our lock file, so install it
+in an environment of its own, and run `--system rungs unsloth` there. Each case has its own process; its first --warm steps
+(compiling, recording of most sizes) don't count. 16 rows per step (pairs for dpo and reward), LoRA r = 16 on all linear
+layers; grpo and ppo: 64 completions of 256 tokens per update, from 8 or 64 prompts. Tokens are those of the text (both
+answers of a pair; for sampling and its updates only the completions), never padding or mismatched pairs. peak_gib: the
+most memory that the process had reserved. command_to_first_step_s: from the call of the script to the end of its first
+step, imports and compiling included.
 
 mfu: FLOPs that the mathematics needs (common.model_flops; frozen base, nothing recomputed, the prompt of a pair or a group
 once) per second, over the GPU's dense bfloat16 peak. By workload, in passes over its sequences: sft, reward (no LM

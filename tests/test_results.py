@@ -682,7 +682,7 @@ def scored(row, n=60, place="results", **right):
             metrics[f"{task}/{key}"] = statistics.fmean(each)
             metrics[f"{task}/{key.replace(',', '_stderr,')}"] = statistics.stdev(each) / len(each) ** 0.5
         found |= {"task": [task] * n, "doc_id": list(range(n)), "doc_hash": [f"{i:08x}" for i in range(n)]}
-    path = f"scores/{row['name']}-{row['eval_hash']}-{(row['adapter_sha256'] or 'base')[:8]}.json.gz"
+    path = f"scores/{row['name']}-{row['eval_hash']}-{(row['adapter_sha256'] or row['train_invariants'])[:8]}.json.gz"
     row = row | {"metrics": metrics, "n": dict.fromkeys(N, n), "scores": path}
     record = {key: row[key] for key in ("config_hash", "adapter_sha256", "weights_sha256", "eval_hash")}
     write_scores(path, {"schema_version": 1, **record, "tasks": columns})
@@ -1312,6 +1312,53 @@ def test_guardrails_and_distance(here):
     assert "KL to sft_v2" in Path("results/README.md").read_text()
     assert "(plots/winrate-kl.svg)" in Path("results/README.md").read_text()
     assert "12.35 ± 0.68" in Path("results/runs/dpo_v1.md").read_text()
+
+
+def test_another_run_of_a_seed_with_more_protocols_stands_for_it(here):
+    """The first run was evaluated in one protocol and its repetition in both: the table's row is the repetition."""
+    base, sft, dpo = three_rows()
+    again = make_row("dpo_v1", 2, "dpo", "9") | {"parent": dpo["parent"], "timestamp": "2026-01-09"}
+    chat = three_rows(protocol="chat")
+    again_chat = make_row("dpo_v1", 2, "dpo", "9", protocol="chat") | {"parent": dpo["parent"], "timestamp": "2026-01-09"}
+    run([base, sft, again, *chat, again_chat])
+    state = list(table("#### Current state"))
+    assert [name for name in state if name.startswith("dpo_v1")] == ["dpo_v1"]
+    text = Path("results/README.md").read_text()
+    assert "dpo_v1@99999999 |" in text and "dpo_v1@dddddddd† |" in text and "dpo_v1@99999999† |" not in text
+
+
+def test_a_base_has_one_family_of_tests(here):
+    """The same base trained under another quantization has a part of its own, without a verdict; another base has one."""
+    rows = scored_rows(ifeval=better)
+    for weights, verdicts in (("e", 1), ("7", 2)):
+        others = [row | {"train_invariants": "ffff0000", "weights_sha256": weights * 64, "adapter_sha256": adapter,
+                         "invariants": row["invariants"] | {"quantization": "qlora"}}
+                  for row, adapter in zip(three_rows()[:2], (None, "6" * 64))]
+        run([*rows, *(scored(row, ifeval=better) for row in others)])
+        text = Path("results/README.md").read_text()
+        assert text.count("## 3. Is it a win?") == verdicts and text.count("its tests stand above") == 2 - verdicts
+
+
+def test_reward_models_of_one_seed_have_labels_of_their_own(here):
+    write_reward("rm_v1")
+    write_reward("rm_v1-again", name="rm_v1", adapter_sha256="8" * 64)
+    run(three_rows())
+    names = {path.stem for path in Path("results/runs").glob("rm_*.md")}
+    assert len(names) == 2 and "rm_v1@88888888" in names and names <= set(table("## Reward models"))
+
+
+def test_a_gain_and_a_loss_are_drawn_in_the_protocols_they_are_tested_in(here):
+    rows = [scored(row | {"model": "org/base-instruct"}, ifeval=better) for protocol in ("plain", "chat")
+            for row in three_rows(protocol=protocol)]
+    Path("results/metrics.json").unlink(missing_ok=True)
+    run(rows)
+    (report_,) = [report.results_of(Path("results"), [climb], 0, ()) for climb in [
+        {protocol: [row for row in report.read_rows(Path("results/metrics.json")) if row["protocol"] == protocol]
+         for protocol in ("plain", "chat")}]]
+    axis = plots.tradeoff(report_.compared, report_.protocols).axes[0]
+    assert axis.get_xlabel().startswith("IFEval by prompt (chat)") and "(plain)" in axis.get_ylabel()
+    assert plots.tradeoff({key: value for key, value in report_.compared.items() if key[0] == "plain"},
+                          report_.protocols) is None
 
 
 def test_the_readme_has_one_line_on_speed(here):

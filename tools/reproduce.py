@@ -70,7 +70,8 @@ def check_inputs(old: dict, where: Path) -> None:
         if not record.is_file():
             fail(f"{where} needs {given} ({link['name']}, config {link['config_hash']}), which is not there")
         if (now := common.read_json(record)["adapter_sha256"]) != link["adapter_sha256"]:
-            other = f"{given} is not the adapter that {where} names (sha256 {now[:8]}, want {link['adapter_sha256'][:8]})"
+            other = (f"{given} is not the adapter that {where} names (sha256 {now[:8]}, want "
+                     f"{link['adapter_sha256'][:8]})")
             if name != "watch":
                 fail(other)
             common.say(f"note: {other}; it takes no part in the training, and only the metrics about it will differ")
@@ -141,7 +142,8 @@ def main(args: Args) -> None:
     on_cpu = old.get("hardware", {}).get("gpus") == 0 and all(old.get(key) == new.get(key) for key in machine)
     record = {"schema_version": 1, "name": old["name"], "method": old["method"], "config_hash": old["config_hash"],
               "adapter_sha256": {"then": old["adapter_sha256"], "now": new["adapter_sha256"]}, "same_adapter": same,
-              **{key: {"then": old.get(key), "now": new.get(key)} for key in (*machine, "scorers", "git_commit", "wall_time_s")},
+              **{key: {"then": old.get(key), "now": new.get(key)}
+                 for key in (*machine, "scorers", "git_commit", "wall_time_s")},
               "metrics": metrics}
     target = Path(args.results) / f"{old['name']}-{old['config_hash']}.json"
     common.write_json(target, record)
