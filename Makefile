@@ -103,7 +103,7 @@ all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row,
 	$(call phase,10,the report)
 	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(STAMPS) | tr ' ' '\n' | sort -u)
 
-controls: ## make all with four more rows: SFT for a second epoch, SFT on the answers that DPO prefers, GRPO paid for the form alone, GRPO without SFT
+controls: ## make all with four more rows: SFT for a second epoch, SFT on the answers that DPO prefers, GRPO rewarded for the format alone, GRPO without SFT
 	@$(MAKE) --no-print-directory all POLICIES='$(POLICIES) $(CONTROLS)'
 
 # -- a method: one rule. Its parent adapters are its prerequisites. --
@@ -131,7 +131,7 @@ $(OUT)/ppo_v1/run.json: $(OUT)/.flags/ppo_v1 $(OUT)/sft_v2/run.json $(REWARD_MOD
 	@touch $@
 
 $(OUT)/grpo_v1/run.json: $(OUT)/.flags/grpo_v1 $(OUT)/sft_v2/run.json $(wildcard $(GRPO_DATA)) | $(ENV)
-	$(call phase,6,GRPO learns sums and differences of two digits; only correct answers are paid)
+	$(call phase,6,GRPO learns sums and differences of two digits; only correct answers are rewarded)
 	$(TRAIN) grpo.py $(GRPO) --sft-adapter $(OUT)/sft_v2 --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 

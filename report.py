@@ -92,10 +92,11 @@ LEGEND = (
     "standard error is missing. `–`: not measured."
 )
 COMPACT_LEGEND = (
-    "Scores in % ± standard error, of several seeds mean ± sd; in parentheses points against base, **bold** where p < "
-    "0.05 after Holm, `~` where the two scores alone would not distinguish them; `°`: at chance; `–`: not measured. "
-    "GPU minutes: the row's own training, without its parent's and the reward models'. Intervals, changes against the "
-    "own parent, judges, and what each verdict means: [results]({}/README.md)."
+    "Each score is in %, ± its standard error; of several seeds it is the mean ± the sd between seeds. In parentheses: "
+    "points against base, **bold** where p < 0.05 after Holm, `~` where the two scores, taken as unpaired, would not "
+    "distinguish them. `°`: at chance; `–`: not measured. *plain*: the bare prompt; *chat*: the prompt inside the chat "
+    "template. GPU minutes: the row's own training, without its parent's and the reward models'. Intervals, changes "
+    "against the own parent, controls, judges, and what each verdict means: [results]({}/README.md)."
 )
 UNPAIRED = "±: no per-item scores (evaluate.py keeps them in scores/), so no paired test and no verdict."
 DETECTABLE = "smallest detectable"
@@ -256,8 +257,8 @@ def compact_table(results: "Results") -> Table:
     header += ["own objective, held out; learned?", "GPU\nminutes", "verdict", "config_hash"]
     notes = score_notes(rows, lines)
     if published:
-        notes.append("*published*: figures of others for the general model, not for this base, by lm-eval without a "
-                     "chat template: for orientation, not for comparison.")
+        notes.append("*published*: figures of others for the general models, by lm-eval without a chat template; they "
+                     "are not for this base, and not comparable with the rows above.")
     return Table(header, lines, 2, notes)
 
 
@@ -316,7 +317,7 @@ def delta_table(compared: list[Comparison], notes: list[str], endpoints: tuple[s
 
 
 def asked_zero_shot(rows: list[dict]) -> list[dict]:
-    """The policies that were asked GSM8K in GRPO's own question, each once."""
+    """The policies that were asked GSM8K in GRPO's prompt, each once."""
     return sorted(once([row for row in rows if at(row, "secondary", ZERO_SHOT[0])]),
                   key=lambda row: rung(row["phase"], row["name"]))
 
@@ -588,7 +589,7 @@ def full_report(results: Results, pages: list[str]) -> list[str | Table]:
         if secondary := secondary_table(table, zero_shot=False):
             blocks += ["#### Secondary tasks, %", secondary]
     if secondary := secondary_table(asked_zero_shot(results.rows), zero_shot=True):
-        blocks += ["### GSM8K in GRPO's own question, %", secondary]
+        blocks += ["### GSM8K in GRPO's prompt, %", secondary]
     if not tables:
         blocks.append(scores_table([]))
     blocks += answers[third:]
@@ -680,9 +681,11 @@ def speedrun_line(run: dict, points: list[dict]) -> str:
 
 def compact_report(results: Results, directory: str, others: list[str]) -> list[str | Table]:
     """README.md's section: one table, one plot, the sentences that read it, and what it is about."""
-    blocks = [compact_table(results), results.image(f"{directory}/plots/overview"), three_sentences(results)]
+    legend = COMPACT_LEGEND.format(directory)
+    blocks = [compact_table(results), legend, results.image(f"{directory}/plots/overview"), three_sentences(results)]
     for i, (protocol, rows) in enumerate(results.tables.items()):
-        about = describe(rows, results.records)
+        climb = [row for row in rows if row["name"] in LADDER] or rows  # the others are named in results/README.md
+        about = describe(climb, results.records | {"rm": []})
         blocks += about if i == 0 else [text for text in about if text.startswith("**Trial")]
         if i:
             columns = ", ".join(title_of(column) for column, name in results.protocols.items() if name == protocol)
@@ -693,7 +696,6 @@ def compact_report(results: Results, directory: str, others: list[str]) -> list[
     if others:
         names = ", ".join(others)
         blocks.append(f"Other bases and evaluations: {names}, in [results/README.md]({directory}/README.md).")
-    blocks.append(COMPACT_LEGEND.format(directory))
     return [block for block in blocks if block]
 
 

@@ -1510,7 +1510,7 @@ def test_secondary_tasks_stand_apart_with_their_changes(here):
                            "gsm8k_zero_shot/exact_match_stderr,flexible-extract": 0.06}
         row["secondary"] = {"gsm8k_zero_shot": {"eval_hash": "h1", "n": 60}}
     run(rows)
-    found = table("### GSM8K in GRPO's own question, %")
+    found = table("### GSM8K in GRPO's prompt, %")
     assert found["base"] == ["33.3 ± 6.0"] and found["row"] == ["gsm8k_zero_shot<br>exact_match,<br>flexible-extract<br>n = 60"]
     low, high = (100 * end for end in verdicts.paired_interval(20, 0, 60))
     change = f"+33.3 [{low:.1f}, {high:.1f}]"
@@ -1519,7 +1519,7 @@ def test_secondary_tasks_stand_apart_with_their_changes(here):
     rows[2]["metrics"] |= {"arc_easy/acc,none": 0.5, "arc_easy/acc_stderr,none": 0.06}
     rows[2]["secondary"]["arc_easy"] = {"eval_hash": "h2", "n": 60}
     run(rows)
-    found = table("### GSM8K in GRPO's own question, %")
+    found = table("### GSM8K in GRPO's prompt, %")
     assert found["sft_v2"] == ["–"] and found["dpo_v1"] == [f"66.7 ± 6.0<br>− base {change}"]
     found = table("#### Secondary tasks, %")  # of one protocol's rows
     assert found["row"] == ["arc_easy<br>acc,<br>none<br>n = 60"] and found["dpo_v1"] == ["50.0 ± 6.0"]
@@ -1534,9 +1534,9 @@ def test_grpos_own_question_is_asked_in_the_template_so_the_rows_of_both_protoco
                            "gsm8k_zero_shot/exact_match_stderr,flexible-extract": 0.01}
         row["secondary"] = {"gsm8k_zero_shot": {"eval_hash": "h1", "n": 60}}
     run(rows)
-    found = {name: cells[0].split("<br>")[0] for name, cells in table("### GSM8K in GRPO's own question, %").items()}
+    found = {name: cells[0].split("<br>")[0] for name, cells in table("### GSM8K in GRPO's prompt, %").items()}
     assert {"base": "20.0 ± 1.0", "sft_v2": "30.0 ± 1.0", "dpo_v1": "40.0 ± 1.0"}.items() <= found.items()
-    assert Path("results/README.md").read_text().count("GSM8K in GRPO's own question") == 1
+    assert Path("results/README.md").read_text().count("GSM8K in GRPO's prompt, %") == 1
 
 
 # ------------------------------------------------------------------ rows that can't stand together
