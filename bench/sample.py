@@ -115,9 +115,13 @@ def generate(model, prompts: list[list[int]], args: Args, cache: str | None):
 
 def vllm(policy, rank: int, prompts: list[list[int]], args: Args):
     """vLLM's offline engine on a model of this shape (its own random weights), the adapter as a LoRA request."""
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-    work = Path(tempfile.mkdtemp())
+    try:
+        from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
+    except ImportError as error:
+        common.fail(f"--system vllm: {error}; it is none of our requirements, and wants an environment of its own")
+    folder = tempfile.TemporaryDirectory()  # it lives as long as the function that is returned
+    work = Path(folder.name)
     config = common.base_of(policy).config
     config.architectures = ["Qwen2ForCausalLM"]
     config.save_pretrained(work / "model")
@@ -129,9 +133,9 @@ def vllm(policy, rank: int, prompts: list[list[int]], args: Args):
     settings = SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=args.tokens, ignore_eos=True,
                               detokenize=False)
     asked = [{"prompt_token_ids": ids} for ids in prompts]
-    adapter = LoRARequest("adapter", 1, str(work / "adapter")) if rank else None
+    adapter = LoRARequest("adapter", 1, f"{folder.name}/adapter") if rank else None
 
-    def call():
+    def call(folder=folder):
         done = engine.generate(asked, settings, lora_request=adapter, use_tqdm=False)
         assert all(len(one.outputs[0].token_ids) == args.tokens for one in done)
     return call

@@ -60,8 +60,9 @@ ROWS, PROMPTS, GROUP = 16, 8, 8  # rows per step; prompts per update, answers pe
 class Args:
     only: tuple[Literal[WORKLOADS], ...] = WORKLOADS
     """Workloads to run."""
-    system: tuple[Literal[SYSTEMS], ...] = SYSTEMS
-    """Systems that run them; transformers-generate and vllm only sample. unsloth and vllm are none of our requirements."""
+    system: tuple[Literal[SYSTEMS], ...] = ("rungs", "trl-default", "trl-best", "transformers-generate")
+    """Systems that run them; transformers-generate and vllm only sample. Of all systems, unsloth and vllm aren't among our
+    requirements."""
     steps: int = 200
     """Optimizer steps of a training case; grpo and ppo run a tenth as many updates."""
     warm: int = 50
