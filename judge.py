@@ -234,7 +234,7 @@ def kl_of_completions(policy, reference, examples: Sequence[Example], temperatur
     figure for the policy against itself in micro-batches of half the size: the part that the measurement's precision
     adds."""
     states, of_reference = (common.answer_states(model, examples, micro_tokens) for model in (policy, reference))
-    again = common.answer_states(policy, examples, micro_tokens // 2)
+    again = common.answer_states(policy, examples, min(micro_tokens, sum(len(e.ids) for e in examples)) // 2)
     nats = common.answer_kl(policy, states, reference, of_reference, temperature)
     floor = common.answer_kl(policy, states, policy, again, temperature).mean().item()
     stderr = nats.std().item() / math.sqrt(len(nats)) if len(nats) > 1 else None
