@@ -50,8 +50,8 @@ from plots import PLOTS, draw, encode, overview, speedrun, style, sweep_curves
 from tables import Table, change_cell, floor_cell, markdown, number, score_cell, show, spread
 from verdicts import (LADDER, METRICS, Comparison, Verdict, at, climbs_of, compare, comparisons, differences,
                       endpoint_protocols, families, finite, is_at_floor, is_instruct, label_group, label_rows,
-                      missing_tests, once, policy_of, read_items, read_rows, reference_of, rung, same_policy, score,
-                      seed_groups, signed, title_of, verdicts_of, with_holm)
+                      missing_tests, of_climb, once, policy_of, read_items, read_rows, reference_of, rung,
+                      same_policy, score, seed_groups, signed, title_of, verdicts_of, with_holm)
 
 
 @dataclass(frozen=True)
@@ -205,19 +205,17 @@ def score_notes(rows: list[dict], lines: list[list[str]]) -> list[str]:
 
 
 def compact_table(results: "Results") -> Table:
-    """README.md's table: a line per family of the climb, without controls and reruns. Each endpoint in the protocol
-    that it is tested in (for several seeds mean ± sd) with the difference to base; GSM8K in GRPO's own prompt,
-    descriptive; the own objective; the cost; the verdict."""
+    """README.md's table: a line per family that verdicts.of_climb names. Each endpoint in the protocol that it is
+    tested in (for several seeds mean ± sd) with the difference to base; GSM8K in GRPO's prompt, descriptive; the own
+    objective; the cost; the verdict."""
     rows, tables = once(results.rows), results.tables
     labels = {id(row): label for label, row in label_rows(rows)}
     columns = {column: results.protocols[column] for column in METRICS if column in results.protocols}
     asked = asked_zero_shot(results.rows)
     beside = {column: found for column, found in secondary_columns(asked).items() if column == ZERO_SHOT}
     rungs, missing = [], {name: phase for name, phase in LADDER.items() if name not in {row["name"] for row in rows}}
-    for group in seed_groups(rows):
+    for group in of_climb(seed_groups(rows)):
         row, cells = group[0], []
-        if not any(r["name"] in LADDER for r in group) or labels[id(row)].endswith("†"):
-            continue
         ids = [policy_of(r) for r in group]
         for column, protocol in columns.items():
             own = [r for r in tables.get(protocol, []) if policy_of(r) in ids]
@@ -262,6 +260,13 @@ def compact_table(results: "Results") -> Table:
     return Table(header, lines, 2, notes)
 
 
+def climb_of(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+    """[(label, the rows of a family, one per seed)] that README.md shows."""
+    labelled = families(rows)
+    shown = of_climb([group for _, group in labelled])
+    return [(label, group) for label, group in labelled if any(group is one for one in shown)]
+
+
 def gpu_minutes(row: dict) -> float | None:
     cost = row.get("cost") or {}
     seconds, gpus = finite(cost.get("wall_time_s")), cost.get("gpus")
@@ -272,9 +277,8 @@ def three_sentences(results: "Results") -> str:
     """The table in words: what was learned, what that changed against the policies it started from, and whether it
     is a win."""
     words, fallen = {}, {}
-    for label, group in families(results.rows):
-        in_climb = any(row["name"] in LADDER for row in group) and not label.endswith("†")
-        if in_climb and (found := headline(group)):
+    for label, group in climb_of(results.rows):
+        if found := headline(group):
             words.setdefault(found[1], []).append(label)
             fallen |= {label: why for why in [collapse_of(group)] if why}
     said = {"yes": "{} improved", "worse": "{} got worse", "not shown": "of {} no change is shown",
@@ -621,10 +625,10 @@ def overview_lines(results: Results) -> list[tuple]:
     the seeds, their mean, its 95 % interval or None, whether Holm calls it clear)]; benchmarks against the own parent,
     those of SFT against base."""
     lines = []
-    for label, group in families(results.rows):
+    for label, group in climb_of(results.rows):
         objectives = OBJECTIVES.get(group[0]["method"], ())
         recorded = [objective for objective in objectives if objective_line(group, objective)]
-        if not recorded or not any(row["name"] in LADDER for row in group) or label.endswith("†"):
+        if not recorded:
             continue
         chosen = next((objective for objective in recorded if "flexible" in objective[0]), recorded[0])
         title, scale = chosen[0], chosen[4]
@@ -684,12 +688,12 @@ def compact_report(results: Results, directory: str, others: list[str]) -> list[
     legend = COMPACT_LEGEND.format(directory)
     blocks = [compact_table(results), legend, results.image(f"{directory}/plots/overview"), three_sentences(results)]
     for i, (protocol, rows) in enumerate(results.tables.items()):
-        climb = [row for row in rows if row["name"] in LADDER] or rows  # the others are named in results/README.md
-        about = describe(climb, results.records | {"rm": []})
-        blocks += about if i == 0 else [text for text in about if text.startswith("**Trial")]
-        if i:
-            columns = ", ".join(title_of(column) for column, name in results.protocols.items() if name == protocol)
-            about = f"{columns or 'nothing above'}: {protocol} protocol, eval_hash `{rows[0]['eval_hash']}`."
+        climb = [row for group in of_climb(seed_groups(rows)) for row in group]
+        about = describe(climb, results.records | {"rm": []})  # the rest is in results/README.md
+        blocks += about if i == 0 else [text for text in about if text.startswith("**Trial") and text not in blocks]
+        columns = ", ".join(title_of(column) for column, name in results.protocols.items() if name == protocol)
+        if i and columns:
+            about = f"{columns}: {protocol} protocol, eval_hash `{rows[0]['eval_hash']}`."
             blocks.append(f"{about} {seeds_of(rows)}".strip())
         if protocol == results.protocols["IFEval\nprompt"]:
             blocks.append(empty_note(rows))
@@ -820,7 +824,7 @@ def results_of(results: Path, climbs: list[dict[str, list[dict]]], i: int, group
     protocols = endpoint_protocols(tables)
     compared = {(name, to): comparisons(table, to) for name, table in tables.items() for to in ("base", "parent")}
     bases = {row["weights_sha256"] for j, climb in enumerate(climbs[:i]) if invariants[j] != invariants[i]
-             for table in climb.values() for row in table}
+             for table in climb.values() for row in table if row["method"] != "base"}
     if another := bool(bases & {row["weights_sha256"] for row in rows}):  # one family of tests per base
         compared = {key: ([replace(c, in_family=False) for c in found], notes)
                     for key, (found, notes) in compared.items()}
@@ -910,7 +914,7 @@ def main(args: Args) -> None:
             path.unlink()
         more = "" if args.full else "; --full prints every table and what each mark means"
         print(f"\nwrote {' and '.join(names)}{more}")
-        if trained := [row["adapter"] for row in rows if row.get("adapter") and Path(row["adapter"]).is_dir()]:
+        if trained := [*dict.fromkeys(r["adapter"] for r in rows if r.get("adapter") and Path(r["adapter"]).is_dir())]:
             say_next("python", "tools/chat.py", trained[-1], *(["--versus", trained[0]] if len(trained) > 1 else []),
                      last=True)
         return

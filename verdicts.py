@@ -148,8 +148,9 @@ def paired_over_seeds(d: np.ndarray, m: np.ndarray) -> Paired:
     residuals = (d.mean(0) - means.mean() * m) / m.mean()  # [n], of mean 0
     parts = means.var(ddof=1) / seeds, residuals.var(ddof=1) / n
     variance, estimate = sum(parts), float(means.mean())
-    if not variance:
-        return Paired((estimate, estimate), (estimate, estimate), float(estimate == 0))
+    if not variance:  # all items alike: of others there may be a share of 1 - alpha^(1/n) [Clopper & Pearson 1934]
+        ends = [1 - alpha ** (1 / n) for alpha in (ALPHA, 2 * ALPHA)]
+        return Paired(*((estimate - end, estimate + end) for end in ends), p=float(estimate == 0))
     df = variance**2 / (parts[0] ** 2 / (seeds - 1) + parts[1] ** 2 / (n - 1))
     from scipy import stats
     stderr = math.sqrt(variance)
@@ -173,6 +174,11 @@ def rung(phase: int, name: str) -> tuple[int, int]:
     return phase, [*LADDER, name].index(name)
 
 
+def place(row: dict) -> tuple:
+    """Sort key of a row: its place in the climb, its name, its seed."""
+    return *rung(row["phase"], row["name"]), row["name"], row.get("seed") or 0
+
+
 def read_rows(path: Path) -> list[dict]:
     """The rows in the order of the climb and of their seeds; of two runs of one seed the one with more protocols first,
     then the earlier: that one stands for the seed, and the other is its rerun."""
@@ -181,8 +187,7 @@ def read_rows(path: Path) -> list[dict]:
         if missing := [key for key in ROW_KEYS if key not in row]:
             fail(f"{path}: row {row.get('name', '(unnamed)')} lacks {', '.join(missing)}; evaluate it again")
     protocols = Counter(policy_of(row) for row in rows)
-    return sorted(rows, key=lambda row: (*rung(row["phase"], row["name"]), row["name"], row.get("seed") or 0,
-                                         -protocols[policy_of(row)], row.get("timestamp") or ""))
+    return sorted(rows, key=lambda row: (*place(row), -protocols[policy_of(row)], row.get("timestamp") or ""))
 
 
 def read_items(results: Path, row: dict) -> dict[str, dict] | None:
@@ -316,8 +321,11 @@ def policy_of(row: dict) -> tuple:
 
 
 def once(rows: list[dict]) -> list[dict]:
-    """One row per policy, whatever the protocols that it was evaluated in."""
-    return list({policy_of(row): row for row in reversed(rows)}.values())[::-1]
+    """One row per policy, whatever the protocols that it was evaluated in, in read_rows' order."""
+    found = {}
+    for row in rows:
+        found.setdefault(policy_of(row), row)
+    return sorted(found.values(), key=place)
 
 
 def compared_in_family(groups: list[list[dict]]) -> list[list[dict]]:
@@ -329,6 +337,19 @@ def compared_in_family(groups: list[list[dict]]) -> list[list[dict]]:
         named = [group for group in of_method if any(row["name"] in LADDER for row in group)]
         chosen |= {method: group for group in (named or of_method)[:1]}
     return list(chosen.values())
+
+
+def of_climb(groups: list[list[dict]]) -> list[list[dict]]:
+    """The groups that README.md shows: those of the climb's names, and of another name where a method has none of these;
+    no reruns."""
+    tested, seen, shown = compared_in_family(groups), set(), []
+    for group in groups:
+        runs = {(row["name"], row["config_hash"]) for row in group}
+        named = any(row["name"] in LADDER for row in group) and not runs & seen
+        if named or any(group is other for other in tested):
+            shown.append(group)
+        seen |= runs
+    return shown
 
 
 def reference_of(row: dict, rows: list[dict], against: str) -> dict | None:

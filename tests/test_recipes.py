@@ -128,7 +128,7 @@ def test_a_run_is_reproduced_from_its_record_bit_by_bit(again, capsys):
     assert run() is None
     (path,) = (directory.parent / "records").iterdir()
     record = common.read_json(path)
-    assert path.name == f"dpo_v1-{old['config_hash']}.json" and record["same_adapter"]
+    assert path.name == f"dpo_v1-{old['adapter_sha256'][:8]}.json" and record["same_adapter"]
     assert record["metrics"]["heldout_loss"]["then"] == old["metrics"]["heldout_loss"]
     assert len(record["metrics"]) > 10 and all(line["difference"] == 0 for line in record["metrics"].values())
     adapters = [(d / "adapter_model.safetensors").read_bytes() for d in (directory, directory.parent / "again" / "dpo_v1")]
@@ -159,11 +159,13 @@ def test_a_rerun_with_other_data_ends_before_it_trains(again, capfd):
 
 def test_another_watch_model_is_a_note_and_another_reward_model_an_error(dpo_run, capsys):
     """The watch model takes no part in PPO's training."""
-    other = {"name": "rm", "method": "reward", "config_hash": "c", "adapter_sha256": "0" * 64}
+    config = common.read_json(Path(dpo_run) / "run.json")["config_hash"]
+    other = {"name": "rm", "method": "reward", "config_hash": config, "adapter_sha256": "0" * 64}
     reproduce.check_inputs({"args": {"watch_adapter": str(dpo_run)}, "scorers": {"watch": other}}, Path("ppo_v1"))
     assert "takes no part in the training" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        reproduce.check_inputs({"args": {"reward_adapter": str(dpo_run)}, "scorers": {"reward": other}}, Path("ppo_v1"))
+    for flag, name, link in (("reward_adapter", "reward", other), ("watch_adapter", "watch", other | {"config_hash": "c"})):
+        with pytest.raises(SystemExit):
+            reproduce.check_inputs({"args": {flag: str(dpo_run)}, "scorers": {name: link}}, Path("ppo_v1"))
 
 
 def test_inputs_that_are_gone_or_changed_are_named(again, capsys):

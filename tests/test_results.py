@@ -1327,6 +1327,30 @@ def test_another_run_of_a_seed_with_more_protocols_stands_for_it(here):
     assert "dpo_v1@99999999 |" in text and "dpo_v1@dddddddd† |" in text and "dpo_v1@99999999† |" not in text
 
 
+def test_of_two_runs_of_a_seed_the_one_with_more_protocols_is_the_one_everywhere(here):
+    """Whatever came first: § 1, the table, the sentences and the plot name the same run."""
+    base, sft, _ = three_rows()
+    again = make_row("sft_v2", 1, "sft", "9") | {"timestamp": "2026-01-09"}
+    chat = [make_row("base", protocol="chat"), make_row("sft_v2", 1, "sft", "9", protocol="chat")]
+    for row in (sft, again, chat[1]):
+        row["training"] = {"heldout_loss": 2.0, "heldout_loss_base": 2.2, "heldout_loss_interval": [1.9, 2.1],
+                           "heldout_loss_change_interval": [-0.3, -0.1]}
+    run([base, sft, again, *chat])
+    assert "sft_v2@99999999" in table(report.BEGIN, "README.md") and "55555555" not in Path("README.md").read_text()
+    assert {name for name in table("## 1. Did it learn") if name.startswith("sft_v2")} == {"sft_v2@99999999", "sft_v2@55555555†"}
+
+
+def test_a_policy_of_another_name_stands_in_the_readme_where_the_climb_has_none(here):
+    base, sft, dpo = three_rows()
+    mine = make_row("mine", 1, "sft", "7")
+    run([base, mine])
+    shown = table(report.BEGIN, "README.md")
+    assert shown["mine"][1].startswith("50.0") and shown["sft_v2"][-2] == "not run"
+    run([base, sft, mine])  # a control beside the climb's own
+    assert "mine" not in table(report.BEGIN, "README.md") and "mine" in table("#### Current state")
+    assert "mine" not in Path("README.md").read_text()
+
+
 def test_a_base_has_one_family_of_tests(here):
     """The same base trained under another quantization has a part of its own, without a verdict; another base has one."""
     rows = scored_rows(ifeval=better)

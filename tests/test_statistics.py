@@ -152,6 +152,15 @@ def test_the_standard_error_of_seeds_by_hand():
     assert found.interval90 == pytest.approx((0.3 - half, 0.3 + half))
 
 
+def test_no_difference_in_any_item_is_no_proof_of_equality():
+    """Two seeds, no item that differs: of 4 items little is known, of 1,319 that fewer than one in 400 differ."""
+    for n in (4, 1319):
+        found = paired_over_seeds(np.zeros((2, n)), np.ones(n, int))
+        assert found.p == 1 and found.interval == (-found.interval[1], found.interval[1])
+        assert (1 - found.interval[1]) ** n == pytest.approx(0.05)  # so large a share would show with 95 % probability
+        assert found.interval90[1] < found.interval[1]
+
+
 def test_equal_seeds_are_the_test_over_items():
     """Seeds that give the same differences add no variance: the interval is the t interval of the items."""
     d = np.random.default_rng(0).normal(0.1, 1, 80)

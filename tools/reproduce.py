@@ -4,7 +4,7 @@
     python tools/reproduce.py runs/dpo_v1 --out /tmp/again         # writes /tmp/again/dpo_v1
 
 1. Its inputs (model, data, the adapters that it started from or was scored by) must be there, the adapters unchanged.
-   Only PPO's watch model may be another one: it takes no part in the training.
+   Only PPO's watch model may have other bits (not another config_hash): it takes no part in the training.
 2. The rerun must have the same config_hash. It is read as soon as the rerun has checked its rows, so that a changed
    input ends it before the training.
 3. The adapter's hash and every metric are compared, and the differences stated. With the same versions, thread count
@@ -39,7 +39,7 @@ class Args:
     out: str = "runs/reproduced"
     """The rerun goes to <out>/<name>."""
     results: str = "results/reproduced"
-    """Directory for <name>-<config_hash>.json, the result of the comparison."""
+    """Directory for <name>-<first run's adapter>.json, the result of the comparison."""
 
 
 def flags(old: dict, out: Path) -> list[str]:
@@ -69,10 +69,11 @@ def check_inputs(old: dict, where: Path) -> None:
         record = Path(given) / "run.json"
         if not record.is_file():
             fail(f"{where} needs {given} ({link['name']}, config {link['config_hash']}), which is not there")
-        if (now := common.read_json(record)["adapter_sha256"]) != link["adapter_sha256"]:
-            other = (f"{given} is not the adapter that {where} names (sha256 {now[:8]}, want "
+        now = common.read_json(record)
+        if now["adapter_sha256"] != link["adapter_sha256"]:
+            other = (f"{given} is not the adapter that {where} names (sha256 {now['adapter_sha256'][:8]}, want "
                      f"{link['adapter_sha256'][:8]})")
-            if name != "watch":
+            if name != "watch" or now["config_hash"] != link["config_hash"]:
                 fail(other)
             common.say(f"note: {other}; it takes no part in the training, and only the metrics about it will differ")
 
@@ -145,7 +146,7 @@ def main(args: Args) -> None:
               **{key: {"then": old.get(key), "now": new.get(key)}
                  for key in (*machine, "scorers", "git_commit", "wall_time_s")},
               "metrics": metrics}
-    target = Path(args.results) / f"{old['name']}-{old['config_hash']}.json"
+    target = Path(args.results) / f"{old['name']}-{old['adapter_sha256'][:8]}.json"
     common.write_json(target, record)
     print(f"config_hash {old['config_hash']}: equal\nadapter: {'the same bits' if same else 'other bits'}")
     for key, line in metrics.items():
