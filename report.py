@@ -688,7 +688,7 @@ def compact_report(results: Results, directory: str, others: list[str]) -> list[
     legend = COMPACT_LEGEND.format(directory)
     blocks = [compact_table(results), legend, results.image(f"{directory}/plots/overview"), three_sentences(results)]
     for i, (protocol, rows) in enumerate(results.tables.items()):
-        climb = [row for group in of_climb(seed_groups(rows)) for row in group]
+        climb = [row for group in of_climb(seed_groups(rows)) for row in group] or rows
         about = describe(climb, results.records | {"rm": []})  # the rest is in results/README.md
         blocks += about if i == 0 else [text for text in about if text.startswith("**Trial") and text not in blocks]
         columns = ", ".join(title_of(column) for column, name in results.protocols.items() if name == protocol)

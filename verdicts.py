@@ -340,12 +340,12 @@ def compared_in_family(groups: list[list[dict]]) -> list[list[dict]]:
 
 
 def of_climb(groups: list[list[dict]]) -> list[list[dict]]:
-    """The groups that README.md shows: those of the climb's names, and of another name where a method has none of these;
-    no reruns."""
+    """The groups that README.md shows: those of the climb's names, of another name where a method has none of these, and
+    of methods that aren't ours (a plain PEFT adapter); no reruns."""
     tested, seen, shown = compared_in_family(groups), set(), []
     for group in groups:
         runs = {(row["name"], row["config_hash"]) for row in group}
-        named = any(row["name"] in LADDER for row in group) and not runs & seen
+        named = any(row["name"] in LADDER or row["method"] not in METHODS for row in group) and not runs & seen
         if named or any(group is other for other in tested):
             shown.append(group)
         seen |= runs

@@ -1346,6 +1346,8 @@ def test_a_policy_of_another_name_stands_in_the_readme_where_the_climb_has_none(
     run([base, mine])
     shown = table(report.BEGIN, "README.md")
     assert shown["mine"][1].startswith("50.0") and shown["sft_v2"][-2] == "not run"
+    run([make_row("theirs", 6, "peft", "8")])  # a plain PEFT adapter, and no base
+    assert table(report.BEGIN, "README.md")["theirs"][1].startswith("50.0")
     run([base, sft, mine])  # a control beside the climb's own
     assert "mine" not in table(report.BEGIN, "README.md") and "mine" in table("#### Current state")
     assert "mine" not in Path("README.md").read_text()
