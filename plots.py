@@ -42,8 +42,13 @@ STYLE = {
 
 
 def style():
-    """Context in which the figures are made and written."""
-    from matplotlib import rc_context
+    """Context in which the figures are made and written: with the font that matplotlib brings, since another version of
+    it, where one is installed, gives other bytes."""
+    from matplotlib import font_manager, get_data_path, rc_context
+    fonts = font_manager.fontManager
+    fonts.ttflist = [font for font in fonts.ttflist if font.name != "DejaVu Sans"]
+    for path in sorted(Path(get_data_path(), "fonts", "ttf").glob("DejaVuSans*.ttf")):
+        fonts.addfont(path)
     return rc_context(STYLE)
 
 
