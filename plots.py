@@ -6,6 +6,7 @@ compare it.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 from pathlib import Path
@@ -41,14 +42,20 @@ STYLE = {
 }  # fmt: skip
 
 
-def style():
-    """Context in which the figures are made and written: with the font that matplotlib brings, since another version of
-    it, where one is installed, gives other bytes."""
-    from matplotlib import font_manager, get_data_path, rc_context
+@functools.cache  # once per process: finding fonts takes seconds
+def use_own_font() -> None:
+    """The font that matplotlib brings: another version of it, where the system has one, gives other bytes."""
+    from matplotlib import font_manager, get_data_path
     fonts = font_manager.fontManager
     fonts.ttflist = [font for font in fonts.ttflist if font.name != "DejaVu Sans"]
     for path in sorted(Path(get_data_path(), "fonts", "ttf").glob("DejaVuSans*.ttf")):
         fonts.addfont(path)
+
+
+def style():
+    """Context in which the figures are made and written."""
+    from matplotlib import rc_context
+    use_own_font()
     return rc_context(STYLE)
 
 

@@ -260,7 +260,7 @@ def compact_table(results: "Results") -> Table:
     return Table(header, lines, 2, notes)
 
 
-def climb_of(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+def families_shown(rows: list[dict]) -> list[tuple[str, list[dict]]]:
     """[(label, the rows of a family, one per seed)] that README.md shows."""
     labelled = families(rows)
     shown = of_climb([group for _, group in labelled])
@@ -277,7 +277,7 @@ def three_sentences(results: "Results") -> str:
     """The table in words: what was learned, what that changed against the policies it started from, and whether it
     is a win."""
     words, fallen = {}, {}
-    for label, group in climb_of(results.rows):
+    for label, group in families_shown(results.rows):
         if found := headline(group):
             words.setdefault(found[1], []).append(label)
             fallen |= {label: why for why in [collapse_of(group)] if why}
@@ -625,7 +625,7 @@ def overview_lines(results: Results) -> list[tuple]:
     the seeds, their mean, its 95 % interval or None, whether Holm calls it clear)]; benchmarks against the own parent,
     those of SFT against base."""
     lines = []
-    for label, group in climb_of(results.rows):
+    for label, group in families_shown(results.rows):
         objectives = OBJECTIVES.get(group[0]["method"], ())
         recorded = [objective for objective in objectives if objective_line(group, objective)]
         if not recorded:

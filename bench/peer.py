@@ -94,8 +94,9 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
     if unsloth:  # checkpointing as its own function is told, not the trainer
         model, _ = FastLanguageModel.from_pretrained(str(work / "model"), max_seq_length=1024, dtype=load["dtype"],
                                                      load_in_4bit=case.endswith("nf4"))
-        model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, lora_dropout=0.0, target_modules=MODULES,
-                                                 use_gradient_checkpointing=config["gradient_checkpointing"])
+        model = FastLanguageModel.get_peft_model(
+            model, r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, target_modules=MODULES,
+            use_gradient_checkpointing=config["gradient_checkpointing"])
         lora = None
     elif kind == "reward":
         model = AutoModelForSequenceClassification.from_pretrained(work / "model", num_labels=1, **load)

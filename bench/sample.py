@@ -133,7 +133,7 @@ def vllm(policy, rank: int, prompts: list[list[int]], args: Args):
     settings = SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=args.tokens, ignore_eos=True,
                               detokenize=False)
     asked = [{"prompt_token_ids": ids} for ids in prompts]
-    adapter = LoRARequest("adapter", 1, f"{folder.name}/adapter") if rank else None
+    adapter = LoRARequest("adapter", 1, str(work / "adapter")) if rank else None
 
     def call(folder=folder):
         done = engine.generate(asked, settings, lora_request=adapter, use_tqdm=False)

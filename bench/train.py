@@ -8,7 +8,7 @@
 
 Ours is what a user runs: `python sft.py …` with its default flags, on generated data; speed is read from its log.jsonl.
 TRL runs once with its defaults, and with each of some faster settings (peer.py), of which the fastest counts. Unsloth runs
-with 16 rows a step and no checkpointing; it wants older versions of transformers and TRL than our lock file, so install it
+with 16 rows per step and no checkpointing; it wants older versions of transformers and TRL than our lock file, so install it
 in an environment of its own, and run `--system rungs unsloth` there. Each case has its own process; its first --warm steps
 (compiling, recording of most sizes) don't count. 16 rows per step (pairs for dpo and reward), LoRA r = 16 on all linear
 layers; grpo and ppo: 64 completions of 256 tokens per update, from 8 or 64 prompts. Tokens are those of the text (both
@@ -381,7 +381,7 @@ def main(args: Args) -> None:
             if not args.profile:
                 shown = merge(path, best_of(cases), name)
     if not args.profile:
-        print(f"\n{name}, {args.shape}, {ROWS} rows a step; {path}\n\n{table(shown)}")
+        print(f"\n{name}, {args.shape}, {ROWS} rows per step; {path}\n\n{table(shown)}")
 
 
 if __name__ == "__main__":
