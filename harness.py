@@ -49,32 +49,48 @@ def lines_of(text: str) -> list[str]:
     return [text[a:b] for a, b in zip(cuts, cuts[1:])]
 
 
-def lines_stand_alone(tokenizer) -> bool:
-    """Whether a text's token ids are those of its `lines_of`, concatenated.
+def opening(tokenizer) -> list[int] | None:
+    """The special tokens that a tokenizer adds to a text, if it adds them before it (BOS); None if elsewhere."""
+    added, text = tokenizer("")["input_ids"], "a"
+    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return added if tokenizer(text)["input_ids"] == added + alone else None
 
-    BPE in general doesn't promise that; byte-level BPE over the words that GPT-2's or Qwen2's pattern finds does
-    (SmolLM2, Qwen2.5). Both patterns end a match at a LINE_END, whatever follows: no match continues from a newline to
+
+def lines_stand_alone(tokenizer) -> bool:
+    """Whether a text's token ids are those of its `lines_of`, concatenated (and `opening` before them).
+
+    BPE in general doesn't promise that. Two kinds do: byte-level BPE over the words that GPT-2's or Qwen2's pattern
+    finds (SmolLM2, Qwen2.5), and BPE whose tokenizer first cuts a text at runs of newlines, because they are added
+    tokens (Gemma 3). Both patterns end a match at a LINE_END, whatever follows: no match continues from a newline to
     a letter, and the one that looks ahead, \\s+(?!\\S), has no whitespace before the newline to stop at. Everything
-    else that could reach across a LINE_END (normalizer, added tokens, BOS) is excluded here.
+    else that could reach across a LINE_END (normalizer, added tokens) is excluded here.
     """
-    if not tokenizer.is_fast:
+    if not tokenizer.is_fast or opening(tokenizer) is None:
         return False
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    words = definition["pre_tokenizer"] or {}
+    if definition["model"]["type"] != "BPE" or definition["model"].get("dropout"):
+        return False
+    words, normalizer = definition["pre_tokenizer"] or {}, definition["normalizer"]
     *before, last = words.get("pretokenizers") or [words]
     split = {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated", "invert": False}
     digits = all(step["type"] == "Digits" for step in before)  # SmolLM2 on the hub splits digits off first
-    return (
-        definition["model"]["type"] == "BPE"
-        and not definition["model"].get("dropout")
-        and last.get("type") == "ByteLevel"
+    byte_level = (
+        last.get("type") == "ByteLevel"
         and not last["add_prefix_space"]
         and (digits if last["use_regex"] else before == [split])
-        and definition["normalizer"] in (None, {"type": "NFC"})  # composes nothing with a newline or before a letter
-        and not tokenizer.num_special_tokens_to_add()
-        and not any(
-            t["lstrip"] or t["rstrip"] or t["single_word"] or "\n" in t["content"] for t in definition["added_tokens"]
-        )
+        and normalizer in (None, {"type": "NFC"})  # composes nothing with a newline or before a letter
+    )
+    if any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in definition["added_tokens"]):
+        return False
+    newlines = [t for t in definition["added_tokens"] if "\n" in t["content"]]
+    if byte_level:
+        return not newlines
+    spaces = {"type": "Replace", "pattern": {"String": " "}}
+    return (
+        any(t["content"] == "\n" for t in newlines)
+        and not any(t["normalized"] or t["content"].strip("\n") for t in newlines)
+        and (normalizer is None or normalizer | spaces == normalizer)
+        and (not words or words["type"] == "Split" and words["pattern"] == spaces["pattern"])
     )
 
 
@@ -87,6 +103,7 @@ class RungsLM(TemplateLM):
         self.max_length = resolve_max_length(model.config, tokenizer)
         self.bos = tokenizer.decode([self.prefix_token_id])
         self.by_line = lines_stand_alone(tokenizer)
+        self.opening = opening(tokenizer) if self.by_line else []
         self.encoded: dict[str, list[int]] = {}  # strings tokenised ahead, many at a time
         self.tokenised: dict[tuple, list] = {}  # arguments of requests -> their token ids, for the adapters that follow
         self.prompts_cut = 0  # requests whose context was cut from the left to the model's positions
@@ -133,12 +150,13 @@ class RungsLM(TemplateLM):
             pieces = {i: lines_of(s) if self.by_line else [s]
                       for i, s in enumerate(strings) if has_bos_prefix(s, bos) == own_bos}  # fmt: skip
             if pieces:
-                options = {"add_special_tokens": False} if own_bos else {}
+                options = {"add_special_tokens": False} if own_bos or self.by_line else {}
+                first = [] if own_bos else self.opening
                 distinct = list(dict.fromkeys(chain.from_iterable(pieces.values())))
                 tokenised = self.tokenizer(distinct, verbose=False, **options)["input_ids"]
                 encoded = dict(zip(distinct, tokenised, strict=True))
                 for i, parts in pieces.items():
-                    ids[i] = list(chain.from_iterable(encoded[part] for part in parts))
+                    ids[i] = [*first, *chain.from_iterable(encoded[part] for part in parts)]
         return ids
 
     # -- log-likelihoods

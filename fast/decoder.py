@@ -185,7 +185,10 @@ def adapted(x: Tensor, *modules: nn.Module) -> Tensor:
             terms.append((at, end, scale))
             factors += [a, b]
         at = end
-    return AdaptedLinear.apply(x, [getattr(m, "base_layer", m) for m in modules], terms, *factors)
+    y = AdaptedLinear.apply(x, [getattr(m, "base_layer", m) for m in modules], terms, *factors)
+    # An adapter that is off: what follows must run the kernels of the pass in which it is on, and torch.compile makes
+    # others for inputs without a gradient, which may round differently.
+    return y.requires_grad_() if torch.is_grad_enabled() and hasattr(modules[0], "lora_A") else y
 
 
 def decoder(base: nn.Module, pack: Pack, compile: bool = False) -> Tensor:

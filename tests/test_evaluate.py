@@ -260,9 +260,39 @@ def test_lines_stand_alone(words):
     assert at_spaces != whole[:200]  # a cut elsewhere shows
 
 
+@pytest.mark.parametrize("newlines", [True, False])
+def test_lines_stand_alone_between_newline_tokens(newlines):
+    """Gemma 3's kind: BPE of characters with spaces as ▁, runs of newlines as added tokens, a BOS before each text. A
+    tokenizer of this kind without such tokens may learn one that reaches across a line's end, and isn't cut."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    rng = random.Random(0)
+    pieces = [*"aAbsQt19 .,:;!?-()'", *["\n"] * 9, *["  "] * 3, "\t", "\r\n", "é", "▁", "<bos>", "Q:", "\nA", "s\nA"]
+    texts = ["".join(rng.choice(pieces) for _ in range(rng.randrange(2, 40))) for _ in range(3000)]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<bos>"],
+                                                             show_progress=False))  # fmt: skip
+    if newlines:
+        tokenizer.add_tokens([AddedToken("\n" * n, normalized=False) for n in range(1, 31)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<unk>", bos_token="<bos>")
+    lm = RungsLM(make_model(), fast, micro_tokens=100)
+    assert lm.by_line == newlines
+    by_line = [[1, *(i for line in harness.lines_of(text) for i in fast(line, add_special_tokens=False)["input_ids"])]
+               for text in texts]
+    whole = fast(texts)["input_ids"]
+    assert (by_line == whole) == newlines
+    own = [text if not text.startswith("<bos>") else text.removeprefix("<bos>") for text in texts]
+    assert lm.encode_many(own, None) == fast(own)["input_ids"]
+    assert lm.encode_many(["<bos>Q:\nA", "Q:\nA"], "<bos>") == 2 * [fast("Q:\nA")["input_ids"]]
+
+
 def test_other_tokenizers_are_not_cut():
     assert harness.lines_stand_alone(make_tokenizer(False))
-    assert not harness.lines_stand_alone(make_tokenizer(True))  # each line would get a BOS
+    closing = make_tokenizer(False)
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 1)])  # fmt: skip
+    assert not harness.lines_stand_alone(closing)  # a special token after the text
     for change in ({"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": None},
                    {"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}},
                    {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},

@@ -326,17 +326,45 @@ def test_sampler_by_kernels(pair, kind, rank, monkeypatch):
     assert gaps[1] < 2 * gaps[0]
 
 
+def gemma(tokenizer, **shape):
+    """A random Gemma 3 in fp32, on the GPU."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    torch.manual_seed(0)
+    shape = dict(hidden_size=256, intermediate_size=512, head_dim=64, query_pre_attn_scalar=64) | shape
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=1,
+                                  vocab_size=len(tokenizer), sliding_window=24, initializer_range=0.05,
+                                  layer_types=["sliding_attention", "full_attention"] * 2, max_position_embeddings=1024, **shape)
+    return AutoModelForCausalLM.from_config(config).to(DEVICE, torch.float32).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gemma 270M's shape"])
+def test_a_fresh_policy_is_its_reference(pair, kind):
+    """Recorded passes with the adapter on and off run the same kernels: a fresh adapter changes no log-probability, with
+    gradients or without. DPO and KTO assert it at step 0."""
+    directory, tokenizer, _, _ = pair
+    shape = {} if kind == "gemma" else dict(hidden_size=640, intermediate_size=2048, head_dim=256, query_pre_attn_scalar=256)
+    start = common.load_model(directory, None, "none", torch.bfloat16, DEVICE) if kind == "llama" else gemma(tokenizer, **shape)
+    policy = common.add_lora(start)
+    for p in common.base_of(policy).parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else torch.bfloat16)
+    common.flat_parameters(policy)
+    fast.compile_layers(common.base_of(policy))
+    for pk in packs(tokenizer, DEVICE, 40):
+        with torch.no_grad(), common.reference(policy):
+            reference = common.token_logprobs(policy, pk)
+        with torch.no_grad():
+            sampled = common.token_logprobs(policy, pk)
+        learned = common.token_logprobs(policy, pk)
+        learned.sum().backward()
+        assert torch.equal(reference, sampled) and torch.equal(reference, learned.detach())
+    assert common.base_of(policy).recordings.passes
+
+
 def test_gemma_with_windows(pair):
     """Gemma 3's norms, scaled embeddings and windows: log-probs and gradients of shared packs, compiled and recorded, in
     bf16 as near to fp32 as without compilation; greedy texts of graphs as on the CPU; sampled ones as the trainer's."""
-    from transformers import AutoConfig, AutoModelForCausalLM
     _, tokenizer, _, _ = pair
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("gemma3_text", hidden_size=256, intermediate_size=512, num_hidden_layers=4, head_dim=64,
-                                  num_attention_heads=4, num_key_value_heads=1, vocab_size=len(tokenizer), sliding_window=24,
-                                  layer_types=["sliding_attention", "full_attention"] * 2, query_pre_attn_scalar=64,
-                                  max_position_embeddings=1024, initializer_range=0.05)
-    start = AutoModelForCausalLM.from_config(config).to(DEVICE, torch.float32).eval().requires_grad_(False)
+    start = gemma(tokenizer)
     policy = common.add_lora(start)
     for p in common.trainable(policy):
         torch.nn.init.normal_(p, std=0.02)
