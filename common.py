@@ -1904,25 +1904,25 @@ class Run:
             self.flush()
 
     def watch(self, tokens: float, ended: float, varies: bool = True) -> None:
-        """Warn, once per kind, when a policy that learns from its own answers collapses. Arguments, per update: mean
+        """Warn, once per kind, when a policy that learns from its own answers collapses or learns nothing. Arguments, per update: mean
         tokens per answer, share of answers that end with EOS, whether the reward varies within any group. They are
         compared with the first update's, whose answers the parent gave."""
         seen = self.state.setdefault("watch", {"tokens": tokens, "ended": ended, "flat": 0, "said": []})
         seen["flat"] = 0 if varies else seen["flat"] + 1
         signs = {
             "short": (tokens < seen["tokens"] / 10,
-                      f"answers have {tokens:.1f} tokens, less than a tenth of the first update's {seen['tokens']:.1f}. "
-                      f"Does the reward pay for short answers? Raise --beta or lower --lr"),
+                      f"the policy collapses: answers have {tokens:.1f} tokens, less than a tenth of the first update's "
+                      f"{seen['tokens']:.1f}. Does the reward pay for short answers? Raise --beta or lower --lr"),
             "endless": (ended < seen["ended"] / 2,
-                        f"{ended:.0%} of the answers end with EOS, less than half of the first update's "
-                        f"{seen['ended']:.0%}. Raise --completion-tokens or --beta, or lower --lr"),
+                        f"the policy collapses: {ended:.0%} of the answers end with EOS, less than half of the first "
+                        f"update's {seen['ended']:.0%}. Raise --completion-tokens or --beta, or lower --lr"),
             "flat": (seen["flat"] >= 10,
                      "for ten updates no group's rewards differed: nothing is learnt. Choose problems that are solved "
                      "now and then, or raise --temperature or --group-size")}
         for name, (shows, message) in signs.items():
             if shows and name not in seen["said"]:
                 seen["said"].append(name)
-                say(f"\nWARNING: the policy collapses: {message}")
+                say(f"\nWARNING: {message}")
 
     def flush(self) -> None:
         """Write the line that waits for its numbers, if there is one. A number that is not finite ends the run."""
