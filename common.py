@@ -1904,9 +1904,10 @@ class Run:
             self.flush()
 
     def watch(self, tokens: float, ended: float, varies: bool = True) -> None:
-        """Warn, once per kind, when a policy that learns from its own answers collapses or learns nothing. Arguments, per update: mean
-        tokens per answer, share of answers that end with EOS, whether the reward varies within any group. They are
-        compared with the first update's, whose answers the parent gave."""
+        """Warn, once per kind, when a policy that learns from its own answers collapses or learns nothing.
+
+        Arguments, per update: mean tokens per answer, share of answers that end with EOS, whether the reward varies
+        within any group. They are compared with the first update's, whose answers the parent gave."""
         seen = self.state.setdefault("watch", {"tokens": tokens, "ended": ended, "flat": 0, "said": []})
         seen["flat"] = 0 if varies else seen["flat"] + 1
         signs = {
