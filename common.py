@@ -2064,10 +2064,14 @@ def next_command(method: str, args: Any) -> list[str]:
     if method == "sft":
         return ["python", "dpo.py", "--sft-adapter", args.out]
     if method == "reward":  # it doesn't know its policy: the SFT run beside it, else the base itself
-        beside = Path(args.out).with_name("sft_v2")
-        start = ["--sft-adapter", str(beside)] if beside.is_dir() else \
-            ["--sft-adapter", "none", *(["--model", args.model] if args.model else [])]
-        return ["python", "ppo.py", *start, "--reward-adapter", args.out]
+        model, beside = ["--model", args.model] if args.model else [], Path(args.out).with_name("sft_v2")
+        start = ["--sft-adapter", str(beside)] if beside.is_dir() else ["--sft-adapter", "none", *model]
+        if args.part != "J":
+            return ["python", "ppo.py", *start, "--reward-adapter", args.out]
+        reward = Path(args.out).with_name("rm_v1")  # part J only watches the one that PPO optimises
+        if not reward.is_dir():
+            return ["python", "reward.py", "--part", "A", *model, "--out", str(reward)]
+        return ["python", "ppo.py", *start, "--reward-adapter", str(reward), "--watch-adapter", args.out]
     results = getattr(args, "results", "results")
     return ["python", "evaluate.py", "--adapter", args.out, *(["--eval-data", args.eval_data] if args.eval_data else []),
             *(["--out", results] if results != "results" else [])]

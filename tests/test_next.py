@@ -65,3 +65,14 @@ def test_a_reward_model_beside_an_sft_run(tmp_path):
     (tmp_path / "sft_v2").mkdir()
     assert common.next_command("reward", reward.Args(out=str(tmp_path / "rm_v1")))[2:4] == [
         "--sft-adapter", str(tmp_path / "sft_v2")]
+
+
+def test_a_watch_model_follows_or_awaits_the_one_it_watches(tmp_path):
+    watch = reward.Args(part="J", out=str(tmp_path / "rm_watch"), model="m/base")
+    words = common.next_command("reward", watch)
+    assert words[1:] == ["reward.py", "--part", "A", "--model", "m/base", "--out", str(tmp_path / "rm_v1")]
+    assert parses(words[1:])
+    (tmp_path / "rm_v1").mkdir()
+    words = common.next_command("reward", watch)
+    assert words[-4:] == ["--reward-adapter", str(tmp_path / "rm_v1"), "--watch-adapter", str(tmp_path / "rm_watch")]
+    assert words[1] == "ppo.py" and parses(words[1:])
