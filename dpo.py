@@ -74,7 +74,7 @@ class Args:
     # -- optimisation --
     lr: float = 5e-5
     """Peak learning rate [ours: results/sweeps/qwen2.5-coder-0.5b-instruct-dpo+lr_5e-5+beta_0.3.json]. With β = 0.1
-    a quarter of answers lose their EOS at this rate. Gemma 3 270M learns as much with it, and loses more of its EOS;
+    a quarter of answers lose their EOS at this rate. Gemma 3 270M learns as much with it, but few answers end;
     Qwen2.5-0.5B itself has not been tried."""
     batch_size: int = 16
     """Pairs per step, over all ranks."""

@@ -90,7 +90,7 @@ class Args:
     # -- optimisation --
     lr: float = 5e-6
     """Peak learning rate [paper: its advice for KTO; ours: results/sweeps/qwen2.5-coder-0.5b-instruct-kto+lr_5e-6.json,
-    where fewer answers end at every higher rate]. Gemma 3 270M learns as much with it, and loses more of its EOS;
+    where fewer answers end at every higher rate]. Gemma 3 270M learns as much with it, but few answers end;
     Qwen2.5-0.5B itself has not been tried."""
     batch_size: int = 16
     """Rows per step, over all ranks, at least 2; some steps may have one row less [paper: 32]."""

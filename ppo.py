@@ -105,8 +105,8 @@ class Args:
     beta: float = 0.5
     """β, weight of the KL to the reference in the reward [ours:
     results/sweeps/qwen2.5-coder-0.5b-instruct-ppo+lr_3e-5+beta_0.5.json; 2403.17031: 0.05, with which answers there
-    become refusals, which the reward model prefers]. It hardly moves Gemma 3 270M; Qwen2.5-0.5B itself has not been
-    tried."""
+    become refusals, which the reward model prefers]. On Gemma 3 270M no gain is shown with it; Qwen2.5-0.5B itself has
+    not been tried."""
     kl_target: float = 0.0
     """Nats of KL per completion that an adaptive β aims at [1909.08593, sec. 2.2]; 0 keeps β fixed."""
     gamma: float = 1.0

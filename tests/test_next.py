@@ -71,8 +71,8 @@ def test_a_watch_model_follows_or_awaits_the_one_it_watches(tmp_path):
     watch = reward.Args(part="J", out=str(tmp_path / "rm_watch"), model="m/base")
     words = common.next_command("reward", watch)
     assert words[1:] == ["reward.py", "--part", "A", "--model", "m/base", "--out", str(tmp_path / "rm_v1")]
-    assert parses(words[1:])
+    assert parses(words)
     (tmp_path / "rm_v1").mkdir()
     words = common.next_command("reward", watch)
     assert words[-4:] == ["--reward-adapter", str(tmp_path / "rm_v1"), "--watch-adapter", str(tmp_path / "rm_watch")]
-    assert words[1] == "ppo.py" and parses(words[1:])
+    assert words[1] == "ppo.py" and parses(words)
