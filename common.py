@@ -1432,11 +1432,15 @@ def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | Non
            position: int | Tensor | None = None, top_p: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Token [B] and its log-probability [B] under the full softmax(logits / temperature), not renormalised to top_p.
 
-    Without a seed the likeliest token (the first of equals); with one the token at which the cumulative distribution
-    reaches keyed_uniform(seed, rows [B], position), summed in fp64 over blocks of the vocabulary, then inside one
-    block. top_p: draw from the smallest set of likeliest tokens whose mass reaches it, which takes a sort of the
-    vocabulary.
+    Without a seed the likeliest token (the first of equals), at temperature 1; with one the token at which the
+    cumulative distribution reaches keyed_uniform(seed, rows [B], position), summed in fp64 over blocks of the
+    vocabulary, then inside one block. top_p: draw from the smallest set of likeliest tokens whose mass reaches it,
+    which takes a sort of the vocabulary.
     """
+    if seed is None:
+        logits = logits.float()
+        token = logits.argmax(1, keepdim=True)                                                  # [B, 1]
+        return token[:, 0], logits.log_softmax(1).gather(1, token)[:, 0]
     z = logits.float() / temperature                                                            # [B, V]
     if top_p is not None:
         logprobs = z.log_softmax(1)
@@ -1447,23 +1451,18 @@ def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | Non
         token = order.gather(1, torch.searchsorted(below, target).clamp(max=z.shape[1] - 1))    # [B, 1]
         return token[:, 0], logprobs.gather(1, token)[:, 0]
     blocks = F.pad(z, (0, -z.shape[1] % CHOICE_BLOCK), value=-math.inf).unflatten(1, (-1, CHOICE_BLOCK))
-    peaks = blocks.amax(2)                                                                      # [B, blocks]
-    top = peaks.amax(1, keepdim=True)                                                           # [B, 1]
+    top = blocks.amax(2).amax(1, keepdim=True)                                                  # [B, 1]
     upto = (blocks - top[..., None]).exp().sum(2, dtype=torch.float64).cumsum(1)                # [B, blocks]
-    if seed is None:
-        block = peaks.argmax(1, keepdim=True)                                                   # [B, 1]
-    else:
-        target = keyed_uniform(seed, rows, position)[:, None] * upto[:, -1:]
-        block = (upto < target).sum(1, keepdim=True)
+    target = keyed_uniform(seed, rows, position)[:, None] * upto[:, -1:]
+    block = (upto < target).sum(1, keepdim=True)                                                # [B, 1]
     inside = blocks.gather(1, block[..., None].expand(-1, -1, CHOICE_BLOCK))[:, 0]              # [B, 128]
-    if seed is None:
-        place = inside.argmax(1, keepdim=True)
-    else:  # what is left to reach lies in this block: above 0 and, whatever the rounding, at most its sum
-        within = (inside - top).exp().double().cumsum(1)
-        left = torch.minimum(target - F.pad(upto, (1, 0)).gather(1, block), within[:, -1:])
-        place = (within < left).sum(1, keepdim=True)
+    # What is left to reach lies in this block: above 0 and, whatever the rounding, at most its sum.
+    within = (inside - top).exp().double().cumsum(1)
+    left = torch.minimum(target - F.pad(upto, (1, 0)).gather(1, block), within[:, -1:])
+    place = (within < left).sum(1, keepdim=True)
     logprob = inside.gather(1, place) - top - upto[:, -1:].log()
     return (block * CHOICE_BLOCK + place)[:, 0], logprob[:, 0].float()
+
 
 class PlainDecoder:
     """Token by token decoding with transformers' cache, for Sampler; fast.Decoder has the same interface.

@@ -26,16 +26,24 @@ from common import Example, Sampler, fail
 
 
 class Float32Head(torch.nn.Module):
-    """The LM head of a bfloat16 model with fp32 products, so that logits are not rounded to 8 bits."""
+    """The LM head of a bfloat16 model with fp32 logits, which are not rounded to 8 bits.
+
+    Elsewhere than on CUDA by an fp32 product of the cast numbers. On CUDA by tensor cores, which multiply bfloat16
+    numbers and add in fp32: a product of two bfloat16 numbers is exact in fp32, so the two differ by the order of the
+    sum alone, and no second copy of the weights is needed.
+    """
 
     def __init__(self, head: torch.nn.Module):
         super().__init__()
         self.weight, self.bias = head.weight, head.bias
-        self.full = head.weight.detach().float()  # [V, H]
+        self.full = None if self.weight.is_cuda else head.weight.detach().float()  # [V, H]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return torch.nn.functional.linear(hidden.float(), self.full, self.bias)
+            if self.full is not None:
+                return torch.nn.functional.linear(hidden.float(), self.full, self.bias)
+            logits = torch.mm(hidden.flatten(0, -2).to(self.weight.dtype), self.weight.T, out_dtype=torch.float32)
+            return (logits if self.bias is None else logits + self.bias).unflatten(0, hidden.shape[:-1])
 
 
 LINE_END = re.compile(r"\n(?<=[!-~]\n)(?=[A-Za-z])")  # a newline between a visible ASCII character and an ASCII letter

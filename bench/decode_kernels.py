@@ -123,7 +123,7 @@ class Case:
         cache[self.stride * torch.arange(self.rows, device=self.at.device) + self.at] = torch.stack([k, v], 1)
         columns = torch.arange(self.length, device=self.at.device)
         mask = torch.where(columns <= self.at[:, None], 0.0, -torch.inf).to(f)[:, None, None]
-        return attend(q, cache, self.stride, mask), cache
+        return attend(q, cache, self.stride, mask, self.d ** -0.5), cache
 
     def swiglu(self):
         return self.swiglu_alone(),

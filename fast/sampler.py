@@ -60,19 +60,28 @@ class Kind(NamedTuple):
 
 def project(x: Tensor, p: Projection) -> Tensor:
     """x Wᵀ + bias + alpha/r (x Aᵀ) Bᵀ: [T, in] -> [T, out]."""
-    y = F.linear(x, p.weight, p.bias)  # [x Wᵀ + bias | x Aᵀ]
+    return with_low_rank(F.linear(x, p.weight, p.bias), p)
+
+
+def with_low_rank(y: Tensor, p: Projection) -> Tensor:
+    """[x Wᵀ + bias | x Aᵀ] [T, out + r] -> [T, out]"""
     if p.b is None:
         return y
     out = p.b.shape[1]
     return y[:, :out] + y[:, out:] @ p.b  # not addmm, which copies y first; this sum joins what follows
 
 
-def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual stream x + update [T, H], queries [T, heads, d], keys and values [T, 2, kv, d]."""
-    x, h = add_norm(x, update, (w.input_norm, w.eps))
+def queries_keys_values(qkv: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [T, heads, d], keys and values [T, 2, kv, d] of their projection [T, (heads + 2 kv) d]."""
     norms = () if w.q_norm is None else ((w.q_norm, w.eps), (w.k_norm, w.eps))
-    q, k, v = split_heads(project(h, w.qkv), w.heads, w.kv_heads, norms, cos, sin)
-    return x, q, torch.stack([k, v], 1)
+    q, k, v = split_heads(qkv, w.heads, w.kv_heads, norms, cos, sin)
+    return q, torch.stack([k, v], 1)
+
+
+def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual stream x + update [T, H], queries, and keys and values."""
+    x, h = add_norm(x, update, (w.input_norm, w.eps))
+    return x, *queries_keys_values(project(h, w.qkv), w, cos, sin)
 
 
 def attention_out(x: Tensor, attended: Tensor, w: Layer, gate: Callable) -> tuple[Tensor, Tensor]:
@@ -383,13 +392,19 @@ class Decoder:
             part, source, slots = part.to(self.device), *(torch.cat(x).to(self.device) for x in (source, slots))
             rotation = [[table[part.position_ids[0]][:, None] for table in (kind.cos, kind.sin)] for kind in self.kinds]
             x = F.embedding(part.input_ids[0], self.embedding) * self.embedding_scale            # [T, H]
+
+            def attend(q: Tensor, kv: Tensor, w: Layer, cache: Tensor) -> Tensor:
+                cache[slots] = kv[source]
+                return packed_attention(q, *kv.unbind(1), part.cu_seqlens, part.max_length, w.scale, part.keys,
+                                        part.cu_seqlens_k, self.kinds[w.kind].window).flatten(1)
+            if self.kernels:
+                self._layers_by_kernels(x, lambda qkv, w, cache: attend(
+                    *queries_keys_values(with_low_rank(qkv, w.qkv), w, *rotation[w.kind]), w, cache))
+                continue
             update = torch.zeros_like(x)
             for w, cache in zip(self.layers, self.cache):
                 x, q, kv = attention_in(x, update, w, *rotation[w.kind])
-                cache[slots] = kv[source]
-                attended = packed_attention(q, *kv.unbind(1), part.cu_seqlens, part.max_length, w.scale, part.keys,
-                                            part.cu_seqlens_k, self.kinds[w.kind].window)
-                x, update = attention_out(x, attended.flatten(1), w, self.gate)
+                x, update = attention_out(x, attend(q, kv, w, cache), w, self.gate)
 
     def _compact(self, size: int) -> None:
         """Move the live rows beyond `size` into rows below it that have ended."""
@@ -428,7 +443,9 @@ class Decoder:
         fed = (self.token[:size], self.start[:size], self.position, self.columns[:length], self.embedding,
                self.embedding_scale)
         if self.kernels:
-            h = self._layers_by_kernels(*fused(decode_begin)(*fed), stride, length)
+            x, at = fused(decode_begin)(*fed)
+            h = self._layers_by_kernels(x, lambda qkv, w, cache: self.kernels.attend(
+                qkv, w.qkv.b, w.q_norm, w.k_norm, w.eps, *self.kinds[0][:2], at, cache, stride, length))
         else:
             h = self._layers(fused, *fused(decode_places)(*fed, self.first_slot[:size], self.kinds), stride)
         logits = self.head(h)
@@ -452,14 +469,13 @@ class Decoder:
             x, update = leave(x, attend(q, cache, stride, mask, w.scale), w, self.gate)
         return end(x, update, self.norm)
 
-    def _layers_by_kernels(self, x: Tensor, at: Tensor, stride: int, length: int) -> Tensor:
-        """As _layers, by fast/kernels.py; at: each row's new position [B]."""
+    def _layers_by_kernels(self, x: Tensor, attend: Callable[[Tensor, Layer, Tensor], Tensor]) -> Tensor:
+        """The decoder's layers by fast/kernels.py: embeddings -> last hidden states, [T, H]. attend: attention's result
+        [T, heads d] from the projection [x Wᵀ + bias | x Aᵀ] of queries, keys and values, the layer and its cache."""
         kernels, update, b = self.kernels, torch.zeros_like(x), None
         for w, cache in zip(self.layers, self.cache):
             h = kernels.add_norm(x, update, b, (w.input_norm, w.eps))
-            qkv = F.linear(h, w.qkv.weight, w.qkv.bias)
-            attended = kernels.attend(qkv, w.qkv.b, w.q_norm, w.k_norm, w.eps, *self.kinds[0][:2], at, cache, stride,
-                                      length)
+            attended = attend(F.linear(h, w.qkv.weight, w.qkv.bias), w, cache)
             h = kernels.add_norm(x, F.linear(attended, w.o.weight, w.o.bias), w.o.b, (w.post_norm, w.eps))
             h = kernels.swiglu(F.linear(h, w.gate_up.weight, w.gate_up.bias), w.gate_up.b)
             update, b = F.linear(h, w.down.weight, w.down.bias), w.down.b

@@ -445,6 +445,20 @@ def test_sampler_bf16_near_generate_and_trainer(pair):
         assert first <= 0.1 and mean < 0.03 and worst < 0.5
 
 
+def test_fp32_logits_of_bf16_weights():
+    """harness.Float32Head on CUDA: the logits of an fp32 product, to fp32's rounding and not bfloat16's."""
+    import harness
+    torch.manual_seed(0)
+    for bias in (False, True):
+        head = torch.nn.Linear(896, 4000, bias).to(DEVICE, torch.bfloat16)
+        hidden = torch.randn(3, 50, 896, device=DEVICE).bfloat16()
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            logits = harness.Float32Head(head)(hidden)
+        exact = torch.nn.functional.linear(hidden.double(), head.weight.double(), head.bias.double() if bias else None)
+        assert logits.dtype == torch.float32 and logits.shape == exact.shape
+        assert (logits - exact).abs().max() < 1e-5 < (exact - exact.bfloat16()).abs().max()
+
+
 def test_sampler_on_nf4(pair):
     """NF4 is dequantised once; the gap to the trainer, which multiplies by the same weights, is rounding."""
     directory, tokenizer, _, _ = pair
