@@ -7,6 +7,7 @@ compare it.
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import itertools
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common import sha256_json
-from verdicts import FORGOTTEN, MARGIN, METRICS, Comparison, at, finite, same_policy
+from verdicts import FORGOTTEN, MARGIN, METRICS, Comparison, at, finite
 
 if TYPE_CHECKING:  # imported where a figure is made, so that report.py --help starts at once
     from matplotlib.figure import Figure
@@ -332,16 +333,29 @@ def run_curves(record: dict) -> Figure | None:
     return figure
 
 
-def draw(compared: dict, protocols: dict[str, str], records: dict[str, list[dict]],
-         runs: dict[str, list[dict]]) -> dict[str, Figure]:
+def curves_svg(record: dict, path: Path) -> bytes | None:
+    """run_curves as an SVG. What stands at `path` is taken as it is if it was drawn from the same curves by this code and
+    not edited since, which its last line says: of a hundred runs, most are as they were, and a layout takes a second.
+    """
+    import matplotlib
+    key = sha256_json([record.get("curves"), record.get("method"), Path(__file__).read_text(), matplotlib.__version__])
+
+    def stamped(svg: bytes) -> bytes:
+        return svg + f"<!-- drawn from {key[:16]}; {hashlib.sha256(svg).hexdigest()[:16]} -->\n".encode()
+    before = path.read_bytes() if path.is_file() else b""
+    svg = before[:before.rfind(b"<!-- drawn from ")]
+    if before and before == stamped(svg):
+        return before
+    figure = run_curves(record)
+    return figure and stamped(encode(figure, "svg"))
+
+
+def draw(compared: dict, protocols: dict[str, str], records: dict[str, list[dict]]) -> dict[str, Figure]:
     """{name under plots/: figure}, of those that have data."""
     figures = {f"deltas-{protocol}": forest(rows) for (protocol, to), (rows, _) in compared.items() if to == "base"}
     figures["tradeoff"] = tradeoff(compared, protocols)
     figures["winrate-kl"] = winrate_kl(records["judge"], records["guardrails"])
     figures |= {method: on_policy(records[method]) for method in ("ppo", "grpo")}
-    for label, rows in runs.items():
-        found = [record for record in records["runs"] if same_policy(record, rows[0])]
-        figures[f"run-{label}"] = run_curves(found[0]) if found else None
     return {name: figure for name, figure in figures.items() if figure}
 
 

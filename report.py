@@ -46,7 +46,7 @@ from judged import (collapse_of, eos_rates, guardrails_table, judge_table, mark_
                     win_rates)
 from learned import (OBJECTIVES, against_length, change_of, headline, learned_table, moved_table, objective_line,
                      on_policy_table, read_sweeps, reward_table, sweep_base, sweep_table)
-from plots import PLOTS, draw, encode, overview, speedrun, style, sweep_curves
+from plots import PLOTS, curves_svg, draw, encode, overview, speedrun, style, sweep_curves
 from tables import Table, change_cell, floor_cell, markdown, number, score_cell, show, spread
 from verdicts import (LADDER, METRICS, Comparison, Verdict, at, climbs_of, compare, comparisons, differences,
                       endpoint_protocols, families, finite, is_at_floor, is_instruct, label_group, label_rows,
@@ -859,9 +859,14 @@ def main(args: Args) -> None:
     for report in reports:
         runs, plots = policies(report.tables), results / "plots"
         with style():
-            figures = draw(report.compared, report.protocols, report.records, runs) | overview(overview_lines(report))
-            report.plots.extend(figures)
-            files |= {plots / f"{name}{report.suffix}.svg": encode(figure, "svg") for name, figure in figures.items()}
+            figures = draw(report.compared, report.protocols, report.records) | overview(overview_lines(report))
+            drawn = {name: encode(figure, "svg") for name, figure in figures.items()}
+            for label, of_run in runs.items():
+                if found := [record for record in report.records["runs"] if same_policy(record, of_run[0])]:
+                    drawn[f"run-{label}"] = curves_svg(found[0], plots / f"run-{label}{report.suffix}.svg")
+            drawn = {name: svg for name, svg in drawn.items() if svg}
+            report.plots.extend(drawn)
+            files |= {plots / f"{name}{report.suffix}.svg": svg for name, svg in drawn.items()}
             shown = {plots / f"{name}{report.suffix}.png": figure for name, figure in figures.items() if name in PLOTS}
             if not args.check:  # a PNG's bytes depend on the machine: that it is there is all that is checked
                 files |= {path: encode(figure, "png") for path, figure in shown.items()}

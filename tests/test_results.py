@@ -1477,6 +1477,35 @@ def test_plots_are_written_checked_and_the_same_each_time(here, capsys):
     assert not Path("results/runs/old.md").exists()
 
 
+def test_a_runs_curves_are_drawn_again_only_when_they_changed(here, monkeypatch):
+    """--check takes an SVG that says what it was drawn from; an edited one, and one of other curves, it does not."""
+    rows = scored_rows()
+    rows[2] |= {"training": {"heldout_loss": 0.25}}
+    run_record(rows[2])
+    run(rows)
+    svg, record = Path("results/plots/run-dpo_v1.svg"), next(Path("results/runs").glob("dpo_v1-*.json"))
+    drawn, draw, calls = svg.read_bytes(), plots.run_curves, []
+    monkeypatch.setattr(plots, "run_curves", lambda record: calls.append(record) or draw(record))
+    run(None, "--check")
+    run(None)
+    assert svg.read_bytes() == drawn and not calls
+    for edited in (drawn.replace(b"</svg>", b" </svg>"), drawn[:-20], drawn + b"\n", b"", drawn.replace(b"from ", b"from 0")):
+        svg.write_bytes(edited)
+        exits(1, None, "--check")
+        run(None)
+        assert svg.read_bytes() == drawn
+    assert len(calls) == 10
+    changed = json.loads(record.read_text())
+    changed["curves"] = {key: [1.5 * x for x in values] for key, values in changed["curves"].items()}
+    record.write_text(json.dumps(changed))
+    exits(1, None, "--check")
+    run(None)
+    assert svg.read_bytes() != drawn and len(calls) == 12
+    record.write_text(json.dumps(changed | {"curves": {"step": [1, 2], "loss": [1.0, 1.0]}}))  # nothing to draw
+    run(None)
+    assert not svg.exists()
+
+
 def test_plots_need_their_data(here):
     write_on_policy(curves={"scores": [1.0]})
     run(three_rows())  # no per-item scores, no KL curve
