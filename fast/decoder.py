@@ -186,9 +186,9 @@ def adapted(x: Tensor, *modules: nn.Module) -> Tensor:
             factors += [a, b]
         at = end
     y = AdaptedLinear.apply(x, [getattr(m, "base_layer", m) for m in modules], terms, *factors)
-    # An adapter that is off: what follows must run the kernels of the pass in which it is on, and torch.compile makes
-    # others for inputs without a gradient, which may round differently.
-    return y.requires_grad_() if torch.is_grad_enabled() and hasattr(modules[0], "lora_A") else y
+    # Where adapters are off, what follows must run the kernels of the pass in which they are on: torch.compile makes
+    # others for inputs without a gradient, and these may round differently.
+    return y.requires_grad_() if torch.is_grad_enabled() and getattr(modules[0], "disable_adapters", False) else y
 
 
 def decoder(base: nn.Module, pack: Pack, compile: bool = False) -> Tensor:

@@ -7,6 +7,8 @@ them take as long as they do. Per layer there are three here:
   attend     rotary positions, cache write and attention       between the q/k/v and the output product
   swiglu     silu(gate) · up                                   between the gate/up and the down product
 
+A prompt's tokens, which attend to each other, run through add_norm and swiglu as well.
+
 An adapter's low-rank term costs no kernel: the product before computes [x Wᵀ | x Aᵀ] (sampler.Projection), and the
 kernel that reads its result adds (x Aᵀ) Bᵀ. Sums are fp32; results are rounded to the model's type where the torch path
 rounds them, except that (x Aᵀ) Bᵀ itself isn't rounded before it is added.

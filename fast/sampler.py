@@ -393,18 +393,18 @@ class Decoder:
             rotation = [[table[part.position_ids[0]][:, None] for table in (kind.cos, kind.sin)] for kind in self.kinds]
             x = F.embedding(part.input_ids[0], self.embedding) * self.embedding_scale            # [T, H]
 
-            def attend(q: Tensor, kv: Tensor, w: Layer, cache: Tensor) -> Tensor:
+            def attend_prompts(q: Tensor, kv: Tensor, w: Layer, cache: Tensor) -> Tensor:
                 cache[slots] = kv[source]
                 return packed_attention(q, *kv.unbind(1), part.cu_seqlens, part.max_length, w.scale, part.keys,
                                         part.cu_seqlens_k, self.kinds[w.kind].window).flatten(1)
             if self.kernels:
-                self._layers_by_kernels(x, lambda qkv, w, cache: attend(
+                self._layers_by_kernels(x, lambda qkv, w, cache: attend_prompts(
                     *queries_keys_values(with_low_rank(qkv, w.qkv), w, *rotation[w.kind]), w, cache))
-                continue
-            update = torch.zeros_like(x)
-            for w, cache in zip(self.layers, self.cache):
-                x, q, kv = attention_in(x, update, w, *rotation[w.kind])
-                x, update = attention_out(x, attend(q, kv, w, cache), w, self.gate)
+            else:
+                update = torch.zeros_like(x)
+                for w, cache in zip(self.layers, self.cache):
+                    x, q, kv = attention_in(x, update, w, *rotation[w.kind])
+                    x, update = attention_out(x, attend_prompts(q, kv, w, cache), w, self.gate)
 
     def _compact(self, size: int) -> None:
         """Move the live rows beyond `size` into rows below it that have ended."""
