@@ -120,10 +120,11 @@ def judged_families(judge: list[dict], rows: list[dict]) -> list[tuple[str, str,
     return list(found.values())
 
 
-def own_criterion(family: tuple[dict, ...], rows: list[dict], judge: list[dict], reward_models: list[dict]) -> str:
+def own_criterion(row: dict, rows: list[dict], judge: list[dict], reward_models: list[dict]) -> str:
     """DPO's own criterion: the judged win rate against its SFT row, with its whole interval, is above 50 %, by the
     judge that was named to decide, that beats "the longer answer wins" and shares no training prompt with it, over
-    FEWEST prompts or more; a line per judge, seeds pooled."""
+    FEWEST prompts or more; a line per judge, the seeds of the row's family pooled, whichever protocol has them."""
+    family = next((group for _, group in families(rows) if any(same_policy(row, r) for r in group)), [row])
     adapters, said = {r["adapter_sha256"]: r["parent"]["adapter_sha256"] for r in family if r.get("parent")}, []
     against_parent = [record for record in judge if independence(record) != "circular" and at(
         record, "rows", "b", "adapter_sha256") == adapters.get(at(record, "rows", "a", "adapter_sha256"), "none")]

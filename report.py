@@ -388,7 +388,8 @@ def verdict_table(verdicts: list[Verdict], rows: list[dict], records: dict[str, 
     """A line per method: the verdict against base and what it rests on, and DPO's own criterion."""
     lines = []
     for v in verdicts:
-        own = own_criterion(v.rows, rows, records["judge"], records["rm"]) if v.rows[0]["method"] == "dpo" else "–"
+        row = v.rows[0]
+        own = own_criterion(row, rows, records["judge"], records["rm"]) if row["method"] == "dpo" else "–"
         lines.append([v.label, "\n".join(filter(None, [f"**{v.word}**", collapse_of(v.rows)])), v.why, own])
     header = ["row", "verdict", "clearly moved endpoints, points", "own criterion"]
     return Table(header, lines, 4) if lines else None
@@ -727,7 +728,7 @@ def page(label: str, rows: list[dict], results: Results) -> list:
                 asked = f", on {of_row[0]['n']} held-out prompts" if of_row else ""
                 blocks.append(f"The {fallen}{asked}. No judge's win rate is evidence for such answers.")
             if row["method"] == "dpo":
-                own = own_criterion(v.rows, results.rows, records["judge"], records["rm"]).replace("\n", "; ")
+                own = own_criterion(row, results.rows, records["judge"], records["rm"]).replace("\n", "; ")
                 blocks.append(f"Own criterion: {own}.")
     if learned := learned_table([row], []):
         blocks += ["## Did it learn what it optimises?", learned]
