@@ -1430,12 +1430,13 @@ CHOICE_BLOCK = 128  # tokens per block: probabilities are summed in each block, 
 
 def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | None = None, rows: Tensor | None = None,
            position: int | Tensor | None = None, top_p: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Token [B] and its log-probability [B] under the full softmax(logits / temperature), not renormalised to top_p.
+    """Token [B] of logits [B, V], and its log-probability [B] under softmax(logits / temperature) over the whole
+    vocabulary, not renormalised to top_p.
 
-    Without a seed the likeliest token (the first of equals), at temperature 1; with one the token at which the
-    cumulative distribution reaches keyed_uniform(seed, rows [B], position), summed in fp64 over blocks of the
-    vocabulary, then inside one block. top_p: draw from the smallest set of likeliest tokens whose mass reaches it,
-    which takes a sort of the vocabulary.
+    Without a seed: the likeliest token (the first of a tie); temperature and top_p are ignored, and the log-probability
+    is that of softmax(logits). With a seed: the token at which the cumulative distribution reaches
+    keyed_uniform(seed, rows [B], position). It is summed in fp64 over blocks of the vocabulary, then inside one block;
+    with top_p over the sorted vocabulary, as far as the smallest set of likeliest tokens whose mass reaches top_p.
     """
     if seed is None:
         logits = logits.float()
@@ -1905,8 +1906,9 @@ class Run:
     def watch(self, tokens: float, ended: float, varies: bool = True) -> None:
         """Warn, once per kind, when a policy that learns from its own answers collapses or learns nothing.
 
-        Arguments, per update: mean tokens per answer, share of answers that end with EOS, whether the reward varies
-        within any group. They are compared with the first update's, whose answers the parent gave."""
+        Of one update: tokens, mean per answer; ended, share of answers that end with EOS; varies, whether the rewards
+        of any group differ. `tokens` and `ended` are compared with the first update's, whose answers the parent gave;
+        `varies` warns after ten updates in a row without a difference."""
         seen = self.state.setdefault("watch", {"tokens": tokens, "ended": ended, "flat": 0, "said": []})
         seen["flat"] = 0 if varies else seen["flat"] + 1
         signs = {

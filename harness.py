@@ -26,11 +26,11 @@ from common import Example, Sampler, fail
 
 
 class Float32Head(torch.nn.Module):
-    """The LM head of a bfloat16 model with fp32 logits, which are not rounded to 8 bits.
+    """The LM head of a bfloat16 model with fp32 logits, which are not rounded to bfloat16's 8 significant bits.
 
-    Elsewhere than on CUDA by an fp32 product of the cast numbers. On CUDA by tensor cores, which multiply bfloat16
-    numbers and add in fp32: a product of two bfloat16 numbers is exact in fp32, so the two differ by the order of the
-    sum alone, and no second copy of the weights is needed.
+    Without CUDA, hidden states and weights are cast to fp32 and multiplied. On CUDA, tensor cores multiply the bfloat16
+    numbers, which is exact in fp32, and add in fp32: the results differ only in the order and rounding of the sums, and
+    no fp32 copy of the weights is needed.
     """
 
     def __init__(self, head: torch.nn.Module):
@@ -58,7 +58,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def opening(tokenizer) -> list[int] | None:
-    """The special tokens that a tokenizer adds to a text, if it adds them before it (BOS); None if elsewhere."""
+    """The special tokens that a tokenizer puts before a text (BOS; [] if none); None if it adds any elsewhere."""
     added, text = tokenizer("")["input_ids"], "a"
     alone = tokenizer(text, add_special_tokens=False)["input_ids"]
     return added if tokenizer(text)["input_ids"] == added + alone else None
@@ -67,11 +67,12 @@ def opening(tokenizer) -> list[int] | None:
 def lines_stand_alone(tokenizer) -> bool:
     """Whether a text's token ids are those of its `lines_of`, concatenated (and `opening` before them).
 
-    BPE in general doesn't promise that. Two kinds do: byte-level BPE over the words that GPT-2's or Qwen2's pattern
-    finds (SmolLM2, Qwen2.5), and BPE whose tokenizer first cuts a text at runs of newlines, because they are added
-    tokens (Gemma 3). Both patterns end a match at a LINE_END, whatever follows: no match continues from a newline to
-    a letter, and the one that looks ahead, \\s+(?!\\S), has no whitespace before the newline to stop at. Everything
-    else that could reach across a LINE_END (normalizer, added tokens) is excluded here.
+    BPE in general does not guarantee this; two kinds of tokenizer do. One is byte-level BPE over the words that GPT-2's
+    or Qwen2's regular expression finds (SmolLM2, Qwen2.5): either expression ends a word at every LINE_END. None of its
+    alternatives matches a newline together with the letter after it, and the only one with a lookahead, \\s+(?!\\S),
+    cannot match there, since the character before the newline is not whitespace. The other is BPE whose tokenizer first
+    splits a text at runs of newlines, because these are added tokens (Gemma 3). The result is False for every other
+    tokenizer, and where dropout, a normalizer or an added token could make a line depend on its neighbour.
     """
     if not tokenizer.is_fast or opening(tokenizer) is None:
         return False

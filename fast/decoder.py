@@ -186,8 +186,8 @@ def adapted(x: Tensor, *modules: nn.Module) -> Tensor:
             factors += [a, b]
         at = end
     y = AdaptedLinear.apply(x, [getattr(m, "base_layer", m) for m in modules], terms, *factors)
-    # Where adapters are off, what follows must run the kernels of the pass in which they are on: torch.compile makes
-    # others for inputs without a gradient, and these may round differently.
+    # A pass with adapters off (the reference) must run the same kernels as the policy's: torch.compile makes separate
+    # ones for inputs that require no gradient, and these may round differently. Its backward is never called.
     return y.requires_grad_() if torch.is_grad_enabled() and getattr(modules[0], "disable_adapters", False) else y
 
 

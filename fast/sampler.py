@@ -64,15 +64,17 @@ def project(x: Tensor, p: Projection) -> Tensor:
 
 
 def with_low_rank(y: Tensor, p: Projection) -> Tensor:
-    """[x Wᵀ + bias | x Aᵀ] [T, out + r] -> [T, out]"""
+    """Add the adapter's low-rank term to a product: y = [x Wᵀ + bias | x Aᵀ] [T, out + r] -> [T, out]."""
     if p.b is None:
         return y
     out = p.b.shape[1]
-    return y[:, :out] + y[:, out:] @ p.b  # not addmm, which copies y first; this sum joins what follows
+    # Not addmm, which copies its first operand; where this is compiled, the sum is fused into what follows.
+    return y[:, :out] + y[:, out:] @ p.b
 
 
 def queries_keys_values(qkv: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries [T, heads, d], keys and values [T, 2, kv, d] of their projection [T, (heads + 2 kv) d]."""
+    """Split a projection [T, (heads + 2 kv) d] into heads, apply the norms of q and k (if there are any) and the rotary
+    positions cos, sin [T, 1, d]: queries [T, heads, d], keys and values [T, 2, kv, d]."""
     norms = () if w.q_norm is None else ((w.q_norm, w.eps), (w.k_norm, w.eps))
     q, k, v = split_heads(qkv, w.heads, w.kv_heads, norms, cos, sin)
     return q, torch.stack([k, v], 1)
@@ -376,8 +378,8 @@ class Decoder:
         return {i: (tokens[row], logprobs[row]) for i, row in self.row_of.items()}
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Fill the cache with each prompt but its last token, which the first step feeds. A prefix that prompts share
-        is computed once."""
+        """Fill the cache with each prompt except its last token, which the first step feeds. Equal prompts are computed
+        once, and so is a prefix that prompts of one pack share (`pack` decides which)."""
         groups: dict[tuple, list[int]] = {}
         for row, p in enumerate(prompts):
             if len(p) > 1:
@@ -470,8 +472,12 @@ class Decoder:
         return end(x, update, self.norm)
 
     def _layers_by_kernels(self, x: Tensor, attend: Callable[[Tensor, Layer, Tensor], Tensor]) -> Tensor:
-        """The decoder's layers by fast/kernels.py: embeddings -> last hidden states, [T, H]. attend: attention's result
-        [T, heads d] from the projection [x Wᵀ + bias | x Aᵀ] of queries, keys and values, the layer and its cache."""
+        """The decoder's layers with the kernels of fast/kernels.py: embeddings x [T, H], which are overwritten -> last
+        hidden states after the final norm, [T, H]. T: one token per row, or the packed tokens of prompts.
+
+        attend(qkv, layer, its cache) returns attention's result [T, heads d]. qkv: [h Wᵀ + bias | h Aᵀ] of the normed
+        input h, to which `attend` has yet to add the low-rank term.
+        """
         kernels, update, b = self.kernels, torch.zeros_like(x), None
         for w, cache in zip(self.layers, self.cache):
             h = kernels.add_norm(x, update, b, (w.input_norm, w.eps))
