@@ -334,9 +334,9 @@ def run_curves(record: dict) -> Figure | None:
 
 
 def curves_svg(record: dict, path: Path) -> bytes | None:
-    """run_curves as an SVG; None if there is nothing to draw. A layout takes a second, and most runs do not change
-    between two reports: the file at `path` is returned unchanged if its last line, a comment with two hashes, shows
-    that it was drawn from the same curves by this version of plots.py and matplotlib, and not edited since.
+    """run_curves as an SVG; None if there is nothing to draw. Most runs do not change between two reports, and one layout
+    takes about 1 s: the file at `path` is returned unchanged if its last line, a comment with two hashes, shows that it
+    was drawn from the same curves by this version of plots.py and matplotlib, and not edited since.
     """
     import matplotlib
     key = sha256_json([record.get("curves"), record.get("method"), Path(__file__).read_text(), matplotlib.__version__])

@@ -478,7 +478,7 @@ def training_data(rows: list[dict], records: dict[str, list[dict]]) -> str:
     in which rows the shuffle takes."""
     by_data = {}
     for label, (row, *_) in families(rows):
-        run = next((run for run in records["runs"] if same_policy(run, row)), {})
+        run = run_of(row, records)
         words = data_of(row | {"data_sources": run.get("data_sources")}, run.get("args"))
         if text := ", ".join(text for role, text in words.items() if role in ("train", "prompts", "task")):
             by_data.setdefault(text, []).append(label)
@@ -715,10 +715,15 @@ def policies(tables: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return dict(zip(labels, found.values()))
 
 
+def run_of(row: dict, records: dict[str, list[dict]]) -> dict:
+    """The record of the run that a row is the result of; empty where there is none."""
+    return next((run for run in records["runs"] if same_policy(run, row)), {})
+
+
 def page(label: str, rows: list[dict], results: Results) -> list:
     """A run's page, blocks of text and tables: verdict, command, result, training, data, configuration."""
     row, records = rows[0], results.records
-    run = next((r for r in records["runs"] if same_policy(r, row)), {})
+    run = run_of(row, records)
     blocks = [f"# {label}", f"`{row['method']}`, phase {row['phase']}, seed {row['seed']}. [All results](../README.md)"]
     for v in results.verdicts:
         if any(same_policy(row, r) for r in v.rows):
@@ -863,9 +868,9 @@ def main(args: Args) -> None:
             figures = draw(report.compared, report.protocols, report.records) | overview(overview_lines(report))
             drawn = {name: encode(figure, "svg") for name, figure in figures.items()}
             for label, of_run in runs.items():
-                if found := [record for record in report.records["runs"] if same_policy(record, of_run[0])]:
-                    drawn[f"run-{label}"] = curves_svg(found[0], plots / f"run-{label}{report.suffix}.svg")
-            drawn = {name: svg for name, svg in drawn.items() if svg}
+                record, place = run_of(of_run[0], report.records), plots / f"run-{label}{report.suffix}.svg"
+                if record and (svg := curves_svg(record, place)):
+                    drawn[f"run-{label}"] = svg
             report.plots.extend(drawn)
             files |= {plots / f"{name}{report.suffix}.svg": svg for name, svg in drawn.items()}
             shown = {plots / f"{name}{report.suffix}.png": figure for name, figure in figures.items() if name in PLOTS}
