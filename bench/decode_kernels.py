@@ -1,17 +1,20 @@
 """Check each kernel of fast/kernels.py against torch, and time it on a GPU.
 
     python bench/decode_kernels.py                         # on a GPU: fp32 and bfloat16, then microseconds
+    python bench/decode_kernels.py --tune --rows 64        # the fastest settings for a whole decoding step
     TRITON_INTERPRET=1 python bench/decode_kernels.py      # on a CPU, by Triton's interpreter: small shapes, fp32 and float16
 
 One JSON line per kernel and case: `gap` is the largest difference from the torch functions of fast/sampler.py, computed
 in fp32 from the same inputs, relative to the largest value of the result. The exit status is 1 unless every gap is
 below 1e-5 in fp32, and below eight roundings in half precision (4e-3 in float16, 3e-2 in bfloat16, whose products
 Triton 3.8's interpreter can't compute). `us` is the mean time of one call inside a CUDA graph of many.
-`python bench/sample.py --profile` shows the kernels that they replace.
+--tune changes one setting after the other, times a step of the sampler (bench/sample.py's model, with an adapter), and
+keeps what is faster by 0.3 %. `python bench/sample.py --profile` shows the kernels that they replace.
 """
 import dataclasses
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Literal
@@ -20,8 +23,10 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import sample
 from fast import kernels
-from fast.decoder import add_norm, split_heads, swiglu
+from fast.decoder import split_heads, swiglu
 from fast.sampler import attend
 
 BOUND = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -46,13 +51,18 @@ class Args:
     time: bool = True
     """Time each kernel (GPU)."""
     tune: bool = False
-    """Also time attention with other settings (GPU)."""
+    """Look for faster settings instead (GPU): one search per value of --rows and --lora-rank, with --length."""
 
 
 def low_term(y, b, sizes):
     """Projections [B, Σ out] from [x Wᵀ | x Aᵀ], in fp32."""
     out = sum(sizes)
     return y[:, :out] + (0 if b is None else y[:, out:] @ b)
+
+
+def wide(b):
+    """In fp32, or None."""
+    return None if b is None else b.float()
 
 
 def make_b(sizes, rank, scale, like):
@@ -63,7 +73,7 @@ def make_b(sizes, rank, scale, like):
 
 
 class Case:
-    """Random inputs of one layer's three kernels, and torch's results for them."""
+    """Random inputs of one layer's kernels, and torch's results for them."""
 
     def __init__(self, shape, rows, rank, length, dtype, device, normed):
         torch.manual_seed(rows + rank)
@@ -73,10 +83,13 @@ class Case:
 
         def random(*size, scale=1.0):
             return (scale * torch.randn(*size)).to(like)
-        self.x, self.norm = random(rows, self.H), (random(self.H), 1e-6)
+        self.x, self.norm = random(rows, self.H), random(self.H)
+        self.stream = kernels.Stream(self.x, self.x * self.norm, self.x.float().square().unflatten(1, (4, -1)).sum(-1))
         self.y, self.b = random(rows, self.H + rank), make_b([self.H], rank, 0.1, like)
         self.qkv_sizes = [self.heads * self.d, self.kv * self.d, self.kv * self.d]
-        self.qkv, self.qkv_b = random(rows, sum(self.qkv_sizes) + 3 * rank), make_b(self.qkv_sizes, rank, 0.1, like)
+        self.y3, self.b3 = random(rows, sum(self.qkv_sizes) + 3 * rank), make_b(self.qkv_sizes, rank, 0.1, like)
+        self.bias = None if normed else random(sum(self.qkv_sizes))
+        self.qkv = random(rows, sum(self.qkv_sizes))
         self.q_norm, self.k_norm = (random(self.d), random(self.d)) if normed else (None, None)
         self.stride = length + 128  # rows don't end where attention does
         angle = torch.rand(length, self.d // 2) * 6.28
@@ -87,21 +100,30 @@ class Case:
         self.at = self.at.to(device)
         self.gate_up = random(rows, 2 * self.I + 2 * rank)
         self.gate_up_b = make_b([self.I, self.I], rank, 0.1, like)
+        self.factor = self.x.float().square().mean(1, keepdim=True).add(1e-6).rsqrt()
 
     # Each kernel: the tensors to compare, and the call to time. `_torch`: the same in fp32 from the same inputs.
 
-    def add_norm(self):
-        x = self.x.clone()
-        return self.add_norm_alone(x), x
+    def add(self):
+        stream = self.add_alone(self.stream._replace(x=self.x.clone()))
+        return *stream[:2], stream.squares.sum(1)
 
-    def add_norm_alone(self, x=None):
-        return kernels.add_norm(self.x if x is None else x, self.y, self.b, self.norm)
+    def add_alone(self, stream=None):
+        return kernels.add(stream or self.stream, self.y, self.b, self.norm)
 
-    def add_norm_torch(self):
-        f = torch.float32
-        b = None if self.b is None else self.b.to(f)
-        x, h = add_norm(self.x.to(f), low_term(self.y.to(f), b, [self.H]), (self.norm[0].to(f), self.norm[1]))
-        return h, x
+    def add_torch(self):
+        x = self.x.float() + low_term(self.y.float(), wide(self.b), [self.H])
+        return x, x * self.norm.float(), x.square().sum(1)
+
+    def finish(self):
+        return self.finish_alone(),
+
+    def finish_alone(self):
+        return kernels.finish(self.y3, self.b3, self.bias, self.stream, 1e-6)
+
+    def finish_torch(self):
+        y = self.factor * low_term(self.y3.float(), wide(self.b3), self.qkv_sizes)
+        return y if self.bias is None else y + self.bias.float(),
 
     def attend(self):
         self.cache, kept = self.cache.clone(), self.cache
@@ -110,14 +132,13 @@ class Case:
         return out, cache
 
     def attend_alone(self):
-        return kernels.attend(self.qkv, self.qkv_b, self.q_norm, self.k_norm, 1e-6, self.cos, self.sin, self.at,
-                              self.cache, self.stride, self.length)
+        return kernels.attend(self.qkv, self.q_norm, self.k_norm, 1e-6, self.cos, self.sin, self.at, self.cache,
+                              self.stride, self.length)
 
     def attend_torch(self):
         f = torch.float32
-        b = None if self.qkv_b is None else self.qkv_b.to(f)
         norms = () if self.q_norm is None else ((self.q_norm.to(f), 1e-6), (self.k_norm.to(f), 1e-6))
-        q, k, v = split_heads(low_term(self.qkv.to(f), b, self.qkv_sizes), self.heads, self.kv, norms,
+        q, k, v = split_heads(self.qkv.to(f), self.heads, self.kv, norms,
                               self.cos.to(f)[self.at][:, None], self.sin.to(f)[self.at][:, None])
         cache = self.cache.to(f, copy=True)
         cache[self.stride * torch.arange(self.rows, device=self.at.device) + self.at] = torch.stack([k, v], 1)
@@ -129,12 +150,10 @@ class Case:
         return self.swiglu_alone(),
 
     def swiglu_alone(self):
-        return kernels.swiglu(self.gate_up, self.gate_up_b)
+        return kernels.swiglu(self.gate_up, self.gate_up_b, self.stream, 1e-6)
 
     def swiglu_torch(self):
-        f = torch.float32
-        b = None if self.gate_up_b is None else self.gate_up_b.to(f)
-        return swiglu(low_term(self.gate_up.to(f), b, [self.I, self.I])),
+        return swiglu(self.factor * low_term(self.gate_up.float(), wide(self.gate_up_b), [self.I, self.I])),
 
 
 def microseconds(call, repeats: int = 50) -> float:
@@ -155,22 +174,52 @@ def microseconds(call, repeats: int = 50) -> float:
     return begin.elapsed_time(end) / repeats / 4 * 1e3
 
 
-SETTINGS = ("ATTEND_BLOCK", "ATTEND_WARPS", "ATTEND_STAGES")
-CHOICES = ((32, 4, 3), (64, 2, 3), (64, 4, 2), (64, 4, 4), (128, 4, 2), (128, 8, 2))  # to try
+SETTINGS = {"ATTEND_WARPS": (1, 2, 4), "ATTEND_BLOCK": (32, 64, 128), "ATTEND_STAGES": (2, 3, 4),
+            "KEYS_PER_SPLIT": (64, 128, 256), "ADD_TILE": ((16, 32), (16, 64), (16, 128), (32, 64), (32, 128)),
+            "SWIGLU_TILE": ((16, 32), (16, 64), (16, 128), (32, 64), (32, 128), (64, 64))}  # to try
 
 
-def tune(case: Case) -> dict[str, float]:
-    """Times of attention by its settings; the module's own settings are put back."""
-    before, times = [getattr(kernels, name) for name in SETTINGS], {}
-    for choice in (*CHOICES, before):
-        for name, value in zip(SETTINGS, choice):
+def tune(rows: int, rank: int, length: int) -> dict:
+    """The fastest settings found for a step of this many rows in the middle of their cache; prints what each took."""
+    device = common.setup_device("auto")
+    policy = sample.policy_of(sample.make_model("qwen2.5-0.5b", device), rank, "fast")
+    decoder = common.Sampler(policy, sample.NoText()).decoder
+    decoder.begin({i: range(3, 3 + length // 2) for i in range(rows)}, {i: i for i in range(rows)}, length, 1.0, 1.0, 0)
+
+    def step_ms() -> float:
+        decoder.graphs = {}
+        step, times = decoder._program(decoder._bucket(rows), decoder.stride, decoder.stride, "sample"), []
+        for _ in range(4):
+            times.append(sample.seconds(lambda: [step() for _ in range(16)], device) / 16 * 1e3)
+            decoder.position.zero_()
+        return min(times)
+
+    best, same = step_ms(), {"rows": rows, "rank": rank, "length": length}
+    print(json.dumps(same | {"at first, ms": round(best, 4)}), flush=True)
+    for name, values in SETTINGS.items():
+        for value in values:
+            before = getattr(kernels, name)
+            if value == before:
+                continue
             setattr(kernels, name, value)
-        if choice is not before:
-            times["/".join(map(str, choice))] = round(microseconds(case.attend_alone), 2)
-    return times
+            try:
+                ms = step_ms()
+            except Exception as error:  # too much shared memory
+                ms = math.inf
+                print(f"{name} {value}: {error}"[:200], file=sys.stderr)
+            print(json.dumps(same | {name: value, "ms": round(ms, 4)}), flush=True)
+            if ms < 0.997 * best:
+                best = ms
+            else:
+                setattr(kernels, name, before)
+    return same | {"ms": round(best, 4)} | {name: getattr(kernels, name) for name in SETTINGS}
 
 
 def main(args: Args) -> None:
+    if args.tune:
+        for rows, rank in itertools.product(args.rows, args.lora_rank):
+            print(json.dumps({"best": tune(rows, rank, args.length)}), flush=True)
+        return
     gpu = torch.cuda.is_available()
     device, right = torch.device("cuda" if gpu else "cpu"), True
     shapes, length = (SHAPES, args.length) if gpu else (SMALL, 600)  # two splits
@@ -179,7 +228,7 @@ def main(args: Args) -> None:
     for name, rows, rank, type_name in cases:
         dtype, normed = getattr(torch, type_name), name in ("qwen3-0.6b", "small-normed")
         case = Case(shapes[name], rows, rank, length, dtype, device, normed)
-        for kernel in ("add_norm", "attend", "swiglu"):
+        for kernel in ("add", "finish", "attend", "swiglu"):
             gap = max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in
                       zip(getattr(case, kernel)(), getattr(case, kernel + "_torch")(), strict=True))
             line = {"kernel": kernel, "shape": name, "rows": rows, "rank": rank, "dtype": type_name, "gap": gap,
@@ -187,8 +236,6 @@ def main(args: Args) -> None:
             right = right and line["right"]
             if gpu and args.time:
                 line["us"] = round(microseconds(getattr(case, kernel + "_alone")), 2)
-                if args.tune and kernel == "attend":
-                    line["tuned"] = tune(case)
             print(json.dumps(line), flush=True)
     sys.exit(0 if right else 1)
 

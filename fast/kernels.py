@@ -1,42 +1,57 @@
-"""Triton kernels of one decoding step: the operations between a layer's matrix products, one kernel for each gap.
+"""Triton kernels of the sampler's decoder: the operations between a layer's matrix products, one kernel for each gap.
 
-A step of B rows (one token each) reads every weight once: its matrix products are short, and the small kernels between
-them take as long as they do. Per layer there are three here:
+A decoding step of B rows (one token each) reads every weight once: its products are short, and the small kernels between
+them take as long as they do. Per layer there are five here:
 
-  add_norm   residual sum and RMSNorm                          before the q/k/v and the gate/up product
-  attend     rotary positions, cache write and attention       between the q/k/v and the output product
-  swiglu     silu(gate) · up                                   between the gate/up and the down product
+  finish   the norm's factor, the bias                  after the q/k/v product
+  attend   rotary positions, cache write and attention
+  add      the residual sum                             after the output and after the down product
+  swiglu   the norm's factor, silu(gate) · up           after the gate/up product
 
-A prompt's tokens, which attend to each other, run through add_norm and swiglu as well.
+An adapter's low-rank term costs no kernel: the product before computes [x Wᵀ | x Aᵀ] (sampler.Projection), and finish, add
+or swiglu, which reads its result, adds (x Aᵀ) Bᵀ. Nor does an RMSNorm. It needs whole rows, and a program for each row
+would leave most of a GPU idle. So `add` stores x times the norm's weight, and Σ x² over each part of a row; the kernel
+after the next product multiplies what it reads by the norm's factor, 1 / sqrt(mean x² + eps), one number per row. A
+prompt's tokens, which attend to each other, run through all kernels but attend.
 
-An adapter's low-rank term costs no kernel: the product before computes [x Wᵀ | x Aᵀ] (sampler.Projection), and the
-kernel that reads its result adds (x Aᵀ) Bᵀ. Sums are fp32; results are rounded to the model's type where the torch path
-rounds them, except that (x Aᵀ) Bᵀ itself isn't rounded before it is added.
+Sums are fp32; results are rounded to the model's type where the torch path rounds them, with two differences: a norm's
+two factors are applied in the other order, and (x Aᵀ) Bᵀ isn't rounded before it is added.
 
-Only fast/sampler.py calls this module: on a GPU in half precision, unless RUNGS_KERNELS=0. The torch path there is the
+Only fast/sampler.py calls this module: on a GPU in bfloat16, unless RUNGS_KERNELS=0. The torch path there is the
 specification. With RUNGS_KERNELS=1 and TRITON_INTERPRET=1 the kernels run on a CPU, which the tests use. B rows, H
 hidden size, d head size, I size of the MLP, r rank (a multiple of 16).
 """
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-RANK_STEP = 16            # ranks are multiples of it; this many rows of a factor are read at one time
+# Chosen by bench/decode_kernels.py --tune
 ATTEND_BLOCK = 64         # keys per iteration
 ATTEND_WARPS = 4
 ATTEND_STAGES = 3         # iterations whose keys and values are being loaded
 KEYS_PER_SPLIT = 256      # with few rows the keys of a row are split among programs, at least this many each
-SWIGLU_TILE = (16, 64)    # rows and columns of one program
+ADD_TILE = (16, 64)       # rows and columns of one program
+SWIGLU_TILE = (16, 64)
+
+
+class Stream(NamedTuple):
+    """The residual stream, with what the next norm needs."""
+    x: Tensor            # [B, H]
+    weighted: Tensor     # [B, H]: x times the norm's weight
+    squares: Tensor      # [B, n], fp32: Σ x² over each of n parts of a row
 
 
 def unsupported(config) -> str | None:
     """Why these kernels can't serve a model, from its config; None if they can."""
     if config.model_type == "gemma3_text" or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         return "norms after attention and MLP, or windows"
+    if getattr(config, "mlp_bias", False):
+        return "biases of gate and up"
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return None if d in (32, 64, 128, 256) else f"heads of size {d}"
 
@@ -47,108 +62,151 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-# -- residual sum and norm
+def rank_block(rank: int) -> int:
+    """A size for tiles of that many factors: tl.dot wants 16 at least, and powers of two."""
+    return max(16, triton.next_power_of_2(rank))
 
 
 @triton.jit
-def add_norm_kernel(x_ptr, y_ptr, b_ptr, weight_ptr, h_ptr, y_width, eps, H: tl.constexpr, RANK: tl.constexpr,
-                    STEP: tl.constexpr, BLOCK: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = column < H
+def norm_factor(squares_ptr, row, parts, eps, H, PARTS: tl.constexpr):
+    """1 / sqrt(mean x² + eps) of rows [n, 1]: [n, 1]."""
+    part = tl.arange(0, PARTS)[None, :]
+    squares = tl.load(squares_ptr + row * parts + part, mask=part < parts, other=0.0)
+    return tl.rsqrt(tl.sum(squares, 1) / H + eps)[:, None]
+
+
+# -- residual sum
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_kernel(x_ptr, y_ptr, b_ptr, norm_ptr, weighted_ptr, squares_ptr, rows, y_width, H: tl.constexpr,
+               RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    inside = (row < rows) & (column < H)
     dtype = x_ptr.dtype.element_ty
+    norm = tl.load(norm_ptr + column, mask=column < H, other=0.0).to(tl.float32)
+    if RANK:
+        j = tl.arange(0, RANK_BLOCK)
+        b = tl.load(b_ptr + j[:, None] * H + column, mask=(j < RANK)[:, None] & (column < H), other=0.0)
     y_row = y_ptr + row * y_width
+    x = tl.load(x_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
     update = tl.load(y_row + column, mask=inside, other=0.0).to(tl.float32)
-    for first in tl.static_range(0, RANK, STEP):  # Bᵀ comes from the GPU's main memory: a tile of it at one time
-        j = first + tl.arange(0, STEP)
-        b = tl.load(b_ptr + j[:, None] * H + column[None, :], mask=inside[None, :] & (j < RANK)[:, None], other=0.0)
-        low = tl.load(y_row + H + j, mask=j < RANK, other=0.0).to(tl.float32)
-        update += tl.sum(low[:, None] * b.to(tl.float32), 0)
-    x = tl.load(x_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32) + update.to(dtype).to(tl.float32)
-    x = x.to(dtype)
+    if RANK:
+        low = tl.load(y_row + H + j[None, :], mask=(row < rows) & (j < RANK)[None, :], other=0.0)
+        update = tl.dot(low, b, update, input_precision="ieee")
+    x = (x + update.to(dtype).to(tl.float32)).to(dtype)
     tl.store(x_ptr + row * H + column, x, mask=inside)
     x = x.to(tl.float32)
-    h = (x * tl.rsqrt(tl.sum(x * x, 0) / H + eps)).to(dtype).to(tl.float32)
-    h *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(h_ptr + row * H + column, h.to(dtype), mask=inside)
+    tl.store(weighted_ptr + row * H + column, (x * norm).to(dtype), mask=inside)
+    squares = tl.sum(x * x, 1)[:, None]  # zeros beyond the last column
+    tl.store(squares_ptr + row * tl.num_programs(1) + tl.program_id(1), squares, mask=row < rows)
 
 
-def add_norm(x: Tensor, y: Tensor, b: Tensor | None, norm: tuple[Tensor, float]) -> Tensor:
-    """x += y's projection, in place; returns the RMSNorm of the sum, [B, H].
+def add(stream: Stream, y: Tensor, b: Tensor | None, norm: Tensor) -> Stream:
+    """The stream plus y's projection, for a norm of weight `norm` [H]; stream.x is changed in place.
 
-    x: residual stream [B, H]. y: [B, H + r], a projection and its x Aᵀ; b: Bᵀ [r, H], or None (r = 0).
-    norm: (weight, eps).
+    y: [B, H + r], a projection and its x Aᵀ. b: Bᵀ [r, H], or None (r = 0).
     """
-    rows, size = x.shape
-    rank = 0 if b is None else len(b)
-    weight, eps = norm
-    h = torch.empty_like(x)
-    add_norm_kernel[(rows,)](
-        x, y, weight if b is None else b, weight, h, y.stride(0), eps, H=size, RANK=rank, STEP=RANK_STEP,
-        BLOCK=triton.next_power_of_2(size), num_warps=4 if size <= 2048 else 8)
-    return h
+    (rows, size), rank = stream.x.shape, 0 if b is None else len(b)
+    tile_rows, tile_columns = ADD_TILE
+    grid = triton.cdiv(rows, tile_rows), triton.cdiv(size, tile_columns)
+    weighted, squares = torch.empty_like(stream.x), torch.empty(rows, grid[1], device=y.device)
+    add_kernel[grid](stream.x, y, b, norm, weighted, squares, rows, y.stride(0), H=size, RANK=rank,
+                     RANK_BLOCK=rank_block(rank), ROWS=tile_rows, COLUMNS=tile_columns, num_warps=4)
+    return Stream(stream.x, weighted, squares)
+
+
+def begin(x: Tensor, norm: Tensor) -> Stream:
+    """The stream before the first layer, in torch: embeddings x [B, H], the weight of its norm [H]."""
+    return Stream(x, x * norm, x.float().square().sum(-1, keepdim=True))
+
+
+# -- a projection after a norm
+
+
+@triton.jit(do_not_specialize=["rows"])
+def finish_kernel(y_ptr, b_ptr, bias_ptr, squares_ptr, out_ptr, rows, width, parts, eps, H: tl.constexpr,
+                  OUT: tl.constexpr, RANKS: tl.constexpr, RANK_BLOCK: tl.constexpr, BIASED: tl.constexpr,
+                  PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    inside = (row < rows) & (column < OUT)
+    y_row = y_ptr + row * width
+    y = tl.load(y_row + column, mask=inside, other=0.0).to(tl.float32)
+    if RANKS:
+        j = tl.arange(0, RANK_BLOCK)
+        low = tl.load(y_row + OUT + j[None, :], mask=(row < rows) & (j < RANKS)[None, :], other=0.0)
+        b = tl.load(b_ptr + j[:, None] * OUT + column, mask=(j < RANKS)[:, None] & (column < OUT), other=0.0)
+        y = tl.dot(low, b, y, input_precision="ieee")
+    y *= norm_factor(squares_ptr, tl.minimum(row, rows - 1), parts, eps, H, PARTS)
+    if BIASED:
+        y += tl.load(bias_ptr + column, mask=column < OUT, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * OUT + column, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def finish(y: Tensor, b: Tensor | None, bias: Tensor | None, stream: Stream, eps: float) -> Tensor:
+    """A projection of the stream's norm, [B, out].
+
+    y: [B, out + r], the products of stream.weighted with W and A. b: Bᵀ [r, out], or None (r = 0). bias: [out or more],
+    or None.
+    """
+    rows, ranks = len(y), 0 if b is None else len(b)
+    size, parts = y.shape[1] - ranks, stream.squares.shape[1]
+    out = torch.empty(rows, size, dtype=y.dtype, device=y.device)
+    tile_rows, tile_columns = ADD_TILE
+    finish_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(size, tile_columns))](
+        y, b, bias, stream.squares, out, rows, y.stride(0), parts, eps, H=stream.x.shape[1], OUT=size, RANKS=ranks,
+        RANK_BLOCK=rank_block(ranks), BIASED=bias is not None, PARTS=triton.next_power_of_2(parts), ROWS=tile_rows,
+        COLUMNS=tile_columns, num_warps=4)
+    return out
 
 
 # -- attention
 
 
 @triton.jit
-def attend_kernel(qkv_ptr, b_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, at_ptr, cache_ptr, out_ptr, sums_ptr,
-                  stats_ptr, width, stride, splits, scale, eps, KV: tl.constexpr,
-                  GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr,
-                  STEP: tl.constexpr, NORMED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: the query heads of a row that share a kv head, over one share of the row's keys."""
+def attend_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, at_ptr, cache_ptr, out_ptr, sums_ptr, stats_ptr,
+                  stride, splits, scale, eps, KV: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+                  D: tl.constexpr, NORMED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: the query heads of a row that share a kv head, over one split of the row's keys."""
     row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = cache_ptr.dtype.element_ty
     HEADS: tl.constexpr = KV * GROUP
-    OUT: tl.constexpr = (HEADS + 2 * KV) * D
     at = tl.load(at_ptr + row)
-    # One tile [G, d] holds the group's query heads, then their key head and value head; its two halves are apart.
-    group, half = tl.arange(0, GROUP_BLOCK), tl.arange(0, D // 2)
+    # One tile [G, d] holds the group's query heads, then their key head and value head.
+    group, i = tl.arange(0, GROUP_BLOCK), tl.arange(0, D)
     kind = tl.where(group < GROUP, 0, tl.where(group == GROUP, 1, 2))                            # q, k, v
     head = tl.where(kind == 0, kv * GROUP + group, HEADS + (kind - 1) * KV + kv)
-    column, exists = head[:, None] * D + half[None, :], (group < GROUP + 2)[:, None] & (half < D)[None, :]
+    exists = (group < GROUP + 2)[:, None] & (i < D)[None, :]
     is_k, is_v = (kind == 1)[:, None], (kind == 2)[:, None]
-    y_row = qkv_ptr + row * width
-    x1 = tl.load(y_row + column, mask=exists, other=0.0).to(tl.float32)
-    x2 = tl.load(y_row + column + D // 2, mask=exists, other=0.0).to(tl.float32)
-    for first in range(0, RANK, STEP):
-        for i in tl.static_range(STEP):
-            j = kind * RANK + first + i
-            low = tl.load(y_row + OUT + j).to(tl.float32)[:, None]
-            b = b_ptr + j[:, None] * OUT + column
-            x1 += low * tl.load(b, mask=exists, other=0.0).to(tl.float32)
-            x2 += low * tl.load(b + D // 2, mask=exists, other=0.0).to(tl.float32)
-    x1, x2 = x1.to(dtype).to(tl.float32), x2.to(dtype).to(tl.float32)
+    heads = qkv_ptr + row * ((HEADS + 2 * KV) * D) + head[:, None] * D
+    partner = (i + D // 2) % D                       # a rotation takes pairs of elements that are half a head apart
+    x = tl.load(heads + i[None, :], mask=exists, other=0.0).to(tl.float32)
+    y = tl.load(heads + partner[None, :], mask=exists, other=0.0).to(tl.float32)
     if NORMED:
-        weight1 = tl.where(is_k, tl.load(k_norm_ptr + half)[None, :], tl.load(q_norm_ptr + half)[None, :])
-        weight2 = tl.where(is_k, tl.load(k_norm_ptr + D // 2 + half)[None, :],
-                           tl.load(q_norm_ptr + D // 2 + half)[None, :])
-        factor = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)[:, None]
-        normed1, normed2 = (x1 * factor).to(dtype).to(tl.float32), (x2 * factor).to(dtype).to(tl.float32)
-        x1 = tl.where(is_v, x1, (normed1 * weight1.to(tl.float32)).to(dtype).to(tl.float32))
-        x2 = tl.where(is_v, x2, (normed2 * weight2.to(tl.float32)).to(dtype).to(tl.float32))
-    angle = at * D + half
-    cos1 = tl.where(is_v, 1.0, tl.load(cos_ptr + angle).to(tl.float32)[None, :])
-    cos2 = tl.where(is_v, 1.0, tl.load(cos_ptr + D // 2 + angle).to(tl.float32)[None, :])
-    sin1 = tl.where(is_v, 0.0, tl.load(sin_ptr + angle).to(tl.float32)[None, :])
-    sin2 = tl.where(is_v, 0.0, tl.load(sin_ptr + D // 2 + angle).to(tl.float32)[None, :])
-    q1, q2 = (x1 * cos1 - x2 * sin1).to(dtype), (x2 * cos2 + x1 * sin2).to(dtype)
+        x_weight = tl.where(is_k, tl.load(k_norm_ptr + i)[None, :], tl.load(q_norm_ptr + i)[None, :]).to(tl.float32)
+        y_weight = tl.where(is_k, tl.load(k_norm_ptr + partner)[None, :],
+                            tl.load(q_norm_ptr + partner)[None, :]).to(tl.float32)
+        factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x_normed, y_normed = (x * factor).to(dtype).to(tl.float32), (y * factor).to(dtype).to(tl.float32)
+        x = tl.where(is_v, x, (x_normed * x_weight).to(dtype).to(tl.float32))
+        y = tl.where(is_v, y, (y_normed * y_weight).to(dtype).to(tl.float32))
+    cos = tl.load(cos_ptr + at * D + i).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + at * D + i).to(tl.float32)[None, :] * tl.where(i < D // 2, -1.0, 1.0)[None, :]
+    q = tl.where(is_v, x, x * cos + y * sin).to(dtype)                                           # and k, v
 
     row_keys = cache_ptr + (row * stride * 2 * KV + kv) * D                                      # [slots, 2, kv, d]
     highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
-    sum1, sum2 = tl.zeros([GROUP_BLOCK, D // 2], tl.float32), tl.zeros([GROUP_BLOCK, D // 2], tl.float32)
+    attended = tl.zeros([GROUP_BLOCK, D], tl.float32)
     if split == 0:  # the new token: into the cache, and the first term of the sums
-        new = row_keys + at * (2 * KV * D) + tl.where(is_v, KV * D, 0) + half[None, :]
-        tl.store(new, q1, mask=exists & (is_k | is_v))
-        tl.store(new + D // 2, q2, mask=exists & (is_k | is_v))
-        wide1, wide2 = q1.to(tl.float32), q2.to(tl.float32)
-        new_k1, new_k2 = tl.sum(tl.where(is_k, wide1, 0.0), 0), tl.sum(tl.where(is_k, wide2, 0.0), 0)
-        new_v1, new_v2 = tl.sum(tl.where(is_v, wide1, 0.0), 0), tl.sum(tl.where(is_v, wide2, 0.0), 0)
-        highest = (tl.sum(wide1 * new_k1[None, :], 1) + tl.sum(wide2 * new_k2[None, :], 1)) * scale
+        tl.store(row_keys + at * (2 * KV * D) + tl.where(is_v, KV * D, 0) + i[None, :], q, mask=exists & (is_k | is_v))
+        wide = q.to(tl.float32)
+        new_k, new_v = tl.sum(tl.where(is_k, wide, 0.0), 0), tl.sum(tl.where(is_v & exists, wide, 0.0), 0)
+        highest = tl.sum(wide * new_k[None, :], 1) * scale
         total += 1.0
-        sum1 += new_v1[None, :]
-        sum2 += new_v2[None, :]
+        attended += new_v[None, :]
 
     earlier = at.to(tl.int32)
     share = tl.cdiv(tl.cdiv(earlier, splits), BLOCK) * BLOCK
@@ -157,32 +215,24 @@ def attend_kernel(qkv_ptr, b_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, at_p
         key = first + tl.arange(0, BLOCK)
         inside = key < end
         slot = row_keys + key * (2 * KV * D)
-        k1 = tl.load(slot[None, :] + half[:, None], mask=inside[None, :], other=0.0)             # [d/2, keys]
-        k2 = tl.load(slot[None, :] + D // 2 + half[:, None], mask=inside[None, :], other=0.0)
-        v1 = tl.load(slot[:, None] + KV * D + half[None, :], mask=inside[:, None], other=0.0)    # [keys, d/2]
-        v2 = tl.load(slot[:, None] + KV * D + D // 2 + half[None, :], mask=inside[:, None], other=0.0)
-        score = tl.dot(q1, k1, input_precision="ieee")
-        score = tl.dot(q2, k2, score, input_precision="ieee") * scale                            # [G, keys]
+        k = tl.load(slot[None, :] + i[:, None], mask=inside[None, :], other=0.0)                 # [d, keys]
+        v = tl.load(slot[:, None] + KV * D + i[None, :], mask=inside[:, None], other=0.0)        # [keys, d]
+        score = tl.dot(q, k, input_precision="ieee") * scale                                     # [G, keys]
         score = tl.where(inside[None, :], score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, 1))
         p, before = tl.exp2(score - higher[:, None]), tl.exp2(highest - higher)
         highest, total = higher, total * before + tl.sum(p, 1)
-        sum1 = tl.dot(p.to(dtype), v1, sum1 * before[:, None], input_precision="ieee")
-        sum2 = tl.dot(p.to(dtype), v2, sum2 * before[:, None], input_precision="ieee")
+        attended = tl.dot(p.to(dtype), v, attended * before[:, None], input_precision="ieee")
 
     query = row * HEADS + kv * GROUP + group
-    wanted = (group < GROUP)[:, None] & (half < D)[None, :]
+    wanted = (group < GROUP)[:, None] & (i < D)[None, :]
     if SPLIT:
         place = split * tl.num_programs(0) * HEADS + query
-        sums = sums_ptr + place[:, None] * D + half[None, :]
-        tl.store(sums, sum1, mask=wanted)
-        tl.store(sums + D // 2, sum2, mask=wanted)
+        tl.store(sums_ptr + place[:, None] * D + i[None, :], attended, mask=wanted)
         tl.store(stats_ptr + place * 2, highest, mask=group < GROUP)
         tl.store(stats_ptr + place * 2 + 1, total, mask=group < GROUP)
     else:
-        out = out_ptr + query[:, None] * D + half[None, :]
-        tl.store(out, (sum1 / total[:, None]).to(dtype), mask=wanted)
-        tl.store(out + D // 2, (sum2 / total[:, None]).to(dtype), mask=wanted)
+        tl.store(out_ptr + query[:, None] * D + i[None, :], (attended / total[:, None]).to(dtype), mask=wanted)
 
 
 @triton.jit
@@ -204,29 +254,26 @@ def combine_kernel(sums_ptr, stats_ptr, out_ptr, splits, D: tl.constexpr):
     tl.store(out_ptr + head * D + whole, (attended / total).to(out_ptr.dtype.element_ty))
 
 
-def attend(qkv: Tensor, b: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor,
-           sin: Tensor, at: Tensor, cache: Tensor, stride: int, length: int) -> Tensor:
+def attend(qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor, at: Tensor,
+           cache: Tensor, stride: int, length: int) -> Tensor:
     """Attention of one new token per row over its row of the cache, which gets the token's key and value: [B, heads d].
 
-    qkv: [B, (heads + 2 kv) d + 3 r], the projections of q, k, v and x Aᵀ of each. b: their Bᵀ as blocks on a diagonal,
-    [3 r, (heads + 2 kv) d], or None (r = 0). q_norm, k_norm: weights of their RMSNorm [d] (Qwen3), or
-    None. cos, sin: [positions, d]. at: each row's new position [B]. cache: [slots, 2, kv, d]; row i has the slots
-    i·stride, …. length: more than any `at`.
+    qkv: [B, (heads + 2 kv) d]. q_norm, k_norm: weights of their RMSNorm [d] (Qwen3), or None. cos, sin: [positions, d].
+    at: each row's new position [B]. cache: [slots, 2, kv, d]; row i has the slots i·stride, …. length: more than any
+    `at`.
     """
-    (rows, width), (kv_heads, d) = qkv.shape, cache.shape[2:]
-    rank = 0 if b is None else len(b) // 3
-    heads = (width - 3 * rank) // d - 2 * kv_heads
-    splits = max(1, min(multiprocessors(qkv.device) // (rows * kv_heads), length // KEYS_PER_SPLIT))
-    out = torch.empty(rows, heads * d, dtype=cache.dtype, device=qkv.device)
+    (rows, width), (kv_heads, d), device = qkv.shape, cache.shape[2:], qkv.device
+    heads = width // d - 2 * kv_heads
+    splits = max(1, min(multiprocessors(device) // (rows * kv_heads), length // KEYS_PER_SPLIT))
+    out = torch.empty(rows, heads * d, dtype=cache.dtype, device=device)
     sums = stats = out  # not read
     if splits > 1:
-        sums, stats = (torch.empty(splits, rows * heads, n, device=qkv.device) for n in (d, 2))
+        sums, stats = (torch.empty(splits, rows * heads, n, device=device) for n in (d, 2))
     group = heads // kv_heads
     attend_kernel[(rows, kv_heads, splits)](
-        qkv, out if b is None else b, cos if q_norm is None else q_norm, cos if k_norm is None else k_norm, cos, sin,
-        at, cache, out, sums, stats, width, stride, splits, math.log2(math.e) / math.sqrt(d), eps,
-        KV=kv_heads, GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group + 2)), D=d, RANK=rank,
-        STEP=RANK_STEP, NORMED=q_norm is not None, SPLIT=splits > 1, BLOCK=ATTEND_BLOCK, num_warps=ATTEND_WARPS,
+        qkv, q_norm, k_norm, cos, sin, at, cache, out, sums, stats, stride, splits, math.log2(math.e) / math.sqrt(d),
+        eps, KV=kv_heads, GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group + 2)), D=d,
+        NORMED=q_norm is not None, SPLIT=splits > 1, BLOCK=ATTEND_BLOCK, num_warps=ATTEND_WARPS,
         num_stages=ATTEND_STAGES)
     if splits > 1:
         combine_kernel[(rows * heads,)](sums, stats, out, splits, D=d, num_warps=1)
@@ -236,36 +283,39 @@ def attend(qkv: Tensor, b: Tensor | None, q_norm: Tensor | None, k_norm: Tensor 
 # -- the MLP's activation
 
 
-@triton.jit
-def swiglu_kernel(y_ptr, b_ptr, out_ptr, rows, width, I: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def swiglu_kernel(y_ptr, b_ptr, squares_ptr, out_ptr, rows, width, parts, eps, H: tl.constexpr, I: tl.constexpr,
+                  RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+                  COLUMNS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (column < I)
     y = y_ptr + row * width
-    gate = tl.load(y + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(y + I + column, mask=inside, other=0.0).to(tl.float32)
     if RANK:
         j = tl.arange(0, RANK_BLOCK)
         low_mask, b_mask = (row < rows) & (j < RANK)[None, :], (j < RANK)[:, None] & (column < I)
         low, b = y + 2 * I + j[None, :], b_ptr + j[:, None] * (2 * I) + column
-        gate = tl.dot(tl.load(low, mask=low_mask, other=0.0), tl.load(b, mask=b_mask, other=0.0), gate,
-                      input_precision="ieee")
-        up = tl.dot(tl.load(low + RANK, mask=low_mask, other=0.0),
-                    tl.load(b + RANK * 2 * I + I, mask=b_mask, other=0.0), up, input_precision="ieee")
+        b_gate, b_up = tl.load(b, mask=b_mask, other=0.0), tl.load(b + RANK * 2 * I + I, mask=b_mask, other=0.0)
+    factor = norm_factor(squares_ptr, tl.minimum(row, rows - 1), parts, eps, H, PARTS)
+    gate = tl.load(y + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(y + I + column, mask=inside, other=0.0).to(tl.float32)
+    if RANK:
+        gate = tl.dot(tl.load(low, mask=low_mask, other=0.0), b_gate, gate, input_precision="ieee")
+        up = tl.dot(tl.load(low + RANK, mask=low_mask, other=0.0), b_up, up, input_precision="ieee")
     dtype = out_ptr.dtype.element_ty
-    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    gate, up = (gate * factor).to(dtype).to(tl.float32), (up * factor).to(dtype).to(tl.float32)
     tl.store(out_ptr + row * I + column, (gate / (1.0 + tl.exp(-gate)) * up).to(dtype), mask=inside)
 
 
-def swiglu(y: Tensor, b: Tensor | None) -> Tensor:
-    """silu(gate) · up: [B, I]. y: [B, 2 I + 2 r], the projections gate and up and x Aᵀ of each; b: their Bᵀ as blocks
-    on a diagonal, [2 r, 2 I], or None (r = 0)."""
+def swiglu(y: Tensor, b: Tensor | None, stream: Stream, eps: float) -> Tensor:
+    """silu(gate) · up: [B, I]. y: [B, 2 I + 2 r], the products of stream.weighted with W of gate and up and with A of
+    each. b: their Bᵀ as blocks on a diagonal, [2 r, 2 I], or None (r = 0)."""
     rows, rank = len(y), 0 if b is None else len(b) // 2
-    size = (y.shape[1] - 2 * rank) // 2
+    size, parts = (y.shape[1] - 2 * rank) // 2, stream.squares.shape[1]
     out = torch.empty(rows, size, dtype=y.dtype, device=y.device)
     tile_rows, tile_columns = SWIGLU_TILE
     swiglu_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(size, tile_columns))](
-        y, out if b is None else b, out, rows, y.stride(0), I=size, RANK=rank,
-        RANK_BLOCK=max(16, triton.next_power_of_2(rank)), ROWS=tile_rows, COLUMNS=tile_columns, num_warps=4)
+        y, b, stream.squares, out, rows, y.stride(0), parts, eps, H=stream.x.shape[1], I=size, RANK=rank,
+        RANK_BLOCK=rank_block(rank), PARTS=triton.next_power_of_2(parts), ROWS=tile_rows, COLUMNS=tile_columns,
+        num_warps=4)
     return out

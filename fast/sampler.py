@@ -60,11 +60,7 @@ class Kind(NamedTuple):
 
 def project(x: Tensor, p: Projection) -> Tensor:
     """x Wᵀ + bias + alpha/r (x Aᵀ) Bᵀ: [T, in] -> [T, out]."""
-    return with_low_rank(F.linear(x, p.weight, p.bias), p)
-
-
-def with_low_rank(y: Tensor, p: Projection) -> Tensor:
-    """Add the adapter's low-rank term to a product: y = [x Wᵀ + bias | x Aᵀ] [T, out + r] -> [T, out]."""
+    y = F.linear(x, p.weight, p.bias)  # [x Wᵀ + bias | x Aᵀ]
     if p.b is None:
         return y
     out = p.b.shape[1]
@@ -175,6 +171,7 @@ class Decoder:
     def __init__(self, base: nn.Module, choose: Callable, note: Callable[[str], Any], compile: bool = True):
         self.choose, self.note, self.noted = choose, note, False
         self.weights: dict[str, Tensor] = {}  # the fused weights
+        self.made_of: dict[str, tuple] = {}   # and what they were computed from
         self.addresses: list = []             # of all tensors that graphs read
         self.layers: list[Layer] = []
         self.release()
@@ -209,7 +206,7 @@ class Decoder:
             keys = [(id(kind.cos), kind.window) for kind in kinds]
             distinct = dict(zip(keys, kinds))
             self.kinds, self.kind_of = list(distinct.values()), [[*distinct].index(key) for key in keys]
-        self.layers = []
+        self.layers, self.factors = [], []
         for i, layer in enumerate(body.layers):
             attention, mlp = layer.self_attn, layer.mlp
             names = "input_norm", "attention_norm", "post_norm", "mlp_norm", "q_norm", "k_norm"
@@ -221,6 +218,9 @@ class Decoder:
                 gate_up=self._fuse(f"{i}.gate_up", mlp.gate_proj, mlp.up_proj),
                 heads=self.config.num_attention_heads, kv_heads=self.config.num_key_value_heads,
                 eps=self.config.rms_norm_eps, scale=attention.scaling, kind=self.kind_of[i]))
+        if self.factors:
+            places, factors, scales = zip(*self.factors)
+            torch._foreach_copy_(places, torch._foreach_mul([f.float() for f in factors], scales))
         tensors = torch.utils._pytree.tree_leaves([self.layers, self.norm, self.embedding])
         addresses = [self.head, *(t.data_ptr() for t in tensors if isinstance(t, Tensor))]
         if addresses != self.addresses:  # graphs hold addresses; these are another model's
@@ -228,10 +228,10 @@ class Decoder:
         self.kernels = self._choose_kernels()
 
     def _choose_kernels(self):
-        """fast.kernels, or None: the torch path. RUNGS_KERNELS=1 and 0 decide; without it they run in half precision on
-        a GPU from Ampere on, where Triton is installed and they serve the model."""
+        """fast.kernels, or None: the torch path. RUNGS_KERNELS=1 and 0 decide; without it they run in bfloat16 on a GPU
+        from Ampere on, where Triton is installed and they serve the model."""
         on_gpu = self.device.type == "cuda"
-        default = on_gpu and self.dtype != torch.float32 and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        default = on_gpu and self.dtype == torch.bfloat16 and torch.cuda.get_device_capability(self.device) >= (8, 0)
         runs = on_gpu or os.environ.get("TRITON_INTERPRET") == "1"
         wanted = os.environ.get("RUNGS_KERNELS", str(int(default))) == "1"
         if not (wanted and runs and has_triton()):
@@ -242,40 +242,45 @@ class Decoder:
     def _norm(self, name: str, module: nn.Module) -> Tensor:
         """An RMSNorm's factor: the module's own weight, or what is computed of it (Gemma)."""
         weight = norm_of(module)[0]
-        return weight if weight is module.weight else self._store(name, [weight])
+        return weight if weight is module.weight else self._store(name, [module.weight], None, lambda: [weight])
 
     def _fuse(self, name: str, *modules: nn.Module) -> Projection:
-        """Linear layers (plain, NF4, with or without LoRA) as one projection in the compute dtype."""
+        """Linear layers (plain, NF4, with or without LoRA) as one projection in the compute dtype; an adapter's factors
+        are put into self.factors, for refresh to copy all at once."""
         bases, adapters = [getattr(m, "base_layer", m) for m in modules], [low_rank(m) for m in modules]
         # of each module; zeros fill up a smaller rank, so that rows are aligned and the kernels know where each begins
         rank = round_up(max(sum(len(a) for _, a, _ in factors) for factors in adapters), self.RANK_STEP)
-        ranks, bias, b = rank * len(modules), None, None
-        if len(modules) == 1 and not rank and bases[0].weight.dtype == self.dtype:
-            weight = bases[0].weight
+        layout, ranks = [[len(a) for _, a, _ in factors] for factors in adapters], rank * len(modules)
+        weights, biases, bias, b = [m.weight for m in bases], [m.bias for m in bases], None, None
+        if len(modules) == 1 and not rank and weights[0].dtype == self.dtype:
+            weight = weights[0]
         else:  # [W1; W2; …; A1; A2; …], and B1ᵀ, B2ᵀ, … as blocks on a diagonal
-            a = torch.zeros(ranks, modules[0].in_features, device=self.device)
-            b = torch.zeros(ranks, sum(m.out_features for m in modules), device=self.device)
+            out, inner = sum(m.out_features for m in modules), modules[0].in_features
+            zeros = functools.partial(torch.zeros, dtype=self.dtype, device=self.device)
+            weight = self._store(f"{name} {rank}", weights, layout, lambda: [
+                *(dequantized(w).to(self.dtype) for w in weights), zeros(ranks, inner)])
+            b = self._store(f"{name}.b {rank}", [], layout, lambda: [zeros(ranks, out)]) if rank else None
             column = 0
             for i, (m, factors) in enumerate(zip(modules, adapters)):
                 row = i * rank
                 for scale, factor_a, factor_b in factors:
-                    a[row:row + len(factor_a)] = factor_a
-                    b[row:row + len(factor_a), column:column + m.out_features] = scale * factor_b.float().T
-                    row += len(factor_a)
+                    size = len(factor_a)
+                    self.factors.append((weight[out + row:][:size], factor_a, 1.0))
+                    self.factors.append((b[row:row + size, column:column + m.out_features].T, factor_b, scale))
+                    row += size
                 column += m.out_features
-            rows = [*(dequantized(m.weight) for m in bases), a]
-            weight = self._store(f"{name} {rank}", [w.to(self.dtype) for w in rows])
-            b = self._store(f"{name}.b {rank}", [b.to(self.dtype)]) if rank else None
-        if bases[0].bias is not None:
-            biases = [m.bias for m in bases]
-            bias = self._store(f"{name}.bias {rank}", [*biases, biases[0].new_zeros(ranks)])
+        if biases[0] is not None:
+            bias = self._store(f"{name}.bias {rank}", biases, None, lambda: [*biases, biases[0].new_zeros(ranks)])
         return Projection(weight, bias, b)
 
-    def _store(self, name: str, parts: Sequence[Tensor]) -> Tensor:
-        """Concatenate the parts, into the memory that the first call for this name allocated."""
-        if name in self.weights:
-            return torch.cat(tuple(parts), out=self.weights[name])
-        return self.weights.setdefault(name, torch.cat(tuple(parts)))
+    def _store(self, name: str, sources: Sequence[Tensor], layout: Any, parts: Callable[[], Sequence[Tensor]]) -> Tensor:
+        """parts() concatenated, in the memory that the first call for this name allocated. They are computed again only
+        when a tensor of `sources`, which they are made of, or the layout is another or has changed."""
+        state = layout, [(id(t), t.data_ptr(), t._version) for t in sources]
+        if name not in self.weights or self.made_of[name][0] != state:
+            self.weights[name] = torch.cat(tuple(parts()), out=self.weights.get(name))
+            self.made_of[name] = state, sources  # which live as long, so that no other tensor gets an id of theirs
+        return self.weights[name]
 
     # -- memory
 
@@ -401,7 +406,7 @@ class Decoder:
                                         part.cu_seqlens_k, self.kinds[w.kind].window).flatten(1)
             if self.kernels:
                 self._layers_by_kernels(x, lambda qkv, w, cache: attend_prompts(
-                    *queries_keys_values(with_low_rank(qkv, w.qkv), w, *rotation[w.kind]), w, cache))
+                    *queries_keys_values(qkv, w, *rotation[w.kind]), w, cache))
             else:
                 update = torch.zeros_like(x)
                 for w, cache in zip(self.layers, self.cache):
@@ -441,15 +446,15 @@ class Decoder:
 
     def _step(self, size: int, length: int, stride: int, kind: str) -> None:
         """Feed each row its token and choose the next: into the buffers, for the next step and for the readback."""
-        fused = compiled if self.compile else lambda function: function
+        fused = self._fused
         fed = (self.token[:size], self.start[:size], self.position, self.columns[:length], self.embedding,
                self.embedding_scale)
         if self.kernels:
             x, at = fused(decode_begin)(*fed)
             h = self._layers_by_kernels(x, lambda qkv, w, cache: self.kernels.attend(
-                qkv, w.qkv.b, w.q_norm, w.k_norm, w.eps, *self.kinds[0][:2], at, cache, stride, length))
+                qkv, w.q_norm, w.k_norm, w.eps, *self.kinds[0][:2], at, cache, stride, length))
         else:
-            h = self._layers(fused, *fused(decode_places)(*fed, self.first_slot[:size], self.kinds), stride)
+            h = self._layers(*fused(decode_places)(*fed, self.first_slot[:size], self.kinds), stride)
         logits = self.head(h)
         noise = (None, None, None) if kind == "greedy" else (self.seed, self.key[:size], self.position)
         # nucleus sampling needs a sort, which isn't fused anyway
@@ -461,9 +466,13 @@ class Decoder:
         self.token[:size] = token
         self.position += 1
 
-    def _layers(self, fused: Callable, x: Tensor, slots: Tensor, places: Sequence[tuple], stride: int) -> Tensor:
+    def _fused(self, function: Callable) -> Callable:
+        """The function with its elementwise parts fused, if this decoder compiles."""
+        return compiled(function) if self.compile else function
+
+    def _layers(self, x: Tensor, slots: Tensor, places: Sequence[tuple], stride: int) -> Tensor:
         """The decoder's layers over one token per row, in torch: embeddings -> last hidden states, [B, H]."""
-        enter, leave, end = map(fused, (decode_in, attention_out, decode_end))
+        enter, leave, end = map(self._fused, (decode_in, attention_out, decode_end))
         update = torch.zeros_like(x)
         for w, cache in zip(self.layers, self.cache):
             cos, sin, mask = places[w.kind]
@@ -475,14 +484,14 @@ class Decoder:
         """The decoder's layers with the kernels of fast/kernels.py: embeddings x [T, H], which are overwritten -> last
         hidden states after the final norm, [T, H]. T: one token per row, or the packed tokens of prompts.
 
-        attend(qkv, layer, its cache) returns attention's result [T, heads d]. qkv: [h Wᵀ + bias | h Aᵀ] of the normed
-        input h, to which `attend` has yet to add the low-rank term.
+        attend(projection of q, k and v [T, out], layer, its cache) returns attention's result [T, heads d].
         """
-        kernels, update, b = self.kernels, torch.zeros_like(x), None
-        for w, cache in zip(self.layers, self.cache):
-            h = kernels.add_norm(x, update, b, (w.input_norm, w.eps))
-            attended = attend(F.linear(h, w.qkv.weight, w.qkv.bias), w, cache)
-            h = kernels.add_norm(x, F.linear(attended, w.o.weight, w.o.bias), w.o.b, (w.post_norm, w.eps))
-            h = kernels.swiglu(F.linear(h, w.gate_up.weight, w.gate_up.bias), w.gate_up.b)
-            update, b = F.linear(h, w.down.weight, w.down.bias), w.down.b
-        return kernels.add_norm(x, update, b, self.norm)
+        kernels, norms = self.kernels, [*(w.input_norm for w in self.layers[1:]), self.norm[0]]
+        stream = self._fused(kernels.begin)(x, self.layers[0].input_norm)
+        for w, cache, next_norm in zip(self.layers, self.cache, norms):
+            qkv = kernels.finish(F.linear(stream.weighted, w.qkv.weight), w.qkv.b, w.qkv.bias, stream, w.eps)
+            attended = attend(qkv, w, cache)
+            stream = kernels.add(stream, F.linear(attended, w.o.weight, w.o.bias), w.o.b, w.post_norm)
+            gated = kernels.swiglu(F.linear(stream.weighted, w.gate_up.weight), w.gate_up.b, stream, w.eps)
+            stream = kernels.add(stream, F.linear(gated, w.down.weight, w.down.bias), w.down.b, next_norm)
+        return self._fused(rms_norm)(stream.x, *self.norm)

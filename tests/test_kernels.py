@@ -53,8 +53,49 @@ for kind, kv_heads, rank, temperature in (("qwen2", 1, 20, 1.0), ("qwen3", 2, 0,
 """
 
 
-def run(*command):
-    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(
+COMPILED = """
+import sys
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+from fast import kernels
+
+class Driver:  # of a GPU that isn't there
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+    def get_current_target(self):
+        return GPUTarget("cuda", int(sys.argv[1]), 32)
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+triton.runtime.driver.set_active(Driver())
+launch, memory = JITFunction.run, {}
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    shared = launch(self, *args, grid=grid, warmup=True, **kwargs).metadata.shared
+    memory[self.__name__] = max(shared, memory.get(self.__name__, 0))
+
+JITFunction.run = compile_only
+new = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype)
+for rank, heads, kv, d, H, I in ((0, 14, 2, 64, 896, 4864), (32, 14, 2, 64, 896, 4864), (16, 16, 8, 128, 1024, 3072)):
+    rows, out, b = 3, (heads + 2 * kv) * d, lambda n, out: new(n * rank, out) if rank else None
+    stream = kernels.begin(new(rows, H), new(H))
+    kernels.finish(new(rows, out + 3 * rank), b(3, out), new(out) if d == 64 else None, stream, 1e-6)
+    norm = new(d) if d == 128 else None  # Qwen3
+    kernels.attend(new(rows, out), norm, norm, 1e-6, new(9, d), new(9, d), new(rows, dtype=torch.long),
+                   new(rows * 512, 2, kv, d), 512, 512)
+    stream = kernels.add(stream, new(rows, H + rank), b(1, H), new(H))
+    kernels.swiglu(new(rows, 2 * I + 2 * rank), b(2, 2 * I), stream, 1e-6)
+assert set(memory) == {name for name in vars(kernels) if name.endswith("_kernel")}, memory
+assert max(memory.values()) < 99 << 10, memory
+"""
+
+
+def run(*command, interpret="1"):
+    env = os.environ | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
 
@@ -67,4 +108,13 @@ def test_each_kernel_equals_torch():
 def test_the_sampler_by_kernels_is_the_sampler():
     """fp32: the same tokens, sampled with an adapter and greedy without; log-probs within 1e-5."""
     done = run("-c", SAMPLER)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("capability", ["80", "89", "90"])
+def test_each_kernel_compiles(capability, tmp_path, monkeypatch):
+    """Triton's interpreter takes programs that its compiler refuses. So every kernel is compiled, without a GPU, for an
+    A100, an RTX 4090 and an H100, as it would be launched; the shared memory fits the smallest of them, 99 KiB."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    done = run("-c", COMPILED, capability, interpret="0")
     assert done.returncode == 0, done.stderr

@@ -367,6 +367,37 @@ def test_many_refreshes_leave_no_trace(tiny_model, tmp_path, dtype):
     assert all(torch.equal(a, b) for a, b in zip(weights(sampler), fresh))
 
 
+def test_a_refresh_computes_what_has_changed(tiny_model, monkeypatch):
+    """The base's fused weights are computed once, while the adapter changes. A base weight that is changed in place, or
+    replaced, is taken over; and an adapter of a smaller rank, padded to the same, leaves nothing of the one before."""
+    tokenizer, g, fused = chat.load_tokenizer(tiny_model), torch.Generator().manual_seed(0), []
+    dequantized = fast.sampler.dequantized
+    monkeypatch.setattr(fast.sampler, "dequantized", lambda w: fused.append(w) or dequantized(w))
+    policy = common.add_lora(common.load_model(tiny_model), 16, 32)
+    perturb(policy, g)
+    sampler = Sampler(policy, tokenizer)
+
+    def refreshed(policy):
+        """How many weights a refresh computes; what they are is a fresh sampler's."""
+        fused.clear()
+        sampler.refresh(policy)
+        count = len(fused)
+        assert all(torch.equal(a, b) for a, b in zip(weights(sampler), weights(Sampler(policy, tokenizer)), strict=True))
+        return count
+    perturb(policy, g)
+    assert refreshed(policy) == 0
+    attention = common.base_of(policy).base_model.layers[0].self_attn
+    with torch.no_grad():
+        attention.k_proj.base_layer.weight.mul_(1.5)
+    assert refreshed(policy) == 3  # of the projection q, k, v
+    attention.o_proj.base_layer.weight.data = attention.o_proj.base_layer.weight * 2
+    assert refreshed(policy) == 1
+    small = common.add_lora(policy.unload(), 4, 8)
+    perturb(small, g)
+    assert refreshed(small) == 2 * 7
+    assert refreshed(small) == 0
+
+
 def test_what_no_adapter_touches_is_shared(tiny_model):
     policy = common.add_lora(common.load_model(tiny_model))
     sampler = Sampler(policy, chat.load_tokenizer(tiny_model))
