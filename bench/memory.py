@@ -1,0 +1,99 @@
+"""The smallest graphics card on which each script trains, found by limiting the memory that it may take.
+
+    python bench/memory.py                                            # NF4 base of 0.5B: 8, 12, 16 and 24 GB
+    python bench/memory.py --shape qwen2.5-1.5b --script sft dpo
+    python bench/memory.py --gib 4 --script sft dpo --micro-tokens 2048 1024      # another limit
+    python bench/memory.py --shape tiny --gib 1                       # a trial without a GPU, where nothing limits it
+
+A card of n GB is taken as n - 1 GiB for torch (RUNGS_GPU_GIB), since CUDA and a display need some. The base is random, in
+NF4, the text is train.py's: 16 rows per step, up to 1,024 tokens each; ppo 64 answers of 256 tokens per update, grpo 8 × 8
+of 256. Each script runs with its default --micro-tokens, then with fewer (the same update in smaller parts), on the
+smallest card first; a run counts if it does all its steps without running out of memory. One JSON line per run; they
+are written to --out, results/bench/memory/<device>-<shape>.json.
+"""
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import train
+import workload
+
+CASES = {"sft": "sft-nf4", "reward": "reward", "dpo": "dpo", "kto": "kto", "ppo": "ppo-step", "grpo": "grpo-step"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    script: tuple[Literal["sft", "reward", "dpo", "kto", "ppo", "grpo"], ...] = tuple(CASES)
+    """Scripts to run."""
+    gb: tuple[float, ...] = (8, 12, 16, 24)
+    """Cards, the smallest first."""
+    gib: float | None = None
+    """One limit in GiB instead of the cards."""
+    micro_tokens: tuple[int, ...] = (4096, 2048, 1024)
+    """What is tried after the default."""
+    steps: int = 12
+    """Optimizer steps; of ppo and grpo, 2 updates."""
+    shape: Literal["qwen2.5-0.5b", "qwen2.5-1.5b", "tiny"] = "qwen2.5-0.5b"
+    """Shape of the random model."""
+    seconds: int = 300
+    """Time limit of a run."""
+    work: str = "runs/bench-memory"
+    """Where models, data and runs go; what is there is deleted."""
+    out: str = "results/bench/memory"
+    """Where the results go."""
+
+
+def attempt(name: str, args: Args, limit: float, micro_tokens: int | None) -> dict:
+    """One run of a script under a limit in GiB; micro_tokens None: its default."""
+    device, work = "cuda" if torch.cuda.is_available() else "cpu", Path(args.work)
+    tokens = 256 if args.shape != "tiny" else 16
+    steps = args.steps if name not in ("ppo", "grpo") else 2
+    _, flags = train.script(CASES[name], work, steps, tokens)
+    if name == "reward":
+        flags[flags.index("--quantization") + 1] = "qlora"
+    flags += train.small(device) if micro_tokens is None else ["--micro-tokens", str(micro_tokens)]
+    out = work / f"run-{name}"
+    os.environ |= {"RUNGS_GPU_GIB": str(limit), "RUNGS_RETRIED": "1"} if device == "cuda" else {}
+    failed = train.run([sys.executable, f"{name}.py", *flags, "--out", str(out), "--overwrite"], args.seconds)[1]
+    log = out / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() and not failed else []
+    return {"script": name, "limit_gib": limit, "micro_tokens": micro_tokens or "default", "fits": not failed,
+            "peak_gib": lines[-1].get("peak_gib") if lines else None, "steps": len(lines), "error": failed}
+
+
+def main(args: Args) -> None:
+    work = Path(args.work)
+    cuda = torch.cuda.is_available()
+    workload.make(work, args.shape, train.ROWS * args.steps, 2 + 2 * train.PROMPTS * train.GROUP,
+                  torch.bfloat16 if cuda else torch.float32)
+    for case, out, users in (("sft-nf4", "sft", {"dpo", "kto", "ppo", "grpo"}), ("reward", "rm", {"ppo"})):  # parents
+        if users & {*args.script}:
+            name, flags = train.script(case, work, 1, 1)
+            if case == "reward":
+                flags[flags.index("--quantization") + 1] = "qlora"
+            command = [sys.executable, f"{name}.py", *flags, *train.small("cuda" if cuda else "cpu"), "--out", str(work / out)]
+            if failed := train.run(command, args.seconds, compile=False)[1]:
+                common.fail(f"{name}.py, which others start from: {failed}")
+    found = []
+    limits = [args.gib] if args.gib else [gb - 1 for gb in args.gb]
+    for name in args.script:
+        for limit, micro_tokens in ((limit, n) for limit in limits for n in (None, *args.micro_tokens)):
+            found.append(attempt(name, args, limit, micro_tokens))
+            print(json.dumps(found[-1]), flush=True)
+            if found[-1]["fits"]:
+                break
+    device = common.hardware()["device"]
+    path = Path(args.out) / f"{device.lower().replace(' ', '-')}-{args.shape}{f'-{args.gib:g}' if args.gib else ''}.json"
+    common.write_json(path, {"device": device, "shape": args.shape, "quantization": "qlora", "runs": found})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
