@@ -75,6 +75,16 @@ def norm_factor(squares_ptr, row, parts, eps, H, PARTS: tl.constexpr):
     return tl.rsqrt(tl.sum(squares, 1) / H + eps)[:, None]
 
 
+@triton.jit
+def add_low_rank(y, low, b, row_exists, column_exists, width, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """y + (x Aᵀ) Bᵀ, [ROWS, COLUMNS]. low: where x Aᵀ begins in each row; b: each column in the first of Bᵀ's rows, which
+    have `width` columns."""
+    j = tl.arange(0, RANK_BLOCK)
+    low = tl.load(low + j[None, :], mask=row_exists & (j < RANK)[None, :], other=0.0)
+    b = tl.load(b + j[:, None] * width, mask=(j < RANK)[:, None] & column_exists, other=0.0)
+    return tl.dot(low, b, y, input_precision="ieee")
+
+
 # -- residual sum
 
 
@@ -86,15 +96,11 @@ def add_kernel(x_ptr, y_ptr, b_ptr, norm_ptr, weighted_ptr, squares_ptr, rows, y
     inside = (row < rows) & (column < H)
     dtype = x_ptr.dtype.element_ty
     norm = tl.load(norm_ptr + column, mask=column < H, other=0.0).to(tl.float32)
-    if RANK:
-        j = tl.arange(0, RANK_BLOCK)
-        b = tl.load(b_ptr + j[:, None] * H + column, mask=(j < RANK)[:, None] & (column < H), other=0.0)
     y_row = y_ptr + row * y_width
     x = tl.load(x_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
     update = tl.load(y_row + column, mask=inside, other=0.0).to(tl.float32)
     if RANK:
-        low = tl.load(y_row + H + j[None, :], mask=(row < rows) & (j < RANK)[None, :], other=0.0)
-        update = tl.dot(low, b, update, input_precision="ieee")
+        update = add_low_rank(update, y_row + H, b_ptr + column, row < rows, column < H, H, RANK, RANK_BLOCK)
     x = (x + update.to(dtype).to(tl.float32)).to(dtype)
     tl.store(x_ptr + row * H + column, x, mask=inside)
     x = x.to(tl.float32)
@@ -135,10 +141,7 @@ def finish_kernel(y_ptr, b_ptr, bias_ptr, squares_ptr, out_ptr, rows, width, par
     y_row = y_ptr + row * width
     y = tl.load(y_row + column, mask=inside, other=0.0).to(tl.float32)
     if RANKS:
-        j = tl.arange(0, RANK_BLOCK)
-        low = tl.load(y_row + OUT + j[None, :], mask=(row < rows) & (j < RANKS)[None, :], other=0.0)
-        b = tl.load(b_ptr + j[:, None] * OUT + column, mask=(j < RANKS)[:, None] & (column < OUT), other=0.0)
-        y = tl.dot(low, b, y, input_precision="ieee")
+        y = add_low_rank(y, y_row + OUT, b_ptr + column, row < rows, column < OUT, OUT, RANKS, RANK_BLOCK)
     y *= norm_factor(squares_ptr, tl.minimum(row, rows - 1), parts, eps, H, PARTS)
     if BIASED:
         y += tl.load(bias_ptr + column, mask=column < OUT, other=0.0).to(tl.float32)
@@ -290,18 +293,14 @@ def swiglu_kernel(y_ptr, b_ptr, squares_ptr, out_ptr, rows, width, parts, eps, H
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (column < I)
-    y = y_ptr + row * width
-    if RANK:
-        j = tl.arange(0, RANK_BLOCK)
-        low_mask, b_mask = (row < rows) & (j < RANK)[None, :], (j < RANK)[:, None] & (column < I)
-        low, b = y + 2 * I + j[None, :], b_ptr + j[:, None] * (2 * I) + column
-        b_gate, b_up = tl.load(b, mask=b_mask, other=0.0), tl.load(b + RANK * 2 * I + I, mask=b_mask, other=0.0)
+    y_row = y_ptr + row * width
     factor = norm_factor(squares_ptr, tl.minimum(row, rows - 1), parts, eps, H, PARTS)
-    gate = tl.load(y + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(y + I + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(y_row + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(y_row + I + column, mask=inside, other=0.0).to(tl.float32)
     if RANK:
-        gate = tl.dot(tl.load(low, mask=low_mask, other=0.0), b_gate, gate, input_precision="ieee")
-        up = tl.dot(tl.load(low + RANK, mask=low_mask, other=0.0), b_up, up, input_precision="ieee")
+        low, b, width_b = y_row + 2 * I, b_ptr + column, 2 * I
+        gate = add_low_rank(gate, low, b, row < rows, column < I, width_b, RANK, RANK_BLOCK)
+        up = add_low_rank(up, low + RANK, b + RANK * width_b + I, row < rows, column < I, width_b, RANK, RANK_BLOCK)
     dtype = out_ptr.dtype.element_ty
     gate, up = (gate * factor).to(dtype).to(tl.float32), (up * factor).to(dtype).to(tl.float32)
     tl.store(out_ptr + row * I + column, (gate / (1.0 + tl.exp(-gate)) * up).to(dtype), mask=inside)
