@@ -8,8 +8,9 @@
 A card of n GB is taken as n - 1 GiB for torch (RUNGS_GPU_GIB), since CUDA and a display need some. The base is random, in
 NF4, the text is train.py's: 16 rows per step, up to 1,024 tokens each; ppo 64 answers of 256 tokens per update, grpo 8 × 8
 of 256. Each script runs with its default --micro-tokens, then with fewer (the same update in smaller parts), on the
-smallest card first; a run counts if it does all its steps without running out of memory. One JSON line per run; they
-are written to --out, results/bench/memory/<device>-<shape>.json.
+smallest card first; it fits if it does all its steps without running out of memory. A run that fails for another reason
+ends the measurement. One JSON line per run; --out has them by device, and a run that is made again replaces its earlier
+result.
 """
 import dataclasses
 import json
@@ -65,8 +66,10 @@ def attempt(name: str, args: Args, limit: float, micro_tokens: int | None) -> di
     failed = train.run([sys.executable, f"{name}.py", *flags, "--out", str(out), "--overwrite"], args.seconds)[1]
     log = out / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() and not failed else []
-    return {"script": name, "limit_gib": limit, "micro_tokens": micro_tokens or "default", "fits": not failed,
-            "peak_gib": lines[-1].get("peak_gib") if lines else None, "steps": len(lines), "error": failed}
+    if failed and "OutOfMemory" not in failed:
+        common.fail(f"{name}.py within {limit} GiB: {failed}")
+    return {"shape": args.shape, "script": name, "limit_gib": limit, "micro_tokens": micro_tokens or "default",
+            "fits": not failed, "peak_gib": lines[-1].get("peak_gib") if lines else None, "steps": steps}
 
 
 def main(args: Args) -> None:
@@ -82,17 +85,19 @@ def main(args: Args) -> None:
             command = [sys.executable, f"{name}.py", *flags, *train.small("cuda" if cuda else "cpu"), "--out", str(work / out)]
             if failed := train.run(command, args.seconds, compile=False)[1]:
                 common.fail(f"{name}.py, which others start from: {failed}")
-    found = []
+    device = common.hardware()["device"]
+    path = Path(args.out) / f"{device.lower().replace(' ', '-')}.json"
     limits = [args.gib] if args.gib else [gb - 1 for gb in args.gb]
     for name in args.script:
         for limit, micro_tokens in ((limit, n) for limit in limits for n in (None, *args.micro_tokens)):
-            found.append(attempt(name, args, limit, micro_tokens))
-            print(json.dumps(found[-1]), flush=True)
-            if found[-1]["fits"]:
+            run = attempt(name, args, limit, micro_tokens)
+            print(json.dumps(run), flush=True)
+            same = {key: run[key] for key in ("shape", "script", "limit_gib", "micro_tokens")}
+            earlier = common.read_json(path)["runs"] if path.is_file() else []
+            earlier = [r for r in earlier if {key: r[key] for key in same} != same]
+            common.write_json(path, {"device": device, "quantization": "qlora", "runs": [*earlier, run]})
+            if run["fits"]:
                 break
-    device = common.hardware()["device"]
-    path = Path(args.out) / f"{device.lower().replace(' ', '-')}-{args.shape}{f'-{args.gib:g}' if args.gib else ''}.json"
-    common.write_json(path, {"device": device, "shape": args.shape, "quantization": "qlora", "runs": found})
 
 
 if __name__ == "__main__":

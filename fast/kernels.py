@@ -1,7 +1,8 @@
 """Triton kernels of the sampler's decoder: the operations between a layer's matrix products, one kernel for each gap.
 
 A decoding step of B rows (one token each) reads every weight once: its products are short, and the small kernels between
-them take as long as they do. Per layer there are five here:
+them take as long as they do. Per layer there are five launches of four kernels (`add` twice; with few rows `attend`
+launches another, `combine`):
 
   finish   the norm's factor, the bias                  after the q/k/v product
   attend   rotary positions, cache write and attention
@@ -14,11 +15,12 @@ would leave most of a GPU idle. So `add` stores x times the norm's weight, and �
 after the next product multiplies what it reads by the norm's factor, 1 / sqrt(mean x² + eps), one number per row. A
 prompt's tokens, which attend to each other, run through all kernels but attend.
 
-Sums are fp32; results are rounded to the model's type where the torch path rounds them, with two differences: a norm's
-two factors are applied in the other order, and (x Aᵀ) Bᵀ isn't rounded before it is added.
+Sums are fp32; results are rounded to the model's type where the torch path rounds them, with three differences: a norm's
+two factors are applied in the other order, a bias after the norm's factor, and (x Aᵀ) Bᵀ isn't rounded before it is
+added.
 
-Only fast/sampler.py calls this module: on a GPU in bfloat16, unless RUNGS_KERNELS=0. The torch path there is the
-specification. With RUNGS_KERNELS=1 and TRITON_INTERPRET=1 the kernels run on a CPU, which the tests use. B rows, H
+Of the package, only fast/sampler.py calls this module: on a GPU in bfloat16 (not in float16, where products before the
+norm's factor may overflow), unless RUNGS_KERNELS=0. The torch path there is the specification. With RUNGS_KERNELS=1 and TRITON_INTERPRET=1 the kernels run on a CPU, which the tests use. B rows, H
 hidden size, d head size, I size of the MLP, r rank (a multiple of 16).
 """
 import functools
@@ -58,31 +60,33 @@ def unsupported(config) -> str | None:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors of a GPU; that of an H100 under the interpreter."""
+    """Number of multiprocessors of a GPU; 132, an H100's, without one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def rank_block(rank: int) -> int:
-    """A size for tiles of that many factors: tl.dot wants 16 at least, and powers of two."""
-    return max(16, triton.next_power_of_2(rank))
+def rank_step(rank: int) -> int:
+    """Rows of Bᵀ that a program takes at one time: a power of two, 16 to 64."""
+    return max(16, min(64, triton.next_power_of_2(rank)))
 
 
 @triton.jit
 def norm_factor(squares_ptr, row, parts, eps, H, PARTS: tl.constexpr):
-    """1 / sqrt(mean x² + eps) of rows [n, 1]: [n, 1]."""
+    """1 / sqrt(mean x² + eps) for row indices [ROWS, 1]; returns [ROWS, 1] in fp32."""
     part = tl.arange(0, PARTS)[None, :]
     squares = tl.load(squares_ptr + row * parts + part, mask=part < parts, other=0.0)
     return tl.rsqrt(tl.sum(squares, 1) / H + eps)[:, None]
 
 
 @triton.jit
-def add_low_rank(y, low, b, row_exists, column_exists, width, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """y + (x Aᵀ) Bᵀ, [ROWS, COLUMNS]. low: where x Aᵀ begins in each row; b: each column in the first of Bᵀ's rows, which
-    have `width` columns."""
-    j = tl.arange(0, RANK_BLOCK)
-    low = tl.load(low + j[None, :], mask=row_exists & (j < RANK)[None, :], other=0.0)
-    b = tl.load(b + j[:, None] * width, mask=(j < RANK)[:, None] & column_exists, other=0.0)
-    return tl.dot(low, b, y, input_precision="ieee")
+def add_low_rank(y, low, b, row_exists, column_exists, width, RANK: tl.constexpr, STEP: tl.constexpr):
+    """y + (x Aᵀ) Bᵀ, [ROWS, COLUMNS]. low: where x Aᵀ begins in each row; b: pointers to the columns of Bᵀ's first row;
+    rows are `width` apart."""
+    for first in tl.static_range(0, RANK, STEP):
+        j = first + tl.arange(0, STEP)
+        low_tile = tl.load(low + j[None, :], mask=row_exists & (j < RANK)[None, :], other=0.0)
+        b_tile = tl.load(b + j[:, None] * width, mask=(j < RANK)[:, None] & column_exists, other=0.0)
+        y = tl.dot(low_tile, b_tile, y, input_precision="ieee")
+    return y
 
 
 # -- residual sum
@@ -90,7 +94,7 @@ def add_low_rank(y, low, b, row_exists, column_exists, width, RANK: tl.constexpr
 
 @triton.jit(do_not_specialize=["rows"])
 def add_kernel(x_ptr, y_ptr, b_ptr, norm_ptr, weighted_ptr, squares_ptr, rows, y_width, H: tl.constexpr,
-               RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+               RANK: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (column < H)
@@ -100,7 +104,7 @@ def add_kernel(x_ptr, y_ptr, b_ptr, norm_ptr, weighted_ptr, squares_ptr, rows, y
     x = tl.load(x_ptr + row * H + column, mask=inside, other=0.0).to(tl.float32)
     update = tl.load(y_row + column, mask=inside, other=0.0).to(tl.float32)
     if RANK:
-        update = add_low_rank(update, y_row + H, b_ptr + column, row < rows, column < H, H, RANK, RANK_BLOCK)
+        update = add_low_rank(update, y_row + H, b_ptr + column, row < rows, column < H, H, RANK, STEP)
     x = (x + update.to(dtype).to(tl.float32)).to(dtype)
     tl.store(x_ptr + row * H + column, x, mask=inside)
     x = x.to(tl.float32)
@@ -110,16 +114,16 @@ def add_kernel(x_ptr, y_ptr, b_ptr, norm_ptr, weighted_ptr, squares_ptr, rows, y
 
 
 def add(stream: Stream, y: Tensor, b: Tensor | None, norm: Tensor) -> Stream:
-    """The stream plus y's projection, for a norm of weight `norm` [H]; stream.x is changed in place.
+    """The stream plus y's projection; stream.x is changed in place.
 
-    y: [B, H + r], a projection and its x Aᵀ. b: Bᵀ [r, H], or None (r = 0).
+    y: [B, H + r], a projection and its x Aᵀ. b: Bᵀ [r, H], or None (r = 0). norm: weight of the RMSNorm that follows [H].
     """
     (rows, size), rank = stream.x.shape, 0 if b is None else len(b)
     tile_rows, tile_columns = ADD_TILE
     grid = triton.cdiv(rows, tile_rows), triton.cdiv(size, tile_columns)
     weighted, squares = torch.empty_like(stream.x), torch.empty(rows, grid[1], device=y.device)
     add_kernel[grid](stream.x, y, b, norm, weighted, squares, rows, y.stride(0), H=size, RANK=rank,
-                     RANK_BLOCK=rank_block(rank), ROWS=tile_rows, COLUMNS=tile_columns, num_warps=4)
+                     STEP=rank_step(rank), ROWS=tile_rows, COLUMNS=tile_columns, num_warps=4)
     return Stream(stream.x, weighted, squares)
 
 
@@ -133,7 +137,7 @@ def begin(x: Tensor, norm: Tensor) -> Stream:
 
 @triton.jit(do_not_specialize=["rows"])
 def finish_kernel(y_ptr, b_ptr, bias_ptr, squares_ptr, out_ptr, rows, width, parts, eps, H: tl.constexpr,
-                  OUT: tl.constexpr, RANKS: tl.constexpr, RANK_BLOCK: tl.constexpr, BIASED: tl.constexpr,
+                  OUT: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
                   PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -141,7 +145,7 @@ def finish_kernel(y_ptr, b_ptr, bias_ptr, squares_ptr, out_ptr, rows, width, par
     y_row = y_ptr + row * width
     y = tl.load(y_row + column, mask=inside, other=0.0).to(tl.float32)
     if RANKS:
-        y = add_low_rank(y, y_row + OUT, b_ptr + column, row < rows, column < OUT, OUT, RANKS, RANK_BLOCK)
+        y = add_low_rank(y, y_row + OUT, b_ptr + column, row < rows, column < OUT, OUT, RANKS, STEP)
     y *= norm_factor(squares_ptr, tl.minimum(row, rows - 1), parts, eps, H, PARTS)
     if BIASED:
         y += tl.load(bias_ptr + column, mask=column < OUT, other=0.0).to(tl.float32)
@@ -149,10 +153,10 @@ def finish_kernel(y_ptr, b_ptr, bias_ptr, squares_ptr, out_ptr, rows, width, par
 
 
 def finish(y: Tensor, b: Tensor | None, bias: Tensor | None, stream: Stream, eps: float) -> Tensor:
-    """A projection of the stream's norm, [B, out].
+    """The projection of the stream's norm to q, k and v, [B, out].
 
-    y: [B, out + r], the products of stream.weighted with W and A. b: Bᵀ [r, out], or None (r = 0). bias: [out or more],
-    or None.
+    y: [B, out + 3 r], the products of stream.weighted with W of q, k and v and with A of each. b: their Bᵀ as blocks on a
+    diagonal, [3 r, out], or None (r = 0). bias: [out or more], or None.
     """
     rows, ranks = len(y), 0 if b is None else len(b)
     size, parts = y.shape[1] - ranks, stream.squares.shape[1]
@@ -160,7 +164,7 @@ def finish(y: Tensor, b: Tensor | None, bias: Tensor | None, stream: Stream, eps
     tile_rows, tile_columns = ADD_TILE
     finish_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(size, tile_columns))](
         y, b, bias, stream.squares, out, rows, y.stride(0), parts, eps, H=stream.x.shape[1], OUT=size, RANKS=ranks,
-        RANK_BLOCK=rank_block(ranks), BIASED=bias is not None, PARTS=triton.next_power_of_2(parts), ROWS=tile_rows,
+        STEP=rank_step(ranks), BIASED=bias is not None, PARTS=triton.next_power_of_2(parts), ROWS=tile_rows,
         COLUMNS=tile_columns, num_warps=4)
     return out
 
@@ -288,7 +292,7 @@ def attend(qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
 
 @triton.jit(do_not_specialize=["rows"])
 def swiglu_kernel(y_ptr, b_ptr, squares_ptr, out_ptr, rows, width, parts, eps, H: tl.constexpr, I: tl.constexpr,
-                  RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+                  RANK: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
                   COLUMNS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -299,8 +303,8 @@ def swiglu_kernel(y_ptr, b_ptr, squares_ptr, out_ptr, rows, width, parts, eps, H
     up = tl.load(y_row + I + column, mask=inside, other=0.0).to(tl.float32)
     if RANK:
         low, b, width_b = y_row + 2 * I, b_ptr + column, 2 * I
-        gate = add_low_rank(gate, low, b, row < rows, column < I, width_b, RANK, RANK_BLOCK)
-        up = add_low_rank(up, low + RANK, b + RANK * width_b + I, row < rows, column < I, width_b, RANK, RANK_BLOCK)
+        gate = add_low_rank(gate, low, b, row < rows, column < I, width_b, RANK, STEP)
+        up = add_low_rank(up, low + RANK, b + RANK * width_b + I, row < rows, column < I, width_b, RANK, STEP)
     dtype = out_ptr.dtype.element_ty
     gate, up = (gate * factor).to(dtype).to(tl.float32), (up * factor).to(dtype).to(tl.float32)
     tl.store(out_ptr + row * I + column, (gate / (1.0 + tl.exp(-gate)) * up).to(dtype), mask=inside)
@@ -315,6 +319,6 @@ def swiglu(y: Tensor, b: Tensor | None, stream: Stream, eps: float) -> Tensor:
     tile_rows, tile_columns = SWIGLU_TILE
     swiglu_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(size, tile_columns))](
         y, b, stream.squares, out, rows, y.stride(0), parts, eps, H=stream.x.shape[1], I=size, RANK=rank,
-        RANK_BLOCK=rank_block(rank), PARTS=triton.next_power_of_2(parts), ROWS=tile_rows, COLUMNS=tile_columns,
+        STEP=rank_step(rank), PARTS=triton.next_power_of_2(parts), ROWS=tile_rows, COLUMNS=tile_columns,
         num_warps=4)
     return out

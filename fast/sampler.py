@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fast.attention import packed_attention
@@ -190,7 +191,8 @@ class Decoder:
     def refresh(self, base: nn.Module) -> None:
         """Take over the policy's weights as they are now, in place: captured graphs stay valid.
 
-        Tensors that no adapter touches (embeddings, norms, LM head) are shared with the model.
+        Tensors that no adapter touches (embeddings, norms, LM head) are shared with the model. A base weight that was
+        changed in place through `.data` isn't noticed: assign it, or change it under no_grad.
         """
         self.config, body, self.computed = base.config, base.base_model, 0
         self.embedding, self.head = body.embed_tokens.weight, base.get_output_embeddings()
@@ -219,8 +221,8 @@ class Decoder:
                 heads=self.config.num_attention_heads, kv_heads=self.config.num_key_value_heads,
                 eps=self.config.rms_norm_eps, scale=attention.scaling, kind=self.kind_of[i]))
         if self.factors:
-            places, factors, scales = zip(*self.factors)
-            torch._foreach_copy_(places, torch._foreach_mul([f.float() for f in factors], scales))
+            targets, factors, scales = zip(*self.factors)
+            torch._foreach_copy_(targets, torch._foreach_mul([f.float() for f in factors], scales))
         tensors = torch.utils._pytree.tree_leaves([self.layers, self.norm, self.embedding])
         addresses = [self.head, *(t.data_ptr() for t in tensors if isinstance(t, Tensor))]
         if addresses != self.addresses:  # graphs hold addresses; these are another model's
@@ -274,12 +276,12 @@ class Decoder:
         return Projection(weight, bias, b)
 
     def _store(self, name: str, sources: Sequence[Tensor], layout: Any, parts: Callable[[], Sequence[Tensor]]) -> Tensor:
-        """parts() concatenated, in the memory that the first call for this name allocated. They are computed again only
-        when a tensor of `sources`, which they are made of, or the layout is another or has changed."""
-        state = layout, [(id(t), t.data_ptr(), t._version) for t in sources]
+        """parts() concatenated, in the memory that the first call for this name allocated. Computed again only if one of
+        `sources`, which they are made of, was replaced or changed in place, or the layout (the adapters' ranks) differs."""
+        state = layout, [(id(t), StorageWeakRef(t.untyped_storage()), t._version) for t in sources]
         if name not in self.weights or self.made_of[name][0] != state:
             self.weights[name] = torch.cat(tuple(parts()), out=self.weights.get(name))
-            self.made_of[name] = state, sources  # which live as long, so that no other tensor gets an id of theirs
+            self.made_of[name] = state, sources  # kept alive, so that their ids are not reused
         return self.weights[name]
 
     # -- memory
@@ -494,4 +496,5 @@ class Decoder:
             stream = kernels.add(stream, F.linear(attended, w.o.weight, w.o.bias), w.o.b, w.post_norm)
             gated = kernels.swiglu(F.linear(stream.weighted, w.gate_up.weight), w.gate_up.b, stream, w.eps)
             stream = kernels.add(stream, F.linear(gated, w.down.weight, w.down.bias), w.down.b, next_norm)
+        # the last norm has no product after it whose kernel could apply its factor
         return self._fused(rms_norm)(stream.x, *self.norm)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not TRITON or TRITON < (3, 8), reason="needs tri
 SAMPLER = """
 import os
 import torch
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 import common
 
@@ -34,15 +35,23 @@ def sample(policy, kernels, temperature):
     assert bool(sampler.decoder.kernels) == (kernels != "0")
     return sampler.sample([[7, 8, 9], [3], [7, 8, 9], list(range(10, 40))], [2, 5, 1, 3], temperature, seed=1)
 
-for kind, kv_heads, rank, temperature in (("qwen2", 1, 20, 1.0), ("qwen3", 2, 0, 0.0)):
+for kind, kv_heads, ranks, temperature in (("qwen2", 1, (20,), 1.0), ("qwen3", 2, (), 0.0), ("llama", 1, (4, 30), 1.0)):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, hidden_size=64, intermediate_size=72, num_hidden_layers=2, head_dim=32,
+    config = AutoConfig.for_model(kind, hidden_size=192, attention_bias=kind != "qwen3", intermediate_size=72, num_hidden_layers=2, head_dim=32,
                                   num_attention_heads=2, num_key_value_heads=kv_heads, vocab_size=50, pad_token_id=0,
                                   max_position_embeddings=256, initializer_range=0.1)
     policy = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
-    if rank:
-        policy = common.add_lora(policy, rank, 2 * rank)
-        for p in common.trainable(policy):
+    for name, p in policy.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p, std=0.1)
+    for i, rank in enumerate(ranks):
+        if i:
+            policy.add_adapter("second", LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "o_proj", "up_proj"]))
+            policy.base_model.set_adapter(["default", "second"])
+        else:
+            policy = common.add_lora(policy, rank, 2 * rank)
+    for name, p in policy.named_parameters():
+        if "lora" in name:
             torch.nn.init.normal_(p, std=0.1)
     torch_path = sample(policy, "0", temperature)
     assert len({tuple(c.ids) for c in torch_path}) > 2
@@ -80,7 +89,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 
 JITFunction.run = compile_only
 new = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype)
-for rank, heads, kv, d, H, I in ((0, 14, 2, 64, 896, 4864), (32, 14, 2, 64, 896, 4864), (16, 16, 8, 128, 1024, 3072)):
+for rank, heads, kv, d, H, I in ((0, 14, 2, 64, 896, 4864), (256, 14, 2, 64, 896, 4864), (16, 16, 8, 128, 1024, 3072)):
     rows, out, b = 3, (heads + 2 * kv) * d, lambda n, out: new(n * rank, out) if rank else None
     stream = kernels.begin(new(rows, H), new(H))
     kernels.finish(new(rows, out + 3 * rank), b(3, out), new(out) if d == 64 else None, stream, 1e-6)
