@@ -1,19 +1,17 @@
 """Triton kernels of the sampler's decoder: the operations between a layer's matrix products, one kernel for each gap.
 
 A decoding step of B rows (one token each) reads every weight once: its products are short, and the small kernels between
-them take as long as they do. Per layer there are five launches of four kernels (`add` twice; with few rows `attend`
-launches another, `combine`):
+them take as long as they do. Per layer there are three kernels, in four launches:
 
-  finish   the norm's factor, the bias                  after the q/k/v product
-  attend   rotary positions, cache write and attention
-  add      the residual sum                             after the output and after the down product
-  swiglu   the norm's factor, silu(gate) · up           after the gate/up product
+  attend   rotary positions, cache write and attention   after the q/k/v product (with few rows `combine` follows)
+  add      the residual sum                              after the output and after the down product
+  swiglu   silu(gate) · up                               after the gate/up product
 
-An adapter's low-rank term costs no kernel: the product before computes [x Wᵀ | x Aᵀ] (sampler.Projection), and finish, add
-or swiglu, which reads its result, adds (x Aᵀ) Bᵀ. Nor does an RMSNorm. It needs whole rows, and a program for each row
-would leave most of a GPU idle. So `add` stores x times the norm's weight, and Σ x² over each part of a row; the kernel
-after the next product multiplies what it reads by the norm's factor, 1 / sqrt(mean x² + eps), one number per row. A
-prompt's tokens, which attend to each other, run through all kernels but attend.
+An adapter's low-rank term costs no kernel: the product before computes [x Wᵀ | x Aᵀ] (sampler.Projection), and the
+kernel that reads its result adds (x Aᵀ) Bᵀ. Nor does an RMSNorm. It needs whole rows, and one program per row would
+leave most of a GPU idle. So `add` stores x times the norm's weight, and Σ x² over each part of a row; attend or swiglu,
+after the next product, multiplies what it reads by the norm's factor, 1 / sqrt(mean x² + eps), one number per row. A
+prompt's tokens, which attend to each other, run through add and swiglu as well.
 
 Sums are fp32; results are rounded to the model's type where the torch path rounds them, with three differences: a norm's
 two factors are applied in the other order, a bias after the norm's factor, and (x Aᵀ) Bᵀ isn't rounded before it is
@@ -32,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+RANK_STEP = 16            # ranks are multiples of it; this many rows of a factor are read at one time by attend
 # Chosen by bench/decode_kernels.py --tune
 ATTEND_BLOCK = 64         # keys per iteration
 ATTEND_WARPS = 4
@@ -132,85 +131,71 @@ def begin(x: Tensor, norm: Tensor) -> Stream:
     return Stream(x, x * norm, x.float().square().sum(-1, keepdim=True))
 
 
-# -- a projection after a norm
-
-
-@triton.jit(do_not_specialize=["rows"])
-def finish_kernel(y_ptr, b_ptr, bias_ptr, squares_ptr, out_ptr, rows, width, parts, eps, H: tl.constexpr,
-                  OUT: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, BIASED: tl.constexpr,
-                  PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    inside = (row < rows) & (column < OUT)
-    y_row = y_ptr + row * width
-    y = tl.load(y_row + column, mask=inside, other=0.0).to(tl.float32)
-    if RANKS:
-        y = add_low_rank(y, y_row + OUT, b_ptr + column, row < rows, column < OUT, OUT, RANKS, STEP)
-    y *= norm_factor(squares_ptr, tl.minimum(row, rows - 1), parts, eps, H, PARTS)
-    if BIASED:
-        y += tl.load(bias_ptr + column, mask=column < OUT, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * OUT + column, y.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def finish(y: Tensor, b: Tensor | None, bias: Tensor | None, stream: Stream, eps: float) -> Tensor:
-    """The projection of the stream's norm to q, k and v, [B, out].
-
-    y: [B, out + 3 r], the products of stream.weighted with W of q, k and v and with A of each. b: their Bᵀ as blocks on a
-    diagonal, [3 r, out], or None (r = 0). bias: [out or more], or None.
-    """
-    rows, ranks = len(y), 0 if b is None else len(b)
-    size, parts = y.shape[1] - ranks, stream.squares.shape[1]
-    out = torch.empty(rows, size, dtype=y.dtype, device=y.device)
-    tile_rows, tile_columns = ADD_TILE
-    finish_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(size, tile_columns))](
-        y, b, bias, stream.squares, out, rows, y.stride(0), parts, eps, H=stream.x.shape[1], OUT=size, RANKS=ranks,
-        STEP=rank_step(ranks), BIASED=bias is not None, PARTS=triton.next_power_of_2(parts), ROWS=tile_rows,
-        COLUMNS=tile_columns, num_warps=4)
-    return out
-
-
 # -- attention
 
 
 @triton.jit
-def attend_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, at_ptr, cache_ptr, out_ptr, sums_ptr, stats_ptr,
-                  stride, splits, scale, eps, KV: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-                  D: tl.constexpr, NORMED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+def attend_kernel(qkv_ptr, bias_ptr, b_ptr, squares_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, at_ptr, cache_ptr,
+                  out_ptr, sums_ptr, stats_ptr, width, parts, stride, splits, scale, eps, H: tl.constexpr,
+                  KV: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr,
+                  RANK: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, BIASED: tl.constexpr,
+                  NORMED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     """One program: the query heads of a row that share a kv head, over one split of the row's keys."""
     row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = cache_ptr.dtype.element_ty
     HEADS: tl.constexpr = KV * GROUP
+    OUT: tl.constexpr = (HEADS + 2 * KV) * D
     at = tl.load(at_ptr + row)
-    # One tile [G, d] holds the group's query heads, then their key head and value head.
-    group, i = tl.arange(0, GROUP_BLOCK), tl.arange(0, D)
+    # Two tiles [G, d/2] hold the halves of the group's query heads, then of their key head and value head: a rotation
+    # takes pairs of elements that are half a head apart.
+    group, half, i = tl.arange(0, GROUP_BLOCK), tl.arange(0, D // 2), tl.arange(0, D)
     kind = tl.where(group < GROUP, 0, tl.where(group == GROUP, 1, 2))                            # q, k, v
     head = tl.where(kind == 0, kv * GROUP + group, HEADS + (kind - 1) * KV + kv)
-    exists = (group < GROUP + 2)[:, None] & (i < D)[None, :]
+    column, exists = head[:, None] * D + half[None, :], (group < GROUP + 2)[:, None] & (half < D)[None, :]
     is_k, is_v = (kind == 1)[:, None], (kind == 2)[:, None]
-    heads = qkv_ptr + row * ((HEADS + 2 * KV) * D) + head[:, None] * D
-    partner = (i + D // 2) % D                       # a rotation takes pairs of elements that are half a head apart
-    x = tl.load(heads + i[None, :], mask=exists, other=0.0).to(tl.float32)
-    y = tl.load(heads + partner[None, :], mask=exists, other=0.0).to(tl.float32)
+    y_row = qkv_ptr + row * width
+    x1 = tl.load(y_row + column, mask=exists, other=0.0).to(tl.float32)
+    x2 = tl.load(y_row + column + D // 2, mask=exists, other=0.0).to(tl.float32)
+    factor = norm_factor(squares_ptr, row + tl.zeros([1, 1], tl.int64), parts, eps, H, PARTS)    # [1, 1]
+    if RANK:
+        for first in range(0, RANK, STEP):
+            for n in tl.static_range(STEP):
+                j = kind * RANK + first + n
+                low = tl.load(y_row + OUT + j).to(tl.float32)[:, None]
+                b = b_ptr + j[:, None] * OUT + column
+                x1 += low * tl.load(b, mask=exists, other=0.0).to(tl.float32)
+                x2 += low * tl.load(b + D // 2, mask=exists, other=0.0).to(tl.float32)
+    x1, x2 = x1 * factor, x2 * factor
+    if BIASED:
+        x1 += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)
+        x2 += tl.load(bias_ptr + column + D // 2, mask=exists, other=0.0).to(tl.float32)
+    x1, x2 = x1.to(dtype).to(tl.float32), x2.to(dtype).to(tl.float32)
     if NORMED:
-        x_weight = tl.where(is_k, tl.load(k_norm_ptr + i)[None, :], tl.load(q_norm_ptr + i)[None, :]).to(tl.float32)
-        y_weight = tl.where(is_k, tl.load(k_norm_ptr + partner)[None, :],
-                            tl.load(q_norm_ptr + partner)[None, :]).to(tl.float32)
-        factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        x_normed, y_normed = (x * factor).to(dtype).to(tl.float32), (y * factor).to(dtype).to(tl.float32)
-        x = tl.where(is_v, x, (x_normed * x_weight).to(dtype).to(tl.float32))
-        y = tl.where(is_v, y, (y_normed * y_weight).to(dtype).to(tl.float32))
-    cos = tl.load(cos_ptr + at * D + i).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + at * D + i).to(tl.float32)[None, :] * tl.where(i < D // 2, -1.0, 1.0)[None, :]
-    q = tl.where(is_v, x, x * cos + y * sin).to(dtype)                                           # and k, v
+        weight1 = tl.where(is_k, tl.load(k_norm_ptr + half)[None, :], tl.load(q_norm_ptr + half)[None, :])
+        weight2 = tl.where(is_k, tl.load(k_norm_ptr + D // 2 + half)[None, :],
+                           tl.load(q_norm_ptr + D // 2 + half)[None, :])
+        own = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)[:, None]
+        normed1, normed2 = (x1 * own).to(dtype).to(tl.float32), (x2 * own).to(dtype).to(tl.float32)
+        x1 = tl.where(is_v, x1, (normed1 * weight1.to(tl.float32)).to(dtype).to(tl.float32))
+        x2 = tl.where(is_v, x2, (normed2 * weight2.to(tl.float32)).to(dtype).to(tl.float32))
+    angle = at * D + half
+    cos1 = tl.where(is_v, 1.0, tl.load(cos_ptr + angle).to(tl.float32)[None, :])
+    cos2 = tl.where(is_v, 1.0, tl.load(cos_ptr + D // 2 + angle).to(tl.float32)[None, :])
+    sin1 = tl.where(is_v, 0.0, tl.load(sin_ptr + angle).to(tl.float32)[None, :])
+    sin2 = tl.where(is_v, 0.0, tl.load(sin_ptr + D // 2 + angle).to(tl.float32)[None, :])
+    both = tl.join(x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2)                                 # [G, d/2, 2]
+    q = tl.reshape(tl.permute(both, (0, 2, 1)), [GROUP_BLOCK, D]).to(dtype)                      # and k, v
+    exists_whole = (group < GROUP + 2)[:, None] & (i < D)[None, :]
 
     row_keys = cache_ptr + (row * stride * 2 * KV + kv) * D                                      # [slots, 2, kv, d]
     highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     attended = tl.zeros([GROUP_BLOCK, D], tl.float32)
     if split == 0:  # the new token: into the cache, and the first term of the sums
-        tl.store(row_keys + at * (2 * KV * D) + tl.where(is_v, KV * D, 0) + i[None, :], q, mask=exists & (is_k | is_v))
+        tl.store(row_keys + at * (2 * KV * D) + tl.where(is_v, KV * D, 0) + i[None, :], q,
+                 mask=exists_whole & (is_k | is_v))
         wide = q.to(tl.float32)
-        new_k, new_v = tl.sum(tl.where(is_k, wide, 0.0), 0), tl.sum(tl.where(is_v & exists, wide, 0.0), 0)
+        new_k, new_v = tl.sum(tl.where(is_k, wide, 0.0), 0), tl.sum(tl.where(is_v & exists_whole, wide, 0.0), 0)
         highest = tl.sum(wide * new_k[None, :], 1) * scale
         total += 1.0
         attended += new_v[None, :]
@@ -261,27 +246,31 @@ def combine_kernel(sums_ptr, stats_ptr, out_ptr, splits, D: tl.constexpr):
     tl.store(out_ptr + head * D + whole, (attended / total).to(out_ptr.dtype.element_ty))
 
 
-def attend(qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor, at: Tensor,
-           cache: Tensor, stride: int, length: int) -> Tensor:
+def attend(qkv: Tensor, bias: Tensor | None, b: Tensor | None, stream: Stream, q_norm: Tensor | None,
+           k_norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor, at: Tensor, cache: Tensor, stride: int,
+           length: int) -> Tensor:
     """Attention of one new token per row over its row of the cache, which gets the token's key and value: [B, heads d].
 
-    qkv: [B, (heads + 2 kv) d]. q_norm, k_norm: weights of their RMSNorm [d] (Qwen3), or None. cos, sin: [positions, d].
-    at: each row's new position [B]. cache: [slots, 2, kv, d]; row i has the slots i·stride, …. length: more than any
-    `at`.
+    qkv: [B, (heads + 2 kv) d + 3 r], the products of stream.weighted with W of q, k and v and with A of each. bias:
+    [(heads + 2 kv) d or more], or None. b: their Bᵀ as blocks on a diagonal, [3 r, (heads + 2 kv) d], or None (r = 0).
+    q_norm, k_norm: weights of their RMSNorm [d] (Qwen3), or None. cos, sin: [positions, d]. at: each row's new position
+    [B]. cache: [slots, 2, kv, d]; row i has the slots i·stride, …. length: more than any `at`.
     """
     (rows, width), (kv_heads, d), device = qkv.shape, cache.shape[2:], qkv.device
-    heads = width // d - 2 * kv_heads
+    rank = 0 if b is None else len(b) // 3
+    heads = (width - 3 * rank) // d - 2 * kv_heads
     splits = max(1, min(multiprocessors(device) // (rows * kv_heads), length // KEYS_PER_SPLIT))
     out = torch.empty(rows, heads * d, dtype=cache.dtype, device=device)
     sums = stats = out  # not read
     if splits > 1:
         sums, stats = (torch.empty(splits, rows * heads, n, device=device) for n in (d, 2))
-    group = heads // kv_heads
+    group, parts = heads // kv_heads, stream.squares.shape[1]
     attend_kernel[(rows, kv_heads, splits)](
-        qkv, q_norm, k_norm, cos, sin, at, cache, out, sums, stats, stride, splits, math.log2(math.e) / math.sqrt(d),
-        eps, KV=kv_heads, GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group + 2)), D=d,
-        NORMED=q_norm is not None, SPLIT=splits > 1, BLOCK=ATTEND_BLOCK, num_warps=ATTEND_WARPS,
-        num_stages=ATTEND_STAGES)
+        qkv, bias, b, stream.squares, q_norm, k_norm, cos, sin, at, cache, out, sums, stats, width, parts, stride, splits,
+        math.log2(math.e) / math.sqrt(d), eps, H=stream.x.shape[1], KV=kv_heads, GROUP=group,
+        GROUP_BLOCK=max(16, triton.next_power_of_2(group + 2)), D=d, RANK=rank, STEP=RANK_STEP,
+        PARTS=triton.next_power_of_2(parts), BIASED=bias is not None, NORMED=q_norm is not None, SPLIT=splits > 1,
+        BLOCK=ATTEND_BLOCK, num_warps=ATTEND_WARPS, num_stages=ATTEND_STAGES)
     if splits > 1:
         combine_kernel[(rows * heads,)](sums, stats, out, splits, D=d, num_warps=1)
     return out

@@ -61,12 +61,24 @@ class Kind(NamedTuple):
 
 def project(x: Tensor, p: Projection) -> Tensor:
     """x Wᵀ + bias + alpha/r (x Aᵀ) Bᵀ: [T, in] -> [T, out]."""
-    y = F.linear(x, p.weight, p.bias)  # [x Wᵀ + bias | x Aᵀ]
+    return with_low_rank(F.linear(x, p.weight, p.bias), p)
+
+
+def with_low_rank(y: Tensor, p: Projection) -> Tensor:
+    """Add the adapter's low-rank term to a product: y = [x Wᵀ + bias | x Aᵀ] [T, out + r] -> [T, out]."""
     if p.b is None:
         return y
     out = p.b.shape[1]
     # Not addmm, which copies its first operand; where this is compiled, the sum is fused into what follows.
     return y[:, :out] + y[:, out:] @ p.b
+
+
+def after_norm(y: Tensor, squares: Tensor, x_size: int, p: Projection, eps: float) -> Tensor:
+    """The projection of an RMSNorm, [T, out], from the product y = [x Wᵀ | x Aᵀ] of its input times its weight, and parts of
+    the input's Σ x² [T, n] over its x_size elements (kernels.Stream)."""
+    y = with_low_rank(y, p)
+    y = (y * torch.rsqrt(squares.sum(-1, keepdim=True) / x_size + eps)).to(y.dtype)
+    return y if p.bias is None else y + p.bias[:y.shape[1]]
 
 
 def queries_keys_values(qkv: Tensor, w: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -407,8 +419,8 @@ class Decoder:
                 return packed_attention(q, *kv.unbind(1), part.cu_seqlens, part.max_length, w.scale, part.keys,
                                         part.cu_seqlens_k, self.kinds[w.kind].window).flatten(1)
             if self.kernels:
-                self._layers_by_kernels(x, lambda qkv, w, cache: attend_prompts(
-                    *queries_keys_values(qkv, w, *rotation[w.kind]), w, cache))
+                self._layers_by_kernels(x, lambda qkv, stream, w, cache: attend_prompts(*queries_keys_values(
+                    after_norm(qkv, stream.squares, x.shape[1], w.qkv, w.eps), w, *rotation[w.kind]), w, cache))
             else:
                 update = torch.zeros_like(x)
                 for w, cache in zip(self.layers, self.cache):
@@ -453,8 +465,9 @@ class Decoder:
                self.embedding_scale)
         if self.kernels:
             x, at = fused(decode_begin)(*fed)
-            h = self._layers_by_kernels(x, lambda qkv, w, cache: self.kernels.attend(
-                qkv, w.q_norm, w.k_norm, w.eps, *self.kinds[0][:2], at, cache, stride, length))
+            h = self._layers_by_kernels(x, lambda qkv, stream, w, cache: self.kernels.attend(
+                qkv, w.qkv.bias, w.qkv.b, stream, w.q_norm, w.k_norm, w.eps, *self.kinds[0][:2], at, cache, stride,
+                length))
         else:
             h = self._layers(*fused(decode_places)(*fed, self.first_slot[:size], self.kinds), stride)
         logits = self.head(h)
@@ -482,17 +495,17 @@ class Decoder:
             x, update = leave(x, attend(q, cache, stride, mask, w.scale), w, self.gate)
         return end(x, update, self.norm)
 
-    def _layers_by_kernels(self, x: Tensor, attend: Callable[[Tensor, Layer, Tensor], Tensor]) -> Tensor:
+    def _layers_by_kernels(self, x: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """The decoder's layers with the kernels of fast/kernels.py: embeddings x [T, H], which are overwritten -> last
         hidden states after the final norm, [T, H]. T: one token per row, or the packed tokens of prompts.
 
-        attend(projection of q, k and v [T, out], layer, its cache) returns attention's result [T, heads d].
+        attend(qkv, stream, layer, its cache) returns attention's result [T, heads d]. qkv: [x Wᵀ | x Aᵀ] of the stream x
+        times the norm's weight, without the norm's factor and the bias.
         """
         kernels, norms = self.kernels, [*(w.input_norm for w in self.layers[1:]), self.norm[0]]
         stream = self._fused(kernels.begin)(x, self.layers[0].input_norm)
         for w, cache, next_norm in zip(self.layers, self.cache, norms):
-            qkv = kernels.finish(F.linear(stream.weighted, w.qkv.weight), w.qkv.b, w.qkv.bias, stream, w.eps)
-            attended = attend(qkv, w, cache)
+            attended = attend(F.linear(stream.weighted, w.qkv.weight), stream, w, cache)
             stream = kernels.add(stream, F.linear(attended, w.o.weight, w.o.bias), w.o.b, w.post_norm)
             gated = kernels.swiglu(F.linear(stream.weighted, w.gate_up.weight), w.gate_up.b, stream, w.eps)
             stream = kernels.add(stream, F.linear(gated, w.down.weight, w.down.bias), w.down.b, next_norm)

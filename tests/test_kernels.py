@@ -92,10 +92,9 @@ new = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype)
 for rank, heads, kv, d, H, I in ((0, 14, 2, 64, 896, 4864), (256, 14, 2, 64, 896, 4864), (16, 16, 8, 128, 1024, 3072)):
     rows, out, b = 3, (heads + 2 * kv) * d, lambda n, out: new(n * rank, out) if rank else None
     stream = kernels.begin(new(rows, H), new(H))
-    kernels.finish(new(rows, out + 3 * rank), b(3, out), new(out) if d == 64 else None, stream, 1e-6)
-    norm = new(d) if d == 128 else None  # Qwen3
-    kernels.attend(new(rows, out), norm, norm, 1e-6, new(9, d), new(9, d), new(rows, dtype=torch.long),
-                   new(rows * 512, 2, kv, d), 512, 512)
+    bias, norm = (new(out), None) if d == 64 else (None, new(d))  # Qwen2, Qwen3
+    kernels.attend(new(rows, out + 3 * rank), bias, b(3, out), stream, norm, norm, 1e-6, new(9, d), new(9, d),
+                   new(rows, dtype=torch.long), new(rows * 512, 2, kv, d), 512, 512)
     stream = kernels.add(stream, new(rows, H + rank), b(1, H), new(H))
     kernels.swiglu(new(rows, 2 * I + 2 * rank), b(2, 2 * I), stream, 1e-6)
 assert set(memory) == {name for name in vars(kernels) if name.endswith("_kernel")}, memory
