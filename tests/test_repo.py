@@ -279,6 +279,14 @@ def test_commands_of_the_makefile_parse(clone, words):
         assert "ultra" not in result.stdout.lower() and "runs/mine" in result.stdout
 
 
+@pytest.mark.parametrize("word", ["GPUS=4", "PER_GPU=2"])
+def test_side_by_side_the_longest_runs_come_first(clone, word):
+    """Whatever make can start next, it starts in this order; on one GPU, one after the other, the order of the climb stays."""
+    printed = make(clone, "-n", "all", word, "POLICIES=sft_v2 dpo_v1 ppo_v1 grpo_v1 kto_v1 grpo_base").stdout
+    runs = re.findall(r"--out runs/(\w+)", printed)
+    assert runs == ["rm_v1", "rm_watch", "sft_v2", "ppo_v1", "grpo_v1", "grpo_base", "dpo_v1", "kto_v1"]
+
+
 def test_make_trains_each_method_of_the_climb(clone):
     """common.METHODS, by which evaluate.py and report.py order the rows, and the Makefile name the same runs."""
     trained = {(Path(c[1]).stem, Path(c[c.index("--out") + 1]).name) for c in commands(make(clone, "-n", "all").stdout)
