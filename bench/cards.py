@@ -1,9 +1,9 @@
 """The smallest graphics card on which each script trains, found by limiting the memory that it may take.
 
-    python bench/memory.py                                            # NF4 base of 0.5B: 8, 12, 16 and 24 GB
-    python bench/memory.py --shape qwen2.5-1.5b --script sft dpo
-    python bench/memory.py --gib 4 --script sft dpo --micro-tokens 2048 1024      # another limit
-    python bench/memory.py --shape tiny --gib 1                       # a trial without a GPU, where nothing limits it
+    python bench/cards.py                                            # NF4 base of 0.5B: 8, 12, 16 and 24 GB
+    python bench/cards.py --shape qwen2.5-1.5b --script sft dpo
+    python bench/cards.py --gib 4 --script sft dpo --micro-tokens 2048 1024      # another limit
+    python bench/cards.py --shape tiny --gib 1                       # a trial without a GPU, where nothing limits it
 
 A card of n GB is taken as n - 1 GiB for torch (RUNGS_GPU_GIB), since CUDA and a display need some. The base is random, in
 NF4, the text is train.py's: 16 rows per step, up to 1,024 tokens each; ppo 64 answers of 256 tokens per update, grpo 8 × 8
@@ -46,9 +46,9 @@ class Args:
     """Shape of the random model."""
     seconds: int = 300
     """Time limit of a run."""
-    work: str = "runs/bench-memory"
+    work: str = "runs/bench-cards"
     """Where models, data and runs go; what is there is deleted."""
-    out: str = "results/bench/memory"
+    out: str = "results/bench/cards"
     """Where the results go."""
 
 
