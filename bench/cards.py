@@ -52,17 +52,22 @@ class Args:
     """Where the results go."""
 
 
+def on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
 def attempt(name: str, args: Args, limit: float, micro_tokens: int | None) -> dict:
     """One run of a script under a limit in GiB; micro_tokens None: its default."""
-    device, work = "cuda" if torch.cuda.is_available() else "cpu", Path(args.work)
+    work = Path(args.work)
     tokens = 256 if args.shape != "tiny" else 16
     steps = args.steps if name not in ("ppo", "grpo") else 2
     _, flags = train.script(CASES[name], work, steps, tokens)
     if name == "reward":
         flags[flags.index("--quantization") + 1] = "qlora"
-    flags += train.small(device) if micro_tokens is None else ["--micro-tokens", str(micro_tokens)]
+    flags += train.small("cuda" if on_gpu() else "cpu") if micro_tokens is None else ["--micro-tokens", str(micro_tokens)]
     out = work / f"run-{name}"
-    os.environ |= {"RUNGS_GPU_GIB": str(limit), "RUNGS_RETRIED": "1"} if device == "cuda" else {}
+    # RUNGS_RETRIED: no second try with half the --micro-tokens
+    train.Gpus.mine.environment = os.environ | ({"RUNGS_GPU_GIB": str(limit), "RUNGS_RETRIED": "1"} if on_gpu() else {})
     failed = train.run([sys.executable, f"{name}.py", *flags, "--out", str(out), "--overwrite"], args.seconds)[1]
     log = out / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() and not failed else []
@@ -74,7 +79,7 @@ def attempt(name: str, args: Args, limit: float, micro_tokens: int | None) -> di
 
 def main(args: Args) -> None:
     work = Path(args.work)
-    cuda = torch.cuda.is_available()
+    cuda = on_gpu()
     workload.make(work, args.shape, train.ROWS * args.steps, 2 + 2 * train.PROMPTS * train.GROUP,
                   torch.bfloat16 if cuda else torch.float32)
     for case, out, users in (("sft-nf4", "sft", {"dpo", "kto", "ppo", "grpo"}), ("reward", "rm", {"ppo"})):  # parents

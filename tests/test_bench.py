@@ -280,6 +280,41 @@ def test_the_benchmark_runs(tmp_path):
     assert [c["system"] for c in cases] == ["rungs", "rungs-x2", "trl-best"] and cases[1]["tokens_per_s"] > 0, cases
 
 
+def test_the_smallest_card(tmp_path, monkeypatch):
+    """On a CPU, where nothing limits it, a script fits at once. Running out of memory leads to fewer --micro-tokens and then
+    to the next card, until it fits; another failure ends the measurement. A run that is made again replaces the earlier."""
+    monkeypatch.syspath_prepend(str(REPO / "bench"))
+    import cards
+    import train
+    args = dict(script=("sft",), shape="tiny", steps=2, work=str(tmp_path / "work"), out=str(tmp_path / "out"))
+    device = common.hardware()["device"].lower().replace(" ", "-")
+    common.write_json(tmp_path / "out" / f"{device}.json", {"runs": [
+        {"shape": "tiny", "script": name, "limit_gib": 7, "micro_tokens": "default", "fits": False} for name in ("sft", "dpo")]})
+    cards.main(cards.Args(**args, gb=(8, 12)))
+    (path,) = (tmp_path / "out").glob("*.json")
+    runs = json.loads(path.read_text())["runs"]
+    assert [(r["script"], r["limit_gib"], r["fits"]) for r in runs] == [("dpo", 7, False), ("sft", 7, True)]
+    tried, run = [], train.run
+
+    def small_card(command, *more, **settings):
+        """A card on which a script runs out of memory until it is the larger one and takes few tokens at a time."""
+        if "--overwrite" not in command:
+            return run(command, *more, **settings)
+        limit = float(train.Gpus.mine.environment["RUNGS_GPU_GIB"])
+        tokens = [int(n) for flag, n in zip(command, command[1:]) if flag == "--micro-tokens"]
+        tried.append((limit, tokens))
+        return "", None if limit > 7 and tokens == [1024] else "exit 1: error: give a smaller --micro-tokens: … (OutOfMemoryError)"
+    monkeypatch.setattr(train, "run", small_card)
+    monkeypatch.setattr(cards, "on_gpu", lambda: True)
+    monkeypatch.setattr(cards.workload, "make", lambda *given: None)
+    cards.main(cards.Args(**args, gb=(8, 12), micro_tokens=(2048, 1024)))
+    assert tried == [(7, []), (7, [2048]), (7, [1024]), (11, []), (11, [2048]), (11, [1024])]
+    assert [r["fits"] for r in json.loads(path.read_text())["runs"]] == [False] * 6 + [True]
+    monkeypatch.setattr(train, "run", lambda *given, **settings: ("", "exit 2: error: no such file"))
+    with pytest.raises(SystemExit):
+        cards.main(cards.Args(**args))
+
+
 def test_the_table_of_speeds(tmp_path, monkeypatch):
     """Without a workload nothing is measured, and README.md beside the records is written again; ratios by hand."""
     monkeypatch.syspath_prepend(str(REPO / "bench"))
