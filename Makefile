@@ -84,7 +84,7 @@ JUDGE = $(strip --rows base $(addprefix $(OUT)/,$(filter-out sft_v2,$(POLICIES))
 # from prompts that no other run sees (part J), watches PPO and judges. A new method needs a name here and a rule.
 POLICIES = sft_v2 dpo_v1 ppo_v1 grpo_v1 kto_v1
 CONTROLS = sft_2ep sft_chosen grpo_format grpo_base
-# Side by side, the longest come first, after what they wait for: PPO begun last would be waited for at the end.
+# Side by side, the longest come first, after what they wait for: if PPO starts last, everything else waits for it.
 SIDE_BY_SIDE = $(filter sft_v2,$(POLICIES)) $(filter ppo_%,$(POLICIES)) $(filter grpo_%,$(POLICIES)) $(filter-out sft_v2 ppo_% grpo_%,$(POLICIES))
 RMS      = $(REWARD_MODELS)/rm_v1/run.json $(REWARD_MODELS)/rm_watch/run.json
 RUNS     = $(if $(filter 1,$(JOBS)),$(POLICIES:%=$(OUT)/%/run.json) $(RMS),$(RMS) $(SIDE_BY_SIDE:%=$(OUT)/%/run.json))

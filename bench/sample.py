@@ -11,8 +11,8 @@ prompts of --prompt-tokens to twice as many tokens, and no EOS ends it early. A 
 compiling and capturing (its surplus is setup_s), the second is timed, prompts included. One JSON line per case.
 
 On one H200 (torch 2.11), adapter of rank 16: 64 rows 43,080 tokens/s, 1.5 times the torch path in the same call (which is
-2.8 times transformers' static cache and 10 times its default); 256 rows 128,838, 1.3 times. Since then a step's kernels
-have become 8 % faster. bench/NOTES.md has the rest.
+2.8 times transformers' static cache and 10 times its default); 256 rows 128,838, 1.3 times. Later versions are
+faster: bench/NOTES.md.
 """
 import dataclasses
 import json

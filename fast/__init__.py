@@ -20,8 +20,8 @@ Why it is fast, in reading order:
                 can be reused.
   sampler.py    Decoding with a cache that stays allocated, one recorded graph per step; rows that have ended leave the
                 batch.
-  kernels.py    The operations between the matrix products of a decoding step, in Triton (of prompts, all but
-                attention): on a GPU in bfloat16, unless RUNGS_KERNELS=0.
+  kernels.py    The operations between the matrix products of a decoding step, in Triton (of prompts, the residual
+                sums and SwiGLU): on a GPU in bfloat16, unless RUNGS_KERNELS=0.
 
 On a CPU the same code runs without compilation and recording. On CUDA, RUNGS_COMPILE=0 in the environment turns both
 off for passes over packs, which suits short runs; the sampler always records its step, and compiles it unless

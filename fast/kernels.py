@@ -3,22 +3,25 @@
 A decoding step of B rows (one token each) reads every weight once: its products are short, and the small kernels between
 them take as long as they do. Per layer there are three kernels, in four launches:
 
-  attend   rotary positions, cache write and attention   after the q/k/v product (with few rows `combine` follows)
-  add      the residual sum                              after the output and after the down product
-  swiglu   silu(gate) · up                               after the gate/up product
+  attend   bias, q and k norms, rotary positions, cache write, attention   after the q/k/v product
+           (with few rows `combine` follows)
+  add      the residual sum                                                after the output and the down product
+  swiglu   silu(gate) · up                                                 after the gate/up product
 
 An adapter's low-rank term costs no kernel: the product before computes [x Wᵀ | x Aᵀ] (sampler.Projection), and the
-kernel that reads its result adds (x Aᵀ) Bᵀ. Nor does an RMSNorm. It needs whole rows, and one program per row would
-leave most of a GPU idle. So `add` stores x times the norm's weight, and Σ x² over each part of a row; attend or swiglu,
-after the next product, multiplies what it reads by the norm's factor, 1 / sqrt(mean x² + eps), one number per row. A
-prompt's tokens, which attend to each other, run through add and swiglu as well.
+kernel that reads its result adds (x Aᵀ) Bᵀ. Nor does an RMSNorm between two products. It needs whole rows, and one
+program per row would leave half of a GPU idle at 64 rows. So `add` stores x times the norm's weight, and Σ x² over each
+part of a row; attend or swiglu, after the next product, multiplies what it reads by the norm's factor,
+1 / sqrt(mean x² + eps), one number per row. A prompt's tokens, which attend to each other, run through add and swiglu as
+well; what attend does to q, k and v is torch's for them (sampler.after_norm).
 
 Sums are fp32; results are rounded to the model's type where the torch path rounds them, with three differences: a norm's
 two factors are applied in the other order, a bias after the norm's factor, and (x Aᵀ) Bᵀ isn't rounded before it is
 added.
 
-Of the package, only fast/sampler.py calls this module: on a GPU in bfloat16 (not in float16, where products before the
-norm's factor may overflow), unless RUNGS_KERNELS=0. The torch path there is the specification. With RUNGS_KERNELS=1 and TRITON_INTERPRET=1 the kernels run on a CPU, which the tests use. B rows, H
+Of the package, only fast/sampler.py calls this module: with Triton on a GPU from Ampere on, in bfloat16 (by default not
+in float16, where products before the norm's factor may overflow), unless RUNGS_KERNELS=0. The torch path there is the
+specification. With RUNGS_KERNELS=1 and TRITON_INTERPRET=1 the kernels run on a CPU, which the tests use. B rows, H
 hidden size, d head size, I size of the MLP, r rank (a multiple of 16).
 """
 import functools
@@ -30,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-RANK_STEP = 16            # ranks are multiples of it; this many rows of a factor are read at one time by attend
+RANK_STEP = 16            # ranks are multiples of it (sampler.Decoder.RANK_STEP); attend's loop is unrolled by it
 # Chosen by bench/decode_kernels.py --tune
 ATTEND_BLOCK = 64         # keys per iteration
 ATTEND_WARPS = 4
