@@ -99,13 +99,13 @@ def test_weights_side_by_side_are_the_modules_own(tiny_model):
 
 @pytest.mark.parametrize("share", [False, True])
 def test_a_filled_pack_gives_what_the_pack_gives(tiny_model, share):
-    """What a recorded pass computes: packs of several sizes put into the room of a larger one, one after the other, under
-    leaves of its own for the same factors. What is left over from an earlier pack changes nothing."""
+    """What a recorded pass computes: packs of several sizes copied into a larger static pack, one after the other, under
+    leaves of its own for the same factors. What an earlier pack left in it changes nothing."""
     policy = ours(tiny_model)
     base, factors = common.base_of(policy), common.trainable(policy)
     names = {id(p): f"base.{n}" for n, p in base.named_parameters()}
     leaves = {names[id(f)]: f.detach().requires_grad_() for f in factors}
-    room = fast.graphs.GraphSize(512, 32, 1024, 1024 if share else 0).empty("cpu")
+    static = fast.graphs.GraphSize(512, 32, 1024, 1024 if share else 0).empty("cpu")
     g = torch.Generator().manual_seed(1)
     for n in (9, 3, 6):
         examples = random_examples(n, seed=n)
@@ -113,11 +113,11 @@ def test_a_filled_pack_gives_what_the_pack_gives(tiny_model, share):
             examples = [Example(e.ids + [5 + i] * 4, e.predict, e.targets) for e in examples for i in range(2)]
         (pk,) = fast.pack(examples, 512, share=share)
         tokens = pk.input_ids.shape[1]
-        fast.graphs.fill(room, pk)
+        fast.graphs.fill(static, pk)
         weight = torch.randn(tokens, base.config.hidden_size, generator=g)
         hidden = fast.decoder.decoder(common.base_of(policy), pk)
         wanted = torch.autograd.grad((hidden * weight).sum(), factors)
-        filled = torch.func.functional_call(fast.graphs.DecoderModule(base), leaves, (room,))
+        filled = torch.func.functional_call(fast.graphs.DecoderModule(base), leaves, (static,))
         slope = torch.cat([weight, torch.zeros(512 - tokens, weight.shape[1])])
         found = torch.autograd.grad(filled, list(leaves.values()), slope)
         torch.testing.assert_close(filled[:tokens], hidden, atol=1e-5, rtol=1e-5)
@@ -151,23 +151,24 @@ def test_packs_are_filled_up_by_little():
 
 
 def check_filled(size, pk):
-    """A pack in a room of this size is as it was, and the sequences left over have all tokens and keys left over, each a key
-    at least for each token, and none is longer than the room says."""
-    room, kept = size.empty("cpu"), len(pk.cu_seqlens)
-    fast.graphs.fill(room, pk)
-    own = room.cu_seqlens.diff()
-    assert torch.equal(room.cu_seqlens[:kept], pk.cu_seqlens) and room.cu_seqlens[-1] == size.tokens
-    assert torch.equal(room.input_ids[:, :pk.input_ids.shape[1]], pk.input_ids) and (room.keys is None) == (pk.keys is None)
+    """A pack in a static pack of this size is as it was; the spare sequences have all padding tokens and keys, each at least
+    as many keys as tokens, and none is longer than the static pack says."""
+    static, kept = size.empty("cpu"), len(pk.cu_seqlens)
+    fast.graphs.fill(static, pk)
+    own = static.cu_seqlens.diff()
+    assert torch.equal(static.cu_seqlens[:kept], pk.cu_seqlens) and static.cu_seqlens[-1] == size.tokens
+    assert torch.equal(static.input_ids[:, :pk.input_ids.shape[1]], pk.input_ids) and (static.keys is None) == (pk.keys is None)
     if pk.keys is not None:
-        assert torch.equal(room.cu_seqlens_k[:kept], pk.cu_seqlens_k) and room.cu_seqlens_k[-1] == size.keys
-        assert torch.equal(room.keys[:len(pk.keys)], pk.keys) and room.keys.max() < size.tokens
-        own, fewer = room.cu_seqlens_k.diff(), own
+        assert torch.equal(static.cu_seqlens_k[:kept], pk.cu_seqlens_k) and static.cu_seqlens_k[-1] == size.keys
+        assert torch.equal(static.keys[:len(pk.keys)], pk.keys) and static.keys.max() < size.tokens
+        own, fewer = static.cu_seqlens_k.diff(), own
         assert (fewer <= own).all()
-    assert 0 <= own.min() and own.max() <= size.longest == room.max_length
+    assert 0 <= own.min() and own.max() <= size.longest == static.max_length
 
 
-def test_a_room_holds_what_it_says():
-    """Random packs, most of them sharing tokens, in rooms of their own and in random ones around the edge of holding them."""
+def test_a_static_pack_holds_what_its_size_says():
+    """Random packs, most of them sharing tokens, in static packs of their own size and of random sizes that just hold them or
+    just do not."""
     g, held, refused = random.Random(0), 0, 0
     for _ in range(60):
         copies, longest = g.choice((1, 1, 2, 8, 20)), g.choice((60, 300, 1500))
@@ -194,7 +195,8 @@ def test_a_room_holds_what_it_says():
 
 
 def test_a_size_is_recorded_when_filling_up_has_cost_more():
-    """A larger room serves a pack until the tokens filled up come to a recording's; then it has one of its own."""
+    """A larger padding bucket serves a pack until the padding so far has cost as much as a recording; then its own size is
+    recorded."""
     recordings = fast.graphs.Recordings(torch.nn.Linear(10**4, 10**4, bias=False, device="meta"))  # 80,000 tokens' worth
     large, small = (fast.pack([Example(list(range(n)), [], [])], 8192)[0] for n in (3000, 1000))
     assert recordings.size_for(large) == fast.graphs.GraphSize.of(large)
@@ -202,7 +204,7 @@ def test_a_size_is_recorded_when_filling_up_has_cost_more():
     while recordings.size_for(dataclasses.replace(small)) == fast.graphs.GraphSize.of(large):
         asked += 1
     assert asked == 80_000 // (3072 - 1024)
-    assert recordings.size_for(small) == recordings.size_for(small) == fast.graphs.GraphSize.of(small)  # a pack keeps its room
+    assert recordings.size_for(small) == recordings.size_for(small) == fast.graphs.GraphSize.of(small)  # a pack keeps its bucket
     assert recordings.size_for(large) == fast.graphs.GraphSize.of(large)
 
 

@@ -192,7 +192,7 @@ def test_recorded_passes_equal_plain_ones(pair):
                 torch.testing.assert_close(other, fast.hidden_states(common.base_of(policy), all_packs[0]), atol=0.1, rtol=0.05)
     passes = base.recordings.passes
     assert {(on, trained) for _, on, trained in passes} == {((), False), (("default",), True)}
-    assert len({room for room, _, trained in passes if trained}) >= 4
+    assert len({size for size, _, trained in passes if trained}) >= 4
 
     def critic():  # its head's gradient, and that of all
         (common.token_values(policy, all_packs[2]) * weight[:len(all_packs[2].targets), 0]).sum().backward()
