@@ -273,7 +273,7 @@ DEMO_RUN   = --dtype float32 --micro-tokens 1024 --checkpoint-every 50
 DEMO_PAIRS = $(DEMO_RUN) --batch-size 8 --max-length 96 --heldout-rows 72 --lr 2e-4
 DEMO_EOS   = --eos-prompts 4 --eos-tokens 24
 
-demo: ## the whole climb at a small scale, on a CPU: SmolLM2-135M, data/demo; 6 to 7 min on two cores after installation, 5 GiB
+demo: ## the whole climb at a small scale, on a CPU: SmolLM2-135M, data/demo; 5 to 7 min on two cores after installation, 5 GiB
 	@mkdir -p runs/demo; date +%s > runs/demo/.began
 	@$(MAKE) --no-print-directory all DEMO=1 OUT=runs/demo RESULTS=runs/demo/results README=none MODEL=$(SMOLLM2) QUANT=none \
 	  PROTOCOL=plain SEED=42 NPROC=1 GPUS=1 PER_GPU=1 \
@@ -326,10 +326,10 @@ $(VENV)/.ready-test: requirements-test.lock $(VENV)/.ready
 	$(VENV)/bin/python -m pip install -q -r requirements-test.lock
 	@touch $@
 
-test: $(if $(ENV),$(VENV)/.ready-test) ## the tests, on a CPU without network; 10 to 12 min on two cores, 3 GiB
+test: $(if $(ENV),$(VENV)/.ready-test) ## the tests, on a CPU without network; 6 to 12 min on two cores, 3 GiB
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(PY) -m pytest -n 2 --dist loadfile tests
 
-gpu-check: $(if $(ENV),$(VENV)/.ready-test) ## the GPU paths against the CPU's: varlen attention, compile, NF4, sampler, PPO; 2 to 4 min on one GPU, 4 GiB
+gpu-check: $(if $(ENV),$(VENV)/.ready-test) ## the GPU paths against the CPU's: varlen attention, compile, NF4, sampler, PPO; over 5 min on one GPU, 4 GiB
 	HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0 $(PY) -m pytest -rA tests/test_gpu.py
 
 # The last line calls make by name, not by the variable MAKE: `make -n` also runs lines that use the variable.

@@ -58,13 +58,12 @@ def on_gpu() -> bool:
 
 def attempt(name: str, args: Args, limit: float, micro_tokens: int | None) -> dict:
     """One run of a script under a limit in GiB; micro_tokens None: its default."""
-    work = Path(args.work)
+    work, case, device = Path(args.work), CASES[name], "cuda" if on_gpu() else "cpu"
     tokens = 256 if args.shape != "tiny" else 16
     steps = args.steps if name not in ("ppo", "grpo") else 2
-    _, flags = train.script(CASES[name], work, steps, tokens)
-    if name == "reward":
-        flags[flags.index("--quantization") + 1] = "qlora"
-    flags += train.small("cuda" if on_gpu() else "cpu") if micro_tokens is None else ["--micro-tokens", str(micro_tokens)]
+    _, flags = train.script(case, work, steps, tokens, "qlora")
+    flags += train.dtype_flag(case, device)
+    flags += train.small(device) if micro_tokens is None else ["--micro-tokens", str(micro_tokens)]
     out = work / f"run-{name}"
     # RUNGS_RETRIED: no second try with half the --micro-tokens
     train.Gpus.mine.environment = os.environ | ({"RUNGS_GPU_GIB": str(limit), "RUNGS_RETRIED": "1"} if on_gpu() else {})
@@ -79,19 +78,11 @@ def attempt(name: str, args: Args, limit: float, micro_tokens: int | None) -> di
 
 def main(args: Args) -> None:
     work = Path(args.work)
-    cuda = on_gpu()
     workload.make(work, args.shape, train.ROWS * args.steps, 2 + 2 * train.PROMPTS * train.GROUP,
-                  torch.bfloat16 if cuda else torch.float32)
-    for case, out, users in (("sft-nf4", "sft", {"dpo", "kto", "ppo", "grpo"}), ("reward", "rm", {"ppo"})):  # parents
-        if users & {*args.script}:
-            name, flags = train.script(case, work, 1, 1)
-            if case == "reward":
-                flags[flags.index("--quantization") + 1] = "qlora"
-            command = [sys.executable, f"{name}.py", *flags, *train.small("cuda" if cuda else "cpu"), "--out", str(work / out)]
-            if failed := train.run(command, args.seconds, compile=False)[1]:
-                common.fail(f"{name}.py, which others start from: {failed}")
+                  torch.bfloat16 if on_gpu() else torch.float32)
+    train.make_parents([CASES[name] for name in args.script], work, "cuda" if on_gpu() else "cpu", args.seconds, "qlora")
     device = common.hardware()["device"]
-    path = Path(args.out) / f"{device.lower().replace(' ', '-')}.json"
+    path = train.record_path(args.out, device)
     limits = [args.gib] if args.gib else [gb - 1 for gb in args.gb]
     for name in args.script:
         for limit, micro_tokens in ((limit, n) for limit in limits for n in (None, *args.micro_tokens)):

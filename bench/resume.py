@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import workload
+from train import record_path
 
 REPO = Path(__file__).parent.parent
 METRIC = {"sft": "heldout_loss", "dpo": "heldout_loss", "grpo": "kl_reference"}
@@ -104,7 +105,7 @@ def main(args: Args) -> None:
     for line in found:
         print(json.dumps(line), flush=True)
     name = common.hardware()["device"]
-    common.write_json(Path(args.out) / f"{name.lower().replace(' ', '-')}.json",
+    common.write_json(record_path(args.out, name),
                       {"schema_version": 1, "device": name, "torch": torch.__version__, "cases": found})
 
 

@@ -35,7 +35,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Literal
@@ -91,8 +91,9 @@ class Args:
 
 # -- ours -----------------------------------------------------------------------------------------
 
-def script(case: str, work: Path, steps: int, completion_tokens: int) -> tuple[str, list[str]]:
-    """(script, flags) of a workload; what is not given is the script's default. Closing measurements are made small."""
+def script(case: str, work: Path, steps: int, completion_tokens: int, quantization: str = "none") -> tuple[str, list[str]]:
+    """(script, flags) of a workload; what is not given is the script's default. Closing measurements are made small.
+    quantization: of a reward model's base."""
     end = ["--heldout-rows", "8"]
     eos = [*end, "--eos-prompts", "1", "--eos-tokens", "1"]
     rows = ["--rows", str(ROWS * steps), "--batch-size", str(ROWS), "--checkpoint-every", "1000000"]
@@ -103,7 +104,7 @@ def script(case: str, work: Path, steps: int, completion_tokens: int) -> tuple[s
         "sft-bf16": ("sft", [*model, "--quantization", "none", "--data", str(work / "sft.jsonl"), *rows, *eos]),
         "sft-nf4": ("sft", [*model, "--quantization", "qlora", "--data", str(work / "sft.jsonl"), *rows, *eos]),
         "dpo": ("dpo", [*parent, "--data", str(work / "pairs.jsonl"), *rows, *eos]),
-        "reward": ("reward", [*model, "--quantization", "none", "--data", str(work / "pairs.jsonl"), *rows, *end,
+        "reward": ("reward", [*model, "--quantization", quantization, "--data", str(work / "pairs.jsonl"), *rows, *end,
                               "--results", str(work / "results")]),
         "kto": ("kto", [*parent, "--data", str(work / "labels.jsonl"), *rows, *eos]),
         "grpo-step": ("grpo", [*parent, "--task", str(work / "task.py"), *sampling, "--batch-size", str(PROMPTS),
@@ -173,11 +174,12 @@ def dtype_flag(case: str, device: str) -> list[str]:
     return [] if device == "cuda" or case in ("grpo-step", "ppo-step") else ["--dtype", "float32"]
 
 
-def make_parents(cases: tuple[str, ...], work: Path, device: str, seconds: int) -> None:
-    """The adapters that methods start from, of one step each."""
-    for case, out, users in (("sft-bf16", "sft", {"dpo", "kto", "grpo-step", "ppo-step"}), ("reward", "rm", {"ppo-step"})):
+def make_parents(cases: Collection[str], work: Path, device: str, seconds: int, quantization: str = "none") -> None:
+    """The adapters that methods start from, of one step each, on a base in bfloat16 ("none") or NF4 ("qlora")."""
+    sft = {"none": "sft-bf16", "qlora": "sft-nf4"}[quantization]
+    for case, out, users in ((sft, "sft", {"dpo", "kto", "grpo-step", "ppo-step"}), ("reward", "rm", {"ppo-step"})):
         if users & {*cases}:
-            name, flags = script(case, work, 1, 1)
+            name, flags = script(case, work, 1, 1, quantization)
             flags += small(device) + dtype_flag(case, device) + ["--out", str(work / out)]
             if failed := run([sys.executable, f"{name}.py", *flags], seconds, compile=False)[1]:
                 raise RuntimeError(f"{name}.py, which others start from: {failed}")
@@ -316,6 +318,11 @@ def best_of(cases: list[dict]) -> list[dict]:
     return [best[key] | ({"tried": group} if len(group) > 1 else {}) for key, group in found.items()]
 
 
+def record_path(out: str, device: str) -> Path:
+    """Where the results of a device go."""
+    return Path(out) / f"{device.lower().replace(' ', '-')}.json"
+
+
 def merge(path: Path, new: list[dict], device: str) -> list[dict]:
     """Write the cases among those that the file has; a case that was run again replaces its earlier result."""
     def order(case: dict) -> tuple:
@@ -350,7 +357,7 @@ def main(args: Args) -> None:
     config, sizes = AutoConfig.from_pretrained(work / "model"), common.read_json(work / "sizes.json")
     if "rungs" in args.system:
         make_parents(args.only, work, device, args.seconds)
-    path, peak = Path(args.out) / f"{name.lower().replace(' ', '-')}.json", common.peak_flops(name)
+    path, peak = record_path(args.out, name), common.peak_flops(name)
 
     def measure(case: str, system: str, settings: dict | None) -> dict:
         began = time.time()

@@ -73,11 +73,11 @@ def with_low_rank(y: Tensor, p: Projection) -> Tensor:
     return y[:, :out] + y[:, out:] @ p.b
 
 
-def after_norm(y: Tensor, squares: Tensor, x_size: int, p: Projection, eps: float) -> Tensor:
-    """The projection of an RMSNorm, [T, out], from the product y = [x Wᵀ | x Aᵀ] of its input times its weight, and parts of
-    the input's Σ x² [T, n] over its x_size elements (kernels.Stream)."""
+def after_norm(y: Tensor, stream, p: Projection, eps: float) -> Tensor:
+    """The projection of a stream's RMSNorm (kernels.Stream), [T, out], from the product y = [x Wᵀ | x Aᵀ] of the stream x
+    times the norm's weight."""
     y = with_low_rank(y, p)
-    y = (y * torch.rsqrt(squares.sum(-1, keepdim=True) / x_size + eps)).to(y.dtype)
+    y = (y * torch.rsqrt(stream.squares.sum(-1, keepdim=True) / stream.x.shape[1] + eps)).to(y.dtype)
     return y if p.bias is None else y + p.bias[:y.shape[1]]
 
 
@@ -220,20 +220,21 @@ class Decoder:
             keys = [(id(kind.cos), kind.window) for kind in kinds]
             distinct = dict(zip(keys, kinds))
             self.kinds, self.kind_of = list(distinct.values()), [[*distinct].index(key) for key in keys]
-        self.layers, self.factors = [], []
+        self.layers, copies = [], []  # copies: (target, factor, scale) of an adapter's factors
+        fuse = functools.partial(self._fuse, copies)
         for i, layer in enumerate(body.layers):
             attention, mlp = layer.self_attn, layer.mlp
             names = "input_norm", "attention_norm", "post_norm", "mlp_norm", "q_norm", "k_norm"
             modules = *norms_of(layer), getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
             self.layers.append(Layer(
                 **{name: module and self._norm(f"{i}.{name}", module) for name, module in zip(names, modules)},
-                qkv=self._fuse(f"{i}.qkv", attention.q_proj, attention.k_proj, attention.v_proj),
-                o=self._fuse(f"{i}.o", attention.o_proj), down=self._fuse(f"{i}.down", mlp.down_proj),
-                gate_up=self._fuse(f"{i}.gate_up", mlp.gate_proj, mlp.up_proj),
+                qkv=fuse(f"{i}.qkv", attention.q_proj, attention.k_proj, attention.v_proj),
+                o=fuse(f"{i}.o", attention.o_proj), down=fuse(f"{i}.down", mlp.down_proj),
+                gate_up=fuse(f"{i}.gate_up", mlp.gate_proj, mlp.up_proj),
                 heads=self.config.num_attention_heads, kv_heads=self.config.num_key_value_heads,
                 eps=self.config.rms_norm_eps, scale=attention.scaling, kind=self.kind_of[i]))
-        if self.factors:
-            targets, factors, scales = zip(*self.factors)
+        if copies:
+            targets, factors, scales = zip(*copies)
             torch._foreach_copy_(targets, torch._foreach_mul([f.float() for f in factors], scales))
         tensors = torch.utils._pytree.tree_leaves([self.layers, self.norm, self.embedding])
         addresses = [self.head, *(t.data_ptr() for t in tensors if isinstance(t, Tensor))]
@@ -258,9 +259,9 @@ class Decoder:
         weight = norm_of(module)[0]
         return weight if weight is module.weight else self._store(name, [module.weight], None, lambda: [weight])
 
-    def _fuse(self, name: str, *modules: nn.Module) -> Projection:
-        """Linear layers (plain, NF4, with or without LoRA) as one projection in the compute dtype; an adapter's factors
-        are put into self.factors, for refresh to copy all at once."""
+    def _fuse(self, copies: list[tuple[Tensor, Tensor, float]], name: str, *modules: nn.Module) -> Projection:
+        """Linear layers (plain, NF4, with or without LoRA) as one projection in the compute dtype. An adapter's factors
+        have their places in it, and are added to `copies`, for refresh to copy all at once."""
         bases, adapters = [getattr(m, "base_layer", m) for m in modules], [low_rank(m) for m in modules]
         # of each module; zeros fill up a smaller rank, so that rows are aligned and the kernels know where each begins
         rank = round_up(max(sum(len(a) for _, a, _ in factors) for factors in adapters), self.RANK_STEP)
@@ -279,8 +280,8 @@ class Decoder:
                 row = i * rank
                 for scale, factor_a, factor_b in factors:
                     size = len(factor_a)
-                    self.factors.append((weight[out + row:][:size], factor_a, 1.0))
-                    self.factors.append((b[row:row + size, column:column + m.out_features].T, factor_b, scale))
+                    copies.append((weight[out + row:][:size], factor_a, 1.0))
+                    copies.append((b[row:row + size, column:column + m.out_features].T, factor_b, scale))
                     row += size
                 column += m.out_features
         if biases[0] is not None:
@@ -420,7 +421,7 @@ class Decoder:
                                         part.cu_seqlens_k, self.kinds[w.kind].window).flatten(1)
             if self.kernels:
                 self._layers_by_kernels(x, lambda qkv, stream, w, cache: attend_prompts(*queries_keys_values(
-                    after_norm(qkv, stream.squares, x.shape[1], w.qkv, w.eps), w, *rotation[w.kind]), w, cache))
+                    after_norm(qkv, stream, w.qkv, w.eps), w, *rotation[w.kind]), w, cache))
             else:
                 update = torch.zeros_like(x)
                 for w, cache in zip(self.layers, self.cache):

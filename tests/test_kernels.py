@@ -37,8 +37,8 @@ def sample(policy, kernels, temperature):
 
 for kind, kv_heads, ranks, temperature in (("qwen2", 1, (20,), 1.0), ("qwen3", 2, (), 0.0), ("llama", 1, (4, 30), 1.0)):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, hidden_size=192, attention_bias=kind != "qwen3", intermediate_size=72, num_hidden_layers=2, head_dim=32,
-                                  num_attention_heads=2, num_key_value_heads=kv_heads, vocab_size=50, pad_token_id=0,
+    config = AutoConfig.for_model(kind, hidden_size=192, attention_bias=kind != "qwen3", intermediate_size=72,
+                                  num_hidden_layers=2, head_dim=32, num_attention_heads=2, num_key_value_heads=kv_heads, vocab_size=50, pad_token_id=0,
                                   max_position_embeddings=256, initializer_range=0.1)
     policy = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
     for name, p in policy.named_parameters():
