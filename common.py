@@ -1597,17 +1597,16 @@ class Sampler:
                 live = [i for i in live if not done[i]]
                 if progress and finished:
                     progress(len(finished))
-        for p, c in zip(prompts, done):
-            tokens = len(p) + len(c.ids)
-            count_flops(base_of(self.model), tokens, tokens * (tokens + 1) // 2, len(c.ids))
+        lengths = [len(p) + len(c.ids) for p, c in zip(prompts, done)]
+        count_flops(base_of(self.model), sum(lengths), sum(n * (n + 1) // 2 for n in lengths), sum(len(c.ids) for c in done))
         return done
 
     def _ended(self, ids: list[int], new: list[int], budget: int, stops: list[str]) -> tuple[int, str | None]:
         """How many of the `new` tokens after `ids` are the completion's, and how it ended (None: not yet)."""
         remaining = budget - len(ids)
         count, how = (remaining, "length") if remaining <= len(new) else (len(new), None)
-        if first := next((n + 1 for n, token in enumerate(new[:count]) if token in self.stop_ids), None):
-            count, how = first, "eos"
+        if not self.stop_ids.isdisjoint(new[:count]):
+            count, how = next(n + 1 for n, token in enumerate(new) if token in self.stop_ids), "eos"
         if stops:  # a stop string may be a special token, which the text then lacks
             reach, texts = max(len(s.encode()) for s in stops) + 8, count - (how == "eos")
 

@@ -55,10 +55,10 @@ class GraphSize(NamedTuple):
     keys: int  # 0: for packs whose sequences share no tokens
 
     @classmethod
-    def of(cls, pack: Pack) -> GraphSize:
-        """The smallest that holds a pack."""
+    def of(cls, pack: Pack, padded: int | None = None) -> GraphSize:
+        """The smallest that holds a pack. padded: its tokens with padding; None: padded_tokens()."""
         tokens, keys, n = pack.tokens, 0 if pack.keys is None else len(pack.keys), len(pack.examples)
-        padded = padded_tokens(tokens)
+        padded = padded or padded_tokens(tokens)
         padded_keys = keys and round_up(keys + padded - tokens, padded // 2)
         sequences = round_up(n + SPARE_SEQUENCES, SEQUENCES_STEP)
         longest_spare = max(padded - tokens, padded_keys - keys) // (sequences - n) + 2

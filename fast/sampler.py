@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fast.attention import packed_attention
 from fast.decoder import (add_norm, compiled, dequantized, gate_of, low_rank, norm_of, norms_of, rms_norm, rotations,
                           split_heads)
-from fast.graphs import Recordings
-from fast.packing import pack, round_up
+from fast.graphs import GraphSize, Recordings, fill
+from fast.packing import Pack, pack, round_up
 
 
 # A layer is two pure functions with attention between them. Prompts are packed and attend to themselves; decoding
@@ -154,6 +154,12 @@ def decode_end(x: Tensor, update: Tensor, norm: tuple[Tensor, float]) -> Tensor:
     return rms_norm(x + update, *norm)
 
 
+def prompt_bucket(n: int) -> int:
+    """n, rounded up to a multiple of 256, of 512 beyond 2,048, of 1,024 beyond 4,096, and so on: at most a quarter more
+    beyond 1,024."""
+    return round_up(n, max(256, (1 << (n - 1).bit_length()) // 8))
+
+
 @functools.cache  # asked at every refresh
 def has_triton() -> bool:
     """Are Triton and the C compiler that it needs installed?"""
@@ -168,6 +174,13 @@ class Beginning(NamedTuple):
     targets: tuple = ()
 
 
+class Prompts(NamedTuple):
+    """A pack of prompts, and where their keys and values go: those of token source[i] into slot slots[i]."""
+    pack: Pack
+    source: Tensor
+    slots: Tensor
+
+
 class Decoder:
     """Token by token decoding for common.Sampler: the same interface as common.PlainDecoder.
 
@@ -175,6 +188,9 @@ class Decoder:
     factors of the active adapter beside them, cast as the trainer's forward casts them. They are never merged: a merge
     into bfloat16 rounds most of a small update away. choose: the rule that picks a token, common.choose; note: prints
     a line. compile: fuse the elementwise parts (CUDA), which takes seconds that a short job doesn't recover.
+
+    A step, and a pass over prompts, are some hundred kernels, which a GPU finishes sooner than a program can launch
+    them; so on CUDA both are recorded as graphs, for a few sizes.
     """
     READBACK = 16            # steps between two readbacks of the sampled tokens
     LENGTH_BUCKET = 128      # lengths of the cache and of attention are multiples of it
@@ -194,7 +210,8 @@ class Decoder:
     def release(self) -> None:
         """Give the cache and the graphs back; the next `begin` makes new ones."""
         self.cache: list[Tensor] = []       # per layer: [slots, 2, kv, d]
-        self.graphs: dict[tuple, Any] = {}  # (rows, length, stride, kind)
+        self.graphs: dict[tuple, Any] = {}  # by (rows, length, stride, kind) of a step, or by size of a pack of prompts
+        self.prompts: dict[tuple, Prompts] = {}  # static ones, by size
         self.rows = 0                       # rows that the buffers of a step hold
 
     # -- weights
@@ -210,6 +227,8 @@ class Decoder:
         self.embedding, self.head = body.embed_tokens.weight, base.get_output_embeddings()
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         self.gate, self.norm = gate_of(self.config), (self._norm("norm", body.norm), self.config.rms_norm_eps)
+        # fp32's attention over a pack is torch's, which has to know lengths
+        self.records_prompts = self.device.type == "cuda" and self.dtype != torch.float32
         scale = getattr(body.embed_tokens, "embed_scale", None)
         self.embedding_scale = 1.0 if scale is None else scale.to(self.dtype).item()
         if not self.layers:
@@ -411,22 +430,46 @@ class Decoder:
                 first = torch.tensor(members[e])[:, None] * self.stride
                 source.append(places.repeat(len(first)))
                 slots.append((first + torch.arange(len(places))).flatten())
-            part, source, slots = part.to(self.device), *(torch.cat(x).to(self.device) for x in (source, slots))
-            rotation = [[table[part.position_ids[0]][:, None] for table in (kind.cos, kind.sin)] for kind in self.kinds]
-            x = F.embedding(part.input_ids[0], self.embedding) * self.embedding_scale            # [T, H]
-
-            def attend_prompts(q: Tensor, kv: Tensor, w: Layer, cache: Tensor) -> Tensor:
-                cache[slots] = kv[source]
-                return packed_attention(q, *kv.unbind(1), part.cu_seqlens, part.max_length, w.scale, part.keys,
-                                        part.cu_seqlens_k, self.kinds[w.kind].window).flatten(1)
-            if self.kernels:
-                self._layers_by_kernels(x, lambda qkv, stream, w, cache: attend_prompts(*queries_keys_values(
-                    after_norm(qkv, stream, w.qkv, w.eps), w, *rotation[w.kind]), w, cache))
+            prompts = Prompts(part, torch.cat(source), torch.cat(slots))
+            if self.records_prompts and part.tokens <= self.PREFILL_TOKENS:
+                self._recorded_prompts(prompts)
             else:
-                update = torch.zeros_like(x)
-                for w, cache in zip(self.layers, self.cache):
-                    x, q, kv = attention_in(x, update, w, *rotation[w.kind])
-                    x, update = attention_out(x, attend_prompts(q, kv, w, cache), w, self.gate)
+                self._prompts(Prompts(*(x.to(self.device) for x in prompts)))
+
+    def _recorded_prompts(self, prompts: Prompts) -> None:
+        """_prompts, padded to one of a few sizes; it is recorded when its size comes for the second time. Recorded or
+        not, the same kernels run."""
+        count, key = len(prompts.slots), ("prompts", GraphSize.of(prompts.pack, prompt_bucket(prompts.pack.tokens)),
+                                          prompt_bucket(len(prompts.slots)))
+        seen = key in self.prompts
+        if not seen:
+            self.prompts[key] = Prompts(key[1].empty(self.device), *torch.zeros(2, key[2], dtype=torch.long,
+                                                                                device=self.device))
+        static, again = self.prompts[key], torch.arange(key[2]) % count  # what fills up the slots is written twice
+        fill(static.pack, prompts.pack.to(self.device))
+        static.source.copy_(prompts.source[again])
+        static.slots.copy_(prompts.slots[again])
+        compute = functools.partial(self._prompts, static)
+        (self._recorded(key, compute) if seen else compute)()
+
+    def _prompts(self, prompts: Prompts) -> None:
+        """Compute prompts, and write their keys and values into the cache."""
+        part, source, slots = prompts
+        rotation = [[table[part.position_ids[0]][:, None] for table in (kind.cos, kind.sin)] for kind in self.kinds]
+        x = F.embedding(part.input_ids[0], self.embedding) * self.embedding_scale                # [T, H]
+
+        def attend_prompts(q: Tensor, kv: Tensor, w: Layer, cache: Tensor) -> Tensor:
+            cache[slots] = kv[source]
+            return packed_attention(q, *kv.unbind(1), part.cu_seqlens, part.max_length, w.scale, part.keys,
+                                    part.cu_seqlens_k, self.kinds[w.kind].window).flatten(1)
+        if self.kernels:
+            self._layers_by_kernels(x, lambda qkv, stream, w, cache: attend_prompts(*queries_keys_values(
+                after_norm(qkv, stream, w.qkv, w.eps), w, *rotation[w.kind]), w, cache))
+        else:
+            update = torch.zeros_like(x)
+            for w, cache in zip(self.layers, self.cache):
+                x, q, kv = attention_in(x, update, w, *rotation[w.kind])
+                x, update = attention_out(x, attend_prompts(q, kv, w, cache), w, self.gate)
 
     def _compact(self, size: int) -> None:
         """Move the live rows beyond `size` into rows below it that have ended."""
@@ -444,16 +487,21 @@ class Decoder:
         self.size = size
 
     def _program(self, size: int, length: int, stride: int, kind: str) -> Callable[[], Any]:
-        """A step for this many rows over this much of the cache: on CUDA the replay of its graph, captured once."""
+        """A step for this many rows over this much of the cache."""
         key = (size, length, stride, kind)
+        return self._recorded(key, functools.partial(self._step, *key), (self.token, self.position))
+
+    def _recorded(self, key: tuple, function: Callable[[], Any], changed: Sequence[Tensor] = ()) -> Callable[[], Any]:
+        """On CUDA the replay of the function's graph, captured at the first call for this key; on a CPU the function.
+        changed: tensors that it reads and changes, which capturing must leave as they are."""
         if self.device.type != "cuda":
-            return functools.partial(self._step, *key)
+            return function
         if key not in self.graphs:
-            before = [(t, t.clone()) for t in (self.token, self.position)]
-            self._step(*key)  # compiles and loads kernels; capturing itself runs nothing
+            before = [(t, t.clone()) for t in changed]
+            function()  # compiles and loads kernels; capturing itself runs nothing
             graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g in self.graphs.values()), None)
             with torch.cuda.graph(graph, pool=pool):
-                self._step(*key)
+                function()
             for t, value in before:
                 t.copy_(value)
             self.graphs[key] = graph

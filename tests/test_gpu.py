@@ -408,7 +408,7 @@ def test_gemma_with_windows(pair):
     graphs = set(map(id, sampler.decoder.graphs.values()))
     sampler.refresh(policy)
     mean, worst = mean_gap(policy, prompts, sampler.sample(prompts, 40, 1.0, seed=3))
-    assert set(map(id, sampler.decoder.graphs.values())) == graphs and sampler.decoder.kernels is None
+    assert graphs <= set(map(id, sampler.decoder.graphs.values())) and sampler.decoder.kernels is None
     print(f"Gemma, bf16: |log-prob gap| of sampler and trainer: mean {mean:.4f}, max {worst:.4f}")
     assert mean < 0.03 and worst < 0.5
 
@@ -448,6 +448,30 @@ def test_sampler_bf16_near_generate_and_trainer(pair):
         print(f"bf16, compile={compiled}: other first tokens than generate's {first:.1%}, texts of 24 tokens {apart:.1%}; "
               f"|log-prob gap| to the trainer: mean {mean:.4f}, max {worst:.4f}")
         assert first <= 0.1 and mean < 0.03 and worst < 0.5
+
+
+@pytest.mark.parametrize("kernels", "10")
+def test_recorded_prompts_are_the_prompts(pair, kernels, monkeypatch):
+    """A pass over prompts that is recorded when its size comes again writes what it writes unrecorded, bit by bit, and what
+    one without padding writes, to bfloat16's rounding."""
+    monkeypatch.setenv("RUNGS_KERNELS", kernels)
+    _, tokenizer, gpu, _ = pair
+    recorded, unpadded = (common.Sampler(gpu, tokenizer, short=True).decoder for _ in range(2))
+    unpadded.records_prompts = False
+    grouped = [[p for p in random_prompts(tokenizer, 12, seed) for _ in range(5)] for seed in range(4)]
+
+    def cache_of(decoder, prompts):
+        for cache in decoder.cache:
+            cache.zero_()
+        decoder.begin(dict(enumerate(prompts)), dict(enumerate(range(60))), 80, 1.0, 1.0, seed=4)
+        return torch.stack(decoder.cache)
+    for i, prompts in enumerate(grouped):
+        found, exact = cache_of(recorded, prompts), cache_of(unpadded, prompts)
+        assert torch.equal(found, cache_of(common.Sampler(gpu, tokenizer, short=True).decoder, prompts))
+        assert ((found != 0) == (exact != 0)).float().mean() > 0.999  # a product may round to 0
+        torch.testing.assert_close(found, exact, rtol=2e-2, atol=2e-2)
+        assert len([key for key in recorded.graphs if key[0] == "prompts"]) == min(i, 1)  # all have one size
+    assert bool(recorded.kernels) == (kernels == "1")
 
 
 def test_fp32_logits_of_bf16_weights():

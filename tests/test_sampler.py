@@ -528,6 +528,27 @@ def test_a_shared_prompt_is_computed_once(talker, prompts, monkeypatch):
         torch.testing.assert_close(torch.tensor(alone.logprobs), torch.tensor(done[row].logprobs), **CLOSE)
 
 
+@pytest.mark.parametrize("groups", [1, 6])
+def test_padded_prompts_fill_the_cache_alike(talker, prompts, groups):
+    """As CUDA's recorded passes take prompts: copied into a static pack of a larger size, which keeps an earlier batch's
+    tokens where it is padded."""
+    model, _, tokenizer = talker
+    own, padded, sizes = Sampler(model, tokenizer), Sampler(model, tokenizer), set()
+    padded.decoder.records_prompts = True
+    for batch in (prompts[:9], prompts[3:5], prompts[5:], [prompts[2]]):
+        grouped, longest = [p for p in batch for _ in range(groups)], max(map(len, batch)) + 20
+        for sampler in (own, padded):
+            sampler.decoder._reserve(12 * 6, 128)  # both keep one cache, which later batches overwrite
+            for cache in sampler.decoder.cache:
+                cache.zero_()
+            sampler.decoder.begin(dict(enumerate(grouped)), dict(enumerate(range(99))), longest, 0.9, 1.0, seed=4)
+        for a, b in zip(own.decoder.cache, padded.decoder.cache):
+            assert (a != 0).any(-1).sum() == 2 * a.shape[2] * sum(len(p) - 1 for p in grouped)
+            torch.testing.assert_close(a, b, **CLOSE)
+        sizes |= {*padded.decoder.prompts}
+    assert 1 <= len(sizes) < 4 and not own.decoder.prompts  # some batches share a size
+
+
 @pytest.mark.parametrize("buckets", [None, cuda_buckets])
 @pytest.mark.parametrize("readback", [1, 3, 16])
 def test_rows_that_move_are_what_they_are_alone(talker, prompts, buckets, readback, monkeypatch):
