@@ -88,7 +88,7 @@ CONTROLS = sft_2ep sft_chosen grpo_format grpo_base
 SIDE_BY_SIDE = $(filter sft_v2,$(POLICIES)) $(filter ppo_%,$(POLICIES)) $(filter grpo_%,$(POLICIES)) $(filter-out sft_v2 ppo_% grpo_%,$(POLICIES))
 RMS      = $(REWARD_MODELS)/rm_v1/run.json $(REWARD_MODELS)/rm_watch/run.json
 RUNS     = $(if $(filter 1,$(JOBS)),$(POLICIES:%=$(OUT)/%/run.json) $(RMS),$(RMS) $(SIDE_BY_SIDE:%=$(OUT)/%/run.json))
-EVALS    = $(foreach p,$(PROTOCOL),$(foreach row,$(if $(filter 1,$(JOBS)),rows,base $(POLICIES)),$(OUT)/.done/$(row)-$(p)))
+EVALS    = $(foreach p,$(PROTOCOL),$(foreach row,$(if $(filter 1,$(GPUS)),rows,base $(POLICIES)),$(OUT)/.done/$(row)-$(p)))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
 .PHONY: lock all controls seeds sweep speedrun reproduce demo env test help gpu-check hub-check torture bench bench-cpu clean-demo force
@@ -159,13 +159,13 @@ $(OUT)/grpo_base/run.json: $(OUT)/.flags/grpo_base $(BASE) $(wildcard $(GRPO_DAT
 	$(TRAIN) grpo.py $(GRPO_BASE) --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
-# -- evaluation: all rows in one process, or one row per GPU; a row's stamp holds the hashes of its table --
+# -- evaluation: on one GPU all rows in one process, on several one row each; a row's stamp holds the hashes of its table --
 
 EVALUATED = $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA))
 
 $(OUT)/.done/rows-plain $(OUT)/.done/rows-chat: $(OUT)/.done/rows-%: $(foreach row,$(POLICIES),$(OUT)/$(row)/run.json) $(EVALUATED) | $(ENV)
 	$(call phase,8,four benchmarks for every row; so few items only show that it runs)
-	$(PY) evaluate.py $(EVAL) --protocol $* --adapter none $(addprefix $(OUT)/,$(POLICIES)) --stamp $(OUT)/.done/%-$*
+	$(RUN) evaluate.py $(EVAL) --protocol $* --adapter none $(addprefix $(OUT)/,$(POLICIES)) --stamp $(OUT)/.done/%-$*
 	@touch $@
 
 $(OUT)/.done/base-plain $(OUT)/.done/base-chat: $(OUT)/.done/base-%: $(EVALUATED) | $(ENV)

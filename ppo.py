@@ -260,7 +260,8 @@ def roll_out(sampler, scorers, names: Sequence[str], prompts: Sequence[Prompt], 
                    torch.tensor([c.stopped == "eos" for c in sampled]), scores)
 
 
-METRICS = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "clipfrac", "value_clipfrac")
+METRICS = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "clipfrac", "value_clipfrac", "grad_norm",
+           "critic_grad_norm")  # of an optimizer step
 
 
 def main(args: Args) -> None:
@@ -295,7 +296,7 @@ def main(args: Args) -> None:
     policy = common.add_lora(common.load_model(model_dir, adapter, "none", dtype, device, engine))
     scorers = common.load_scorers(model_dir, {"critic": args.reward_adapter} | adapters, "nf4" if nf4 else "none",
                                   getattr(torch, scorer_runs["reward"]["args"]["dtype"]), device, engine)
-    common.use_scorer(scorers, "critic", train=True)
+    common.train_scorer(scorers, "critic")
     common.head_of(scorers, "critic").weight.data.zero_()
     critic_params, policy_params = common.flat_parameters(scorers), common.flat_parameters(policy)
     sampler = common.Sampler(policy, tokenizer)
@@ -347,7 +348,7 @@ def main(args: Args) -> None:
         with common.reference(policy):
             ref_logprobs = common.per_token(
                 lambda micro: common.token_logprobs(policy, micro, args.temperature), micros, mask.shape, device)
-        common.use_scorer(scorers, "critic", train=True)
+        common.use_scorer(scorers, "critic")
         old_values = common.per_token(lambda micro: common.token_values(scorers, micro), micros, mask.shape, device)
         sampler_logprobs = torch.zeros(mask.shape, device=device)                                  # log q, [B, T]
         sampler_logprobs[mask] = torch.tensor([lp for row in batch.logprobs for lp in row], device=device)
@@ -368,12 +369,12 @@ def main(args: Args) -> None:
         run.check_finite(update, row_ids, scores=scores.sum().item(), kl=kl.sum().item(),
                          values=old_values.sum().item(), advantages=advantages.sum().item())
 
-        # 3d. Epochs of mini-batches, an optimizer step each; its denominator is the mini-batch's response tokens.
-        totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        ratio_max = torch.zeros((), device=device)
+        # 3d. Epochs of mini-batches, an optimizer step each; its denominator is the mini-batch's response tokens. Nothing
+        # waits for the GPU in here.
+        measured, ratio_max = [], torch.zeros((), device=device)
         for epoch in range(args.epochs):
             for part, (micros, tokens) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
-                sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+                sums = torch.zeros(6, dtype=torch.float64, device=device)
                 for micro, (i, t) in micros:  # one after the other, so that only one graph is in memory
                     logprobs = common.token_logprobs(policy, micro, args.temperature)              # [K]
                     losses = policy_loss(logprobs, old_logprobs[i, t], advantages[i, t], args.clip)
@@ -387,24 +388,22 @@ def main(args: Args) -> None:
                                          0.5 * (log_ratio ** 2).sum(), ((ratio - 1).abs() > args.clip).sum(),
                                          (moved > args.value_clip).sum()])
                     ratio_max = torch.maximum(ratio_max, ratio.max())
-                step_means = dict(zip(METRICS, (common.all_reduce_(sums) / tokens).tolist()))
-                run.check_finite(update, row_ids, **step_means)
-                if epoch == part == 0:  # π_θ = π_old: ρ = 1
-                    assert step_means["approx_kl"] <= common.step0_tolerance(policy) and step_means["clipfrac"] == 0, \
-                        f"first mini-batch: {step_means}: the policy is not the one that sampled"
                 for params in (policy_params, critic_params):
                     common.all_reduce_(params.grad)
-                grad_norm, critic_grad_norm = (torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
-                                               for params in (policy_params, critic_params))
-                run.check_finite(update, row_ids, grad_norm=grad_norm, critic_grad_norm=critic_grad_norm)
+                norms = torch.stack([torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+                                     for params in (policy_params, critic_params)])
+                measured.append(torch.cat([common.all_reduce_(sums) / tokens, norms]))
                 step = (update * args.epochs + epoch) * args.minibatches + part
                 lr = learning_rate(step, total_steps, args)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
-                totals += torch.tensor(list(step_means.values()), dtype=torch.float64, device=device)
-        totals /= args.epochs * args.minibatches
+        measured = [dict(zip(METRICS, row)) for row in torch.stack(measured).tolist()]  # of each step
+        for means in measured:
+            run.check_finite(update, row_ids, **means)
+        assert measured[0]["approx_kl"] <= common.step0_tolerance(policy) and measured[0]["clipfrac"] == 0, \
+            f"first mini-batch: {measured[0]}: the policy is not the one that sampled"  # π_θ = π_old: ρ = 1
 
         # 3e. Log, adapt β, checkpoint.
         kl_mean, tokens, learned = kl.sum(1).mean().item(), int(lengths.sum()), time.time()
@@ -413,7 +412,7 @@ def main(args: Args) -> None:
             "watch_scores": batch.mean_score("watch") if "watch" in adapters else None,
             "normalised_scores": scores.mean().item(), "rewards": rewards.sum(1).mean().item(), "kl": kl_mean,
             "k3": (k3(old_logprobs, ref_logprobs) * mask).sum(1).mean().item(), "beta": beta,
-            "entropy": entropy[mask].mean().item(), **dict(zip(METRICS, totals.tolist())),
+            "entropy": entropy[mask].mean().item(), **{k: sum(m[k] for m in measured) / len(measured) for k in METRICS},
             "ratio_max": max(common.gather_lists([ratio_max.item()])),
             "explained_variance": explained_variance(old_values[mask], returns[mask]),
             "values": old_values[mask].mean().item(), "returns": returns[mask].mean().item(),
@@ -421,8 +420,7 @@ def main(args: Args) -> None:
             "sampler_gap": gap, "sampler_gap_max": drift.abs().max().item(),
             "sampler_k3": (drift.expm1() - drift).mean().item(),                       # KL(q ‖ π) from samples of q
             **({"importance_capped": (weights[mask] == args.importance_cap).float().mean().item()}
-               if args.importance_cap else {}), "grad_norm": grad_norm,
-            "critic_grad_norm": critic_grad_norm, "lr": lr, "tokens": tokens,
+               if args.importance_cap else {}), "lr": lr, "tokens": tokens,
             "rollout_tokens_per_s": tokens / (rolled - began), "rollout_wasted": sampler.wasted(),
             "learn_tokens_per_s": args.epochs * sum(len(e.ids) for e in examples) / (learned - rolled)})
         run.watch(tokens / args.batch_size, batch.ended.float().mean().item())

@@ -31,6 +31,7 @@ import functools
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -161,7 +162,8 @@ def run(command: list[str], seconds: int, seen: Callable[[float], None] = lambda
             process.kill()
             out, err = process.communicate()
         return out, f"no result within {seconds} s"
-    lines = [line.strip() for line in err.replace("\r", "\n").splitlines() if line.strip()]
+    err = re.sub(r".*\d%\|.*?\]", "", err.replace("\r", "\n"))  # a progress bar's last state may come after the error
+    lines = [line.strip() for line in err.splitlines() if line.strip()]
     return out, None if process.returncode == 0 else f"exit {process.returncode}: " + (lines or ["no output"])[-1][-300:]
 
 
@@ -185,30 +187,37 @@ def make_parents(cases: Collection[str], work: Path, device: str, seconds: int, 
                 raise RuntimeError(f"{name}.py, which others start from: {failed}")
 
 
-def ours(case: str, args: Args, work: Path, device: str, steps: int, warm: int, completion_tokens: int) -> dict:
-    """A workload run by our script; its first step's time includes starting and compiling."""
-    name, flags = script(case, work, steps, completion_tokens)
-    more = small(device) + dtype_flag(case, device) + args.flags.split()
-    out = work / f"run-{case}"
+def run_script(command: list[str], out: Path, seconds: int) -> tuple[str, str | None, list[dict], float | None]:
+    """One of our scripts: what run() returns of it, the lines of its log, and the seconds from the command to the end of its
+    first step."""
     log, first_step = out / "log.jsonl", []
 
     def watch(elapsed: float) -> None:
         if not first_step and log.is_file() and log.stat().st_size:
             first_step.append(elapsed)
+    printed, failed = run([sys.executable, *command], seconds, watch)
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    return printed, failed, lines, first_step[0] if first_step else None
+
+
+def ours(case: str, args: Args, work: Path, device: str, steps: int, warm: int, completion_tokens: int) -> dict:
+    """A workload run by our script; its first step's time includes starting and compiling."""
+    name, flags = script(case, work, steps, completion_tokens)
+    more = small(device) + dtype_flag(case, device) + args.flags.split()
+    out = work / f"run-{case}"
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(args.gpus)] if args.gpus > 1 else []
     command = [f"{name}.py", *flags, *more, "--out", str(out)]
     if args.profile:
         command = [str(HERE / "profiled.py"), str(warm), *command]
-    printed, failed = run([sys.executable, *ranks, *command], args.seconds, watch)
+    printed, failed, lines, first_step = run_script([*ranks, *command], out, args.seconds)
     if args.profile:
         print(printed[printed.find("-- profile"):], flush=True)
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     if len(lines) <= warm:
         return {"error": failed or f"{len(lines)} steps are no more than the first {warm}"}
     timed = lines[warm:]
     taken, tokens = timed[-1]["seconds"] - lines[warm - 1]["seconds"], sum(line["tokens"] for line in timed)
     found = {"tokens_per_s": round(tokens / taken), "ms_per_step": round(taken / len(timed) * 1e3, 1), "steps": len(timed),
-             "command_to_first_step_s": round(first_step[0], 1) if first_step else None,
+             "command_to_first_step_s": first_step and round(first_step, 1),
              "peak_gib": lines[-1].get("peak_gib"), "settings": {"script": name, "flags": " ".join(more)}}
     if "rollout_tokens_per_s" in timed[0]:
         rollout = sum(line["tokens"] / line["rollout_tokens_per_s"] for line in timed)

@@ -282,6 +282,29 @@ def test_the_benchmark_runs(tmp_path):
     assert [c["system"] for c in cases] == ["rungs", "rungs-x2", "trl-best"] and cases[1]["tokens_per_s"] > 0, cases
 
 
+def test_the_parts_of_a_start(tmp_path, monkeypatch, capfd):
+    """Imports in addition to those before, and sft.py to its first step: positive, and together less than the whole."""
+    monkeypatch.syspath_prepend(str(REPO / "bench"))
+    import start
+    start.main(start.Args(repeat=1, shape="tiny", work=str(tmp_path)))
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert list(found) == [*start.IMPORTS, "--help", "command_to_first_step", "first_step", "settings"]
+    assert 0 < found["first_step"] < found["command_to_first_step"] and found["torch"] > 0.1 and found["python"] > 0
+    assert found["--help"] > found["torch"] / 2
+    with pytest.raises(SystemExit):
+        start.timed(["-c", "raise OSError"], start.Args())
+
+
+def test_why_a_process_failed(monkeypatch):
+    """Its last line, be it before, beside or after the last state of a progress bar."""
+    monkeypatch.syspath_prepend(str(REPO / "bench"))
+    import train
+    bar = "run:  80%|████    | 4/5 [00:00<?, ?step/s]"
+    for text in (f"error: no memory\n{bar}\n", f"{bar}error: no memory\n", f"{bar}\r{bar}\nerror: no memory\n"):
+        code = f"import sys; sys.stderr.write({text!r}); sys.exit(1)"
+        assert train.run([sys.executable, "-c", code], 60) == ("", "exit 1: error: no memory")
+
+
 def test_the_smallest_card(tmp_path, monkeypatch):
     """On a CPU, where nothing limits it, a script fits at once. Running out of memory leads to fewer --micro-tokens and then
     to the next card, until it fits; another failure ends the measurement. A run that is made again replaces the earlier."""

@@ -200,8 +200,20 @@ def test_two_reward_models_on_one_base(tiny_model, reward_run, reward_args, tmp_
     both = common.load_reward(tiny_model, reward_run, dtype=torch.float32)
     both.load_adapter(other, "second")
     assert torch.equal(common.score_examples(both, examples(), 4096), alone[0])
+
+    def active():
+        return {name: list(m.active_adapters) for name, m in both.named_modules() if "_active_adapter" in vars(m)}
     both.set_adapter("second")
-    assert torch.equal(common.score_examples(both, examples(), 4096), alone[1])
+    by_peft = active()
+    for name, scores in (("reward", alone[0]), ("second", alone[1])):
+        assert torch.equal(common.score_examples(common.use_scorer(both, name), examples(), 4096), scores)
+    assert active() == by_peft and len(by_peft) == 2 * 7 + 1
+    with pytest.raises(KeyError):
+        common.use_scorer(both, "third")
+    common.train_scorer(both, "reward")
+    common.use_scorer(both, "second")  # changes nothing about what learns
+    assert {".reward." in n for n, p in both.named_parameters() if p.requires_grad} == {True}
+    assert len(common.trainable(both)) == 2 * 14 + 1
     assert not torch.allclose(alone[0], alone[1], atol=1e-3)
 
 
