@@ -1184,7 +1184,13 @@ def check_head(model: nn.Module) -> None:
              f"log-probabilities here would be wrong; this architecture is not supported")
 
 
-HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time, at most; the fast engine has its own
+HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time, at most
+
+
+def head_chunk(tokens: int) -> int:
+    """Predicted tokens whose logits exist at one time, of a micro-batch of this many tokens: fewer in a small one, where
+    1,024 rows of logits would take more memory than all else."""
+    return min(HEAD_CHUNK, max(256, tokens // 4))
 
 
 def token_logprobs(model: nn.Module, batch, temperature: float = 1.0, extras: Sequence[str] = ()):
@@ -1196,11 +1202,11 @@ def token_logprobs(model: nn.Module, batch, temperature: float = 1.0, extras: Se
     """
     base = base_of(model)
     if not isinstance(batch, Batch):
-        values = fast.token_logprobs(base, batch, temperature, extras)
+        values = fast.token_logprobs(base, batch, temperature, extras, head_chunk(batch.tokens))
         backward = (values[0] if extras else values).requires_grad
         count_flops(base, batch.tokens, batch.attended, len(batch.targets), backward)
         return values
-    hidden = hidden_states(model, batch, "predict")                                        # [K, H]
+    hidden, chunk = hidden_states(model, batch, "predict"), head_chunk(batch.tokens)       # [K, H]
     count_flops(base, predicted=len(hidden), backward=hidden.requires_grad)
 
     def logprobs_of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -1210,7 +1216,7 @@ def token_logprobs(model: nn.Module, batch, temperature: float = 1.0, extras: Se
         values = {"correct": lambda: z.argmax(1) == targets, "entropy": lambda: -(logprobs.exp() * logprobs).sum(1)}
         return logprobs.gather(1, targets[:, None])[:, 0], *(values[k]().detach() for k in extras)
     parts = [checkpoint(logprobs_of, h, t, use_reentrant=False, preserve_rng_state=False)
-             for h, t in zip(hidden.split(HEAD_CHUNK), batch.targets.split(HEAD_CHUNK))]
+             for h, t in zip(hidden.split(chunk), batch.targets.split(chunk))]
     logprobs, *values = (torch.cat(column) for column in zip(*parts))
     return (logprobs, dict(zip(extras, values))) if extras else logprobs
 

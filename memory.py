@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from common import HEAD, HEAD_CHUNK, MAX_BATCH, base_of, device_of, is_fast, say, trainable, world
+from common import HEAD, MAX_BATCH, base_of, device_of, head_chunk, is_fast, say, trainable, world
 
 
 def training_memory(config, weights: int, trained: int, tokens: int, fast: bool = True, head: bool = True,
@@ -32,7 +32,7 @@ def training_memory(config, weights: int, trained: int, tokens: int, fast: bool 
     layer = hidden * (2 * queries + 2 * keys + 3 * between)
     kept = itemsize * layers * (3 * between + 6 * hidden + 2 * (queries + 2 * keys)) * (1 if fast else 2.1)
     return {"weights": weights, "adapter": 24 * trained, "activations": models * kept * tokens,
-            "head": head * HEAD_CHUNK * config.vocab_size * (4 if fast else 10) * itemsize,
+            "head": head * head_chunk(tokens) * config.vocab_size * (4 if fast else 10) * itemsize,
             "sampler": itemsize * layers * (layer + rows * length * 2 * keys) if rows else 0}
 
 

@@ -59,8 +59,8 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
     a_step = completion_tokens * batch if on_policy else sum(lengths) / steps
 
     class Timer(transformers.TrainerCallback):
-        """Prints what was measured, after each step that counts."""
-        rollout = 0.0
+        """Prints what was measured, after each step that counts, and with the gradient's norm after the last."""
+        rollout, found = 0.0, {}
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == warm:
@@ -72,14 +72,18 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
             n = state.global_step - warm
             if n > 0:
                 taken = (time.time() - self.began) / n
-                found = {"tokens_per_s": round(a_step / taken), "ms_per_step": round(taken * 1e3, 1), "steps": n,
-                         "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None}
+                self.found = {"tokens_per_s": round(a_step / taken), "ms_per_step": round(taken * 1e3, 1), "steps": n,
+                              "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None}
                 if on_policy:
-                    found |= {"rollout_s": round(self.rollout / n, 3), "update_s": round(taken - self.rollout / n, 3)}
-                print("RESULT " + json.dumps(found), flush=True)
+                    self.found |= {"rollout_s": round(self.rollout / n, 3), "update_s": round(taken - self.rollout / n, 3)}
+                print("RESULT " + json.dumps(self.found), flush=True)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if self.found and "grad_norm" in (logs or {}):
+                print("RESULT " + json.dumps(self.found | {"grad_norm": round(float(logs["grad_norm"]), 4)}), flush=True)
 
     defaults = {"per_device_train_batch_size": 8, "max_steps": steps, "bf16": cuda, "use_cpu": not cuda, "seed": 42,
-                "save_strategy": "no", "report_to": [], "logging_steps": 1000, "disable_tqdm": True,
+                "save_strategy": "no", "report_to": [], "logging_steps": steps, "disable_tqdm": True,
                 "output_dir": tempfile.mkdtemp(), "gradient_accumulation_steps": None}
     config = {**defaults, **settings}
     config["gradient_accumulation_steps"] = batch // config["per_device_train_batch_size"]

@@ -11,7 +11,8 @@ TRL runs once with its defaults, and with each of some faster settings (peer.py)
 with 16 rows per step and no checkpointing; it wants older versions of transformers and TRL than our lock file, so install it
 in an environment of its own, and run `--system rungs unsloth` there. Each case has its own process; its first --warm steps
 (compiling, recording of most sizes) don't count. 16 rows per step (pairs for dpo and reward), LoRA r = 16 on all linear
-layers; grpo and ppo: 64 completions of 256 tokens per update, from 8 or 64 prompts. Tokens are those of the text (both
+layers; grpo and ppo: 64 completions of at most 256 tokens per update, from 8 or 64 prompts (ours end at one of many stop
+tokens, so that most have 256 and the others fewer; TRL's all have 256). Tokens are those of the text (both
 answers of a pair; for sampling and its updates only the completions), never padding or mismatched pairs. peak_gib: the
 most memory that the process had reserved. command_to_first_step_s: from the call of the script to the end of its first
 step, imports and compiling included.
@@ -32,6 +33,7 @@ import json
 import os
 import queue
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -215,10 +217,14 @@ def ours(case: str, args: Args, work: Path, device: str, steps: int, warm: int, 
     if len(lines) <= warm:
         return {"error": failed or f"{len(lines)} steps are no more than the first {warm}"}
     timed = lines[warm:]
+    norms = [line["grad_norm"] for line in timed]
+    if none := norms.count(0):
+        return {"error": f"{none} of {len(norms)} timed steps had no gradient: nothing was trained"}
     taken, tokens = timed[-1]["seconds"] - lines[warm - 1]["seconds"], sum(line["tokens"] for line in timed)
     found = {"tokens_per_s": round(tokens / taken), "ms_per_step": round(taken / len(timed) * 1e3, 1), "steps": len(timed),
              "command_to_first_step_s": first_step and round(first_step, 1),
-             "peak_gib": lines[-1].get("peak_gib"), "settings": {"script": name, "flags": " ".join(more)}}
+             "peak_gib": lines[-1].get("peak_gib"), "grad_norm": round(statistics.median(norms), 4),
+             "settings": {"script": name, "flags": " ".join(more)}}
     if "rollout_tokens_per_s" in timed[0]:
         rollout = sum(line["tokens"] / line["rollout_tokens_per_s"] for line in timed)
         found |= {"rollout_s": round(rollout / len(timed), 3), "update_s": round((taken - rollout) / len(timed), 3)}
@@ -296,14 +302,15 @@ def table(cases: list[dict]) -> str:
     def cell(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
     ours = {c["workload"]: c["tokens_per_s"] for c in cases if c["system"] == "rungs" and c.get("tokens_per_s")}
-    lines = ["| workload | system | settings | tokens/s | rungs is | peak GiB | MFU | |",
-             "| :-- | :-- | :-- | --: | --: | --: | --: | :-- |"]
+    lines = ["| workload | system | settings | tokens/s | rungs is | peak GiB | MFU | grad norm | |",
+             "| :-- | :-- | :-- | --: | --: | --: | --: | --: | :-- |"]
     for c in cases:
         speed, own = c.get("tokens_per_s"), ours.get(c["workload"])
         ratio = f"{own / speed:.2f} ×" if own and speed and c["system"] != "rungs" else ""
         apart = f"rollout {c['rollout_s']} s, update {c['update_s']} s" if "rollout_s" in c else ""
         lines.append(f"| {c['workload']} | {c['system']} | {settings_of(c)} | {cell(speed, ',.0f')} | {ratio} "
-                     f"| {cell(c.get('peak_gib'), '.1f')} | {cell(c.get('mfu'), '.1%')} | {c.get('error', apart)[:120]} |")
+                     f"| {cell(c.get('peak_gib'), '.1f')} | {cell(c.get('mfu'), '.1%')} | {cell(c.get('grad_norm'), '.2g')} "
+                     f"| {c.get('error', apart)[:120]} |")
     notes = [f"{c['workload']}, {c['system']}: {c['note']}" for c in cases if c.get("note")]
     return "\n\n".join(["\n".join(lines), *notes])
 
@@ -313,8 +320,8 @@ def write_tables(out: Path) -> None:
     records = [common.read_json(path) for path in sorted(out.glob("*.json"))]
     tables = [f"## {record['device']}\n\n{table(record['cases'])}" for record in records]
     explained = ("Tokens per second of training and sampling, written by `python bench/train.py`. \"rungs is\": the speed of "
-                 "rungs on one GPU over that of the line. MFU is of one GPU. How a case is run: the docstring of "
-                 "bench/train.py.")
+                 "rungs on one GPU over that of the line. MFU is of one GPU. Grad norm: of ours the median of the timed steps, "
+                 "of others the last step's; – where it was not recorded. How a case is run: the docstring of bench/train.py.")
     common.write_text(out / "README.md", "\n\n".join(["# Speed", explained, *tables]) + "\n")
 
 

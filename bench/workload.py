@@ -1,7 +1,7 @@
 """Inputs of every case of the benchmark: a random model, a tokenizer and text of real-like lengths, made on the spot.
 
 One model directory in a real model's shape, one word per token, lengths log-normal; nothing comes from a hub, and every
-system reads the same files. Random weights cost as much time as trained ones, except that sampling never meets an EOS.
+system reads the same files. Random weights cost as much time as trained ones.
 """
 import json
 import random
@@ -31,6 +31,7 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['cont
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 WORDS = ("the model answers a question about how people learn to write code and read books in many countries with small "
          "steps user assistant").split()
+STOP_EVERY = 512  # of 256 tokens, 39 % of the answers end earlier
 MAX_LENGTH = 1024  # tokens; the text stays below, so that no system cuts or drops a row
 TASK = """import json, pathlib
 def rows():
@@ -54,11 +55,14 @@ def make_tokenizer(directory: Path) -> None:
 
 
 def make_model(directory: Path, shape: str, dtype: torch.dtype) -> None:
-    """A model directory with random weights."""
+    """A model directory with random weights. One of STOP_EVERY tokens ends an answer, so that sampled answers have many
+    lengths, as real ones do, and rewards differ within a group: GRPO gives 0 to an answer that doesn't end."""
     make_tokenizer(directory)
     torch.manual_seed(0)
     config = Qwen2Config(**SHAPES[shape], tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0)
-    Qwen2ForCausalLM(config).to(dtype).save_pretrained(directory)
+    model = Qwen2ForCausalLM(config).to(dtype)
+    model.generation_config.eos_token_id = [*range(2, config.vocab_size, STOP_EVERY)]
+    model.save_pretrained(directory)
 
 
 def words(n: int, seed: str) -> str:

@@ -8,8 +8,6 @@ from fast.decoder import compiled
 from fast.graphs import hidden_states, is_compiled
 from fast.packing import Pack
 
-HEAD_CHUNK = 1024  # maximum number of predicted tokens whose logits exist at one time; common.py has its own
-
 
 class KnownSlope(torch.autograd.Function):
     """values [K] as a function of x [K, H] with a known gradient: slopes [K, H], that of values[k] with respect to
@@ -43,9 +41,9 @@ def of_targets(logits: Tensor, targets: Tensor, temperature: float, extras: Sequ
     return logprobs, slope, values
 
 
-def token_logprobs(base: nn.Module, pack: Pack, temperature: float = 1.0, extras: Sequence[str] = ()):
+def token_logprobs(base: nn.Module, pack: Pack, temperature: float, extras: Sequence[str], chunk: int):
     """log softmax(logits / temperature)[target] of a pack's predicted tokens, [K] in fp32; see
-    common.token_logprobs.
+    common.token_logprobs. chunk: predicted tokens whose logits exist at one time, at most.
 
     The LM head is frozen, so a token's gradient with respect to its hidden state, (w_t − Σ_v p_v w_v) / temperature,
     is taken while its logits exist, and the backward only has to scale it: no [C, V] tensor is kept, and nothing is
@@ -54,7 +52,7 @@ def token_logprobs(base: nn.Module, pack: Pack, temperature: float = 1.0, extras
     hidden = hidden_states(base, pack)[pack.predict]
     head, slopes, parts = base.get_output_embeddings(), hidden.requires_grad, []
     choose_targets = compiled(of_targets) if is_compiled(base) else of_targets
-    chunks = max(1, -(-len(hidden) // HEAD_CHUNK))  # of equal size; no token: one empty chunk
+    chunks = max(1, -(-len(hidden) // chunk))  # of equal size; no token: one empty chunk
     with torch.no_grad():
         for h, t in zip(hidden.tensor_split(chunks), pack.targets.tensor_split(chunks)):
             logprobs, slope, values = choose_targets(head(h), t, temperature, tuple(extras), slopes)

@@ -345,7 +345,8 @@ def test_the_table_of_speeds(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPO / "bench"))
     import train
     sft = {"workload": "sft-bf16", "mfu": 0.41}
-    cases = [sft | {"system": "rungs", "tokens_per_s": 100_000.4, "peak_gib": 12, "settings": {"script": "sft", "flags": ""}},
+    cases = [sft | {"system": "rungs", "tokens_per_s": 100_000.4, "peak_gib": 12, "grad_norm": 1.234,
+                    "settings": {"script": "sft", "flags": ""}},
              sft | {"system": "trl-default", "tokens_per_s": 20_000, "peak_gib": 30.14, "mfu": 0.081,
                     "settings": {"batch": 8, "use_liger": False}, "note": "of another day"},
              {"workload": "dpo", "system": "trl-best", "error": "no trainer"}]
@@ -353,9 +354,9 @@ def test_the_table_of_speeds(tmp_path, monkeypatch):
     train.main(train.Args(only=(), out=str(tmp_path)))
     text = (tmp_path / "README.md").read_text()
     assert [line for line in text.split("## an H100")[1].splitlines() if line.startswith("| ")][2:] == [
-        "| sft-bf16 | rungs | default | 100,000 |  | 12.0 | 41.0% |  |",
-        "| sft-bf16 | trl-default | batch=8, use_liger=False | 20,000 | 5.00 × | 30.1 | 8.1% |  |",
-        "| dpo | trl-best | default | – |  | – | – | no trainer |"]
+        "| sft-bf16 | rungs | default | 100,000 |  | 12.0 | 41.0% | 1.2 |  |",
+        "| sft-bf16 | trl-default | batch=8, use_liger=False | 20,000 | 5.00 × | 30.1 | 8.1% | – |  |",
+        "| dpo | trl-best | default | – |  | – | – | – | no trainer |"]
     assert text.endswith("\n\nsft-bf16, trl-default: of another day\n")
     train.write_tables(tmp_path)
     assert (tmp_path / "README.md").read_text() == text

@@ -224,7 +224,7 @@ def test_correct_marks_the_models_own_choices(tiny_model, engine):
 @ENGINES
 def test_chunked_loss_is_the_full_loss_in_value_and_gradient(tiny_model, monkeypatch, engine):
     """Seven trained tokens at a time against one full [T, V] computation; the head never sees more than seven."""
-    monkeypatch.setattr(fast.logprobs if engine == "fast" else common, "HEAD_CHUNK", 7)
+    monkeypatch.setattr(common, "HEAD_CHUNK", 7)
     ours, plain = two_policies(tiny_model)
     common.base_of(ours).__dict__["engine"] = engine
     sequences = random_sequences(6, seed=1)

@@ -63,6 +63,13 @@ def test_measured_peaks_are_within_a_fifth(name, measured, told):
     assert sum(common.training_memory(QWEN, **told).values()) / GIB == pytest.approx(measured, rel=0.2)
 
 
+def test_a_small_micro_batch_has_fewer_logits():
+    """At 1,024 tokens a chunk of 1,024 predicted ones would be all of them."""
+    assert [common.head_chunk(n) for n in (16384, 8192, 4096, 2048, 1024, 100)] == [1024, 1024, 1024, 512, 256, 256]
+    head = {n: common.training_memory(QWEN, NF4, LORA, n)["head"] for n in (4096, 1024)}
+    assert head[4096] == 4 * head[1024] == 1024 * 151936 * 4 * 2
+
+
 def test_enough_figures_are_committed():
     assert len([*benchmark()]) >= 6 and len([*runs()]) >= 3
 
