@@ -97,7 +97,8 @@ def setup_device(device: str = "auto") -> torch.device:
     if os.environ.get("RUNGS_DETERMINISTIC") == "1":
         set_deterministic()
     if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # numbers of the host are gathered by gloo, which doesn't wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):  # streams, graphs and memory figures are those of the current device
@@ -1125,10 +1126,13 @@ def micro_batches(model: nn.Module, examples: Sequence[Example], micro_tokens: i
     shared beginning counted once, without the padding that a recorded pass puts at a pack's end.
 
     Each example is in exactly one. `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order.
-    ValueError when a unit alone is too large.
+    Of several ranks, all come here at the same time. ValueError when a unit alone is too large.
     """
     if is_fast(model):
-        return fast.pack(examples, micro_tokens, unit, device_of(model))
+        packs = fast.pack(examples, micro_tokens, unit, device_of(model))
+        if world() > 1:
+            fast.agree_on_sizes(base_of(model), packs, rank(), gather_lists)
+        return packs
     units = [range(i, i + unit) for i in range(0, len(examples), unit)]
     width = {u: max(len(examples[i].ids) for i in u) for u in units}
     batches: list[list[int]] = []

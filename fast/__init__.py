@@ -27,12 +27,12 @@ On a CPU the same code runs without compilation and recording. On CUDA, RUNGS_CO
 off for passes over packs, which suits short runs; the sampler always records its step, and compiles it unless
 common.Sampler was given short=True.
 """
-from fast.graphs import compile_layers, hidden_states, is_compiled
+from fast.graphs import agree_on_sizes, compile_layers, hidden_states, is_compiled
 from fast.logprobs import token_logprobs
 from fast.packing import Pack, pack
 from fast.sampler import Decoder
 
-__all__ = ["Decoder", "Pack", "compile_layers", "hidden_states", "is_compiled", "pack",
+__all__ = ["Decoder", "Pack", "agree_on_sizes", "compile_layers", "hidden_states", "is_compiled", "pack",
            "token_logprobs", "unsupported"]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3_text")  # transformers' model types that decoder.py writes out

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,36 +43,45 @@ def hidden_states(base: nn.Module, pack: Pack) -> Tensor:
     return decoder(base, pack, is_compiled(base)) if hidden is None else hidden
 
 
+def agree_on_sizes(base: nn.Module, packs: Sequence[Pack], rank: int, gather: Callable[[list], list]) -> None:
+    """Recordings.agree, where passes are recorded."""
+    if is_compiled(base):
+        base.recordings.agree(packs, rank, gather)
+
+
 def padded_tokens(tokens: int) -> int:
     """To how many tokens a pack is padded: at most a sixteenth more, where it has more than 4,096."""
     return round_up(tokens, max(TOKENS_STEP, (1 << tokens.bit_length() - 1) // 16))
 
 
 class GraphSize(NamedTuple):
-    """Size of the static pack that other packs are copied into, to be computed by one recorded pass."""
+    """Size of the static pack that other packs are copied into, to be computed by one recorded pass; or of a pack."""
     tokens: int
     sequences: int
     longest: int
     keys: int  # 0: for packs whose sequences share no tokens
 
     @classmethod
-    def of(cls, pack: Pack, padded: int | None = None) -> GraphSize:
-        """The smallest that holds a pack. padded: its tokens with padding; None: padded_tokens()."""
-        tokens, keys, n = pack.tokens, 0 if pack.keys is None else len(pack.keys), len(pack.examples)
-        padded = padded or padded_tokens(tokens)
-        padded_keys = keys and round_up(keys + padded - tokens, padded // 2)
-        sequences = round_up(n + SPARE_SEQUENCES, SEQUENCES_STEP)
-        longest_spare = max(padded - tokens, padded_keys - keys) // (sequences - n) + 2
-        return cls(padded, sequences, round_up(max(pack.max_length, longest_spare), LENGTH_STEP), padded_keys)
+    def exact(cls, pack: Pack) -> GraphSize:
+        """A pack's own."""
+        return cls(pack.tokens, len(pack.examples), pack.max_length, 0 if pack.keys is None else len(pack.keys))
 
-    def holds(self, pack: Pack) -> bool:
-        """Can a pack be copied into one of this size?"""
-        if (pack.keys is None) != (self.keys == 0):
+    def padded(self, tokens: int | None = None) -> GraphSize:
+        """The smallest that holds a pack of this size. tokens: of it; None: padded_tokens()."""
+        tokens = tokens or padded_tokens(self.tokens)
+        keys = self.keys and round_up(self.keys + tokens - self.tokens, tokens // 2)
+        sequences = round_up(self.sequences + SPARE_SEQUENCES, SEQUENCES_STEP)
+        longest_spare = max(tokens - self.tokens, keys - self.keys) // (sequences - self.sequences) + 2
+        return GraphSize(tokens, sequences, round_up(max(self.longest, longest_spare), LENGTH_STEP), keys)
+
+    def holds(self, exact: GraphSize) -> bool:
+        """Can a pack of this exact size be copied into one of this size?"""
+        if (exact.keys == 0) != (self.keys == 0):
             return False
-        spare, padding = self.sequences - len(pack.examples), self.tokens - pack.tokens
-        key_padding = self.keys - len(pack.keys) if self.keys else padding
+        spare, padding = self.sequences - exact.sequences, self.tokens - exact.tokens
+        key_padding = self.keys - exact.keys if self.keys else padding
         return 0 <= padding <= key_padding and spare >= SPARE_SEQUENCES \
-            and max(pack.max_length, key_padding // spare + 2) <= self.longest
+            and max(exact.longest, key_padding // spare + 2) <= self.longest
 
     def empty(self, device) -> Pack:
         """A static pack of this size, for `fill`."""
@@ -101,6 +111,12 @@ def fill(static: Pack, pack: Pack) -> None:
         static.keys[:keys].copy_(pack.keys)
         static.cu_seqlens_k[:begun].copy_(pack.cu_seqlens_k)
         static.cu_seqlens_k[begun:].copy_(keys + ends + key_padding * spare // len(spare))
+
+
+def without_tokens(pack: Pack) -> Pack:
+    """A pack of no sequence, on the same device: for a static pack of padding alone."""
+    empty, begin = pack.input_ids[:, :0], pack.cu_seqlens[:1]
+    return Pack(empty, empty, begin, 0, *3 * [empty[0]], [], 0, keys=empty[0], cu_seqlens_k=begin)
 
 
 class DecoderModule(nn.Module):
@@ -210,20 +226,34 @@ class Recordings:
         self.lora = None  # one of the layers with adapters; all have the same ones on
         self.worth = RECORDING_COST / max(1, sum(p.numel() for p in base.parameters()))  # tokens
 
+    def choose(self, exact: GraphSize) -> GraphSize:
+        """The smallest recorded size that holds a pack of this exact size; its own padded size when padding so far has
+        cost more than recording it would. In torch's deterministic mode it is always the latter, since a resumed run
+        hasn't recorded the same sizes as an uninterrupted one."""
+        own = exact.padded()
+        recorded = () if torch.are_deterministic_algorithms_enabled() else self.sizes
+        size = min((size for size in recorded if size.holds(exact)), default=own)
+        self.padded[own] += size.tokens - own.tokens
+        if self.padded[own] > self.worth:
+            size = own
+        self.sizes.add(size)
+        return size
+
     def size_for(self, pack: Pack) -> GraphSize:
-        """The smallest recorded size that holds a pack; the pack's own size when padding so far has cost more than
-        recording it would. All passes over a pack use the same size, so that they are rounded alike. In torch's
-        deterministic mode it is always the pack's own, since a resumed run hasn't recorded the same sizes as an
-        uninterrupted one."""
-        if pack.graph_size is None:
-            own = GraphSize.of(pack)
-            recorded = () if torch.are_deterministic_algorithms_enabled() else self.sizes
-            pack.graph_size = min((size for size in recorded if size.holds(pack)), default=own)
-            self.padded[own] += pack.graph_size.tokens - own.tokens
-            if self.padded[own] > self.worth:
-                pack.graph_size = own
+        """The size that a pack is padded to. All passes over a pack use the same, so that they are rounded alike."""
+        pack.graph_size = pack.graph_size or self.choose(GraphSize.exact(pack))
         self.sizes.add(pack.graph_size)
         return pack.graph_size
+
+    def agree(self, packs: Sequence[Pack], rank: int, gather: Callable[[list], list]) -> None:
+        """Before a step on several ranks, each with its own packs: choose the sizes of all ranks' packs, as every rank
+        does, so that a size that one of them records is recorded by all in the same step. At different steps, each
+        would wait for the others' recordings too. gather: all ranks' lists end to end."""
+        known = {*self.sizes}
+        chosen = [(r, self.choose(exact)) for r, exact in gather([(rank, GraphSize.exact(pack)) for pack in packs])]
+        new = tuple(size for size in dict.fromkeys(size for _, size in chosen) if size not in known)
+        for pack, size in zip(packs, [size for r, size in chosen if r == rank]):
+            pack.graph_size, pack.recorded_with = size, new
 
     def run(self, base: nn.Module, pack: Pack) -> Tensor | None:
         """Hidden states of a pack by the pass recorded for its size; None where only decoder() itself can."""
@@ -235,18 +265,24 @@ class Recordings:
                 Recordings.pending() is not None:
             return None
         size = self.size_for(pack)
-        if (recorded := self.passes.get((size, on, trained))) is None:
-            if not Recordings.alive:
-                grow_segments()
-                Recordings.pool, Recordings.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-                Recordings.held = 0
-            if trained and self.gradient is None:
-                self.gradient = torch.zeros_like(flat, requires_grad=False)
-            static = size.empty(pack.input_ids.device)
-            fill(static, pack)
-            recorded = RecordedPass(base, static, flat, self.gradient if trained else None,
-                                    first=(on, trained) not in self.kinds)
-            self.passes[size, on, trained] = recorded
-            self.kinds.add((on, trained))
-            Recordings.alive.add(recorded)
-        return Replay.apply(recorded, pack, flat if torch.is_grad_enabled() else None)
+        for needed in (size, *pack.recorded_with):
+            if (needed, on, trained) not in self.passes:
+                self.record(base, pack if needed == size else without_tokens(pack), needed, on, trained, flat)
+        return Replay.apply(self.passes[size, on, trained], pack, flat if torch.is_grad_enabled() else None)
+
+    def record(self, base: nn.Module, pack: Pack, size: GraphSize, on: tuple[str, ...], trained: bool,
+               flat: Tensor | None) -> None:
+        """Record the pass over packs of this size with these adapters on."""
+        if not Recordings.alive:
+            grow_segments()
+            Recordings.pool, Recordings.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            Recordings.held = 0
+        if trained and self.gradient is None:
+            self.gradient = torch.zeros_like(flat, requires_grad=False)
+        static = size.empty(pack.input_ids.device)
+        fill(static, pack)
+        recorded = RecordedPass(base, static, flat, self.gradient if trained else None,
+                                first=(on, trained) not in self.kinds)
+        self.passes[size, on, trained] = recorded
+        self.kinds.add((on, trained))
+        Recordings.alive.add(recorded)

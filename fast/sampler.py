@@ -439,8 +439,8 @@ class Decoder:
     def _recorded_prompts(self, prompts: Prompts) -> None:
         """_prompts, padded to one of a few sizes; it is recorded when its size comes for the second time. Recorded or
         not, the same kernels run."""
-        count, key = len(prompts.slots), ("prompts", GraphSize.of(prompts.pack, prompt_bucket(prompts.pack.tokens)),
-                                          prompt_bucket(len(prompts.slots)))
+        exact, count = GraphSize.exact(prompts.pack), len(prompts.slots)
+        key = "prompts", exact.padded(prompt_bucket(exact.tokens)), prompt_bucket(count)
         seen = key in self.prompts
         if not seen:
             self.prompts[key] = Prompts(key[1].empty(self.device), *torch.zeros(2, key[2], dtype=torch.long,

@@ -175,14 +175,19 @@ def test_a_static_pack_holds_what_its_size_says():
         prompts = [[g.randrange(3, 300)] * g.randrange(1, longest) for _ in range(g.randrange(1, 30))]
         examples = [Example(p + [5 + i] * g.randrange(1, 60), [], []) for p in prompts for i in range(copies)]
         for pk in fast.pack(examples, g.choice((4096, 8192, 40_000)), share=True):
-            own, (tokens, n) = fast.graphs.GraphSize.of(pk), (pk.input_ids.shape[1], len(pk.examples))
-            assert own.holds(pk)
+            own, (tokens, n) = fast.graphs.GraphSize.exact(pk).padded(), (pk.input_ids.shape[1], len(pk.examples))
+            assert own.holds(fast.graphs.GraphSize.exact(pk))
             check_filled(own, pk)
+            static = own.empty("cpu")
+            fast.graphs.fill(static, fast.graphs.without_tokens(pk))  # padding alone
+            for cu, total in ((static.cu_seqlens, own.tokens), (static.cu_seqlens_k, own.keys)) if own.keys else \
+                    ((static.cu_seqlens, own.tokens),):
+                assert cu[0] == 0 and cu[-1] == total and 0 <= cu.diff().min() and cu.diff().max() <= own.longest
             for _ in range(12):
                 left = g.choice((0, 1, g.randrange(300), g.randrange(9000)))
                 keys = 0 if pk.keys is None else len(pk.keys) + left + g.choice((-left, -1, 0, g.randrange(3000), g.randrange(9000)))
                 size = fast.graphs.GraphSize(tokens + left, n + g.randrange(1, 24), g.choice((1024, 2048)), keys)
-                if size.holds(pk):
+                if size.holds(fast.graphs.GraphSize.exact(pk)):
                     check_filled(size, pk)
                     held += 1
                     assert size.sequences - n >= fast.graphs.SPARE_SEQUENCES
@@ -190,7 +195,7 @@ def test_a_static_pack_holds_what_its_size_says():
                     refused += 1
             smaller = [own._replace(tokens=tokens - 1), own._replace(sequences=n + 3), own._replace(longest=pk.max_length - 1),
                        own._replace(keys=0 if own.keys else 5000)]
-            assert not any(size.holds(pk) for size in smaller)
+            assert not any(size.holds(fast.graphs.GraphSize.exact(pk)) for size in smaller)
     assert held > 300 and refused > 100
 
 
@@ -199,13 +204,13 @@ def test_a_size_is_recorded_when_filling_up_has_cost_more():
     recorded."""
     recordings = fast.graphs.Recordings(torch.nn.Linear(10**4, 10**4, bias=False, device="meta"))  # 80,000 tokens' worth
     large, small = (fast.pack([Example(list(range(n)), [], [])], 8192)[0] for n in (3000, 1000))
-    assert recordings.size_for(large) == fast.graphs.GraphSize.of(large)
+    assert recordings.size_for(large) == fast.graphs.GraphSize.exact(large).padded()
     asked = 0
-    while recordings.size_for(dataclasses.replace(small)) == fast.graphs.GraphSize.of(large):
+    while recordings.size_for(dataclasses.replace(small)) == fast.graphs.GraphSize.exact(large).padded():
         asked += 1
     assert asked == 80_000 // (3072 - 1024)
-    assert recordings.size_for(small) == recordings.size_for(small) == fast.graphs.GraphSize.of(small)  # a pack keeps its bucket
-    assert recordings.size_for(large) == fast.graphs.GraphSize.of(large)
+    assert recordings.size_for(small) == recordings.size_for(small) == fast.graphs.GraphSize.exact(small).padded()  # a pack keeps its bucket
+    assert recordings.size_for(large) == fast.graphs.GraphSize.exact(large).padded()
 
 
 @pytest.mark.parametrize("unit", [1, 2])

@@ -953,6 +953,39 @@ def test_ranks_give_the_update_of_one_process(torchruns):
             assert (ours - theirs).norm() <= 1e-3 * ours.norm()
 
 
+SIZES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import common, fast
+common.setup_device("cpu")
+policy = common.load_model(sys.argv[2], dtype=torch.float32)
+base, g, others = common.base_of(policy), torch.Generator().manual_seed(0), 0
+fast.compile_layers(base)  # without a GPU nothing is recorded, but sizes are chosen as if it were
+base.recordings.worth = 2000
+for step in range(40):
+    lengths = torch.randint(5, 900, (1 + step % 6,), generator=g).tolist()  # with one row, a rank has none
+    mine = [common.Example([7] * lengths[i], [], []) for i in common.my_share(lengths)]
+    packs = common.micro_batches(policy, mine, 2048)
+    assert len(packs) > 0 or len(lengths) == 1
+    assert all(p.graph_size.holds(fast.graphs.GraphSize.exact(p)) for p in packs)
+    new = [p.recorded_with for p in packs]
+    everyone = common.gather_lists([(sorted(base.recordings.sizes), dict(base.recordings.padded), new)])
+    assert all(e[:2] == everyone[0][:2] for e in everyone), everyone
+    assert len({size for _, _, rows in everyone for size in rows}) <= 1, everyone  # all packs of a step name the same sizes
+    others += any(size not in [p.graph_size for p in packs] for p in packs for size in p.recorded_with)
+print("sizes", len(base.recordings.sizes), "recorded for another rank", others)
+assert len(base.recordings.sizes) > 3 and others > 0
+"""
+
+
+def test_ranks_record_the_same_sizes_at_the_same_step(tiny_model, tmp_path):
+    (tmp_path / "driver.py").write_text(SIZES)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                           str(tmp_path / "driver.py"), str(REPOSITORY), str(tiny_model)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("recorded for another rank") == 2, done.stderr
+
+
 # -- adapters -------------------------------------------------------------------------------------------
 
 @pytest.fixture
