@@ -8,12 +8,12 @@
 
 The shape is Qwen2.5-0.5B's in bfloat16; every row samples --tokens tokens at temperature 1 after one of --prompts random
 prompts of --prompt-tokens to twice as many tokens, and no EOS ends it early. A case is run five times: the first includes
-compiling and capturing of steps (its surplus is setup_s), the second records the pass over prompts, and
+compiling and capturing of steps (its surplus is setup_s), the second, on a GPU, recording of the pass over prompts, and
 the median of the last three is its speed, prompts included. One JSON line per case.
 
-On one H200 (torch 2.11), adapter of rank 16: 64 rows 43,080 tokens/s, 1.5 times the torch path in the same call (which is
-2.8 times transformers' static cache and 10 times its default); 256 rows 128,838, 1.3 times. Later versions are
-faster: bench/NOTES.md.
+On one H200 (torch 2.11), adapter of rank 16, the second call of an earlier version: 64 rows 43,080 tokens/s, 1.5 times the
+torch path in the same call (which is 2.8 times transformers' static cache and 10 times its default); 256 rows 128,838, 1.3
+times. Later versions are faster: bench/NOTES.md.
 """
 import dataclasses
 import json
