@@ -6,7 +6,7 @@
 #   make all PY=python3                             your own environment instead of .venv
 #   make all NPROC=2                                two GPUs for each phase: the same update
 #   make all GPUS=4                                 four GPUs: phases that don't depend on one another in parallel
-#   make all PER_GPU=2                              while a phase works on a GPU, the next one starts up beside it; evaluations share it
+#   make all PER_GPU=2                              while a phase works on a GPU, the next one starts up beside it; evaluation and judge share it
 #   make all PROTOCOL='plain chat'                 both protocols of the evaluation
 #   make seeds SEEDS='42 43 44' GPUS=4              the same for several seeds, each in $(OUT)/s<seed>, and one table
 
@@ -159,7 +159,7 @@ $(OUT)/grpo_base/run.json: $(OUT)/.flags/grpo_base $(BASE) $(wildcard $(GRPO_DAT
 	$(TRAIN) grpo.py $(GRPO_BASE) --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
-# -- evaluation: on one GPU all rows in one process, on several one row each; a row's stamp holds the hashes of its table --
+# -- evaluation: on one GPU all rows in one process, on several a process per row; a row's stamp holds its table's hashes --
 
 EVALUATED = $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA))
 

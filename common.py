@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import functools
 import gc
@@ -85,7 +86,8 @@ METHODS = {"sft": (1, "sft_v2"), "dpo": (2, "dpo_v1"), "reward": (3, "rm_v1"), "
 # ------------------------------------------------------------------------------------------------
 
 def setup_device(device: str = "auto") -> torch.device:
-    """The device of this process; joins the process group under torchrun (NCCL on GPUs, gloo on CPUs)."""
+    """The device of this process; joins the process group under torchrun: NCCL for tensors on a GPU, gloo for all
+    else."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
@@ -97,8 +99,9 @@ def setup_device(device: str = "auto") -> torch.device:
     if os.environ.get("RUNGS_DETERMINISTIC") == "1":
         set_deterministic()
     if world() > 1 and not dist.is_initialized():
-        # numbers of the host are gathered by gloo, which doesn't wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        # Python objects are gathered through gloo, which doesn't wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+                                timeout=datetime.timedelta(minutes=10))
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):  # streams, graphs and memory figures are those of the current device
@@ -681,14 +684,15 @@ def head_of(scorers: PeftModel, name: str) -> nn.Linear:
 
 
 def use_scorer(scorers: PeftModel, name: str) -> PeftModel:
-    """Switch to the adapter and head of this name.
+    """Switch to the adapter and head of this name; what takes gradients stays as it is (train_scorer).
 
-    What PEFT's set_adapter does to a LoRA's layers and to heads, without its walk through the whole model, which takes
-    20 to 40 ms, and without its change of what takes gradients (train_scorer). KeyError on an unknown name.
+    It does to LoRA's layers and to heads what PEFT's set_adapter does, without walking through the whole model, which
+    takes 20 to 40 ms. KeyError on an unknown name.
     """
     base = base_of(scorers)
     if name not in scorers.peft_config:
         raise KeyError(name)
+    scorers.active_adapter = scorers.base_model.active_adapter = name
     if "switched" not in base.__dict__:
         base.__dict__["switched"] = [m for m in base.modules() if "_active_adapter" in vars(m)]
     for module in base.__dict__["switched"]:
@@ -697,7 +701,7 @@ def use_scorer(scorers: PeftModel, name: str) -> PeftModel:
 
 
 def train_scorer(scorers: PeftModel, name: str) -> PeftModel:
-    """The adapter and head of this name take gradients, and no other adapter ever does."""
+    """Switch to the adapter and head of this name, and let them take gradients; no other adapter does."""
     scorers.set_adapter(name)
     return scorers
 
@@ -1126,12 +1130,12 @@ def micro_batches(model: nn.Module, examples: Sequence[Example], micro_tokens: i
     shared beginning counted once, without the padding that a recorded pass puts at a pack's end.
 
     Each example is in exactly one. `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order.
-    Of several ranks, all come here at the same time. ValueError when a unit alone is too large.
+    A collective: every rank must call it, if with an empty list. ValueError when a unit alone is too large.
     """
     if is_fast(model):
         packs = fast.pack(examples, micro_tokens, unit, device_of(model))
         if world() > 1:
-            fast.agree_on_sizes(base_of(model), packs, rank(), gather_lists)
+            fast.agree_on_sizes(base_of(model), packs, rank(), world(), gather_lists)
         return packs
     units = [range(i, i + unit) for i in range(0, len(examples), unit)]
     width = {u: max(len(examples[i].ids) for i in u) for u in units}
@@ -1274,7 +1278,8 @@ def placed_batches(model: nn.Module, examples: Sequence[Example], rows: Sequence
         which = [mine[i] for i in batch.examples]
         counts = [len(examples[i].targets) for i in which]
         columns = np.concatenate([np.arange(n) for n in counts])
-        out.append((batch, torch.from_numpy(np.stack([np.repeat(which, counts), columns])).to(device_of(model))))
+        places = torch.from_numpy(np.stack([np.repeat(which, counts), columns]))
+        out.append((batch, places.to(device_of(model), non_blocking=True)))
     return out
 
 
@@ -1300,14 +1305,14 @@ def upcast(model: nn.Module) -> str:
     """Convert the base's weights to fp32, in place, for measurements; returns their new dtype, "float32" if they fit.
 
     Frozen bfloat16 weights are exact in fp32. NF4 weights, and what doesn't fit into the GPU's memory, stay as they
-    are.
+    are. All ranks do the same.
     """
     base = base_of(model)
     half = [p for p in base.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     quantized = any(getattr(p, "quant_state", None) is not None for p in base.parameters())
     needed = sum(2 * p.nbytes for p in half)
     fits = device_of(base).type != "cuda" or 2 * needed < torch.cuda.mem_get_info(device_of(base))[0]
-    if quantized or not fits:
+    if quantized or not all(gather_lists([fits])):
         return str(base.dtype).removeprefix("torch.")
     base.__dict__.pop("recordings", None)  # passes recorded over the old weights
     for p in half:
@@ -1335,7 +1340,7 @@ def answer_kl(p_model: nn.Module, p_states: Sequence[Tensor], q_model: nn.Module
     sums = []
     for p_hidden, q_hidden in zip(p_states, q_states):
         parts = []
-        for p_chunk, q_chunk in zip(p_hidden.split(HEAD_CHUNK), q_hidden.split(HEAD_CHUNK)):
+        for p_chunk, q_chunk in zip(p_hidden.split(head_chunk(0)), q_hidden.split(head_chunk(0))):
             logp, logq = ((head_logits(m, h) / temperature).log_softmax(1)
                           for m, h in ((p_model, p_chunk), (q_model, q_chunk)))
             parts.append((logp.exp() * (logp - logq)).sum(1).double().sum())                              # [C, V] -> []
@@ -2143,7 +2148,8 @@ def report_failure(kind: type[BaseException], error: BaseException, trace) -> No
     if no_memory and run and world() == 1 and "RUNGS_RETRIED" not in os.environ:
         retry_in_halves(run)
     if run and run.bar:
-        run.bar.close()  # which prints its last state: the error comes after it
+        with contextlib.suppress(OSError):
+            run.bar.close()  # which prints its last state: the error comes after it
     if not expected or os.environ.get("RUNGS_DEBUG"):
         return sys.__excepthook__(kind, error, trace)
     remedy = "give a smaller --micro-tokens: " if no_memory else ""

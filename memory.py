@@ -71,7 +71,12 @@ def memory_note(expected: dict[str, float], free: int, tokens: int) -> str:
     summary = f"memory: about {total / gib:.1f} GiB of the GPU's {free / gib:.1f} that are free"
     if total <= 0.95 * free:
         return summary
-    fitting = int((1 - (total - 0.95 * free) / expected["activations"]) * tokens) // 256 * 256
+    fixed = total - expected["activations"] - expected["head"]
+
+    def fits(fewer: int) -> bool:
+        head = expected["head"] * head_chunk(fewer) / head_chunk(tokens)
+        return fixed + expected["activations"] * fewer / tokens + head <= 0.95 * free
+    fitting = max(filter(fits, range(256, tokens, 256)), default=0)
     remedy = f"give --micro-tokens {fitting}, and no longer sequences" if fitting > 0 else \
         "even a small --micro-tokens will not fit: choose a smaller model, or free the GPU"
     return f"WARNING: {summary}; {remedy}"

@@ -260,8 +260,8 @@ def roll_out(sampler, scorers, names: Sequence[str], prompts: Sequence[Prompt], 
                    torch.tensor([c.stopped == "eos" for c in sampled]), scores)
 
 
-METRICS = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "clipfrac", "value_clipfrac", "grad_norm",
-           "critic_grad_norm")  # of an optimizer step
+LOSSES = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "clipfrac", "value_clipfrac")  # of a mini-batch
+METRICS = (*LOSSES, "grad_norm", "critic_grad_norm")
 
 
 def main(args: Args) -> None:
@@ -337,8 +337,8 @@ def main(args: Args) -> None:
             """[(micro-batches, response tokens over all ranks)] of an epoch, in a new order each."""
             order = common.permutation(args.batch_size, args.seed, "minibatches", update, epoch)
             parts = [order[i:i + size] for i in range(0, args.batch_size, size)]
-            return [(common.placed_batches(policy, examples, part, args.micro_tokens), int(lengths[part].sum()))
-                    for part in parts]
+            return [(common.placed_batches(policy, examples, part, args.micro_tokens),
+                     sum(len(batch.ids[i]) for i in part)) for part in parts]
 
         first_epoch = minibatches(0)
         micros = [micro for part, _ in first_epoch for micro in part]
@@ -369,12 +369,12 @@ def main(args: Args) -> None:
         run.check_finite(update, row_ids, scores=scores.sum().item(), kl=kl.sum().item(),
                          values=old_values.sum().item(), advantages=advantages.sum().item())
 
-        # 3d. Epochs of mini-batches, an optimizer step each; its denominator is the mini-batch's response tokens. Nothing
-        # waits for the GPU in here.
+        # 3d. Epochs of mini-batches, an optimizer step each; its denominator is the mini-batch's response tokens.
+        # Nothing in here waits for the GPU.
         measured, ratio_max = [], torch.zeros((), device=device)
         for epoch in range(args.epochs):
             for part, (micros, tokens) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
-                sums = torch.zeros(6, dtype=torch.float64, device=device)
+                sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)
                 for micro, (i, t) in micros:  # one after the other, so that only one graph is in memory
                     logprobs = common.token_logprobs(policy, micro, args.temperature)              # [K]
                     losses = policy_loss(logprobs, old_logprobs[i, t], advantages[i, t], args.clip)
@@ -399,7 +399,7 @@ def main(args: Args) -> None:
                     group["lr"] = lr
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
-        measured = [dict(zip(METRICS, row)) for row in torch.stack(measured).tolist()]  # of each step
+        measured = [dict(zip(METRICS, row)) for row in torch.stack(measured).tolist()]  # of each optimizer step
         for means in measured:
             run.check_finite(update, row_ids, **means)
         assert measured[0]["approx_kl"] <= common.step0_tolerance(policy) and measured[0]["clipfrac"] == 0, \

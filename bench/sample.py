@@ -198,8 +198,8 @@ def main(args: Args) -> None:
             call = vllm(policy, rank, prompts, args)
         else:
             call = generate(model, prompts, args, "static" if system == "static-cache" else None)
-        first, _, *others = [seconds(call, device) for _ in range(5)]
-        taken = statistics.median(others)
+        first, _, *later = [seconds(call, device) for _ in range(5)]
+        taken = statistics.median(later)
         found = {"workload": "sample", "system": system, "tokens_per_s": round(rows * args.tokens / taken),
                  "ms_per_step": round(taken / args.tokens * 1e3, 3), "setup_s": round(first - taken, 1)}
         if device.type == "cuda" and system != "vllm":  # a process of its own, which takes what it is given

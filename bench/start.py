@@ -70,7 +70,8 @@ def main(args: Args) -> None:
         runs = [timed(["-c", "; ".join(imported)], args) for _ in range(args.repeat + 1)]
         total = statistics.median(runs[1:])
         found[name], before = round(total - before, 2), total
-    found["--help"] = round(statistics.median([timed(["sft.py", "--help"], args) for _ in range(args.repeat)]), 2)
+    runs = [timed(["sft.py", "--help"], args) for _ in range(args.repeat + 1)]
+    found["--help"] = round(statistics.median(runs[1:]), 2)
     steps = [first_step(args, device) for _ in range(args.repeat + 1)]
     found["command_to_first_step"], found["first_step"] = (round(statistics.median(column), 2) for column in zip(*steps[1:]))
     print(json.dumps({**found, "settings": {"shape": args.shape, "repeat": args.repeat, "torch": torch.__version__,

@@ -218,14 +218,15 @@ def ours(case: str, args: Args, work: Path, device: str, steps: int, warm: int, 
         return {"error": failed or f"{len(lines)} steps are no more than the first {warm}"}
     timed = lines[warm:]
     norms = [line["grad_norm"] for line in timed]
-    if none := norms.count(0):
-        return {"error": f"{none} of {len(norms)} timed steps had no gradient: nothing was trained"}
+    if zeros := norms.count(0):
+        return {"error": f"{zeros} of {len(norms)} timed steps had no gradient: nothing was trained"}
     taken, tokens = timed[-1]["seconds"] - lines[warm - 1]["seconds"], sum(line["tokens"] for line in timed)
     found = {"tokens_per_s": round(tokens / taken), "ms_per_step": round(taken / len(timed) * 1e3, 1), "steps": len(timed),
              "command_to_first_step_s": first_step and round(first_step, 1),
              "peak_gib": lines[-1].get("peak_gib"), "grad_norm": round(statistics.median(norms), 4),
              "settings": {"script": name, "flags": " ".join(more)}}
     if "rollout_tokens_per_s" in timed[0]:
+        found["completion_tokens"] = round(statistics.mean(line["completion_tokens"] for line in timed))
         rollout = sum(line["tokens"] / line["rollout_tokens_per_s"] for line in timed)
         found |= {"rollout_s": round(rollout / len(timed), 3), "update_s": round((taken - rollout) / len(timed), 3)}
     return found | ({"note": failed} if failed else {})
@@ -388,7 +389,8 @@ def main(args: Args) -> None:
             found = peer(case, settings, args, work, completion_tokens)
         gpus = args.gpus if system == "rungs" and case != "sample" else 1
         if "tokens_per_s" in found and peak:
-            found["mfu"] = round(found["tokens_per_s"] * flops_a_token(case, config, sizes, completion_tokens) / (peak * gpus), 4)
+            found["mfu"] = round(found["tokens_per_s"] * flops_a_token(
+                case, config, sizes, found.get("completion_tokens", completion_tokens)) / (peak * gpus), 4)
         print(f"{case} {system} {settings or ''}: {found.get('tokens_per_s') or found.get('error')} ({time.time() - began:.0f} s)",
               flush=True)
         return {**found, "workload": case, "system": f"rungs-x{gpus}" if gpus > 1 else system,

@@ -18,13 +18,13 @@ Why it is fast, in reading order:
   graphs.py     A pass of some thousand small kernels is recorded once for each pack size as a CUDA graph and replayed:
                 the GPU no longer waits for Python. Packs are padded to one of a few sizes, so that a recorded graph
                 can be reused.
-  sampler.py    Decoding with a cache that stays allocated, one recorded graph per step; rows that have ended leave the
-                batch.
+  sampler.py    Decoding with a cache that stays allocated, recorded graphs of a step and of the pass over prompts;
+                rows that have ended leave the batch.
   kernels.py    The operations between the matrix products of a decoding step, in Triton (of prompts, the residual
                 sums and SwiGLU): on a GPU in bfloat16, unless RUNGS_KERNELS=0.
 
 On a CPU the same code runs without compilation and recording. On CUDA, RUNGS_COMPILE=0 in the environment turns both
-off for passes over packs, which suits short runs; the sampler always records its step, and compiles it unless
+off for passes over packs, which suits short runs; the sampler always records, and compiles its step unless
 common.Sampler was given short=True.
 """
 from fast.graphs import agree_on_sizes, compile_layers, hidden_states, is_compiled

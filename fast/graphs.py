@@ -43,10 +43,11 @@ def hidden_states(base: nn.Module, pack: Pack) -> Tensor:
     return decoder(base, pack, is_compiled(base)) if hidden is None else hidden
 
 
-def agree_on_sizes(base: nn.Module, packs: Sequence[Pack], rank: int, gather: Callable[[list], list]) -> None:
+def agree_on_sizes(base: nn.Module, packs: Sequence[Pack], rank: int, ranks: int,
+                   gather: Callable[[list], list]) -> None:
     """Recordings.agree, where passes are recorded."""
     if is_compiled(base):
-        base.recordings.agree(packs, rank, gather)
+        base.recordings.agree(packs, rank, ranks, gather)
 
 
 def padded_tokens(tokens: int) -> int:
@@ -55,7 +56,7 @@ def padded_tokens(tokens: int) -> int:
 
 
 class GraphSize(NamedTuple):
-    """Size of the static pack that other packs are copied into, to be computed by one recorded pass; or of a pack."""
+    """Size of a static pack, which other packs are copied into and which one recorded pass computes; or of a pack."""
     tokens: int
     sequences: int
     longest: int
@@ -63,11 +64,11 @@ class GraphSize(NamedTuple):
 
     @classmethod
     def exact(cls, pack: Pack) -> GraphSize:
-        """A pack's own."""
+        """A pack's size, without padding."""
         return cls(pack.tokens, len(pack.examples), pack.max_length, 0 if pack.keys is None else len(pack.keys))
 
     def padded(self, tokens: int | None = None) -> GraphSize:
-        """The smallest that holds a pack of this size. tokens: of it; None: padded_tokens()."""
+        """The smallest static size that holds a pack of this size. tokens: those it has; None: padded_tokens()."""
         tokens = tokens or padded_tokens(self.tokens)
         keys = self.keys and round_up(self.keys + tokens - self.tokens, tokens // 2)
         sequences = round_up(self.sequences + SPARE_SEQUENCES, SEQUENCES_STEP)
@@ -113,8 +114,8 @@ def fill(static: Pack, pack: Pack) -> None:
         static.cu_seqlens_k[begun:].copy_(keys + ends + key_padding * spare // len(spare))
 
 
-def without_tokens(pack: Pack) -> Pack:
-    """A pack of no sequence, on the same device: for a static pack of padding alone."""
+def empty_pack_like(pack: Pack) -> Pack:
+    """A pack without a sequence, on a pack's device: a static pack that it is copied into is padding alone."""
     empty, begin = pack.input_ids[:, :0], pack.cu_seqlens[:1]
     return Pack(empty, empty, begin, 0, *3 * [empty[0]], [], 0, keys=empty[0], cu_seqlens_k=begin)
 
@@ -226,34 +227,33 @@ class Recordings:
         self.lora = None  # one of the layers with adapters; all have the same ones on
         self.worth = RECORDING_COST / max(1, sum(p.numel() for p in base.parameters()))  # tokens
 
-    def choose(self, exact: GraphSize) -> GraphSize:
-        """The smallest recorded size that holds a pack of this exact size; its own padded size when padding so far has
-        cost more than recording it would. In torch's deterministic mode it is always the latter, since a resumed run
-        hasn't recorded the same sizes as an uninterrupted one."""
-        own = exact.padded()
+    def choose(self, exact: GraphSize, ranks: int = 1) -> GraphSize:
+        """The smallest recorded size that holds a pack of this exact size; the pack's padded size when padding so far
+        has cost more than recording it would (ranks pad at the same time). In torch's deterministic mode it is always
+        the padded size, since a resumed run hasn't recorded the same sizes as an uninterrupted one."""
+        padded = exact.padded()
         recorded = () if torch.are_deterministic_algorithms_enabled() else self.sizes
-        size = min((size for size in recorded if size.holds(exact)), default=own)
-        self.padded[own] += size.tokens - own.tokens
-        if self.padded[own] > self.worth:
-            size = own
+        size = min((size for size in recorded if size.holds(exact)), default=padded)
+        self.padded[padded] += (size.tokens - padded.tokens) / ranks
+        if self.padded[padded] > self.worth:
+            size = padded
         self.sizes.add(size)
         return size
 
     def size_for(self, pack: Pack) -> GraphSize:
         """The size that a pack is padded to. All passes over a pack use the same, so that they are rounded alike."""
         pack.graph_size = pack.graph_size or self.choose(GraphSize.exact(pack))
-        self.sizes.add(pack.graph_size)
+        self.sizes.update((pack.graph_size, *pack.recorded_with))
         return pack.graph_size
 
-    def agree(self, packs: Sequence[Pack], rank: int, gather: Callable[[list], list]) -> None:
-        """Before a step on several ranks, each with its own packs: choose the sizes of all ranks' packs, as every rank
-        does, so that a size that one of them records is recorded by all in the same step. At different steps, each
-        would wait for the others' recordings too. gather: all ranks' lists end to end."""
-        known = {*self.sizes}
-        chosen = [(r, self.choose(exact)) for r, exact in gather([(rank, GraphSize.exact(pack)) for pack in packs])]
-        new = tuple(size for size in dict.fromkeys(size for _, size in chosen) if size not in known)
-        for pack, size in zip(packs, [size for r, size in chosen if r == rank]):
-            pack.graph_size, pack.recorded_with = size, new
+    def agree(self, packs: Sequence[Pack], rank: int, ranks: int, gather: Callable[[list], list]) -> None:
+        """Choose the sizes of a step's packs, those of all ranks on every rank. Each rank then records all that are not
+        recorded yet, also the other ranks': if ranks recorded at different steps, each would wait for the others every
+        time. A rank without a pack in this step records later. gather: all ranks' lists end to end."""
+        sizes = gather([(rank, GraphSize.exact(pack)) for pack in packs])
+        sizes = [(source, self.choose(exact, ranks)) for source, exact in sizes]
+        for pack, size in zip(packs, [size for source, size in sizes if source == rank]):
+            pack.graph_size, pack.recorded_with = size, tuple(dict.fromkeys(size for _, size in sizes))
 
     def run(self, base: nn.Module, pack: Pack) -> Tensor | None:
         """Hidden states of a pack by the pass recorded for its size; None where only decoder() itself can."""
@@ -267,7 +267,7 @@ class Recordings:
         size = self.size_for(pack)
         for needed in (size, *pack.recorded_with):
             if (needed, on, trained) not in self.passes:
-                self.record(base, pack if needed == size else without_tokens(pack), needed, on, trained, flat)
+                self.record(base, pack if needed == size else empty_pack_like(pack), needed, on, trained, flat)
         return Replay.apply(self.passes[size, on, trained], pack, flat if torch.is_grad_enabled() else None)
 
     def record(self, base: nn.Module, pack: Pack, size: GraphSize, on: tuple[str, ...], trained: bool,

@@ -38,7 +38,7 @@ class Pack:
     keys: Tensor | None = None          # [L] positions in T of all tokens of each sequence, end to end
     cu_seqlens_k: Tensor | None = None  # [N + 1] int32, where sequences begin and end in `keys`
     graph_size: GraphSize | None = None  # the size that recorded passes pad it to
-    recorded_with: tuple[GraphSize, ...] = ()  # sizes that all ranks record in this step (graphs.Recordings.agree)
+    recorded_with: tuple[GraphSize, ...] = ()  # sizes of all ranks' packs of this step (graphs.Recordings.agree)
 
     @property
     def rows(self) -> list[int]:

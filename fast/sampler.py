@@ -1,5 +1,5 @@
-"""Decoding of many rows: plain weights with the adapter's factors beside them, a cache that stays allocated, one
-recorded graph per step."""
+"""Decoding of many rows: plain weights with the adapter's factors beside them, a cache that stays allocated, recorded
+graphs of a step and of the pass over prompts."""
 from __future__ import annotations
 
 import functools
@@ -211,7 +211,7 @@ class Decoder:
         """Give the cache and the graphs back; the next `begin` makes new ones."""
         self.cache: list[Tensor] = []       # per layer: [slots, 2, kv, d]
         self.graphs: dict[tuple, Any] = {}  # by (rows, length, stride, kind) of a step, or by size of a pack of prompts
-        self.prompts: dict[tuple, Prompts] = {}  # static ones, by size
+        self.static_prompts: dict[tuple, Prompts] = {}  # by size: what recorded passes over prompts read
         self.rows = 0                       # rows that the buffers of a step hold
 
     # -- weights
@@ -227,7 +227,7 @@ class Decoder:
         self.embedding, self.head = body.embed_tokens.weight, base.get_output_embeddings()
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         self.gate, self.norm = gate_of(self.config), (self._norm("norm", body.norm), self.config.rms_norm_eps)
-        # fp32's attention over a pack is torch's, which has to know lengths
+        # in fp32, attention over a pack reads its lengths on the host, which a graph can't
         self.records_prompts = self.device.type == "cuda" and self.dtype != torch.float32
         scale = getattr(body.embed_tokens, "embed_scale", None)
         self.embedding_scale = 1.0 if scale is None else scale.to(self.dtype).item()
@@ -430,29 +430,30 @@ class Decoder:
                 first = torch.tensor(members[e])[:, None] * self.stride
                 source.append(places.repeat(len(first)))
                 slots.append((first + torch.arange(len(places))).flatten())
-            prompts = Prompts(part, torch.cat(source), torch.cat(slots))
+            packed = Prompts(part, torch.cat(source), torch.cat(slots))
             if self.records_prompts and part.tokens <= self.PREFILL_TOKENS:
-                self._recorded_prompts(prompts)
+                self._compute_padded(packed)
             else:
-                self._prompts(Prompts(*(x.to(self.device) for x in prompts)))
+                self._compute_prompts(Prompts(*(x.to(self.device) for x in packed)))
 
-    def _recorded_prompts(self, prompts: Prompts) -> None:
-        """_prompts, padded to one of a few sizes; it is recorded when its size comes for the second time. Recorded or
-        not, the same kernels run."""
+    def _compute_padded(self, prompts: Prompts) -> None:
+        """_compute_prompts, padded to one of a few sizes. It is recorded when its size comes for the second time;
+        recorded or not, the same kernels run."""
         exact, count = GraphSize.exact(prompts.pack), len(prompts.slots)
-        key = "prompts", exact.padded(prompt_bucket(exact.tokens)), prompt_bucket(count)
-        seen = key in self.prompts
+        size, slots = exact.padded(prompt_bucket(exact.tokens)), prompt_bucket(count)
+        key = "prompts", size, slots
+        seen = key in self.static_prompts
         if not seen:
-            self.prompts[key] = Prompts(key[1].empty(self.device), *torch.zeros(2, key[2], dtype=torch.long,
-                                                                                device=self.device))
-        static, again = self.prompts[key], torch.arange(key[2]) % count  # what fills up the slots is written twice
+            zeros = torch.zeros(2, slots, dtype=torch.long, device=self.device)
+            self.static_prompts[key] = Prompts(size.empty(self.device), *zeros)
+        static, entries = self.static_prompts[key], torch.arange(slots) % count  # the padding repeats earlier entries
         fill(static.pack, prompts.pack.to(self.device))
-        static.source.copy_(prompts.source[again])
-        static.slots.copy_(prompts.slots[again])
-        compute = functools.partial(self._prompts, static)
+        static.source.copy_(prompts.source[entries])
+        static.slots.copy_(prompts.slots[entries])
+        compute = functools.partial(self._compute_prompts, static)
         (self._recorded(key, compute) if seen else compute)()
 
-    def _prompts(self, prompts: Prompts) -> None:
+    def _compute_prompts(self, prompts: Prompts) -> None:
         """Compute prompts, and write their keys and values into the cache."""
         part, source, slots = prompts
         rotation = [[table[part.position_ids[0]][:, None] for table in (kind.cos, kind.sin)] for kind in self.kinds]

@@ -179,7 +179,7 @@ def test_a_static_pack_holds_what_its_size_says():
             assert own.holds(fast.graphs.GraphSize.exact(pk))
             check_filled(own, pk)
             static = own.empty("cpu")
-            fast.graphs.fill(static, fast.graphs.without_tokens(pk))  # padding alone
+            fast.graphs.fill(static, fast.graphs.empty_pack_like(pk))  # padding alone
             for cu, total in ((static.cu_seqlens, own.tokens), (static.cu_seqlens_k, own.keys)) if own.keys else \
                     ((static.cu_seqlens, own.tokens),):
                 assert cu[0] == 0 and cu[-1] == total and 0 <= cu.diff().min() and cu.diff().max() <= own.longest

@@ -969,8 +969,8 @@ for step in range(40):
     packs = common.micro_batches(policy, mine, 2048)
     assert len(packs) > 0 or len(lengths) == 1
     assert all(p.graph_size.holds(fast.graphs.GraphSize.exact(p)) for p in packs)
-    new = [p.recorded_with for p in packs]
-    everyone = common.gather_lists([(sorted(base.recordings.sizes), dict(base.recordings.padded), new)])
+    named = [p.recorded_with for p in packs]
+    everyone = common.gather_lists([(sorted(base.recordings.sizes), dict(base.recordings.padded), named)])
     assert all(e[:2] == everyone[0][:2] for e in everyone), everyone
     assert len({size for _, _, rows in everyone for size in rows}) <= 1, everyone  # all packs of a step name the same sizes
     others += any(size not in [p.graph_size for p in packs] for p in packs for size in p.recorded_with)

@@ -102,6 +102,11 @@ def test_what_is_said():
     assert common.memory_note(expected(fitting), int(0.7 * need), fitting).startswith("memory:")
     assert common.memory_note(expected(fitting + 512), int(0.7 * need), fitting).startswith("WARNING")
     assert "choose a smaller model" in common.memory_note(expected(8192), GIB, 8192)
+    for free in (1.8, 2.6, 4, 6):  # the most that fits: few tokens have fewer logits at a time
+        needed = {n: common.training_memory(QWEN, NF4, LORA, n) for n in range(256, 8193, 256)}
+        note = common.memory_note(needed[8192], int(free * GIB), 8192)
+        fitting = int(note.partition("--micro-tokens ")[2].partition(",")[0])
+        assert sum(needed[fitting].values()) <= 0.95 * free * GIB < sum(needed[fitting + 256].values())
     assert common.training_memory(GPT2Config(), 1, 1, 1) == {}
     assert "no estimate" in common.memory_note({}, GIB, 8192)
 

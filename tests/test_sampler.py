@@ -545,8 +545,8 @@ def test_padded_prompts_fill_the_cache_alike(talker, prompts, groups):
         for a, b in zip(own.decoder.cache, padded.decoder.cache):
             assert (a != 0).any(-1).sum() == 2 * a.shape[2] * sum(len(p) - 1 for p in grouped)
             torch.testing.assert_close(a, b, **CLOSE)
-        sizes |= {*padded.decoder.prompts}
-    assert 1 <= len(sizes) < 4 and not own.decoder.prompts  # some batches share a size
+        sizes |= {*padded.decoder.static_prompts}
+    assert 1 <= len(sizes) < 4 and not own.decoder.static_prompts  # some batches share a size
 
 
 @pytest.mark.parametrize("buckets", [None, cuda_buckets])
