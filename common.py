@@ -1196,8 +1196,8 @@ HEAD_CHUNK = 1024  # predicted tokens whose logits exist at one time, at most
 
 
 def head_chunk(tokens: int) -> int:
-    """Predicted tokens whose logits exist at one time, of a micro-batch of this many tokens: fewer in a small one, where
-    1,024 rows of logits would take more memory than all else."""
+    """Predicted tokens whose logits exist at one time, of a micro-batch of this many tokens. Fewer in a small one, where
+    1,024 rows of logits would take as much memory as all else."""
     return min(HEAD_CHUNK, max(256, tokens // 4))
 
 
@@ -1629,7 +1629,8 @@ class Sampler:
                 if progress and finished:
                     progress(len(finished))
         lengths = [len(p) + len(c.ids) for p, c in zip(prompts, done)]
-        count_flops(base_of(self.model), sum(lengths), sum(n * (n + 1) // 2 for n in lengths), sum(len(c.ids) for c in done))
+        count_flops(base_of(self.model), sum(lengths), attended=sum(n * (n + 1) // 2 for n in lengths),
+                    predicted=sum(len(c.ids) for c in done))
         return done
 
     def _ended(self, ids: list[int], new: list[int], budget: int, stops: list[str]) -> tuple[int, str | None]:

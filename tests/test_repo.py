@@ -287,6 +287,18 @@ def test_side_by_side_the_longest_runs_come_first(clone, word):
     assert runs == ["rm_v1", "rm_watch", "sft_v2", "ppo_v1", "grpo_v1", "grpo_base", "dpo_v1", "kto_v1"]
 
 
+@pytest.mark.parametrize("words, processes", [((), 1), (("PER_GPU=2",), 1), (("GPUS=2", "PER_GPU=2"), 6), (("GPUS=4",), 6),
+                                              (("PER_GPU=3", "PROTOCOL=plain chat"), 2)])
+def test_one_process_evaluates_on_one_gpu(clone, words, processes):
+    """All rows in one process per protocol, which takes its turn on the GPU where another may be on it; on several GPUs a
+    process per row."""
+    lines = [line for line in make(clone, "-n", "all", *words).stdout.splitlines() if " evaluate.py " in line]
+    assert len(lines) == processes
+    assert all(line.startswith("python3 tools/on_gpu.py") for line in lines) == bool(words)
+    for row in ("dpo_v1", "ppo_v1", "grpo_v1", "kto_v1"):
+        assert sum(f" runs/{row} " in line for line in lines) == (2 if "PROTOCOL=plain chat" in words else 1), row
+
+
 def test_make_trains_each_method_of_the_climb(clone):
     """common.METHODS, by which evaluate.py and report.py order the rows, and the Makefile name the same runs."""
     trained = {(Path(c[1]).stem, Path(c[c.index("--out") + 1]).name) for c in commands(make(clone, "-n", "all").stdout)
