@@ -291,6 +291,7 @@ def test_the_parts_of_a_start(tmp_path, monkeypatch, capfd):
     """Imports in addition to those before, and sft.py to its first step: positive, and together less than the whole."""
     monkeypatch.syspath_prepend(str(REPO / "bench"))
     import start
+    monkeypatch.setattr(start, "IMPORTS", {name: start.IMPORTS[name] for name in ("python", "torch")})  # the others take long
     start.main(start.Args(repeat=1, shape="tiny", work=str(tmp_path)))
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert list(found) == [*start.IMPORTS, "--help", "command_to_first_step", "first_step", "settings"]
