@@ -1130,7 +1130,7 @@ def micro_batches(model: nn.Module, examples: Sequence[Example], micro_tokens: i
     shared beginning counted once, without the padding that a recorded pass puts at a pack's end.
 
     Each example is in exactly one. `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order.
-    A collective: every rank must call it, if with an empty list. ValueError when a unit alone is too large.
+    A collective: every rank must call it, also with an empty list. ValueError when a unit alone is too large.
     """
     if is_fast(model):
         packs = fast.pack(examples, micro_tokens, unit, device_of(model))
@@ -1339,8 +1339,8 @@ def answer_kl(p_model: nn.Module, p_states: Sequence[Tensor], q_model: nn.Module
     """
     sums = []
     for p_hidden, q_hidden in zip(p_states, q_states):
-        parts = []
-        for p_chunk, q_chunk in zip(p_hidden.split(head_chunk(0)), q_hidden.split(head_chunk(0))):
+        parts, chunk = [], head_chunk(len(p_hidden))
+        for p_chunk, q_chunk in zip(p_hidden.split(chunk), q_hidden.split(chunk)):
             logp, logq = ((head_logits(m, h) / temperature).log_softmax(1)
                           for m, h in ((p_model, p_chunk), (q_model, q_chunk)))
             parts.append((logp.exp() * (logp - logq)).sum(1).double().sum())                              # [C, V] -> []

@@ -50,9 +50,10 @@ def agree_on_sizes(base: nn.Module, packs: Sequence[Pack], rank: int, ranks: int
         base.recordings.agree(packs, rank, ranks, gather)
 
 
-def padded_tokens(tokens: int) -> int:
-    """To how many tokens a pack is padded: at most a sixteenth more, where it has more than 4,096."""
-    return round_up(tokens, max(TOKENS_STEP, (1 << tokens.bit_length() - 1) // 16))
+def padded_tokens(tokens: int, part: int = 16) -> int:
+    """To how many tokens a pack is padded: at most one part more, by default a sixteenth, where it has more than
+    `part` times TOKENS_STEP."""
+    return round_up(tokens, max(TOKENS_STEP, (1 << tokens.bit_length() - 1) // part))
 
 
 class GraphSize(NamedTuple):

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fast.attention import packed_attention
 from fast.decoder import (add_norm, compiled, dequantized, gate_of, low_rank, norm_of, norms_of, rms_norm, rotations,
                           split_heads)
-from fast.graphs import GraphSize, Recordings, fill
+from fast.graphs import GraphSize, Recordings, fill, padded_tokens
 from fast.packing import Pack, pack, round_up
 
 
@@ -152,12 +152,6 @@ def attend(q: Tensor, cache: Tensor, stride: int, mask: Tensor, scale: float) ->
 
 def decode_end(x: Tensor, update: Tensor, norm: tuple[Tensor, float]) -> Tensor:
     return rms_norm(x + update, *norm)
-
-
-def prompt_bucket(n: int) -> int:
-    """n, rounded up to a multiple of 256, of 512 beyond 2,048, of 1,024 beyond 4,096, and so on: at most a quarter more
-    beyond 1,024."""
-    return round_up(n, max(256, (1 << (n - 1).bit_length()) // 8))
 
 
 @functools.cache  # asked at every refresh
@@ -440,7 +434,7 @@ class Decoder:
         """_compute_prompts, padded to one of a few sizes. It is recorded when its size comes for the second time;
         recorded or not, the same kernels run."""
         exact, count = GraphSize.exact(prompts.pack), len(prompts.slots)
-        size, slots = exact.padded(prompt_bucket(exact.tokens)), prompt_bucket(count)
+        size, slots = exact.padded(padded_tokens(exact.tokens, part=4)), padded_tokens(count, part=4)
         key = "prompts", size, slots
         seen = key in self.static_prompts
         if not seen:

@@ -972,7 +972,7 @@ for step in range(40):
     named = [p.recorded_with for p in packs]
     everyone = common.gather_lists([(sorted(base.recordings.sizes), dict(base.recordings.padded), named)])
     assert all(e[:2] == everyone[0][:2] for e in everyone), everyone
-    assert len({size for _, _, rows in everyone for size in rows}) <= 1, everyone  # all packs of a step name the same sizes
+    assert len({sizes for _, _, named in everyone for sizes in named}) <= 1, everyone  # all packs of a step name the same sizes
     others += any(size not in [p.graph_size for p in packs] for p in packs for size in p.recorded_with)
 print("sizes", len(base.recordings.sizes), "recorded for another rank", others)
 assert len(base.recordings.sizes) > 3 and others > 0
