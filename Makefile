@@ -88,7 +88,8 @@ CONTROLS = sft_2ep sft_chosen grpo_format grpo_base
 SIDE_BY_SIDE = $(filter sft_v2,$(POLICIES)) $(filter ppo_%,$(POLICIES)) $(filter grpo_%,$(POLICIES)) $(filter-out sft_v2 ppo_% grpo_%,$(POLICIES))
 RMS      = $(REWARD_MODELS)/rm_v1/run.json $(REWARD_MODELS)/rm_watch/run.json
 RUNS     = $(if $(filter 1,$(JOBS)),$(POLICIES:%=$(OUT)/%/run.json) $(RMS),$(RMS) $(SIDE_BY_SIDE:%=$(OUT)/%/run.json))
-EVALS    = $(foreach p,$(PROTOCOL),$(foreach row,$(if $(filter 1,$(GPUS)),rows,base $(POLICIES)),$(OUT)/.done/$(row)-$(p)))
+GROUPS   = $(wordlist 1,$(words base $(POLICIES)),$(shell seq $$(($(PER_GPU) > 2 ? $(PER_GPU) - 1 : 1))))
+EVALS    = $(foreach p,$(PROTOCOL),$(foreach row,$(if $(filter 1,$(GPUS)),$(GROUPS:%=rows%),base $(POLICIES)),$(OUT)/.done/$(row)-$(p)))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
 .PHONY: lock all controls seeds sweep speedrun reproduce demo env test help gpu-check hub-check torture bench bench-cpu clean-demo force
@@ -159,13 +160,17 @@ $(OUT)/grpo_base/run.json: $(OUT)/.flags/grpo_base $(BASE) $(wildcard $(GRPO_DAT
 	$(TRAIN) grpo.py $(GRPO_BASE) --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
-# -- evaluation: on one GPU all rows in one process, on several a process per row; a row's stamp holds its table's hashes --
+# -- evaluation: on several GPUs a process per row; on one GPU all rows in one process or, if PER_GPU is above 2, in
+# PER_GPU - 1 beside the judge; a row's stamp holds its table's hashes --
 
 EVALUATED = $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA))
+# The rows of a group: every n-th of all, from its own number on.
+in_group  = $(shell printf '%s\n' none $(addprefix $(OUT)/,$(POLICIES)) | awk '(NR - $(1)) % $(words $(GROUPS)) == 0')
+EVALUATE  = $(RUN) evaluate.py $(EVAL) --protocol $(2) --adapter $(call in_group,$(1)) --stamp $(OUT)/.done/%-$(2)
 
-$(OUT)/.done/rows-plain $(OUT)/.done/rows-chat: $(OUT)/.done/rows-%: $(foreach row,$(POLICIES),$(OUT)/$(row)/run.json) $(EVALUATED) | $(ENV)
+$(foreach g,$(GROUPS),$(OUT)/.done/rows$(g)-plain $(OUT)/.done/rows$(g)-chat): $(POLICIES:%=$(OUT)/%/run.json) $(EVALUATED) | $(ENV)
 	$(call phase,8,four benchmarks for every row; so few items only show that it runs)
-	$(RUN) evaluate.py $(EVAL) --protocol $* --adapter none $(addprefix $(OUT)/,$(POLICIES)) --stamp $(OUT)/.done/%-$*
+	$(call EVALUATE,$(patsubst rows%,%,$(firstword $(subst -, ,$(@F)))),$(lastword $(subst -, ,$(@F))))
 	@touch $@
 
 $(OUT)/.done/base-plain $(OUT)/.done/base-chat: $(OUT)/.done/base-%: $(EVALUATED) | $(ENV)

@@ -1406,16 +1406,17 @@ def movement(policy: PeftModel, adapter: str | Path, parent: str | Path | None, 
     """
     measured_in = upcast(policy)
     dtype, device = base_of(policy).dtype, device_of(policy)
-    own = answer_states(policy, examples, micro_tokens)
-    alone = [answer_states(policy, [e], micro_tokens)[0] for e in examples]
+    own, other = answer_states(policy, examples, micro_tokens), [None] * len(examples)
+    for half in (slice(0, None, 2), slice(1, None, 2)):  # each example beside others than in `own`
+        other[half] = answer_states(policy, examples[half], micro_tokens)
     with reference(policy):
         start = answer_states(policy, examples, micro_tokens)
     kl = answer_kl(policy, own, policy, start, temperature)
     targets = [torch.tensor(e.targets, device=device)[:, None] for e in examples]
     sums = [[(head_logits(policy, h).log_softmax(1).gather(1, t)).sum().item() for h, t in zip(states, targets)]
-            for states in (own, alone)]
+            for states in (own, other)]
     figures = {"kl_reference": kl.mean().item(), "kl_reference_interval": interval(kl, range(len(kl))),
-               "kl_floor": answer_kl(policy, own, policy, alone, temperature).mean().item(),
+               "kl_floor": answer_kl(policy, own, policy, other, temperature).mean().item(),
                "logprob_floor": sum(abs(a - b) for a, b in zip(*sums)) / len(examples), "kl_answers": len(examples),
                "measured_in": measured_in}
     base = load_model(model_dir, None, "none", dtype, device, "fast" if is_fast(policy) else "plain")
@@ -1557,7 +1558,8 @@ class Sampler:
 
     Noise is keyed by (seed, row, position), so that a row's noise doesn't depend on its neighbours. Nothing comes from
     generation_config. refresh(policy) takes over weights that have changed. short: a job of few tokens, for which
-    compiling the fast engine's step isn't worth its seconds. max_batch: rows decoded at one time, at most.
+    compiling the fast engine's step (where its Triton kernels don't run) isn't worth its seconds. max_batch: rows
+    decoded at one time, at most.
     """
 
     def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None, short: bool = False):

@@ -7,7 +7,8 @@
 One JSON line per kernel and case: `gap` is the largest difference from the torch functions of fast/sampler.py, computed
 in fp32 from the same inputs, relative to the largest value of the result. The exit status is 1 unless every gap is
 below 1e-5 in fp32, and below eight roundings in half precision (4e-3 in float16, 3e-2 in bfloat16, whose products
-Triton 3.8's interpreter can't compute). `us` is the mean time of one call inside a CUDA graph of many.
+Triton 3.8's interpreter can't compute); `choose`, whose result isn't rounded, always below 1e-5. `us` is the mean time
+of one call inside a CUDA graph of many.
 --tune varies one setting at a time, times a step of the sampler (Qwen2.5-0.5B's shape in bfloat16, with an adapter of
 --lora-rank), and keeps what is faster by 0.3 %. `python bench/sample.py --profile` shows the kernels that they replace.
 """
@@ -105,6 +106,10 @@ class Case:
         self.gate_up = random(rows, 2 * self.I + 2 * rank)
         self.gate_up_b = make_b([self.I, self.I], rank, 0.1, like)
         self.factor = self.x.float().square().mean(1, keepdim=True).add(1e-6).rsqrt()
+        self.embedding, self.token = random(100, self.H), torch.randint(100, (rows,)).to(device)
+        self.logits = random(rows, 151936 if device.type == "cuda" else 17000, scale=3.0)
+        self.logits[:, 7] = self.logits[:, -3] = self.logits.amax(1) + 1  # a tie
+        self.temperature, self.five = torch.tensor(0.7, device=device), torch.tensor(5, device=device)
 
     # Each kernel: the tensors to compare, and the call to time. `_torch`: the same in fp32 from the same inputs.
 
@@ -147,6 +152,27 @@ class Case:
 
     def swiglu_alone(self):
         return kernels.swiglu(self.gate_up, self.gate_up_b, self.stream, 1e-6)
+
+    def embed(self):
+        stream, at = self.embed_alone()
+        return *stream[:2], stream.squares.sum(1), at
+
+    def embed_alone(self):
+        return kernels.embed(self.token, self.embedding, self.norm, self.at, self.five, self.length)
+
+    def embed_torch(self):
+        x = self.embedding[self.token].float()
+        return x, x * self.norm.float(), x.square().sum(1), (self.at + 5).clamp(max=self.length - 1).float()
+
+    def choose(self, choose=kernels.choose):
+        noises = [(self.five * seed, self.at, self.five) for seed in range(8)] + [()]  # the last is greedy
+        return [x for noise in noises for x in choose(self.logits, self.temperature, *noise)]
+
+    def choose_alone(self):
+        return kernels.choose(self.logits, self.temperature, self.five, self.at, self.five)
+
+    def choose_torch(self):
+        return [x.float() for x in self.choose(common.choose)]
 
     def swiglu_torch(self):
         return swiglu(self.factor * low_term(self.gate_up.float(), wide(self.gate_up_b), [self.I, self.I])),
@@ -228,11 +254,11 @@ def main(args: Args) -> None:
     for name, rows, rank, type_name in cases:
         dtype, normed = getattr(torch, type_name), name in ("qwen3-0.6b", "small-normed")
         case = Case(shapes[name], rows, rank, length, dtype, device, normed)
-        for kernel in ("add", "attend", "swiglu"):
+        for kernel in ("embed", "add", "attend", "swiglu", "choose"):
             pairs = zip(getattr(case, kernel)(), getattr(case, kernel + "_torch")(), strict=True)
             gap = torch.stack([(a.float() - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()
             line = {"kernel": kernel, "shape": name, "rows": rows, "rank": rank, "dtype": type_name, "gap": gap,
-                    "right": gap < BOUND[dtype]}  # False for a NaN
+                    "right": gap < BOUND[torch.float32 if kernel == "choose" else dtype]}  # False for a NaN
             right = right and line["right"]
             if gpu and args.time:
                 line["us"] = round(microseconds(getattr(case, kernel + "_alone")), 2)

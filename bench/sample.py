@@ -58,7 +58,7 @@ class Args:
     top_p: float = 1.0
     """Below 1 the sampler sorts the vocabulary."""
     compile: bool = True
-    """Fuse the elementwise parts with torch.compile (rungs)."""
+    """Fuse the elementwise parts with torch.compile, where no Triton kernels run (rungs-torch)."""
     shape: Literal["qwen2.5-0.5b", "qwen2.5-1.5b", "tiny"] = "qwen2.5-0.5b"
     """Shape of the random model."""
     device: str = "auto"

@@ -1,19 +1,22 @@
-"""Triton kernels of the sampler's decoder: the operations between a layer's matrix products, one kernel for each gap.
+"""Triton kernels of the sampler's decoder: the operations between the matrix products, one kernel for each gap.
 
 A decoding step of B rows (one token each) reads every weight once: its products are short, and the small kernels between
-them take as long as they do. Per layer there are three kernels, in four launches:
+them take as long as they do. Before the first layer there is one, `embed`. Per layer there are three, in four launches:
 
   attend   bias, q and k norms, rotary positions, cache write, attention   after the q/k/v product
            (with few rows `combine` follows)
   add      the residual sum                                                after the output and the down product
   swiglu   silu(gate) · up                                                 after the gate/up product
 
+After the LM head `choose` picks each row's token, in two launches. torch.compile could fuse these parts as well; it would
+take seconds in each process, and a kernel of Triton's is read from a cache.
+
 An adapter's low-rank term costs no kernel: the product before computes [x Wᵀ | x Aᵀ] (sampler.Projection), and the
 kernel that reads its result adds (x Aᵀ) Bᵀ. Nor does an RMSNorm between two products. It needs whole rows, and one
 program per row would leave half of a GPU idle at 64 rows. So `add` stores x times the norm's weight, and Σ x² over each
 part of a row; attend or swiglu, after the next product, multiplies what it reads by the norm's factor,
 1 / sqrt(mean x² + eps), one number per row. A prompt's tokens, which attend to each other, run through add and swiglu as
-well; what attend does to q, k and v is torch's for them (sampler.after_norm).
+well; what the others do is torch's for them (begin, sampler.after_norm).
 
 Sums are fp32; results are rounded to the model's type where the torch path rounds them, with three differences: a norm's
 two factors are applied in the other order, a bias after the norm's factor, and (x Aᵀ) Bᵀ isn't rounded before it is
@@ -21,8 +24,8 @@ added.
 
 Of the package, only fast/sampler.py calls this module: with Triton on a GPU from Ampere on, in bfloat16 (by default not
 in float16, where products before the norm's factor may overflow), unless RUNGS_KERNELS=0. The torch path there is the
-specification. With RUNGS_KERNELS=1 and TRITON_INTERPRET=1 the kernels run on a CPU, which the tests use. B rows, H
-hidden size, d head size, I size of the MLP, r rank (a multiple of 16).
+specification, and common.choose that of `choose`. With RUNGS_KERNELS=1 and TRITON_INTERPRET=1 the kernels run on a CPU,
+which the tests use. B rows, H hidden size, d head size, I size of the MLP, r rank (a multiple of 16), V vocabulary.
 """
 import functools
 import math
@@ -41,6 +44,8 @@ ATTEND_STAGES = 3         # iterations whose keys and values are being loaded
 KEYS_PER_SPLIT = 256      # with few rows the keys of a row are split among programs, at least this many each
 ADD_TILE = (16, 64)       # rows and columns of one program
 SWIGLU_TILE = (16, 64)
+CHOICE_BLOCK = 128        # tokens of the vocabulary whose probabilities are summed first, as in common.choose
+CHOICE_TILE = 32          # blocks of one program
 
 
 class Stream(NamedTuple):
@@ -129,9 +134,36 @@ def add(stream: Stream, y: Tensor, b: Tensor | None, norm: Tensor) -> Stream:
     return Stream(stream.x, weighted, squares)
 
 
+# -- the stream before the first layer
+
+
 def begin(x: Tensor, norm: Tensor) -> Stream:
-    """The stream before the first layer, in torch: embeddings x [B, H], the weight of its norm [H]."""
+    """The stream of any embeddings x [B, H], in torch; norm: the weight of its norm [H]."""
     return Stream(x, x * norm, x.float().square().sum(-1, keepdim=True))
+
+
+@triton.jit
+def embed_kernel(token_ptr, embedding_ptr, norm_ptr, start_ptr, position_ptr, x_ptr, weighted_ptr, squares_ptr, at_ptr, last,
+                 H: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(embedding_ptr + tl.load(token_ptr + row) * H + column, mask=column < H, other=0.0)
+    tl.store(x_ptr + row * H + column, x, mask=column < H)
+    x, norm = x.to(tl.float32), tl.load(norm_ptr + column, mask=column < H, other=0.0).to(tl.float32)
+    tl.store(weighted_ptr + row * H + column, (x * norm).to(x_ptr.dtype.element_ty), mask=column < H)
+    tl.store(squares_ptr + row, tl.sum(x * x, 0))
+    tl.store(at_ptr + row, tl.minimum(tl.load(start_ptr + row) + tl.load(position_ptr), last))
+
+
+def embed(token: Tensor, embedding: Tensor, norm: Tensor, start: Tensor, position: Tensor,
+          length: int) -> tuple[Stream, Tensor]:
+    """`begin` for the embeddings of the tokens to feed [B], and the place of each in its row, start + position, at most
+    length - 1: [B] (sampler.decode_begin). embedding: [V, H]; norm: [H]; start: [B]; position: []."""
+    rows, size = len(token), embedding.shape[1]
+    x, weighted = (torch.empty(rows, size, dtype=embedding.dtype, device=token.device) for _ in range(2))
+    squares, at = torch.empty(rows, 1, device=token.device), torch.empty_like(token)
+    embed_kernel[(rows,)](token, embedding, norm, start, position, x, weighted, squares, at, length - 1, H=size,
+                          BLOCK=triton.next_power_of_2(size))
+    return Stream(x, weighted, squares), at
 
 
 # -- attention
@@ -314,3 +346,83 @@ def swiglu(y: Tensor, b: Tensor | None, stream: Stream, eps: float) -> Tensor:
         STEP=rank_step(rank), PARTS=triton.next_power_of_2(parts), ROWS=tile_rows, COLUMNS=tile_columns,
         num_warps=4)
     return out
+
+
+# -- the choice of a token
+
+
+@triton.jit
+def mix(x):
+    """The finaliser of splitmix64; shifts are logical."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+@triton.jit
+def keyed_uniform(seed, key, position):
+    """common.keyed_uniform of three int64 numbers, in fp64."""
+    x = mix(seed * 1000003 + 12345 + key * -7046029254386353131 + 7046029254386353131)
+    x = mix(x + position * -7046029254386353131 + 7046029254386353131)
+    return ((x >> 11) & ((1 << 53) - 1)).to(tl.float64) * (1.0 / (1 << 53)) + 0.5 / (1 << 53)
+
+
+@triton.jit
+def sums_kernel(logits_ptr, temperature_ptr, highest_ptr, sums_ptr, V, GREEDY: tl.constexpr, BLOCK: tl.constexpr,
+                TILE: tl.constexpr):
+    """One program: the largest z = logit / temperature of TILE blocks of a row, and Σ exp(z − it) of each block."""
+    row, tile, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    block = tile * TILE + tl.arange(0, TILE)
+    column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    z = tl.load(logits_ptr + row * V + column, mask=column < V, other=float("-inf")).to(tl.float32)
+    if not GREEDY:
+        z = z / tl.load(temperature_ptr)
+    highest = tl.max(tl.max(z, 1), 0)
+    tl.store(highest_ptr + row * tiles + tile, highest)
+    tl.store(sums_ptr + row * tiles * TILE + block, tl.sum(tl.exp(z - highest), 1))
+
+
+@triton.jit
+def pick_kernel(logits_ptr, temperature_ptr, seed_ptr, key_ptr, position_ptr, highest_ptr, sums_ptr, token_ptr,
+                logprob_ptr, V, tiles, GREEDY: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """One program: the token of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    tile, block = tl.arange(0, TILES), tl.arange(0, TILES * TILE)
+    highest = tl.load(highest_ptr + row * tiles + tile, mask=tile < tiles, other=float("-inf"))
+    top = tl.max(highest, 0)
+    exists = block < tiles * TILE
+    own = tl.load(highest_ptr + row * tiles + block // TILE, mask=exists, other=float("-inf"))
+    mass = tl.load(sums_ptr + row * tiles * TILE + block, mask=exists, other=0.0)
+    mass = (mass * tl.exp(own - top)).to(tl.float64)                                             # Σ exp(z − top) of each block
+    total = tl.sum(mass, 0)
+    if GREEDY:
+        column = tl.min(tl.where(highest == top, tile, TILES), 0) * TILE * BLOCK + tl.arange(0, TILE * BLOCK)
+        z = tl.load(logits_ptr + row * V + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        token, chosen = tl.min(tl.where(z == top, column, V), 0), top
+    else:
+        target = total * keyed_uniform(tl.load(seed_ptr), tl.load(key_ptr + row), tl.load(position_ptr))
+        first = tl.minimum(tl.sum((tl.cumsum(mass, 0) < target).to(tl.int32), 0), tiles * TILE - 1)  # the block it lies in
+        column = first * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + row * V + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        z = z / tl.load(temperature_ptr)
+        within = tl.cumsum(tl.exp(z - top).to(tl.float64), 0)
+        left = tl.minimum(target - tl.sum(tl.where(block < first, mass, 0.0), 0), tl.max(within, 0))
+        token = first * BLOCK + tl.sum((within < left).to(tl.int32), 0)
+        chosen = tl.sum(tl.where(column == token, z, 0.0), 0)
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(logprob_ptr + row, ((chosen - top).to(tl.float64) - tl.log(total)).to(tl.float32))
+
+
+def choose(logits: Tensor, temperature: Tensor | None = None, seed: Tensor | None = None, rows: Tensor | None = None,
+           position: Tensor | None = None, top_p: None = None) -> tuple[Tensor, Tensor]:
+    """common.choose, without top_p: token [B] of logits [B, V] and its log-probability [B]; greedy without a seed. rows:
+    [B]; temperature, seed, position: []."""
+    (count, vocabulary), device, greedy = logits.shape, logits.device, seed is None
+    tiles = triton.cdiv(vocabulary, CHOICE_BLOCK * CHOICE_TILE)
+    highest, sums = (torch.empty(count, n, device=device) for n in (tiles, tiles * CHOICE_TILE))
+    token, logprob = torch.empty(count, dtype=torch.long, device=device), torch.empty(count, device=device)
+    sizes = dict(GREEDY=greedy, BLOCK=CHOICE_BLOCK, TILE=CHOICE_TILE)
+    sums_kernel[(count, tiles)](logits, temperature, highest, sums, vocabulary, **sizes)
+    pick_kernel[(count,)](logits, temperature, seed, rows, position, highest, sums, token, logprob, vocabulary, tiles,
+                          TILES=triton.next_power_of_2(tiles), **sizes)
+    return token, logprob

@@ -107,22 +107,16 @@ def attention_out(x: Tensor, attended: Tensor, w: Layer, gate: Callable) -> tupl
 # token.
 
 
-def decode_begin(token: Tensor, start: Tensor, position: Tensor, columns: Tensor, embedding: Tensor, scale: float):
-    """For the tokens to feed [B]: embeddings [B, H], and the place of each in its row [B].
+def decode_begin(token: Tensor, start: Tensor, position: Tensor, columns: Tensor, embedding: Tensor, scale: float,
+                 first_slot: Tensor, kinds: Sequence[Kind]) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
+    """For the tokens to feed [B]: embeddings [B, H], slots [B], and of each kind of layer cos and sin [B, 1, d] and the
+    attention mask [B, 1, 1, L].
 
     Token `position` of a completion is chosen by feeding the one before it, which stands at start + position of its
     row. columns: arange(L), the tokens of a row that attention looks at. A row that has ended stays within them. scale:
     of the embeddings.
     """
-    return F.embedding(token, embedding) * scale, torch.minimum(start + position, columns[-1])
-
-
-def decode_places(token: Tensor, start: Tensor, position: Tensor, columns: Tensor, embedding: Tensor, scale: float,
-                  first_slot: Tensor, kinds: Sequence[Kind]) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
-    """decode_begin's embeddings [B, H], slots [B], and of each kind of layer cos and sin [B, 1, d] and the attention
-    mask [B, 1, 1, L]."""
-    x, at = decode_begin(token, start, position, columns, embedding, scale)
-    places = []
+    x, at, places = F.embedding(token, embedding) * scale, torch.minimum(start + position, columns[-1]), []
     for kind in kinds:
         visible = columns <= at[:, None]                                                        # [B, L]
         if kind.window:
@@ -181,7 +175,8 @@ class Decoder:
     It samples from the policy that is trained: `refresh` fuses each layer's q/k/v and gate/up weights and puts the
     factors of the active adapter beside them, cast as the trainer's forward casts them. They are never merged: a merge
     into bfloat16 rounds most of a small update away. choose: the rule that picks a token, common.choose; note: prints
-    a line. compile: fuse the elementwise parts (CUDA), which takes seconds that a short job doesn't recover.
+    a line. compile: fuse the elementwise parts of a step where the kernels don't run (CUDA), which takes seconds that
+    a short job doesn't recover.
 
     A step, and a pass over prompts, are some hundred kernels, which a GPU finishes sooner than a program can launch
     them; so on CUDA both are recorded as graphs, for a few sizes.
@@ -458,7 +453,8 @@ class Decoder:
             return packed_attention(q, *kv.unbind(1), part.cu_seqlens, part.max_length, w.scale, part.keys,
                                     part.cu_seqlens_k, self.kinds[w.kind].window).flatten(1)
         if self.kernels:
-            self._layers_by_kernels(x, lambda qkv, stream, w, cache: attend_prompts(*queries_keys_values(
+            stream = self.kernels.begin(x, self.layers[0].input_norm)
+            self._layers_by_kernels(stream, lambda qkv, stream, w, cache: attend_prompts(*queries_keys_values(
                 after_norm(qkv, stream, w.qkv, w.eps), w, *rotation[w.kind]), w, cache))
         else:
             update = torch.zeros_like(x)
@@ -504,20 +500,22 @@ class Decoder:
 
     def _step(self, size: int, length: int, stride: int, kind: str) -> None:
         """Feed each row its token and choose the next: into the buffers, for the next step and for the readback."""
-        fused = self._fused
-        fed = (self.token[:size], self.start[:size], self.position, self.columns[:length], self.embedding,
-               self.embedding_scale)
+        fed, start = self.token[:size], self.start[:size]
         if self.kernels:
-            x, at = fused(decode_begin)(*fed)
-            h = self._layers_by_kernels(x, lambda qkv, stream, w, cache: self.kernels.attend(
+            stream, at = self.kernels.embed(fed, self.embedding, self.layers[0].input_norm, start, self.position, length)
+            h = self._layers_by_kernels(stream, lambda qkv, stream, w, cache: self.kernels.attend(
                 qkv, w.qkv.bias, w.qkv.b, stream, w.q_norm, w.k_norm, w.eps, *self.kinds[0][:2], at, cache, stride,
                 length))
         else:
-            h = self._layers(*fused(decode_places)(*fed, self.first_slot[:size], self.kinds), stride)
+            h = self._layers(*self._fused(decode_begin)(
+                fed, start, self.position, self.columns[:length], self.embedding, self.embedding_scale,
+                self.first_slot[:size], self.kinds), stride)
         logits = self.head(h)
         noise = (None, None, None) if kind == "greedy" else (self.seed, self.key[:size], self.position)
-        # nucleus sampling needs a sort, which isn't fused anyway
-        pick, top_p = (self.choose, self.top_p) if kind == "nucleus" else (fused(self.choose), None)
+        if kind == "nucleus":  # it needs a sort
+            pick, top_p = self.choose, self.top_p
+        else:
+            pick, top_p = self.kernels.choose if self.kernels else self._fused(self.choose), None
         token, logprob = pick(logits, self.temperature, *noise, top_p)
         at = (self.position % self.READBACK)[None]
         self.ids[:, :size].index_copy_(0, at, token[None])
@@ -539,19 +537,20 @@ class Decoder:
             x, update = leave(x, attend(q, cache, stride, mask, w.scale), w, self.gate)
         return end(x, update, self.norm)
 
-    def _layers_by_kernels(self, x: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        """The decoder's layers with the kernels of fast/kernels.py: embeddings x [T, H], which are overwritten -> last
-        hidden states after the final norm, [T, H]. T: one token per row, or the packed tokens of prompts.
+    def _layers_by_kernels(self, stream, attend: Callable[..., Tensor]) -> Tensor:
+        """The decoder's layers with the kernels of fast/kernels.py: the stream of T embeddings (kernels.Stream), which is
+        overwritten -> last hidden states after the final norm, [T, H]. T: one token per row, or the packed tokens of
+        prompts.
 
         attend(qkv, stream, layer, its cache) returns attention's result [T, heads d]. qkv: [x Wᵀ | x Aᵀ] of the stream x
         times the norm's weight, without the norm's factor and the bias.
         """
         kernels, norms = self.kernels, [*(w.input_norm for w in self.layers[1:]), self.norm[0]]
-        stream = self._fused(kernels.begin)(x, self.layers[0].input_norm)
         for w, cache, next_norm in zip(self.layers, self.cache, norms):
             attended = attend(F.linear(stream.weighted, w.qkv.weight), stream, w, cache)
             stream = kernels.add(stream, F.linear(attended, w.o.weight, w.o.bias), w.o.b, w.post_norm)
             gated = kernels.swiglu(F.linear(stream.weighted, w.gate_up.weight), w.gate_up.b, stream, w.eps)
             stream = kernels.add(stream, F.linear(gated, w.down.weight, w.down.bias), w.down.b, next_norm)
         # the last norm has no product after it whose kernel could apply its factor
-        return self._fused(rms_norm)(stream.x, *self.norm)
+        weight, eps = self.norm
+        return F.rms_norm(stream.x, weight.shape, weight, eps)

@@ -654,3 +654,41 @@ def test_ppo_on_gpu(compiled, tmp_path, data_dir, monkeypatch):
     print("sampler gap by update:", [line["sampler_gap"] for line in lines], "kl", [line["kl"] for line in lines])
     assert len(lines) == 3 and all(line["sampler_gap"] < 0.1 and math.isfinite(line["kl"]) for line in lines)
     assert lines[0]["kl"] == 0 != lines[-1]["kl"]
+
+
+def test_no_step_of_an_update_waits_for_the_gpu(tmp_path, data_dir, monkeypatch):
+    """PPO from an update's first optimizer step to its last one: torch raises where the host would wait for the GPU (but for
+    the recording of a pass of a new size)."""
+    import ppo
+    import reward
+    import sft
+    model = make_model(tmp_path / "model", hidden_size=256)
+    kwargs = dict(batch_size=8, micro_tokens=512, device="cuda")
+    sft.main(sft.Args(model=model, quantization="none", data=str(data_dir / "sft.jsonl"), rows=16, heldout_rows=8, max_length=128,
+                      eos_prompts=2, eos_tokens=4, out=str(tmp_path / "sft"), **kwargs))
+    reward.main(reward.Args(model=model, quantization="none", data=str(data_dir / "preference.jsonl"), rows=16, heldout_rows=16,
+                            max_length=128, out=str(tmp_path / "rm"), results=str(tmp_path), **kwargs))
+    learning_rate, record, watched = ppo.learning_rate, fast.graphs.Recordings.record, []
+
+    def rate_and_watch(step, total, args):
+        last = step % args.epochs == args.epochs - 1
+        torch.cuda.set_sync_debug_mode("error" if step >= args.epochs and not last else "default")
+        watched.append(torch.cuda.get_sync_debug_mode() == 2)
+        return learning_rate(step, total, args)
+
+    def record_unwatched(*arguments):
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return record(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    monkeypatch.setattr(ppo, "learning_rate", rate_and_watch)
+    monkeypatch.setattr(fast.graphs.Recordings, "record", record_unwatched)
+    try:
+        ppo.main(ppo.Args(sft_adapter=str(tmp_path / "sft"), reward_adapter=str(tmp_path / "rm"),
+                          data=str(data_dir / "preference.jsonl"), fixed_prompts=4, updates=3, completion_tokens=12,
+                          prompt_tokens=64, normalise=8, out=str(tmp_path / "ppo"), results=str(tmp_path), **kwargs))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watched == [False] * 4 + [True, True, True, False] * 2

@@ -91,7 +91,10 @@ JITFunction.run = compile_only
 new = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype)
 for rank, heads, kv, d, H, I in ((0, 14, 2, 64, 896, 4864), (256, 14, 2, 64, 896, 4864), (16, 16, 8, 128, 1024, 3072)):
     rows, out, b = 3, (heads + 2 * kv) * d, lambda n, out: new(n * rank, out) if rank else None
-    stream = kernels.begin(new(rows, H), new(H))
+    tokens, number, temperature = new(rows, dtype=torch.long), new(1, dtype=torch.long)[0], new(1, dtype=torch.float32)[0]
+    stream, _ = kernels.embed(tokens, new(9, H), new(H), tokens, number, 512)
+    for noise in ((), (number, tokens, number)):
+        kernels.choose(new(rows, 151936, dtype=torch.float32), temperature, *noise)
     bias, norm = (new(out), None) if d == 64 else (None, new(d))  # Qwen2, Qwen3
     kernels.attend(new(rows, out + 3 * rank), bias, b(3, out), stream, norm, norm, 1e-6, new(9, d), new(9, d),
                    new(rows, dtype=torch.long), new(rows * 512, 2, kv, d), 512, 512)

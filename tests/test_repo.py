@@ -288,13 +288,15 @@ def test_side_by_side_the_longest_runs_come_first(clone, word):
 
 
 @pytest.mark.parametrize("words, processes", [((), 1), (("PER_GPU=2",), 1), (("GPUS=2", "PER_GPU=2"), 6), (("GPUS=4",), 6),
-                                              (("PER_GPU=3", "PROTOCOL=plain chat"), 2)])
-def test_one_process_evaluates_on_one_gpu(clone, words, processes):
-    """All rows in one process per protocol, which takes its turn on the GPU where another may be on it; on several GPUs a
-    process per row."""
+                                              (("PER_GPU=3",), 2), (("PER_GPU=9",), 6),
+                                              (("PER_GPU=4", "PROTOCOL=plain chat"), 6)])
+def test_processes_that_evaluate(clone, words, processes):
+    """On one GPU all rows in one process per protocol, or divided among PER_GPU - 1, which take their turn where another may
+    be on it; on several GPUs a process per row."""
     lines = [line for line in make(clone, "-n", "all", *words).stdout.splitlines() if " evaluate.py " in line]
     assert len(lines) == processes
     assert all(line.startswith("python3 tools/on_gpu.py") for line in lines) == bool(words)
+    assert sum("--adapter none " in line or "--adapter" not in line for line in lines) == (2 if "PROTOCOL=plain chat" in words else 1)
     for row in ("dpo_v1", "ppo_v1", "grpo_v1", "kto_v1"):
         assert sum(f" runs/{row} " in line for line in lines) == (2 if "PROTOCOL=plain chat" in words else 1), row
 
