@@ -88,7 +88,7 @@ CONTROLS = sft_2ep sft_chosen grpo_format grpo_base
 SIDE_BY_SIDE = $(filter sft_v2,$(POLICIES)) $(filter ppo_%,$(POLICIES)) $(filter grpo_%,$(POLICIES)) $(filter-out sft_v2 ppo_% grpo_%,$(POLICIES))
 RMS      = $(REWARD_MODELS)/rm_v1/run.json $(REWARD_MODELS)/rm_watch/run.json
 RUNS     = $(if $(filter 1,$(JOBS)),$(POLICIES:%=$(OUT)/%/run.json) $(RMS),$(RMS) $(SIDE_BY_SIDE:%=$(OUT)/%/run.json))
-GROUPS   = $(wordlist 1,$(words base $(POLICIES)),$(shell seq $$(($(PER_GPU) > 2 ? $(PER_GPU) - 1 : 1))))
+GROUPS  := $(wordlist 1,$(words base $(POLICIES)),$(shell seq $$(($(PER_GPU) > 2 ? $(PER_GPU) - 1 : 1))))
 EVALS    = $(foreach p,$(PROTOCOL),$(foreach row,$(if $(filter 1,$(GPUS)),$(GROUPS:%=rows%),base $(POLICIES)),$(OUT)/.done/$(row)-$(p)))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
