@@ -114,6 +114,12 @@ def setup_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU's memory that this process may still reserve: what is free, within the limit of RUNGS_GPU_GIB."""
+    free, memory = torch.cuda.mem_get_info(device)
+    return min(free, torch.cuda.get_per_process_memory_fraction(device) * memory - torch.cuda.memory_reserved(device))
+
+
 @functools.cache  # once per process, which holds the lock until it ends
 def take_turn() -> IO | None:
     """Wait until no other command works on this GPU; from here on this one does.
@@ -477,13 +483,21 @@ def max_positions(model_dir: Path) -> int:
     return limit
 
 
-def check_max_length(model_dir: Path, max_length: int, micro_tokens: int, unit: int = 1) -> None:
-    """Fail on lengths that the model or a pack can't hold."""
+def check_max_length(model_dir: Path, max_length: int, micro_tokens: int) -> None:
+    """Fail on lengths that the model or a micro-batch can't hold."""
     if max_length > max_positions(model_dir):
         fail(f"--max-length {max_length} is beyond the model's {max_positions(model_dir)} positions")
-    if micro_tokens < unit * max_length:
-        fail(f"--micro-tokens {micro_tokens} can't hold {unit} x --max-length {max_length} tokens; "
-             f"give at least {unit * max_length}")
+    if micro_tokens < max_length:
+        fail(f"--micro-tokens {micro_tokens} can't hold --max-length {max_length} tokens; give at least {max_length}")
+
+
+def check_pairs(pairs: Sequence[tuple[Example, Example]], micro_tokens: int, engine: str) -> None:
+    """Fail on a pair that a micro-batch can't hold; the fast engine counts what its two sequences share once."""
+    sizes = fast.unit_tokens([e.ids for pair in pairs for e in pair], 2) if engine == "fast" else \
+        [2 * max(len(e.ids) for e in pair) for pair in pairs]
+    if (longest := max(sizes, default=0)) > micro_tokens:
+        fail(f"--micro-tokens {micro_tokens} can't hold the longest pair, {longest} tokens; give at least {longest}, or a "
+             "smaller --max-length")
 
 
 def check_positions(args: Any, model_dir: Path) -> None:
@@ -1304,17 +1318,20 @@ def logprobs_and_entropy(policy: nn.Module, batch, temperature: float) -> Tensor
 def upcast(model: nn.Module) -> str:
     """Convert the base's weights to fp32, in place, for measurements; returns their new dtype, "float32" if they fit.
 
-    Frozen bfloat16 weights are exact in fp32. NF4 weights, and what doesn't fit into the GPU's memory, stay as they
-    are. All ranks do the same.
+    Frozen bfloat16 weights are exact in fp32. NF4 weights, and what doesn't fit into the GPU's memory twice (movement
+    loads another copy), stay as they are. Recorded passes are given up: their memory is needed, and other models that
+    this one is compared with run without them. All ranks do the same.
     """
-    base = base_of(model)
+    base, device = base_of(model), device_of(model)
     half = [p for p in base.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     quantized = any(getattr(p, "quant_state", None) is not None for p in base.parameters())
     needed = sum(2 * p.nbytes for p in half)
-    fits = device_of(base).type != "cuda" or 2 * needed < torch.cuda.mem_get_info(device_of(base))[0]
+    base.__dict__.pop("recordings", None)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    fits = device.type != "cuda" or 2 * needed < free_memory(device)
     if quantized or not all(gather_lists([fits])):
         return str(base.dtype).removeprefix("torch.")
-    base.__dict__.pop("recordings", None)  # passes recorded over the old weights
     for p in half:
         p.data = p.data.float()
     return "float32"

@@ -174,9 +174,10 @@ def main(args: Args) -> None:
     parent, adapter, model, model_dir, tokenizer, invariants = inputs.read_start(
         args.sft_adapter, args.model, args.other_base)
     engine = common.choose_engine(args.engine, model_dir, device)
-    common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
+    common.check_max_length(model_dir, args.max_length, args.micro_tokens)
     split = inputs.load_split(args, ["pair"], inputs.as_pair, build_pairs(tokenizer, args))
     pairs, heldout = split.train, split.heldout
+    common.check_pairs([(p.chosen, p.rejected) for p in (*pairs, *heldout)], args.micro_tokens, engine)
     prompts = [ids for p in heldout[:args.eos_prompts] if len(ids := chat.render_prompt(tokenizer, p.prompt))
                + args.eos_tokens <= common.max_positions(model_dir)]
     counts = inputs.preflight(tokenizer, [e for p in pairs for e in (p.chosen, p.rejected)], [p.text for p in pairs],

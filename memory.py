@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from common import HEAD, MAX_BATCH, base_of, device_of, head_chunk, is_fast, say, trainable, world
+from common import HEAD, MAX_BATCH, base_of, device_of, free_memory, head_chunk, is_fast, say, trainable, world
 
 
 def training_memory(config, weights: int, trained: int, tokens: int, fast: bool = True, head: bool = True,
@@ -56,8 +56,7 @@ def note_memory(models: Sequence[nn.Module], micro_tokens: int, largest: int, ro
     device = device_of(models[0])
     if device.type == "cuda":
         expected = expected_memory(models, micro_tokens, largest, rows, length)
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        free = min(free, torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.mem_get_info(device)[1])
+        free = free_memory(device) + torch.cuda.memory_reserved(device)
         say(memory_note(expected, free, min(micro_tokens, largest)))
 
 

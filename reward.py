@@ -187,12 +187,13 @@ def main(args: Args) -> None:
     dtype = common.setup_dtype(args.dtype, device)
     model_dir = common.resolve_model(args.model)
     engine = common.choose_engine(args.engine, model_dir, device)
-    common.check_max_length(model_dir, args.max_length, args.micro_tokens, unit=2)
+    common.check_max_length(model_dir, args.max_length, args.micro_tokens)
     if args.quantization == "qlora":
         common.check_nf4(device)
     tokenizer = chat.load_tokenizer(model_dir)
     split = inputs.load_split(args, ["pair"], inputs.as_pair, build_pairs(tokenizer, args), args.part)
     pairs, heldout = split.train, split.heldout
+    common.check_pairs([(p.chosen, p.rejected) for p in (*pairs, *heldout)], args.micro_tokens, engine)
     invariants = common.TrainInvariants.of(args.model, model_dir, tokenizer, args.quantization)
     counts = inputs.preflight(tokenizer, sides(pairs), [p.text for p in pairs], split.dropped, 0, args.eval_data,
                               args.preview)

@@ -2,19 +2,20 @@
 
     python bench/cards.py                                            # NF4 base of 0.5B: 8, 12, 16 and 24 GB
     python bench/cards.py --shape qwen2.5-1.5b --script sft dpo
-    python bench/cards.py --gib 4 --script sft dpo --micro-tokens 2048 1024      # another limit
+    python bench/cards.py --gib 4 --script sft dpo --micro-tokens 1536 1024      # another limit
     python bench/cards.py --shape tiny --gib 1                       # a trial without a GPU, where nothing limits it
 
 A card of n GB is taken as n - 1 GiB for torch (RUNGS_GPU_GIB), since CUDA and a display need some. The base is random, in
 NF4, the text is train.py's: 16 rows per step, up to 1,024 tokens each; ppo 64 answers of 256 tokens per update, grpo 8 × 8
 of 256. Each script runs with its default --micro-tokens, then with fewer (the same update in smaller parts), on the
 smallest card first; it fits if it does all its steps without running out of memory. A run that fails for another reason
-ends the measurement. One JSON line per run; --out has them by device, and a run that is made again replaces its earlier
-result.
+than memory, or micro-batches too small for a pair, ends the measurement. One JSON line per run, with the steps that it
+did and their peak; --out has them by device, and a run that is made again replaces its earlier result.
 """
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Literal
@@ -38,8 +39,8 @@ class Args:
     """Cards, the smallest first."""
     gib: float | None = None
     """One limit in GiB instead of the cards."""
-    micro_tokens: tuple[int, ...] = (4096, 2048, 1024)
-    """What is tried after the default."""
+    micro_tokens: tuple[int, ...] = (4096, 2048, 1536, 1024)
+    """What is tried after the default; the longest pair has 1,498 tokens."""
     steps: int = 12
     """Optimizer steps; of ppo and grpo, 2 updates."""
     shape: Literal["qwen2.5-0.5b", "qwen2.5-1.5b", "tiny"] = "qwen2.5-0.5b"
@@ -65,15 +66,17 @@ def attempt(name: str, args: Args, limit: float, micro_tokens: int | None) -> di
     flags += train.dtype_flag(case, device)
     flags += train.small(device) if micro_tokens is None else ["--micro-tokens", str(micro_tokens)]
     out = work / f"run-{name}"
+    shutil.rmtree(out, ignore_errors=True)
     # RUNGS_RETRIED: no second try with half the --micro-tokens
     train.Gpus.mine.environment = os.environ | ({"RUNGS_GPU_GIB": str(limit), "RUNGS_RETRIED": "1"} if on_gpu() else {})
-    failed = train.run([sys.executable, f"{name}.py", *flags, "--out", str(out), "--overwrite"], args.seconds)[1]
+    failed = train.run([sys.executable, f"{name}.py", *flags, "--out", str(out)], args.seconds)[1]
     log = out / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() and not failed else []
-    if failed and "OutOfMemory" not in failed:
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    if failed and not any(words in failed for words in ("OutOfMemory", "can't hold the longest pair")):
         common.fail(f"{name}.py within {limit} GiB: {failed}")
     return {"shape": args.shape, "script": name, "limit_gib": limit, "micro_tokens": micro_tokens or "default",
-            "fits": not failed, "peak_gib": lines[-1].get("peak_gib") if lines else None, "steps": steps}
+            "fits": not failed, "peak_gib": lines[-1].get("peak_gib") if lines else None, "steps": len(lines),
+            "error": failed}
 
 
 def main(args: Args) -> None:

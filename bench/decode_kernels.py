@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -164,15 +165,29 @@ class Case:
         x = self.embedding[self.token].float()
         return x, x * self.norm.float(), x.square().sum(1), (self.at + 5).clamp(max=self.length - 1).float()
 
-    def choose(self, choose=kernels.choose):
-        noises = [(self.five * seed, self.at, self.five) for seed in range(8)] + [()]  # the last is greedy
-        return [x for noise in noises for x in choose(self.logits, self.temperature, *noise)]
+    def choose(self):
+        """Of tokens sampled with eight seeds: the noise, moved into the part of the cumulative distribution that the token
+        has (a right token's noise is in it), and the log-probability; then the greedy tokens."""
+        self.tokens, found = [], []
+        upto = (self.logits.double() / self.temperature).softmax(1).cumsum(1)
+        for noise in self.noises():
+            token, logprob = kernels.choose(self.logits, self.temperature, *noise)
+            before, after = (F.pad(upto, (1, 0)).gather(1, token[:, None] + i)[:, 0] for i in (0, 1))
+            self.tokens.append(token[:, None])
+            found += [common.keyed_uniform(*noise).clamp(before, after), logprob]
+        return *found, *kernels.choose(self.logits)
 
     def choose_alone(self):
-        return kernels.choose(self.logits, self.temperature, self.five, self.at, self.five)
+        return kernels.choose(self.logits, self.temperature, *next(self.noises()))
 
     def choose_torch(self):
-        return [x.float() for x in self.choose(common.choose)]
+        logprobs = (self.logits.double() / self.temperature).log_softmax(1)
+        found = [x for noise, token in zip(self.noises(), self.tokens)
+                 for x in (common.keyed_uniform(*noise), logprobs.gather(1, token)[:, 0])]
+        return [x.float() for x in (*found, *common.choose(self.logits, 1.0))]
+
+    def noises(self):
+        return ((self.five * seed, self.at, self.five) for seed in range(8))
 
     def swiglu_torch(self):
         return swiglu(self.factor * low_term(self.gate_up.float(), wide(self.gate_up_b), [self.I, self.I])),

@@ -29,11 +29,11 @@ its step unless common.Sampler was given short=True.
 """
 from fast.graphs import agree_on_sizes, compile_layers, hidden_states, is_compiled
 from fast.logprobs import token_logprobs
-from fast.packing import Pack, pack
+from fast.packing import Pack, pack, unit_tokens
 from fast.sampler import Decoder
 
 __all__ = ["Decoder", "Pack", "agree_on_sizes", "compile_layers", "hidden_states", "is_compiled", "pack",
-           "token_logprobs", "unsupported"]
+           "token_logprobs", "unit_tokens", "unsupported"]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3_text")  # transformers' model types that decoder.py writes out
 ROPE_TYPES = (None, "default", "linear", "llama3", "yarn")  # whose scale does not depend on a sequence's length

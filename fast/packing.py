@@ -81,13 +81,15 @@ def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="
     """Packs of at most `micro_tokens` tokens; each example is in exactly one of them.
 
     `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. share: a prefix that examples
-    (of one unit, if it has several) have in common is computed once per pack, where that saves enough;
-    log-probabilities, scores and gradients stay the same.
+    (of one unit, if it has several) have in common is computed once per pack, where that saves enough or a unit fits
+    only so; log-probabilities, scores and gradients stay the same.
     """
-    bins = []
+    bins, lengths = [], [len(e.ids) for e in examples]
     if share:
         bins = even_fit(examples, micro_tokens, unit, share) if unit > 1 else sorted_fit(examples, micro_tokens)
-    if sum(shared for members in bins for _, shared in members) <= WORTH_SHARING * sum(len(e.ids) for e in examples):
+    saved = sum(shared for members in bins for _, shared in members)
+    needed = any(sum(lengths[i:i + unit]) > micro_tokens for i in range(0, len(lengths), unit))
+    if not bins or saved <= WORTH_SHARING * sum(lengths) and not needed:
         bins = even_fit(examples, micro_tokens, unit)
     return [lay_out(examples, members).to(device) for members in bins]
 
@@ -165,6 +167,12 @@ def shared_in_units(sequences: Sequence[Sequence[int]], unit: int) -> list[int]:
     """For each sequence, the length of its common prefix with the one before it; 0 for the first of each unit."""
     arrays = [as_array(s) for s in sequences]
     return [shared_length(arrays[i - 1], arrays[i]) if i % unit else 0 for i in range(len(arrays))]
+
+
+def unit_tokens(sequences: Sequence[Sequence[int]], unit: int) -> list[int]:
+    """Tokens of each unit of consecutive sequences, what they share counted once."""
+    own = [len(s) - shared for s, shared in zip(sequences, shared_in_units(sequences, unit))]
+    return [sum(own[i:i + unit]) for i in range(0, len(own), unit)]
 
 
 def as_array(values: Sequence[int]) -> np.ndarray:

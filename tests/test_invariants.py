@@ -422,9 +422,11 @@ def test_pack_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="51 tokens"):
         fast.pack([short, long], 50)
     assert len(fast.pack([short, long], 51)) == 2
-    with pytest.raises(ValueError, match="53 tokens"):
-        fast.pack([short, long], 52, unit=2)
-    assert [p.examples for p in fast.pack([short, long], 53, unit=2)] == [[0, 1]]
+    with pytest.raises(ValueError, match="52 tokens"):  # both begin with 5
+        fast.pack([short, long], 51, unit=2)
+    for room, tokens in ((52, 52), (53, 53)):
+        (alone,) = fast.pack([short, long], room, unit=2)
+        assert alone.examples == [0, 1] and alone.tokens == tokens
     assert fast.pack([], 50) == []
 
 

@@ -116,3 +116,23 @@ def test_a_larger_model_needs_more(tiny_model):
     small = common.training_memory(AutoConfig.from_pretrained(tiny_model), 1, 1, 64, rows=1, length=8)
     large = common.training_memory(QWEN, 2, 2, 64, rows=1, length=8)
     assert small.keys() == large.keys() and all(0 < small[k] < large[k] for k in small)
+
+
+def test_free_memory_is_within_the_limit(monkeypatch):
+    """Of a card of 140 GiB with 100 free: all of these, or what RUNGS_GPU_GIB=4 leaves beside 1 that is reserved."""
+    device, limit = torch.device("cuda"), {"get_per_process_memory_fraction": 1.0, "memory_reserved": 2**30}
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100 * 2**30, 140 * 2**30))
+    for name in limit:
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda device, name=name: limit[name])
+    assert common.free_memory(device) == 100 * 2**30
+    limit["get_per_process_memory_fraction"] = 4 / 140
+    assert common.free_memory(device) == pytest.approx(3 * 2**30)
+
+
+def test_measurements_give_up_recorded_passes(tiny_model):
+    """In fp32 and where the weights stay as they are (NF4): what a policy is compared with runs without them."""
+    for quantization, dtype in (("none", torch.bfloat16), ("nf4", torch.float32)):
+        model = common.load_model(tiny_model, None, quantization, dtype, torch.device("cpu"), "fast")
+        model.__dict__["recordings"] = object()
+        assert common.upcast(model) == "float32"
+        assert "recordings" not in model.__dict__ and model.dtype == torch.float32
