@@ -15,6 +15,8 @@ PY      ?= $(VENV)/bin/python
 NPROC   ?= 1
 GPUS    ?= 1
 PER_GPU ?= 1
+$(foreach v,NPROC GPUS PER_GPU,$(if $(shell echo '$($(v))' | grep -Ex '[1-9][0-9]*'),,\
+  $(error $(v)=$($(v)): want a whole number above 0)))
 JOBS    := $(shell expr $(GPUS) \* $(PER_GPU))
 ON_GPU  := $(if $(filter-out 1,$(JOBS)),python3 tools/on_gpu.py $(GPUS) $(PER_GPU) )
 RUN     := $(ON_GPU)$(PY)
@@ -89,7 +91,8 @@ SIDE_BY_SIDE = $(filter sft_v2,$(POLICIES)) $(filter ppo_%,$(POLICIES)) $(filter
 RMS      = $(REWARD_MODELS)/rm_v1/run.json $(REWARD_MODELS)/rm_watch/run.json
 RUNS     = $(if $(filter 1,$(JOBS)),$(POLICIES:%=$(OUT)/%/run.json) $(RMS),$(RMS) $(SIDE_BY_SIDE:%=$(OUT)/%/run.json))
 GROUPS  := $(wordlist 1,$(words base $(POLICIES)),$(shell seq $$(($(PER_GPU) > 2 ? $(PER_GPU) - 1 : 1))))
-EVALS    = $(foreach p,$(PROTOCOL),$(foreach row,$(if $(filter 1,$(GPUS)),$(GROUPS:%=rows%),base $(POLICIES)),$(OUT)/.done/$(row)-$(p)))
+ROWS     = $(if $(filter 1,$(GPUS)),$(GROUPS:%=%of$(words $(GROUPS))),base $(POLICIES))
+EVALS    = $(foreach p,$(PROTOCOL),$(foreach row,$(ROWS),$(OUT)/.done/$(row)-$(p)))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
 .PHONY: lock all controls seeds sweep speedrun reproduce demo env test help gpu-check hub-check torture bench bench-cpu clean-demo force
@@ -160,17 +163,18 @@ $(OUT)/grpo_base/run.json: $(OUT)/.flags/grpo_base $(BASE) $(wildcard $(GRPO_DAT
 	$(TRAIN) grpo.py $(GRPO_BASE) --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
-# -- evaluation: on several GPUs a process per row; on one GPU all rows in one process or, if PER_GPU is above 2, in
-# PER_GPU - 1 beside the judge; a row's stamp holds its table's hashes --
+# -- evaluation: on several GPUs a process per row; on one GPU all rows in one process (1of1) or, if PER_GPU is above 2,
+# in PER_GPU - 1 beside the judge (1of2 and 2of2 with PER_GPU=3); a row's stamp holds its table's hashes --
 
 EVALUATED = $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA))
-# The rows of a group: every n-th of all, from its own number on.
-in_group  = $(shell printf '%s\n' none $(addprefix $(OUT)/,$(POLICIES)) | awk '(NR - $(1)) % $(words $(GROUPS)) == 0')
-EVALUATE  = $(RUN) evaluate.py $(EVAL) --protocol $(2) --adapter $(call in_group,$(1)) --stamp $(OUT)/.done/%-$(2)
+# The rows of a group IofN: every N-th of all, from the I-th on.
+in_group  = $(shell printf '%s\n' none $(addprefix $(OUT)/,$(POLICIES)) | awk '(NR - $(word 1,$(1))) % $(word 2,$(1)) == 0')
+evaluate  = $(RUN) evaluate.py $(EVAL) --protocol $(2) --adapter $(call in_group,$(subst of, ,$(1))) --stamp $(OUT)/.done/%-$(2)
 
-$(foreach g,$(GROUPS),$(OUT)/.done/rows$(g)-plain $(OUT)/.done/rows$(g)-chat): $(POLICIES:%=$(OUT)/%/run.json) $(EVALUATED) | $(ENV)
+$(foreach g,$(GROUPS),$(foreach p,plain chat,$(OUT)/.done/$(g)of$(words $(GROUPS))-$(p))): $(POLICIES:%=$(OUT)/%/run.json) \
+                                                                                     $(EVALUATED) | $(ENV)
 	$(call phase,8,four benchmarks for every row; so few items only show that it runs)
-	$(call EVALUATE,$(patsubst rows%,%,$(firstword $(subst -, ,$(@F)))),$(lastword $(subst -, ,$(@F))))
+	$(call evaluate,$(firstword $(subst -, ,$(@F))),$(lastword $(subst -, ,$(@F))))
 	@touch $@
 
 $(OUT)/.done/base-plain $(OUT)/.done/base-chat: $(OUT)/.done/base-%: $(EVALUATED) | $(ENV)

@@ -496,8 +496,8 @@ def check_pairs(pairs: Sequence[tuple[Example, Example]], micro_tokens: int, eng
     sizes = fast.unit_tokens([e.ids for pair in pairs for e in pair], 2) if engine == "fast" else \
         [2 * max(len(e.ids) for e in pair) for pair in pairs]
     if (longest := max(sizes, default=0)) > micro_tokens:
-        fail(f"--micro-tokens {micro_tokens} can't hold the longest pair, {longest} tokens; give at least {longest}, or a "
-             "smaller --max-length")
+        fail(f"--micro-tokens {micro_tokens} can't hold the longest pair, {longest} tokens; give at least {longest}, "
+             "or a smaller --max-length")
 
 
 def check_positions(args: Any, model_dir: Path) -> None:
@@ -697,19 +697,22 @@ def head_of(scorers: PeftModel, name: str) -> nn.Linear:
     return getattr(base_of(scorers), HEAD).modules_to_save[name]
 
 
-def use_scorer(scorers: PeftModel, name: str) -> PeftModel:
-    """Switch to the adapter and head of this name; what takes gradients stays as it is (train_scorer).
+def adapter_modules(model: PeftModel) -> list[nn.Module]:
+    """PEFT's layers and heads in a model, looked for once: PEFT itself walks through the whole model whenever it
+    switches adapters, which takes 20 to 40 ms."""
+    base = base_of(model)
+    if "adapted" not in base.__dict__:
+        base.__dict__["adapted"] = [m for m in base.modules() if hasattr(m, "lora_A") or hasattr(m, "modules_to_save")]
+    return base.__dict__["adapted"]
 
-    It does to LoRA's layers and to heads what PEFT's set_adapter does, without walking through the whole model, which
-    takes 20 to 40 ms. KeyError on an unknown name.
-    """
-    base = base_of(scorers)
+
+def use_scorer(scorers: PeftModel, name: str) -> PeftModel:
+    """Switch to the adapter and head of this name, as PEFT's set_adapter does; what takes gradients stays as it is
+    (train_scorer). KeyError on an unknown name."""
     if name not in scorers.peft_config:
         raise KeyError(name)
     scorers.active_adapter = scorers.base_model.active_adapter = name
-    if "switched" not in base.__dict__:
-        base.__dict__["switched"] = [m for m in base.modules() if "_active_adapter" in vars(m)]
-    for module in base.__dict__["switched"]:
+    for module in adapter_modules(scorers):
         vars(module)["_active_adapter"] = [name] if hasattr(module, "lora_A") else name
     return scorers
 
@@ -744,22 +747,17 @@ def flat_parameters(policy: nn.Module) -> nn.Parameter:
 
 @contextlib.contextmanager
 def reference(policy: PeftModel):
-    """Context in which the new adapter is off: the reference policy (base, or base + SFT merged).
-
-    What PEFT's disable_adapter does to a LoRA's layers, without its check of the whole model, which takes 40 ms.
-    """
-    base = base_of(policy)
-    if "adapted" not in base.__dict__:
-        base.__dict__["adapted"] = [m for m in base.modules() if hasattr(m, "lora_A")]
-    layers = base.__dict__["adapted"]
-    before = [layer.disable_adapters for layer in layers]
-    for layer in layers:
-        vars(layer)["_disable_adapters"] = True  # past Module.__setattr__, which is slow
+    """Context in which the new adapter is off, as by PEFT's disable_adapter: the reference policy (base, or base + SFT
+    merged)."""
+    modules = adapter_modules(policy)
+    before = [module.disable_adapters for module in modules]
+    for module in modules:
+        vars(module)["_disable_adapters"] = True  # past Module.__setattr__, which is slow
     try:
         yield
     finally:
-        for layer, off in zip(layers, before):
-            vars(layer)["_disable_adapters"] = off
+        for module, off in zip(modules, before):
+            vars(module)["_disable_adapters"] = off
 
 
 def attach_adapter(model: nn.Module, adapter: str | Path) -> PeftModel:
@@ -771,7 +769,7 @@ def attach_adapter(model: nn.Module, adapter: str | Path) -> PeftModel:
 def detach_adapter(policy: PeftModel) -> nn.Module:
     """The model that attach_adapter was given, without the adapter and ready for another."""
     model = policy.unload()
-    for made in ("peft_config", "adapted", "switched", "recordings"):
+    for made in ("peft_config", "adapted", "recordings"):
         model.__dict__.pop(made, None)
     return model
 
@@ -1414,27 +1412,27 @@ def movement(policy: PeftModel, adapter: str | Path, parent: str | Path | None, 
                     the policy was trained on base + parent merged and rounded to its dtype
       kl_merge      KL(reference ‖ the parent's adapter beside the base): what that rounding costs by itself; None
                     without parent
-      kl_floor      KL(policy ‖ policy in other micro-batches): what the precision of the measurement adds to each of
-                    them
-      logprob_floor mean |log π − log π in other micro-batches| of an answer, at temperature 1: the floor of a held-out
-                    margin is about β·√2 times it
+      kl_floor      KL(policy ‖ policy, each answer alone in its micro-batch) of every eighth answer: what the precision
+                    of the measurement adds to each of them
+      logprob_floor mean |log π − log π alone| of these answers, at temperature 1: the floor of a held-out margin is
+                    about β·√2 times it
     KLs are at `temperature`, exact over the vocabulary (answer_kl).
     Upcasts the policy: measure what belongs to its own dtype before. adapter: where the policy is saved.
     """
     measured_in = upcast(policy)
     dtype, device = base_of(policy).dtype, device_of(policy)
-    own, other = answer_states(policy, examples, micro_tokens), [None] * len(examples)
-    for half in (slice(0, None, 2), slice(1, None, 2)):  # each example beside others than in `own`
-        other[half] = answer_states(policy, examples[half], micro_tokens)
+    own = answer_states(policy, examples, micro_tokens)
     with reference(policy):
         start = answer_states(policy, examples, micro_tokens)
     kl = answer_kl(policy, own, policy, start, temperature)
-    targets = [torch.tensor(e.targets, device=device)[:, None] for e in examples]
+    some = range(0, len(examples), 8)
+    alone, together = [answer_states(policy, [examples[i]], micro_tokens)[0] for i in some], [own[i] for i in some]
+    targets = [torch.tensor(examples[i].targets, device=device)[:, None] for i in some]
     sums = [[(head_logits(policy, h).log_softmax(1).gather(1, t)).sum().item() for h, t in zip(states, targets)]
-            for states in (own, other)]
+            for states in (together, alone)]
     figures = {"kl_reference": kl.mean().item(), "kl_reference_interval": interval(kl, range(len(kl))),
-               "kl_floor": answer_kl(policy, own, policy, other, temperature).mean().item(),
-               "logprob_floor": sum(abs(a - b) for a, b in zip(*sums)) / len(examples), "kl_answers": len(examples),
+               "kl_floor": answer_kl(policy, together, policy, alone, temperature).mean().item(),
+               "logprob_floor": sum(abs(a - b) for a, b in zip(*sums)) / len(some), "kl_answers": len(examples),
                "measured_in": measured_in}
     base = load_model(model_dir, None, "none", dtype, device, "fast" if is_fast(policy) else "plain")
     for name, beside, states in (("kl_evaluated", adapter, own), ("kl_merge", parent, start)):

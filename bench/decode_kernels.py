@@ -109,7 +109,9 @@ class Case:
         self.factor = self.x.float().square().mean(1, keepdim=True).add(1e-6).rsqrt()
         self.embedding, self.token = random(100, self.H), torch.randint(100, (rows,)).to(device)
         self.logits = random(rows, 151936 if device.type == "cuda" else 17000, scale=3.0)
-        self.logits[:, 7] = self.logits[:, -3] = self.logits.amax(1) + 1  # a tie
+        self.logits[:, 7] = self.logits[:, 9] = self.logits[:, -3] = self.logits.amax(1) + 1  # a tie
+        tile = kernels.CHOICE_TILE * kernels.CHOICE_BLOCK
+        self.logits[:, tile:2 * tile] = -math.inf  # all that one program reads
         self.temperature, self.five = torch.tensor(0.7, device=device), torch.tensor(5, device=device)
 
     # Each kernel: the tensors to compare, and the call to time. `_torch`: the same in fp32 from the same inputs.
@@ -166,25 +168,26 @@ class Case:
         return x, x * self.norm.float(), x.square().sum(1), (self.at + 5).clamp(max=self.length - 1).float()
 
     def choose(self):
-        """Of tokens sampled with eight seeds: the noise, moved into the part of the cumulative distribution that the token
-        has (a right token's noise is in it), and the log-probability; then the greedy tokens."""
-        self.tokens, found = [], []
+        """For eight seeds, the noise and the sampled tokens' log-probabilities; then the greedy tokens and theirs. A
+        token is right if the noise lies between the cumulative probabilities before and after it; the noise of a wrong
+        one is clamped to these."""
+        self.tokens, results = [], []
         upto = (self.logits.double() / self.temperature).softmax(1).cumsum(1)
         for noise in self.noises():
             token, logprob = kernels.choose(self.logits, self.temperature, *noise)
             before, after = (F.pad(upto, (1, 0)).gather(1, token[:, None] + i)[:, 0] for i in (0, 1))
             self.tokens.append(token[:, None])
-            found += [common.keyed_uniform(*noise).clamp(before, after), logprob]
-        return *found, *kernels.choose(self.logits)
+            results += [common.keyed_uniform(*noise).clamp(before, after), logprob]
+        return *results, *kernels.choose(self.logits)
 
     def choose_alone(self):
         return kernels.choose(self.logits, self.temperature, *next(self.noises()))
 
     def choose_torch(self):
         logprobs = (self.logits.double() / self.temperature).log_softmax(1)
-        found = [x for noise, token in zip(self.noises(), self.tokens)
-                 for x in (common.keyed_uniform(*noise), logprobs.gather(1, token)[:, 0])]
-        return [x.float() for x in (*found, *common.choose(self.logits, 1.0))]
+        results = [x for noise, token in zip(self.noises(), self.tokens)
+                   for x in (common.keyed_uniform(*noise), logprobs.gather(1, token)[:, 0])]
+        return [x.float() for x in (*results, *common.choose(self.logits, 1.0))]
 
     def noises(self):
         return ((self.five * seed, self.at, self.five) for seed in range(8))

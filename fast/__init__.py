@@ -20,12 +20,12 @@ Why it is fast, in reading order:
                 can be reused.
   sampler.py    Decoding with a cache that stays allocated, recorded graphs of a step and of the pass over prompts;
                 rows that have ended leave the batch.
-  kernels.py    The operations between the matrix products of a decoding step and the choice of its tokens, in Triton (of
-                prompts, the residual sums and SwiGLU): on a GPU in bfloat16, unless RUNGS_KERNELS=0.
+  kernels.py    The operations between the matrix products of a decoding step and the choice of its tokens, in Triton
+                (of prompts, the residual sums and SwiGLU): on a GPU in bfloat16, unless RUNGS_KERNELS=0.
 
 On a CPU the same code runs without compilation and recording. On CUDA, RUNGS_COMPILE=0 in the environment turns both
-off for passes over packs, which suits short runs; the sampler always records, and, where kernels.py doesn't run, compiles
-its step unless common.Sampler was given short=True.
+off for passes over packs, which suits short runs; the sampler always records and, where kernels.py doesn't run,
+compiles its step unless common.Sampler was given short=True.
 """
 from fast.graphs import agree_on_sizes, compile_layers, hidden_states, is_compiled
 from fast.logprobs import token_logprobs

@@ -8,8 +8,8 @@ them take as long as they do. Before the first layer there is one, `embed`. Per 
   add      the residual sum                                                after the output and the down product
   swiglu   silu(gate) · up                                                 after the gate/up product
 
-After the LM head `choose` picks each row's token, in two launches. torch.compile could fuse these parts as well; it would
-take seconds in each process, and a kernel of Triton's is read from a cache.
+After the LM head `choose` picks each row's token, in two launches. torch.compile could fuse these parts as well, but it
+takes seconds in each process, where a kernel of Triton's is read from a cache.
 
 An adapter's low-rank term costs no kernel: the product before computes [x Wᵀ | x Aᵀ] (sampler.Projection), and the
 kernel that reads its result adds (x Aᵀ) Bᵀ. Nor does an RMSNorm between two products. It needs whole rows, and one
@@ -18,9 +18,10 @@ part of a row; attend or swiglu, after the next product, multiplies what it read
 1 / sqrt(mean x² + eps), one number per row. A prompt's tokens, which attend to each other, run through add and swiglu as
 well; what the others do is torch's for them (begin, sampler.after_norm).
 
-Sums are fp32; results are rounded to the model's type where the torch path rounds them, with three differences: a norm's
-two factors are applied in the other order, a bias after the norm's factor, and (x Aᵀ) Bᵀ isn't rounded before it is
-added.
+Sums are fp32; results are rounded to the model's type where the torch path rounds them, with four differences: a norm's
+two factors are applied in the other order (of the last norm, which is torch's own, both before one rounding), a bias
+after the norm's factor, (x Aᵀ) Bᵀ isn't rounded before it is added, and `choose` sums each block of probabilities in
+fp32 before it adds the blocks in fp64.
 
 Of the package, only fast/sampler.py calls this module: with Triton on a GPU from Ampere on, in bfloat16 (by default not
 in float16, where products before the norm's factor may overflow), unless RUNGS_KERNELS=0. The torch path there is the
@@ -143,8 +144,8 @@ def begin(x: Tensor, norm: Tensor) -> Stream:
 
 
 @triton.jit
-def embed_kernel(token_ptr, embedding_ptr, norm_ptr, start_ptr, position_ptr, x_ptr, weighted_ptr, squares_ptr, at_ptr, last,
-                 H: tl.constexpr, BLOCK: tl.constexpr):
+def embed_kernel(token_ptr, embedding_ptr, norm_ptr, start_ptr, position_ptr, x_ptr, weighted_ptr, squares_ptr,
+                 at_ptr, last, H: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(embedding_ptr + tl.load(token_ptr + row) * H + column, mask=column < H, other=0.0)
     tl.store(x_ptr + row * H + column, x, mask=column < H)
@@ -370,44 +371,46 @@ def keyed_uniform(seed, key, position):
 @triton.jit
 def sums_kernel(logits_ptr, temperature_ptr, highest_ptr, sums_ptr, V, GREEDY: tl.constexpr, BLOCK: tl.constexpr,
                 TILE: tl.constexpr):
-    """One program: the largest z = logit / temperature of TILE blocks of a row, and Σ exp(z − it) of each block."""
+    """One program: the largest z = logit / temperature of TILE blocks of a row (finite, for the differences, also where
+    all are −inf), and Σ exp(z − it) of each block."""
     row, tile, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     block = tile * TILE + tl.arange(0, TILE)
     column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     z = tl.load(logits_ptr + row * V + column, mask=column < V, other=float("-inf")).to(tl.float32)
     if not GREEDY:
         z = z / tl.load(temperature_ptr)
-    highest = tl.max(tl.max(z, 1), 0)
+    highest = tl.maximum(tl.max(tl.max(z, 1), 0), -3e38)
     tl.store(highest_ptr + row * tiles + tile, highest)
     tl.store(sums_ptr + row * tiles * TILE + block, tl.sum(tl.exp(z - highest), 1))
 
 
 @triton.jit
 def pick_kernel(logits_ptr, temperature_ptr, seed_ptr, key_ptr, position_ptr, highest_ptr, sums_ptr, token_ptr,
-                logprob_ptr, V, tiles, GREEDY: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+                logprob_ptr, V, tiles, GREEDY: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+                TILES: tl.constexpr):
     """One program: the token of a row."""
     row = tl.program_id(0).to(tl.int64)
     tile, block = tl.arange(0, TILES), tl.arange(0, TILES * TILE)
     highest = tl.load(highest_ptr + row * tiles + tile, mask=tile < tiles, other=float("-inf"))
     top = tl.max(highest, 0)
     exists = block < tiles * TILE
-    own = tl.load(highest_ptr + row * tiles + block // TILE, mask=exists, other=float("-inf"))
+    below = tl.load(highest_ptr + row * tiles + block // TILE, mask=exists, other=float("-inf")) - top
     mass = tl.load(sums_ptr + row * tiles * TILE + block, mask=exists, other=0.0)
-    mass = (mass * tl.exp(own - top)).to(tl.float64)                                             # Σ exp(z − top) of each block
+    mass = (mass * tl.exp(below)).to(tl.float64)                                        # Σ exp(z − top) of each block
     total = tl.sum(mass, 0)
     if GREEDY:
         column = tl.min(tl.where(highest == top, tile, TILES), 0) * TILE * BLOCK + tl.arange(0, TILE * BLOCK)
         z = tl.load(logits_ptr + row * V + column, mask=column < V, other=float("-inf")).to(tl.float32)
-        token, chosen = tl.min(tl.where(z == top, column, V), 0), top
+        token, chosen = tl.min(tl.where(z == top, column, V - 1), 0), top
     else:
         target = total * keyed_uniform(tl.load(seed_ptr), tl.load(key_ptr + row), tl.load(position_ptr))
-        first = tl.minimum(tl.sum((tl.cumsum(mass, 0) < target).to(tl.int32), 0), tiles * TILE - 1)  # the block it lies in
-        column = first * BLOCK + tl.arange(0, BLOCK)
+        here = tl.minimum(tl.sum((tl.cumsum(mass, 0) < target).to(tl.int32), 0), tiles * TILE - 1)  # its block
+        column = here * BLOCK + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + row * V + column, mask=column < V, other=float("-inf")).to(tl.float32)
         z = z / tl.load(temperature_ptr)
         within = tl.cumsum(tl.exp(z - top).to(tl.float64), 0)
-        left = tl.minimum(target - tl.sum(tl.where(block < first, mass, 0.0), 0), tl.max(within, 0))
-        token = first * BLOCK + tl.sum((within < left).to(tl.int32), 0)
+        left = tl.minimum(target - tl.sum(tl.where(block < here, mass, 0.0), 0), tl.max(within, 0))
+        token = here * BLOCK + tl.sum((within < left).to(tl.int32), 0)
         chosen = tl.sum(tl.where(column == token, z, 0.0), 0)
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(logprob_ptr + row, ((chosen - top).to(tl.float64) - tl.log(total)).to(tl.float32))
@@ -415,8 +418,8 @@ def pick_kernel(logits_ptr, temperature_ptr, seed_ptr, key_ptr, position_ptr, hi
 
 def choose(logits: Tensor, temperature: Tensor | None = None, seed: Tensor | None = None, rows: Tensor | None = None,
            position: Tensor | None = None, top_p: None = None) -> tuple[Tensor, Tensor]:
-    """common.choose, without top_p: token [B] of logits [B, V] and its log-probability [B]; greedy without a seed. rows:
-    [B]; temperature, seed, position: []."""
+    """common.choose, without top_p: token [B] of logits [B, V] and its log-probability [B]; greedy without a seed.
+    rows: [B]; temperature, seed, position: []."""
     (count, vocabulary), device, greedy = logits.shape, logits.device, seed is None
     tiles = triton.cdiv(vocabulary, CHOICE_BLOCK * CHOICE_TILE)
     highest, sums = (torch.empty(count, n, device=device) for n in (tiles, tiles * CHOICE_TILE))

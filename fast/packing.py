@@ -81,8 +81,8 @@ def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="
     """Packs of at most `micro_tokens` tokens; each example is in exactly one of them.
 
     `unit` consecutive examples (a chosen/rejected pair: 2) stay together and in order. share: a prefix that examples
-    (of one unit, if it has several) have in common is computed once per pack, where that saves enough or a unit fits
-    only so; log-probabilities, scores and gradients stay the same.
+    (of one unit, if it has several) have in common is computed once per pack, where that saves enough or a unit
+    would not fit otherwise; log-probabilities, scores and gradients stay the same.
     """
     bins, lengths = [], [len(e.ids) for e in examples]
     if share:
@@ -171,8 +171,8 @@ def shared_in_units(sequences: Sequence[Sequence[int]], unit: int) -> list[int]:
 
 def unit_tokens(sequences: Sequence[Sequence[int]], unit: int) -> list[int]:
     """Tokens of each unit of consecutive sequences, what they share counted once."""
-    own = [len(s) - shared for s, shared in zip(sequences, shared_in_units(sequences, unit))]
-    return [sum(own[i:i + unit]) for i in range(0, len(own), unit)]
+    new = [len(s) - shared for s, shared in zip(sequences, shared_in_units(sequences, unit))]
+    return [sum(new[i:i + unit]) for i in range(0, len(new), unit)]
 
 
 def as_array(values: Sequence[int]) -> np.ndarray:

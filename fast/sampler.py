@@ -502,7 +502,8 @@ class Decoder:
         """Feed each row its token and choose the next: into the buffers, for the next step and for the readback."""
         fed, start = self.token[:size], self.start[:size]
         if self.kernels:
-            stream, at = self.kernels.embed(fed, self.embedding, self.layers[0].input_norm, start, self.position, length)
+            stream, at = self.kernels.embed(fed, self.embedding, self.layers[0].input_norm, start, self.position,
+                                            length)
             h = self._layers_by_kernels(stream, lambda qkv, stream, w, cache: self.kernels.attend(
                 qkv, w.qkv.bias, w.qkv.b, stream, w.q_norm, w.k_norm, w.eps, *self.kinds[0][:2], at, cache, stride,
                 length))
@@ -538,8 +539,8 @@ class Decoder:
         return end(x, update, self.norm)
 
     def _layers_by_kernels(self, stream, attend: Callable[..., Tensor]) -> Tensor:
-        """The decoder's layers with the kernels of fast/kernels.py: the stream of T embeddings (kernels.Stream), which is
-        overwritten -> last hidden states after the final norm, [T, H]. T: one token per row, or the packed tokens of
+        """The decoder's layers with the kernels of fast/kernels.py: the stream of T embeddings (kernels.Stream), which
+        is overwritten -> last hidden states after the final norm, [T, H]. T: one token per row, or the packed tokens of
         prompts.
 
         attend(qkv, stream, layer, its cache) returns attention's result [T, heads d]. qkv: [x Wᵀ | x Aᵀ] of the stream x

@@ -329,18 +329,22 @@ def test_the_smallest_card(tmp_path, monkeypatch):
 
     def small_card(command, *more, **settings):
         """A card on which a script runs out of memory until it is the larger one and takes few tokens at a time."""
-        if "--overwrite" not in command:
+        if "sft.py" not in command:
             return run(command, *more, **settings)
         limit = float(train.Gpus.mine.environment["RUNGS_GPU_GIB"])
         tokens = [int(n) for flag, n in zip(command, command[1:]) if flag == "--micro-tokens"]
         tried.append((limit, tokens))
+        if tokens == [512]:
+            return "", "exit 2: error: --micro-tokens 512 can't hold the longest pair, 700 tokens; give at least 700"
         return "", None if limit > 7 and tokens == [1024] else "exit 1: error: give a smaller --micro-tokens: … (OutOfMemoryError)"
     monkeypatch.setattr(train, "run", small_card)
     monkeypatch.setattr(cards, "on_gpu", lambda: True)
     monkeypatch.setattr(cards.workload, "make", lambda *given: None)
-    cards.main(cards.Args(**args, gb=(8, 12), micro_tokens=(2048, 1024)))
-    assert tried == [(7, []), (7, [2048]), (7, [1024]), (11, []), (11, [2048]), (11, [1024])]
-    assert [r["fits"] for r in json.loads(path.read_text())["runs"]] == [False] * 6 + [True]
+    cards.main(cards.Args(**args, gb=(8, 12), micro_tokens=(2048, 512, 1024)))
+    assert tried == [(limit, tokens) for limit in (7, 11) for tokens in ([], [2048], [512], [1024])]
+    runs = json.loads(path.read_text())["runs"]
+    assert [r["fits"] for r in runs] == [False] * 8 + [True] and [r["error"] is None for r in runs[1:]] == [False] * 7 + [True]
+    assert all(r["steps"] == 0 and r["peak_gib"] is None for r in runs[1:])  # no script ran, and the log of the first is gone
     monkeypatch.setattr(train, "run", lambda *given, **settings: ("", "exit 2: error: no such file"))
     with pytest.raises(SystemExit):
         cards.main(cards.Args(**args))

@@ -657,17 +657,18 @@ def test_ppo_on_gpu(compiled, tmp_path, data_dir, monkeypatch):
 
 
 def test_no_step_of_an_update_waits_for_the_gpu(tmp_path, data_dir, monkeypatch):
-    """PPO from an update's first optimizer step to its last one: torch raises where the host would wait for the GPU (but for
-    the recording of a pass of a new size)."""
+    """PPO from an update's first optimizer step to its last one: torch raises where the host would wait for the GPU (but
+    for the recording of a pass of a new size)."""
     import ppo
     import reward
     import sft
     model = make_model(tmp_path / "model", hidden_size=256)
     kwargs = dict(batch_size=8, micro_tokens=512, device="cuda")
-    sft.main(sft.Args(model=model, quantization="none", data=str(data_dir / "sft.jsonl"), rows=16, heldout_rows=8, max_length=128,
-                      eos_prompts=2, eos_tokens=4, out=str(tmp_path / "sft"), **kwargs))
-    reward.main(reward.Args(model=model, quantization="none", data=str(data_dir / "preference.jsonl"), rows=16, heldout_rows=16,
-                            max_length=128, out=str(tmp_path / "rm"), results=str(tmp_path), **kwargs))
+    plain = dict(model=model, quantization="none", rows=16, max_length=128, **kwargs)
+    sft.main(sft.Args(data=str(data_dir / "sft.jsonl"), heldout_rows=8, eos_prompts=2, eos_tokens=4, out=str(tmp_path / "sft"),
+                      **plain))
+    reward.main(reward.Args(data=str(data_dir / "preference.jsonl"), heldout_rows=16, out=str(tmp_path / "rm"),
+                            results=str(tmp_path), **plain))
     learning_rate, record, watched = ppo.learning_rate, fast.graphs.Recordings.record, []
 
     def rate_and_watch(step, total, args):

@@ -1084,6 +1084,26 @@ def test_composed_adapter_in_bfloat16(sft_args, sft_run, dpo_args, tmp_path, at_
     assert metrics["kl_reference_interval"][0] < metrics["kl_reference"] < metrics["kl_reference_interval"][1]
 
 
+def test_the_floors_are_what_answers_alone_differ_by(tiny_model, tmp_path, monkeypatch):
+    """Every eighth answer is computed alone as well; in fp32 on a CPU it is the same, with other numbers both floors show it."""
+    policy = randomise(common.add_lora(common.load_model(tiny_model, dtype=torch.float32)))
+    policy.save_pretrained(tmp_path)
+    answers = [Example.completion([*range(5, 12)], [*range(12 + i, 20 + i)]) for i in range(17)]
+    states, alone = common.answer_states, []
+
+    def measure(scale):
+        def scaled(model, examples, micro_tokens):
+            alone.extend(examples if len(examples) == 1 else [])
+            return [h * (scale if len(examples) == 1 else 1) for h in states(model, examples, micro_tokens)]
+        monkeypatch.setattr(common, "answer_states", scaled)
+        return common.movement(policy, tmp_path, None, Path(tiny_model), answers, 100)
+    exact, changed = measure(1.0), measure(1.01)
+    assert alone == 2 * [answers[i] for i in (0, 8, 16)]
+    assert abs(exact["kl_floor"]) < 1e-6 and exact["logprob_floor"] < 1e-4
+    assert changed["kl_floor"] > 1e-5 and changed["logprob_floor"] > 1e-3
+    assert {k: exact[k] for k in ("kl_reference", "kl_evaluated")} == {k: changed[k] for k in ("kl_reference", "kl_evaluated")}
+
+
 def test_merged_and_attached_adapters_agree(sft_args, dpo_run):
     merged = common.load_model(sft_args["model"], dpo_run, dtype=torch.float32)
     attached = common.attach_adapter(common.load_model(sft_args["model"], dtype=torch.float32), dpo_run)

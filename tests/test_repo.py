@@ -291,14 +291,22 @@ def test_side_by_side_the_longest_runs_come_first(clone, word):
                                               (("PER_GPU=3",), 2), (("PER_GPU=9",), 6),
                                               (("PER_GPU=4", "PROTOCOL=plain chat"), 6)])
 def test_processes_that_evaluate(clone, words, processes):
-    """On one GPU all rows in one process per protocol, or divided among PER_GPU - 1, which take their turn where another may
-    be on it; on several GPUs a process per row."""
+    """On one GPU all rows in one process per protocol, or divided among PER_GPU - 1, which take their turn where another
+    may be on it; on several GPUs a process per row."""
     lines = [line for line in make(clone, "-n", "all", *words).stdout.splitlines() if " evaluate.py " in line]
     assert len(lines) == processes
     assert all(line.startswith("python3 tools/on_gpu.py") for line in lines) == bool(words)
-    assert sum("--adapter none " in line or "--adapter" not in line for line in lines) == (2 if "PROTOCOL=plain chat" in words else 1)
+    protocols = 2 if "PROTOCOL=plain chat" in words else 1
+    assert sum("--adapter none " in line or "--adapter" not in line for line in lines) == protocols
     for row in ("dpo_v1", "ppo_v1", "grpo_v1", "kto_v1"):
-        assert sum(f" runs/{row} " in line for line in lines) == (2 if "PROTOCOL=plain chat" in words else 1), row
+        assert sum(f" runs/{row} " in line for line in lines) == protocols, row
+
+
+@pytest.mark.parametrize("word", ["PER_GPU=", "PER_GPU=2.5", "GPUS=0", "NPROC=two"])
+def test_numbers_of_gpus_are_whole(clone, word):
+    """Without an error, make would skip the evaluation or divide by nothing."""
+    result = make(clone, "-n", "all", word)
+    assert result.returncode and f"{word}: want a whole number above 0" in result.stderr
 
 
 def test_make_trains_each_method_of_the_climb(clone):

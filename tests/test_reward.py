@@ -617,33 +617,33 @@ def test_numbers_out_of_range(refused, reward_args, tmp_path, name, value):
 @pytest.mark.parametrize("engine", ["fast", "plain"])
 @pytest.mark.parametrize("script", ["reward", "dpo"])
 def test_micro_batches_hold_the_longest_pair(script, engine, reward_args, dpo_args, sft_run, tmp_path, capsys):
-    """The error names the tokens that the longest pair needs, with which the run works; what its two sequences share, the
-    fast engine counts once."""
+    """The error names the tokens that the longest pair needs, with which the run works; what its two sequences share,
+    the fast engine counts once."""
     rows = in_part_a([{"prompt": "how to write code " * 15 + str(i), "chosen": "with small steps " * 5,
                        "rejected": "slowly " * 15} for i in range(90)])
     main, args = (reward.main, reward.Args) if script == "reward" else (dpo.main, dpo.Args)
-    own = reward_args | {"results": str(tmp_path / "results")} if script == "reward" else dpo_args | {"sft_adapter": sft_run}
-    own |= {"data": pairs_file(tmp_path, rows), "engine": engine, "out": str(tmp_path / "run"), "max_length": 110}
+    given = {"data": pairs_file(tmp_path, rows), "engine": engine, "out": str(tmp_path / "run"), "max_length": 110}
+    given |= {**reward_args, "results": str(tmp_path / "results"), **given} if script == "reward" else \
+        {**dpo_args, "sft_adapter": sft_run, **given}
 
     def refused(micro_tokens):
         with pytest.raises(SystemExit):
-            main(args(**own | {"micro_tokens": micro_tokens}))
+            main(args(**given | {"micro_tokens": micro_tokens}))
         assert not (tmp_path / "run").exists()
         return int(re.search(r"can't hold the longest pair, (\d+) tokens; give at least", capsys.readouterr().err)[1])
     needed = refused(110)
     assert refused(needed - 1) == needed and (needed < 150) == (engine == "fast")
-    main(args(**own | {"micro_tokens": needed}))
+    main(args(**given | {"micro_tokens": needed}))
 
 
-def test_a_prompt_is_shared_where_a_pair_fits_only_so():
-    """Shared beginnings that save little are computed twice, unless a pair wouldn't fit."""
-    alone = [Example.completion([5 + i], [*range(20, 60)]) for i in range(38)]
+def test_a_prompt_is_shared_where_a_pair_would_not_fit_otherwise():
+    """Shared beginnings that save less than 1/16 of all tokens are computed twice, unless a pair wouldn't fit."""
+    alone = [Example.completion([5 + i], [*range(20, 50)]) for i in range(38)]
     pair = [Example.completion([*range(9, 29)], [n] * 20) for n in (3, 4)]  # 80 tokens, 60 with their prompt once
-    tokens = [p.tokens for p in fast.pack(alone + pair, 100, unit=2)]
-    assert sum(tokens) == sum(len(e.ids) for e in alone + pair)
-    assert max(p.tokens for p in fast.pack(pair, 60, unit=2)) == 60 and fast.unit_tokens([e.ids for e in alone + pair], 2)[-1] == 60
-    few = [Example.completion([5 + i], [9 + i]) for i in range(2)]
-    assert sum(p.tokens for p in fast.pack(few + pair, 79, unit=2)) == 4 + 60
+    all_of_them = alone + pair
+    assert fast.unit_tokens([e.ids for e in all_of_them], 2) == [62] * 19 + [60]
+    assert sum(p.tokens for p in fast.pack(all_of_them, 80, unit=2)) == 38 * 31 + 80
+    assert sum(p.tokens for p in fast.pack(all_of_them, 79, unit=2)) == 38 * 31 + 60
     with pytest.raises(ValueError, match="60 tokens"):
         fast.pack(pair, 59, unit=2)
 
