@@ -221,7 +221,9 @@ def ours(case: str, args: Args, work: Path, device: str, steps: int, warm: int, 
     if zeros := norms.count(0):
         return {"error": f"{zeros} of {len(norms)} timed steps had no gradient: nothing was trained"}
     taken, tokens = timed[-1]["seconds"] - lines[warm - 1]["seconds"], sum(line["tokens"] for line in timed)
-    found = {"tokens_per_s": round(tokens / taken), "ms_per_step": round(taken / len(timed) * 1e3, 1), "steps": len(timed),
+    median = statistics.median(line["seconds"] - before["seconds"] for before, line in zip(lines[warm - 1:], timed))
+    found = {"tokens_per_s": round(tokens / taken), "ms_per_step": round(taken / len(timed) * 1e3, 1),
+             "median_ms": round(median * 1e3, 1), "steps": len(timed),
              "command_to_first_step_s": first_step and round(first_step, 1),
              "peak_gib": lines[-1].get("peak_gib"), "grad_norm": round(statistics.median(norms), 4),
              "settings": {"script": name, "flags": " ".join(more)}}
@@ -309,6 +311,7 @@ def table(cases: list[dict]) -> str:
         speed, own = c.get("tokens_per_s"), ours.get(c["workload"])
         ratio = f"{own / speed:.2f} ×" if own and speed and c["system"] != "rungs" else ""
         apart = f"rollout {c['rollout_s']} s, update {c['update_s']} s" if "rollout_s" in c else ""
+        apart += f"; median step {c['median_ms'] / 1e3:.2f} s" if apart and "median_ms" in c else ""
         lines.append(f"| {c['workload']} | {c['system']} | {settings_of(c)} | {cell(speed, ',.0f')} | {ratio} "
                      f"| {cell(c.get('peak_gib'), '.1f')} | {cell(c.get('mfu'), '.1%')} | {cell(c.get('grad_norm'), '.2g')} "
                      f"| {c.get('error', apart)[:120]} |")

@@ -359,14 +359,16 @@ def test_the_table_of_speeds(tmp_path, monkeypatch):
                     "settings": {"script": "sft", "flags": ""}},
              sft | {"system": "trl-default", "tokens_per_s": 20_000, "peak_gib": 30.14, "mfu": 0.081,
                     "settings": {"batch": 8, "use_liger": False}, "note": "of another day"},
-             {"workload": "dpo", "system": "trl-best", "error": "no trainer"}]
+             {"workload": "dpo", "system": "trl-best", "error": "no trainer"},
+             {"workload": "ppo-step", "system": "rungs", "tokens_per_s": 5000, "median_ms": 1954.0, "rollout_s": 0.8, "update_s": 1.5}]
     common.write_json(tmp_path / "h100.json", {"device": "an H100", "cases": cases})
     train.main(train.Args(only=(), out=str(tmp_path)))
     text = (tmp_path / "README.md").read_text()
     assert [line for line in text.split("## an H100")[1].splitlines() if line.startswith("| ")][2:] == [
         "| sft-bf16 | rungs | default | 100,000 |  | 12.0 | 41.0% | 1.2 |  |",
         "| sft-bf16 | trl-default | batch=8, use_liger=False | 20,000 | 5.00 × | 30.1 | 8.1% | – |  |",
-        "| dpo | trl-best | default | – |  | – | – | – | no trainer |"]
+        "| dpo | trl-best | default | – |  | – | – | – | no trainer |",
+        "| ppo-step | rungs | default | 5,000 |  | – | – | – | rollout 0.8 s, update 1.5 s; median step 1.95 s |"]
     assert text.endswith("\n\nsft-bf16, trl-default: of another day\n")
     train.write_tables(tmp_path)
     assert (tmp_path / "README.md").read_text() == text
