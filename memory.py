@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -55,27 +55,24 @@ def note_memory(models: Sequence[nn.Module], micro_tokens: int, largest: int, ro
     """On a GPU, before the first step: print expected_memory and what is free; warn where that is less."""
     device = device_of(models[0])
     if device.type == "cuda":
-        expected = expected_memory(models, micro_tokens, largest, rows, length)
         free = free_memory(device) + torch.cuda.memory_reserved(device)
-        say(memory_note(expected, free, min(micro_tokens, largest)))
+        say(memory_note(lambda tokens: expected_memory(models, tokens, largest, rows, length), free,
+                        min(micro_tokens, largest)))
 
 
-def memory_note(expected: dict[str, float], free: int, tokens: int) -> str:
-    """Does what training_memory expects of micro-batches of `tokens` fit into `free` bytes? If not, the --micro-tokens
-    that would."""
-    if not expected:
+def memory_note(estimate: Callable[[int], dict[str, float]], free: float, tokens: int) -> str:
+    """Does what micro-batches of `tokens` need fit into `free` bytes? If not, the --micro-tokens that would. estimate:
+    tokens -> training_memory."""
+    if not estimate(tokens):
         return "memory: no estimate for this architecture"
-    expected = expected | {"sampler": min(expected["sampler"], 0.4 * free)}  # it takes its rows in batches
-    total, gib = sum(expected.values()), 2**30
-    summary = f"memory: about {total / gib:.1f} GiB of the GPU's {free / gib:.1f} that are free"
-    if total <= 0.95 * free:
-        return summary
-    fixed = total - expected["activations"] - expected["head"]
 
-    def fits(fewer: int) -> bool:
-        head = expected["head"] * head_chunk(fewer) / head_chunk(tokens)
-        return fixed + expected["activations"] * fewer / tokens + head <= 0.95 * free
-    fitting = max(filter(fits, range(256, tokens, 256)), default=0)
-    remedy = f"give --micro-tokens {fitting}, and no longer sequences" if fitting > 0 else \
+    def needed(tokens: int) -> float:
+        parts = estimate(tokens)
+        return sum(parts.values()) - max(0, parts["sampler"] - 0.4 * free)  # it takes its rows in batches
+    summary = f"memory: about {needed(tokens) / 2**30:.1f} GiB of the GPU's {free / 2**30:.1f} that are free"
+    if needed(tokens) <= 0.95 * free:
+        return summary
+    fitting = max((fewer for fewer in range(256, tokens, 256) if needed(fewer) <= 0.95 * free), default=0)
+    remedy = f"give --micro-tokens {fitting}, and no longer sequences" if fitting else \
         "even a small --micro-tokens will not fit: choose a smaller model, or free the GPU"
     return f"WARNING: {summary}; {remedy}"

@@ -97,20 +97,20 @@ def test_what_is_said():
     def expected(tokens):
         return common.training_memory(QWEN, BF16, LORA, tokens, rows=64, length=1024)
     need = sum(expected(8192).values())
-    assert common.memory_note(expected(8192), int(1.1 * need), 8192).startswith("memory: about 11.")
-    note = common.memory_note(expected(8192), int(0.7 * need), 8192)
+    assert common.memory_note(expected, 1.1 * need, 8192).startswith("memory: about 11.")
+    note = common.memory_note(expected, 0.7 * need, 8192)
     fitting = int(note.partition("--micro-tokens ")[2].partition(",")[0])
     assert note.startswith("WARNING: memory:") and 2048 < fitting < 6144
-    assert common.memory_note(expected(fitting), int(0.7 * need), fitting).startswith("memory:")
-    assert common.memory_note(expected(fitting + 512), int(0.7 * need), fitting).startswith("WARNING")
-    assert "choose a smaller model" in common.memory_note(expected(8192), GIB, 8192)
+    assert common.memory_note(expected, 0.7 * need, fitting).startswith("memory:")
+    assert common.memory_note(expected, 0.7 * need, fitting + 256).startswith("WARNING")
+    assert "choose a smaller model" in common.memory_note(expected, GIB, 8192)
     for free in (1.8, 2.6, 4, 6):  # the most that fits: few tokens have fewer logits at a time
         needed = {n: common.training_memory(QWEN, NF4, LORA, n) for n in range(256, 8193, 256)}
-        note = common.memory_note(needed[8192], int(free * GIB), 8192)
+        note = common.memory_note(needed.get, free * GIB, 8192)
         fitting = int(note.partition("--micro-tokens ")[2].partition(",")[0])
         assert sum(needed[fitting].values()) <= 0.95 * free * GIB < sum(needed[fitting + 256].values())
     assert common.training_memory(GPT2Config(), 1, 1, 1) == {}
-    assert "no estimate" in common.memory_note({}, GIB, 8192)
+    assert "no estimate" in common.memory_note(lambda tokens: {}, GIB, 8192)
 
 
 def test_a_larger_model_needs_more(tiny_model):
@@ -138,3 +138,16 @@ def test_measurements_give_up_recorded_passes(tiny_model):
         model.__dict__["recordings"] = object()
         assert common.upcast(model) == "float32"
         assert "recordings" not in model.__dict__ and model.dtype == torch.float32
+
+
+def test_the_note_of_a_gpu(tiny_model, monkeypatch, capsys):
+    """What note_memory prints where there is a GPU: of these models, for this step."""
+    import memory
+    policy = common.add_lora(common.load_model(tiny_model, None, "none", torch.float32, torch.device("cpu"), "fast"))
+    monkeypatch.setattr(memory, "device_of", lambda model: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 2**20)
+    need = sum(common.expected_memory([policy], 512, 4000).values())
+    for free, said in ((2 * need, "memory: about"), (0.9 * need, "WARNING: memory: about")):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free - 2**20)
+        common.note_memory([policy], 512, 4000)
+        assert capsys.readouterr().out.startswith(said)
