@@ -489,6 +489,7 @@ def check_max_length(model_dir: Path, max_length: int, micro_tokens: int) -> Non
         fail(f"--max-length {max_length} is beyond the model's {max_positions(model_dir)} positions")
     if micro_tokens < max_length:
         fail(f"--micro-tokens {micro_tokens} can't hold --max-length {max_length} tokens; give at least {max_length}")
+    Run.least_tokens = max_length
 
 
 def check_pairs(pairs: Sequence[tuple[Example, Example]], micro_tokens: int, engine: str) -> None:
@@ -498,6 +499,7 @@ def check_pairs(pairs: Sequence[tuple[Example, Example]], micro_tokens: int, eng
     if (longest := max(sizes, default=0)) > micro_tokens:
         fail(f"--micro-tokens {micro_tokens} can't hold the longest pair, {longest} tokens; give at least {longest}, "
              "or a smaller --max-length")
+    Run.least_tokens = max(Run.least_tokens, longest)
 
 
 def check_positions(args: Any, model_dir: Path) -> None:
@@ -1779,6 +1781,7 @@ class Run:
     an unfinished run of the same configuration is continued.
     """
     training: weakref.ref[Run] | None = None  # the one that trains in this process
+    least_tokens = 1  # that a micro-batch must hold: those of the longest sequence or pair
 
     def __init__(self, method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None = None,
                  parent_dir: str | None = None, scorers: dict[str, dict] | None = None):
@@ -2178,20 +2181,23 @@ def report_failure(kind: type[BaseException], error: BaseException, trace) -> No
 sys.excepthook = report_failure
 
 
-def retry_in_halves(run: Run) -> NoReturn:
-    """After a GPU runs out of memory: replace this process by the same command with half the --micro-tokens.
+def retry_in_halves(run: Run) -> None:
+    """After a GPU runs out of memory: replace this process by the same command with half the --micro-tokens, or as many
+    as the longest sequence needs; return if there are no fewer.
 
     The run goes on from its last checkpoint, and --micro-tokens changes no update; a new process has no gradient of
     half a step, and no fragmented memory.
     """
-    half = run.args.micro_tokens // 2
-    print(f"note: out of memory with --micro-tokens {run.args.micro_tokens}: once more with {half}, from the last "
+    fewer = max(run.args.micro_tokens // 2, Run.least_tokens)
+    if fewer >= run.args.micro_tokens:
+        return
+    print(f"note: out of memory with --micro-tokens {run.args.micro_tokens}: once more with {fewer}, from the last "
           f"checkpoint", file=sys.stderr, flush=True)
     os.environ["RUNGS_RETRIED"] = "1"
     for fd in range(3, 1024):  # the lock's, and what a GPU's driver holds its memory by
         with contextlib.suppress(OSError):
             os.set_inheritable(fd, False)
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--micro-tokens", str(half)])
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--micro-tokens", str(fewer)])
 
 
 # ------------------------------------------------------------------------------------------------

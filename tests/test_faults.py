@@ -220,21 +220,22 @@ sft.main(tyro.cli(sft.Args))
 """
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_memory_that_ends_is_tried_again_in_halves(times, sft_args, sft_run, tmp_path):
-    """Once, in a new process from the last checkpoint, to the same training; then the error names the flag."""
+@pytest.mark.parametrize("times, tokens, fewer", [(1, 512, 256), (2, 512, 256), (1, 200, 128), (1, 128, None)])
+def test_memory_that_ends_is_tried_again_in_halves(times, tokens, fewer, sft_args, sft_run, tmp_path):
+    """Once, in a new process from the last checkpoint, to the same training; then the error names the flag. Never with
+    fewer tokens than --max-length, 128."""
     (tmp_path / "driver.py").write_text(NO_MEMORY)
-    flags = [word for k, v in sft_args.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    flags = [word for k, v in {**sft_args, "micro_tokens": tokens}.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     done = subprocess.run([sys.executable, "driver.py", str(REPO), *flags, "--out", "run"], cwd=tmp_path, text=True,
                           env=os.environ | {"TIMES": str(times)}, capture_output=True, timeout=200)
-    assert "note: out of memory with --micro-tokens 512: once more with 256, from the last checkpoint" in done.stderr
-    assert re.search("resuming run at step [24] of 5", done.stdout)
+    retried = f"note: out of memory with --micro-tokens {tokens}: once more with {fewer}, from the last checkpoint"
+    assert (retried in done.stderr) == bool(fewer) == bool(re.search("resuming run at step [24] of 5", done.stdout))
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     whole = [json.loads(line) for line in (Path(sft_run) / "log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in whole[:len(lines)]], abs=1e-5)
-    if times == 1:
+    if times == 1 and fewer:
         assert done.returncode == 0 and len(lines) == 5, done.stderr
-        assert json.loads((tmp_path / "run" / "run.json").read_text())["args"]["micro_tokens"] == 256
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["args"]["micro_tokens"] == fewer
     else:
         last = done.stderr.replace("\r", "\n").strip().splitlines()[-1]  # after the progress bar
         assert done.returncode == 1 and last.startswith("error: give a smaller --micro-tokens: CUDA out of memory."), last

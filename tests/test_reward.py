@@ -634,6 +634,7 @@ def test_micro_batches_hold_the_longest_pair(script, engine, reward_args, dpo_ar
     needed = refused(110)
     assert refused(needed - 1) == needed and (needed < 150) == (engine == "fast")
     main(args(**given | {"micro_tokens": needed}))
+    assert common.Run.least_tokens == needed  # fewer are not tried when memory ends
 
 
 def test_a_prompt_is_shared_where_a_pair_would_not_fit_otherwise():
