@@ -91,7 +91,8 @@ SIDE_BY_SIDE = $(filter sft_v2,$(POLICIES)) $(filter ppo_%,$(POLICIES)) $(filter
 RMS      = $(REWARD_MODELS)/rm_v1/run.json $(REWARD_MODELS)/rm_watch/run.json
 RUNS     = $(if $(filter 1,$(JOBS)),$(POLICIES:%=$(OUT)/%/run.json) $(RMS),$(RMS) $(SIDE_BY_SIDE:%=$(OUT)/%/run.json))
 GROUPS  := $(wordlist 1,$(words base $(POLICIES)),$(shell seq $$(($(PER_GPU) > 2 ? $(PER_GPU) - 1 : 1))))
-ROWS     = $(if $(filter 1,$(GPUS)),$(GROUPS:%=%of$(words $(GROUPS))),base $(POLICIES))
+OF_ALL  := of$(words $(GROUPS))
+ROWS     = $(if $(filter 1,$(GPUS)),$(GROUPS:%=%$(OF_ALL)),base $(POLICIES))
 EVALS    = $(foreach p,$(PROTOCOL),$(foreach row,$(ROWS),$(OUT)/.done/$(row)-$(p)))
 STAMPS   = $(foreach row,base $(POLICIES),$(OUT)/.done/$(row)-*)
 
@@ -163,18 +164,20 @@ $(OUT)/grpo_base/run.json: $(OUT)/.flags/grpo_base $(BASE) $(wildcard $(GRPO_DAT
 	$(TRAIN) grpo.py $(GRPO_BASE) --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
-# -- evaluation: on several GPUs a process per row; on one GPU all rows in one process (1of1) or, if PER_GPU is above 2,
-# in PER_GPU - 1 beside the judge (1of2 and 2of2 with PER_GPU=3); a row's stamp holds its table's hashes --
+# -- evaluation: on several GPUs one process for each row; on one GPU all rows in one process (1of1) or, if PER_GPU is
+# above 2, in PER_GPU - 1 beside the judge (1of2 and 2of2 with PER_GPU=3); a row's stamp holds its table's hashes --
 
 EVALUATED = $(OUT)/.flags/evaluate $(BASE) $(wildcard $(EVAL_DATA))
-# The rows of a group IofN: every N-th of all, from the I-th on.
-in_group  = $(shell printf '%s\n' none $(addprefix $(OUT)/,$(POLICIES)) | awk '(NR - $(word 1,$(1))) % $(word 2,$(1)) == 0')
-evaluate  = $(RUN) evaluate.py $(EVAL) --protocol $(2) --adapter $(call in_group,$(subst of, ,$(1))) --stamp $(OUT)/.done/%-$(2)
+# The rows of a group: every N-th of all, from its own number on.
+in_group  = $(shell printf '%s\n' none $(addprefix $(OUT)/,$(POLICIES)) | awk '(NR - $(1)) % $(words $(GROUPS)) == 0')
 
-$(foreach g,$(GROUPS),$(foreach p,plain chat,$(OUT)/.done/$(g)of$(words $(GROUPS))-$(p))): $(POLICIES:%=$(OUT)/%/run.json) \
-                                                                                     $(EVALUATED) | $(ENV)
+$(GROUPS:%=$(OUT)/.done/%$(OF_ALL)-plain): $(OUT)/.done/%$(OF_ALL)-plain: $(POLICIES:%=$(OUT)/%/run.json) $(EVALUATED) | $(ENV)
 	$(call phase,8,four benchmarks for every row; so few items only show that it runs)
-	$(call evaluate,$(firstword $(subst -, ,$(@F))),$(lastword $(subst -, ,$(@F))))
+	$(RUN) evaluate.py $(EVAL) --protocol plain --adapter $(call in_group,$*) --stamp $(OUT)/.done/%-plain
+	@touch $@
+
+$(GROUPS:%=$(OUT)/.done/%$(OF_ALL)-chat): $(OUT)/.done/%$(OF_ALL)-chat: $(POLICIES:%=$(OUT)/%/run.json) $(EVALUATED) | $(ENV)
+	$(RUN) evaluate.py $(EVAL) --protocol chat --adapter $(call in_group,$*) --stamp $(OUT)/.done/%-chat
 	@touch $@
 
 $(OUT)/.done/base-plain $(OUT)/.done/base-chat: $(OUT)/.done/base-%: $(EVALUATED) | $(ENV)

@@ -69,8 +69,9 @@ def memory_note(estimate: Callable[[int], dict[str, float]], free: float, tokens
     def needed(tokens: int) -> float:
         parts = estimate(tokens)
         return sum(parts.values()) - max(0, parts["sampler"] - 0.4 * free)  # it takes its rows in batches
-    summary = f"memory: about {needed(tokens) / 2**30:.1f} GiB of the GPU's {free / 2**30:.1f} that are free"
-    if needed(tokens) <= 0.95 * free:
+    total = needed(tokens)
+    summary = f"memory: about {total / 2**30:.1f} GiB of the GPU's {free / 2**30:.1f} that are free"
+    if total <= 0.95 * free:
         return summary
     fitting = max((fewer for fewer in range(256, tokens, 256) if needed(fewer) <= 0.95 * free), default=0)
     remedy = f"give --micro-tokens {fitting}, and no longer sequences" if fitting else \

@@ -156,6 +156,9 @@ class Case:
     def swiglu_alone(self):
         return kernels.swiglu(self.gate_up, self.gate_up_b, self.stream, 1e-6)
 
+    def swiglu_torch(self):
+        return swiglu(self.factor * low_term(self.gate_up.float(), wide(self.gate_up_b), [self.I, self.I])),
+
     def embed(self):
         stream, at = self.embed_alone()
         return *stream[:2], stream.squares.sum(1), at
@@ -191,9 +194,6 @@ class Case:
 
     def noises(self):
         return ((self.five * seed, self.at, self.five) for seed in range(8))
-
-    def swiglu_torch(self):
-        return swiglu(self.factor * low_term(self.gate_up.float(), wide(self.gate_up_b), [self.I, self.I])),
 
 
 def microseconds(call, repeats: int = 50) -> float:

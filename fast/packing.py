@@ -84,12 +84,12 @@ def pack(examples: Sequence[Example], micro_tokens: int, unit: int = 1, device="
     (of one unit, if it has several) have in common is computed once per pack, where that saves enough or a unit
     would not fit otherwise; log-probabilities, scores and gradients stay the same.
     """
-    bins, lengths = [], [len(e.ids) for e in examples]
+    bins = []
     if share:
         bins = even_fit(examples, micro_tokens, unit, share) if unit > 1 else sorted_fit(examples, micro_tokens)
-    saved = sum(shared for members in bins for _, shared in members)
-    needed = any(sum(lengths[i:i + unit]) > micro_tokens for i in range(0, len(lengths), unit))
-    if not bins or saved <= WORTH_SHARING * sum(lengths) and not needed:
+    saved, whole = sum(shared for members in bins for _, shared in members), [e.ids for e in examples]
+    if not bins or saved <= WORTH_SHARING * sum(map(len, whole)) and \
+            max(unit_tokens(whole, unit, [0] * len(whole))) <= micro_tokens:
         bins = even_fit(examples, micro_tokens, unit)
     return [lay_out(examples, members).to(device) for members in bins]
 
@@ -101,9 +101,10 @@ def even_fit(examples: Sequence[Example], micro_tokens: int, unit: int = 1,
     Returns for each bin [(example, tokens it shares with the example before it in its unit)]. Balanced: a small pack
     takes as long as a larger one when kernel launches are the limit, and the largest pack decides peak memory.
     """
-    shared = shared_in_units([e.ids for e in examples], unit) if share else [0] * len(examples)
+    sequences = [e.ids for e in examples]
+    shared = shared_in_units(sequences, unit) if share else [0] * len(examples)
     units = [range(i, i + unit) for i in range(0, len(examples), unit)]
-    size = {u: sum(len(examples[i].ids) - shared[i] for i in u) for u in units}
+    size = dict(zip(units, unit_tokens(sequences, unit, shared)))
     order = sorted(units, key=lambda u: (-size[u], u[0]))
     bins: list[list] = []  # [tokens, units]
     for u in order:
@@ -169,9 +170,10 @@ def shared_in_units(sequences: Sequence[Sequence[int]], unit: int) -> list[int]:
     return [shared_length(arrays[i - 1], arrays[i]) if i % unit else 0 for i in range(len(arrays))]
 
 
-def unit_tokens(sequences: Sequence[Sequence[int]], unit: int) -> list[int]:
-    """Tokens of each unit of consecutive sequences, what they share counted once."""
-    new = [len(s) - shared for s, shared in zip(sequences, shared_in_units(sequences, unit))]
+def unit_tokens(sequences: Sequence[Sequence[int]], unit: int, shared: Sequence[int] | None = None) -> list[int]:
+    """Tokens of each unit of consecutive sequences, what they share (by default shared_in_units) counted once."""
+    shared = shared_in_units(sequences, unit) if shared is None else shared
+    new = [len(s) - n for s, n in zip(sequences, shared)]
     return [sum(new[i:i + unit]) for i in range(0, len(new), unit)]
 
 

@@ -60,9 +60,9 @@ NOTED = [("sft, 2048", 4.5, {"weights": BF16, "trained": LORA, "tokens": 2048}),
 
 @pytest.mark.parametrize("name, measured, told", [*benchmark(), *runs(), *NOTED])
 def test_measured_peaks_are_within_a_fifth(name, measured, told):
-    """GRPO's may be a third higher: runs with the same settings took 22.5 and 26.8 GiB."""
+    """All but the benchmark's GRPO, which took 36 % more in one call."""
     expected = sum(common.training_memory(QWEN, **told).values()) / GIB
-    assert 0.8 * measured <= expected <= 1.2 * measured or name.startswith("grpo") and expected <= measured <= 1.4 * expected
+    assert 0.8 * measured <= expected <= 1.2 * measured or name == "grpo-step" and expected <= measured <= 1.4 * expected
 
 
 def test_a_small_micro_batch_has_fewer_logits():

@@ -292,7 +292,7 @@ def test_side_by_side_the_longest_runs_come_first(clone, word):
                                               (("PER_GPU=4", "PROTOCOL=plain chat"), 6)])
 def test_processes_that_evaluate(clone, words, processes):
     """On one GPU all rows in one process per protocol, or divided among PER_GPU - 1, which take their turn where another
-    may be on it; on several GPUs a process per row."""
+    may be on it; on several GPUs one process for each row."""
     lines = [line for line in make(clone, "-n", "all", *words).stdout.splitlines() if " evaluate.py " in line]
     assert len(lines) == processes
     assert all(line.startswith("python3 tools/on_gpu.py") for line in lines) == bool(words)
