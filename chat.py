@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import fail, read_json
+from common import Degenerate, fail, read_json
 
 # A base model already reads plain role markers. Its EOS ends the assistant's turn (Qwen2.5-base: <|endoftext|>).
 PLAIN_TEMPLATE = (
@@ -34,6 +34,10 @@ TEMPLATE_DATE = time.strptime("2024-07-26", "%Y-%m-%d")  # what Llama 3's templa
 
 class Unrenderable(ValueError):
     """Why a conversation can't be rendered so that its mask is certain."""
+
+
+class Unwritable(Unrenderable, Degenerate):
+    """Not the template's fault, but that of a text for which the tokenizer has no tokens: such a row is dropped."""
 
 
 @dataclass(frozen=True)
@@ -241,18 +245,25 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
     train: "all" assistant turns count in the loss, only the "last", or "none": then the ids end where the last answer
     begins. A message with train false never counts. A turn's trained part runs from the end of the generation
     prompt through its stop token; what follows the last trained part is cut. Special tokens inside content stay plain
-    text. An empty conversation gives no ids. Fails on a conversation that can't be rendered so, by its name.
+    text. An empty conversation gives no ids. Fails on a conversation that can't be rendered so, by its name; raises
+    Unwritable where a text is at fault.
     """
     try:
         return tokenise(tokenizer, conversations, train)
+    except Unwritable:
+        raise
     except Unrenderable:  # one by one, to name it
-        rendered = []
+        rendered, unwritable = [], None
         for i, messages in enumerate(conversations):
             try:
                 rendered += tokenise(tokenizer, [messages], train)
+            except Unwritable as e:
+                unwritable = e
             except Unrenderable as e:
                 fail(f"{names[i] if names else f'conversation {i}'}: {e} (the chat template is "
                      f"{'plain role markers' if has_plain_markers(tokenizer) else OWN_TEMPLATE})")
+        if unwritable:
+            raise unwritable
         return rendered
 
 
@@ -290,12 +301,12 @@ def tokenise(tokenizer, conversations: list[list[dict]], train: str = "all") -> 
     try:
         encoded = encode(tokenizer, plain)
     except Exception as e:  # tokenizers has no kind of its own
-        raise Unrenderable(f"the tokenizer can't encode it ({e})") from None
+        raise Unwritable(f"the tokenizer can't encode it ({e})") from None
     for (piece, joined), ids in zip(texts, encoded):
         texts[piece, joined] = ids[len(anchor):] if joined else ids
         written = chat.any_text or same_text(tokenizer.decode(ids), piece.translate(reveal))
         if not written or not control.isdisjoint(ids):
-            raise Unrenderable(f"the tokenizer can't write the text {piece.translate(reveal)[:80]!r}")
+            raise Unwritable("the tokenizer can't write it")
     rendered = []
     for pieces in sequences:
         ids, mask = [], []

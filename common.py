@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from files import (  # passed on: common.fail, common.write_json, …
-    Lock, bucket, check_fields, fail, file_sha256, host, is_running, leaves, nulled, rank, read_json,
+    Degenerate, Lock, bucket, check_fields, fail, file_sha256, host, is_running, leaves, nulled, rank, read_json,
     remove_temporaries, say, say_next, scratch, sha256_json, tensor_entries, tensors_sha256, to_json,
     without_places, world, write_atomic, write_json, write_text)
 
@@ -2161,9 +2161,10 @@ def plot_curves(lines: list[dict], keys: Sequence[str], title: str, path: Path) 
 
 
 def report_failure(kind: type[BaseException], error: BaseException, trace) -> None:
-    """sys.excepthook: an error that is no fault of the code (a full disk, a number that is not finite, no memory left)
-    gives one line on stderr and exit code 1. With RUNGS_DEBUG set, and for any other error, the traceback."""
-    expected = issubclass(kind, (OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError))
+    """sys.excepthook: an error that is no fault of the code (a full disk, a number that is not finite, no memory left, a
+    text without tokens) gives one line on stderr and exit code 1. With RUNGS_DEBUG set, and for any other error, the
+    traceback."""
+    expected = issubclass(kind, (OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError, Degenerate))
     no_memory = issubclass(kind, torch.OutOfMemoryError)
     run = Run.training and Run.training()
     if no_memory and run and world() == 1 and "RUNGS_RETRIED" not in os.environ:

@@ -40,6 +40,10 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+class Degenerate(Exception):
+    """Why a row can't be used (a null, an empty answer): it is dropped and counted."""
+
+
 def say(message: str = "") -> None:
     """Print on rank 0; characters that the terminal's encoding lacks become question marks."""
     if rank() == 0:

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from chat import OWN_TEMPLATE, has_plain_markers, load_tokenizer
-from common import (Example, QWEN, TrainInvariants, bucket, check_base, fail, permutation, read_adapter, read_policy,
-                    resolve_model, say, sha256_json)
+from common import (Degenerate, Example, QWEN, TrainInvariants, bucket, check_base, fail, permutation, read_adapter,
+                    read_policy, resolve_model, say, sha256_json)
 
 # What is appended to a GSM8K question by grpo.py and by evaluate.py's zero-shot GSM8K [volcengine/verl's baseline].
 GSM8K_PROMPT = ' Let\'s think step by step and output the final answer after "####".'
@@ -291,10 +291,6 @@ LAYOUTS = {  # (kind, description): columns that identify it, in the order they 
 MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
 TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython"}
-
-
-class Degenerate(Exception):
-    """Why a row can't be used (a null, an empty answer): it is dropped and counted."""
 
 
 def recognise(rows: Rows, source: str, *kinds: str) -> str:
@@ -596,7 +592,7 @@ def take_rows(rows: Sequence, n: int, seed: int, read: Callable[[int, Any], Any]
 
     read: (index, row) -> what `build` needs of a row, or None (not a candidate: another part of a split); may raise
     Degenerate. build: (these values, their rows' names), many at a time -> for each an item to keep, or a str: why it
-    is dropped. Returns (items, dropped reasons, row indices of the items).
+    is dropped; it may raise Degenerate as well. Returns (items, dropped reasons, row indices of the items).
     Fails when more than `max_dropped` of the rows looked at are degenerate (of 20 if there are fewer), or none is
     usable; rows that are "too long" have a limit of their own when `max_overlong` is given. A preview names what would
     be dropped instead.
@@ -613,7 +609,8 @@ def take_rows(rows: Sequence, n: int, seed: int, read: Callable[[int, Any], Any]
             if value is not None:
                 found.append((i, value))
         good = [(i, value) for i, value in found if not isinstance(value, str)]
-        built = iter(build([value for _, value in good], [f"{source}, row {i}" for i, _ in good]))
+        names = [f"{source}, row {i}" for i, _ in good]
+        built = iter(build_rows(build, [value for _, value in good], names))
         for i, value in found:
             item = value if isinstance(value, str) else next(built)
             if isinstance(item, str):
@@ -647,6 +644,17 @@ def take_rows(rows: Sequence, n: int, seed: int, read: Callable[[int, Any], Any]
     if len(items) < n:
         say(f"note: {source} has {len(items)} usable rows, fewer than the {n} asked for")
     return items, dropped, kept
+
+
+def build_rows(build: Callable[[list, list[str]], list], values: list, names: list[str]) -> list:
+    """build(values, names); where that raises Degenerate, by halves, down to the row that is."""
+    try:
+        return build(values, names)
+    except Degenerate as e:
+        if len(values) == 1:
+            return [str(e)]
+        half = len(values) // 2
+        return build_rows(build, values[:half], names[:half]) + build_rows(build, values[half:], names[half:])
 
 
 @dataclass(frozen=True)

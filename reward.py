@@ -384,8 +384,13 @@ def score_file(args: Args) -> None:
             conversations.append(inputs.as_conversation(row, f"{args.score}, row {i}"))
         except inputs.Degenerate as e:
             common.fail(f"{args.score}, row {i}: {e}, so it can't be scored")
-    names = [f"{args.score}, row {i}" for i in range(len(rows))]
-    examples = [at_eos(ids) for ids, _ in chat.render_many(tokenizer, conversations, "last", names)]
+
+    def build(chats: list, names: list[str]) -> list[Example]:
+        return [at_eos(ids) for ids, _ in chat.render_many(tokenizer, chats, "last", names)]
+    examples = inputs.build_rows(build, conversations, names := [f"{args.score}, row {i}" for i in range(len(rows))])
+    for name, example in zip(names, examples):
+        if isinstance(example, str):
+            common.fail(f"{name}: {example}, so it can't be scored")
     limit = min(args.micro_tokens, common.max_positions(model_dir))
     if long := [i for i, e in enumerate(examples) if len(e.ids) > limit]:
         common.fail(f"{args.score}, row {long[0]}: {len(examples[long[0]].ids)} tokens; {len(long)} rows in all "

@@ -553,6 +553,19 @@ def test_rows_that_cannot_be_scored(refused, reward_run, tmp_path, rows, parts):
     refused(score(reward_run, write_jsonl(tmp_path / "bad.jsonl", rows)), "bad.jsonl", *parts)
 
 
+def test_a_text_without_tokens_cannot_be_scored(refused, reward_run, tmp_path, monkeypatch):
+    """Of a tokenizer that can't write every text, here one word."""
+    tokenise = chat.tokenise
+
+    def without_quay(tokenizer, conversations, *train):
+        if "quay" in str(conversations):
+            raise chat.Unwritable("the tokenizer can't write it")
+        return tokenise(tokenizer, conversations, *train)
+    monkeypatch.setattr(chat, "tokenise", without_quay)
+    rows = [{"prompt": "why", "completion": "quay" if i == 2 else "sky"} for i in range(4)]
+    refused(score(reward_run, write_jsonl(tmp_path / "bad.jsonl", rows)), "bad.jsonl, row 2: the tokenizer can't write it")
+
+
 def test_scoring_files_that_are_wrong(refused, reward_run, answers, tmp_path):
     refused(score(reward_run, str(tmp_path / "gone.jsonl")), "gone.jsonl")
     refused(score(reward_run, answers, out=answers), "the file to score")

@@ -329,7 +329,8 @@ def test_a_message_that_is_not_to_be_trained(tmp_path):
 
 
 def test_a_text_that_the_tokenizer_cannot_write(tmp_path, capsys):
-    """A vocabulary without the letter q: the tokenizer leaves it out, encodes it as an unknown token, or fails."""
+    """A vocabulary without the letter q: the tokenizer leaves it out, encodes it as an unknown token, or fails. Such a row
+    is dropped and counted; more than --max-dropped of them are an error."""
     texts = [*WORDS, *(m["content"] for m in chat.SAMPLE), "user", "assistant", "User:", "Assistant:"]
     for name, model, trainer in (("leaves out", models.BPE(), trainers.BpeTrainer),
                                  ("unknown", models.BPE(unk_token="<|endoftext|>"), trainers.BpeTrainer),
@@ -343,10 +344,20 @@ def test_a_text_that_the_tokenizer_cannot_write(tmp_path, capsys):
         loaded = chat.load_tokenizer(tmp_path / name)
         assert not loaded.chat_format.any_text
         chat.render(loaded, [user("why is the sky blue"), assistant("books")])
+        with pytest.raises(chat.Unwritable, match="the tokenizer can't "):
+            chat.render_many(loaded, [[user("why"), assistant(a)] for a in ("books", "a question")])
+
+        def take(odd):
+            rows = [[user("why"), assistant("a question" if i in odd else "books " * (i + 1))] for i in range(20)]
+            return inputs.take_rows(rows, 20, 1, lambda i, row: row, lambda chats, names: [
+                ids for ids, _ in chat.render_many(loaded, chats, names=names)], "x.jsonl", 0.05)
+        items, dropped, kept = take({5})
+        (why, count), = dropped.items()
+        assert why.startswith("the tokenizer can't ") and count == 1 and {*kept} == {*range(20)} - {5}
+        assert items == [chat.render(loaded, [user("why"), assistant("books " * (i + 1))])[0] for i in kept]
         with pytest.raises(SystemExit):
-            chat.render_many(loaded, [[user("why"), assistant(a)] for a in ("books", "a question")],
-                               names=["row 3", "row 4"])
-        assert "row 4: the tokenizer can't " in capsys.readouterr().err
+            take({5, 6})
+        assert "x.jsonl: 2 of 20 rows are degenerate (the tokenizer can't " in capsys.readouterr().err
 
 
 def save_spaced_tokenizer(directory, template):
