@@ -1,22 +1,28 @@
-"""The smallest graphics card on which each script trains, found by limiting the memory that it may take.
+"""What each script trains with on graphics cards of several sizes, found by limiting the memory that it may take.
 
-    python bench/cards.py                                            # NF4 base of 0.5B: 8, 12, 16 and 24 GB
+    python bench/cards.py --at-once 6                                # NF4 base of 0.5B: 8, 12, 16 and 24 GB
     python bench/cards.py --shape qwen2.5-1.5b --script sft dpo
     python bench/cards.py --gib 4 --script sft dpo --micro-tokens 1536 1024      # another limit
     python bench/cards.py --shape tiny --gib 1                       # a trial without a GPU, where nothing limits it
 
 A card of n GB is taken as n - 1 GiB for torch (RUNGS_GPU_GIB), since CUDA and a display need some. The base is random, in
 NF4, the text is train.py's: 16 rows per step, up to 1,024 tokens each; ppo 64 answers of 256 tokens per update, grpo 8 × 8
-of 256. Each script runs with its default --micro-tokens, then with fewer (the same update in smaller parts), on the
-smallest card first; it fits if it does all its steps without running out of memory. A run that fails for another reason
-than memory, or micro-batches too small for a pair, ends the measurement. One JSON line per run, with the steps that it
-did and their peak; --out has them by device, and a run that is made again replaces its earlier result.
+of 256. On each card, the smallest first, a script runs with its default --micro-tokens, then with fewer (the same update
+in smaller parts), until it fits: it does all its steps without running out of memory. A larger card is tried only with
+more of them, and none is once the default fits. A run that fails for another reason than memory, or micro-batches too
+small for a pair, ends the measurement. Scripts may run side by side on one GPU (--at-once), since no speed is measured.
+One JSON line per run, with the steps that it did and their peak; --out has them by device, and a run that is made again
+replaces its earlier result.
 """
 import dataclasses
+import importlib
 import json
 import os
 import shutil
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +46,9 @@ class Args:
     gib: float | None = None
     """One limit in GiB instead of the cards."""
     micro_tokens: tuple[int, ...] = (4096, 2048, 1536, 1024)
-    """What is tried after the default; the longest pair has 1,498 tokens."""
+    """What is tried below the default; the longest pair has 1,498 tokens."""
+    at_once: int = 1
+    """Scripts that run at the same time."""
     steps: int = 12
     """Optimizer steps; of ppo and grpo, 2 updates."""
     shape: Literal["qwen2.5-0.5b", "qwen2.5-1.5b", "tiny"] = "qwen2.5-0.5b"
@@ -57,14 +65,13 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def attempt(name: str, args: Args, limit: float, micro_tokens: int | None) -> dict:
-    """One run of a script under a limit in GiB; micro_tokens None: its default."""
+def attempt(name: str, args: Args, limit: float, micro_tokens: int) -> dict:
+    """One run of a script under a limit in GiB."""
     work, case, device = Path(args.work), CASES[name], "cuda" if on_gpu() else "cpu"
     tokens = 256 if args.shape != "tiny" else 16
     steps = args.steps if name not in ("ppo", "grpo") else 2
     _, flags = train.script(case, work, steps, tokens, "qlora")
-    flags += train.dtype_flag(case, device)
-    flags += train.small(device) if micro_tokens is None else ["--micro-tokens", str(micro_tokens)]
+    flags += train.dtype_flag(case, device) + ["--device", device, "--micro-tokens", str(micro_tokens)]
     out = work / f"run-{name}"
     shutil.rmtree(out, ignore_errors=True)
     # RUNGS_RETRIED: no second try with half the --micro-tokens
@@ -74,29 +81,43 @@ def attempt(name: str, args: Args, limit: float, micro_tokens: int | None) -> di
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     if failed and not any(words in failed for words in ("OutOfMemory", "can't hold the longest pair")):
         common.fail(f"{name}.py within {limit} GiB: {failed}")
-    return {"shape": args.shape, "script": name, "limit_gib": limit, "micro_tokens": micro_tokens or "default",
+    return {"shape": args.shape, "script": name, "limit_gib": limit, "micro_tokens": micro_tokens,
             "fits": not failed, "peak_gib": lines[-1].get("peak_gib") if lines else None, "steps": len(lines),
             "error": failed}
 
 
+def measure(name: str, args: Args, done: Callable[[dict], None]) -> None:
+    """The runs of a script: on each card those that may fit with more --micro-tokens than on a smaller one."""
+    default, fitting = importlib.import_module(name).Args.micro_tokens, 0
+    for limit in [args.gib] if args.gib else [gb - 1 for gb in args.gb]:
+        for tokens in (default, *(n for n in args.micro_tokens if n < default)):
+            if tokens <= fitting:
+                break
+            run = attempt(name, args, limit, tokens)
+            done(run)
+            if run["fits"]:
+                fitting = tokens
+
+
 def main(args: Args) -> None:
-    work = Path(args.work)
+    common.check_positive(args, "at_once", "steps", "seconds")
+    work, lock = Path(args.work), threading.Lock()
     workload.make(work, args.shape, train.ROWS * args.steps, 2 + 2 * train.PROMPTS * train.GROUP,
                   torch.bfloat16 if on_gpu() else torch.float32)
     train.make_parents([CASES[name] for name in args.script], work, "cuda" if on_gpu() else "cpu", args.seconds, "qlora")
     device = common.hardware()["device"]
     path = train.record_path(args.out, device)
-    limits = [args.gib] if args.gib else [gb - 1 for gb in args.gb]
-    for name in args.script:
-        for limit, micro_tokens in ((limit, n) for limit in limits for n in (None, *args.micro_tokens)):
-            run = attempt(name, args, limit, micro_tokens)
+
+    def done(run: dict) -> None:
+        with lock:
             print(json.dumps(run), flush=True)
             same = {key: run[key] for key in ("shape", "script", "limit_gib", "micro_tokens")}
             earlier = common.read_json(path)["runs"] if path.is_file() else []
             earlier = [r for r in earlier if {key: r[key] for key in same} != same]
             common.write_json(path, {"device": device, "quantization": "qlora", "runs": [*earlier, run]})
-            if run["fits"]:
-                break
+    with ThreadPoolExecutor(args.at_once) as pool:
+        for measured in [pool.submit(measure, name, args, done) for name in args.script]:
+            measured.result()
 
 
 if __name__ == "__main__":

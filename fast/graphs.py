@@ -9,6 +9,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from fast.packing import Pack, round_up
 TOKENS_STEP = 256     # packs are padded to a multiple of it; of twice, four times it from 8,192, 16,384 tokens on
 SEQUENCES_STEP = 16   # attention starts a block of threads for every 128 tokens that a sequence could have
 LENGTH_STEP = 1024
+WARM_UP_TOKENS = 512
 SPARE_SEQUENCES = 4   # sequences, at least, that hold the padding tokens
 RECORDING_COST = 8e12  # weights times tokens of a pass that takes as long as recording a size: 16,000 tokens at 0.5B
 
@@ -121,6 +123,12 @@ def empty_pack_like(pack: Pack) -> Pack:
     return Pack(empty, empty, begin, 0, *3 * [empty[0]], [], 0, keys=empty[0], cu_seqlens_k=begin)
 
 
+def warm_up_size(size: GraphSize) -> GraphSize:
+    """Size of the static pack that the first pass of a kind computes, without recording. It is small, because that pass
+    doesn't use the memory that the recorded ones share."""
+    return GraphSize(0, 0, 0, min(1, size.keys)).padded(WARM_UP_TOKENS)
+
+
 class DecoderModule(nn.Module):
     """decoder() as a module, for torch.func."""
 
@@ -139,40 +147,43 @@ class RecordedPass:
     used on.
     """
 
-    @torch.enable_grad()
-    def __init__(self, base: nn.Module, static: Pack, flat: Tensor | None, gradient: Tensor | None, first: bool):
-        """flat: the trained parameters, if they take part; gradient: where their gradient is written; first: this is
-        the first pass of its kind, which compiles and stacks weights before anything is captured."""
+    def __init__(self, base: nn.Module, static: Pack, gradient: Tensor | None):
+        """gradient: where that of the trained parameters is written, if they take part."""
         self.static, self.gradient = static, gradient
-        stream, learns = Recordings.stream, flat is not None
-        parts = {} if flat is None else {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
+        # not in the memory of the graphs: what stayed there would part the memory that later sizes could use
+        self.hidden = torch.zeros(static.tokens, base.config.hidden_size, dtype=base.dtype, device=base.device)
+        self.slope = torch.zeros_like(self.hidden)
 
-        def forward() -> tuple[Tensor, dict[str, Tensor]]:
+    @torch.enable_grad()
+    def run(self, base: nn.Module, flat: Tensor | None, forward: AbstractContextManager,
+            backward: AbstractContextManager) -> None:
+        """Hidden states and, of the trained parameters, flat, the gradient; each computed in a context of its own."""
+        named = [] if flat is None else base.named_parameters()
+        parts = {f"base.{name}": p for name, p in named if p.requires_grad}
+        with forward:
             halves = flat.detach().to(base.dtype).split([p.numel() for p in parts.values()]) if parts else ()
-            leaves = {name: h.view_as(p).requires_grad_(learns) for (name, p), h in zip(parts.items(), halves)}
-            return torch.func.functional_call(DecoderModule(base), leaves, (static,), tie_weights=False), leaves
+            leaves = {name: h.view_as(p).requires_grad_() for (name, p), h in zip(parts.items(), halves)}
+            hidden = torch.func.functional_call(DecoderModule(base), leaves, (self.static,), tie_weights=False)
+            self.hidden.copy_(hidden.detach())
+        if parts:
+            with backward:
+                grads = torch.autograd.grad(hidden, [*leaves.values()], self.slope, allow_unused=True,
+                                            materialize_grads=True)
+                self.gradient.copy_(torch.cat([g.flatten() for g in grads]))
 
-        def backward(hidden: Tensor, leaves: dict[str, Tensor], slope: Tensor) -> None:
-            grads = torch.autograd.grad(hidden, [*leaves.values()], slope, allow_unused=True, materialize_grads=True)
-            gradient.copy_(torch.cat([g.flatten() for g in grads]))
-        if first:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                hidden, leaves = forward()
-                if learns:
-                    backward(hidden, leaves, torch.zeros_like(hidden))
-                del hidden, leaves
-            torch.cuda.current_stream().wait_stream(stream)
+    def warm_up(self, base: nn.Module, flat: Tensor | None) -> None:
+        """Compute it once without recording: this compiles, and stacks weights."""
+        stream = Recordings.stream
+        stream.wait_stream(torch.cuda.current_stream())
+        self.run(base, flat, torch.cuda.stream(stream), torch.cuda.stream(stream))
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def record(self, base: nn.Module, flat: Tensor | None) -> None:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=Recordings.pool, stream=stream):
-            hidden, leaves = forward()
-        if learns:
-            self.slope = torch.zeros_like(hidden)
-            with torch.cuda.graph(self.backward, pool=Recordings.pool, stream=stream):
-                backward(hidden, leaves, self.slope)
-        self.hidden = hidden.detach()
+        self.run(base, flat, *(torch.cuda.graph(graph, pool=Recordings.pool, stream=Recordings.stream)
+                               for graph in (self.forward, self.backward)))
         Recordings.held += max(0, torch.cuda.memory_reserved() - before)
 
 
@@ -280,10 +291,15 @@ class Recordings:
             Recordings.held = 0
         if trained and self.gradient is None:
             self.gradient = torch.zeros_like(flat, requires_grad=False)
-        static = size.empty(pack.input_ids.device)
-        fill(static, pack)
-        recorded = RecordedPass(base, static, flat, self.gradient if trained else None,
-                                first=(on, trained) not in self.kinds)
+
+        def pass_over(pack: Pack, size: GraphSize) -> RecordedPass:
+            static = size.empty(pack.input_ids.device)
+            fill(static, pack)
+            return RecordedPass(base, static, self.gradient)
+        if (on, trained) not in self.kinds:
+            pass_over(empty_pack_like(pack), warm_up_size(size)).warm_up(base, flat)
+            self.kinds.add((on, trained))
+        recorded = pass_over(pack, size)
+        recorded.record(base, flat)
         self.passes[size, on, trained] = recorded
-        self.kinds.add((on, trained))
         Recordings.alive.add(recorded)

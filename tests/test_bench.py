@@ -1,4 +1,5 @@
 """Speed paths equal the plain ones in value and gradient, FLOPs are counted right, and the benchmark runs."""
+import contextlib
 import dataclasses
 import json
 import random
@@ -102,10 +103,9 @@ def test_a_filled_pack_gives_what_the_pack_gives(tiny_model, share):
     """What a recorded pass computes: packs of several sizes copied into a larger static pack, one after the other, under
     leaves of its own for the same factors. What an earlier pack left in it changes nothing."""
     policy = ours(tiny_model)
-    base, factors = common.base_of(policy), common.trainable(policy)
-    names = {id(p): f"base.{n}" for n, p in base.named_parameters()}
-    leaves = {names[id(f)]: f.detach().requires_grad_() for f in factors}
+    base, factors, flat = common.base_of(policy), common.trainable(policy), common.flat_parameters(policy)
     static = fast.graphs.GraphSize(512, 32, 1024, 1024 if share else 0).empty("cpu")
+    recorded = fast.graphs.RecordedPass(base, static, torch.zeros(len(flat)))
     g = torch.Generator().manual_seed(1)
     for n in (9, 3, 6):
         examples = random_examples(n, seed=n)
@@ -116,13 +116,63 @@ def test_a_filled_pack_gives_what_the_pack_gives(tiny_model, share):
         fast.graphs.fill(static, pk)
         weight = torch.randn(tokens, base.config.hidden_size, generator=g)
         hidden = fast.decoder.decoder(common.base_of(policy), pk)
-        wanted = torch.autograd.grad((hidden * weight).sum(), factors)
-        filled = torch.func.functional_call(fast.graphs.DecoderModule(base), leaves, (static,))
-        slope = torch.cat([weight, torch.zeros(512 - tokens, weight.shape[1])])
-        found = torch.autograd.grad(filled, list(leaves.values()), slope)
-        torch.testing.assert_close(filled[:tokens], hidden, atol=1e-5, rtol=1e-5)
-        for a, b in zip(found, wanted):
-            torch.testing.assert_close(a, b, atol=1e-5 * b.abs().max().item(), rtol=1e-4)
+        wanted = torch.cat([d.flatten() for d in torch.autograd.grad((hidden * weight).sum(), factors)])
+        recorded.slope[:tokens], recorded.slope[tokens:] = weight, 0
+        recorded.run(base, flat, contextlib.nullcontext(), contextlib.nullcontext())
+        torch.testing.assert_close(recorded.hidden[:tokens], hidden, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(recorded.gradient, wanted, atol=1e-5 * wanted.abs().max().item(), rtol=1e-4)
+        with common.reference(policy):  # without trained parameters
+            recorded.run(base, None, contextlib.nullcontext(), contextlib.nullcontext())
+            torch.testing.assert_close(recorded.hidden[:tokens], fast.decoder.decoder(base, pk), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_pass_that_warms_up_has_padding_alone(tiny_model, share):
+    """The first pass of a kind: few tokens, whatever the size of the pack, and numbers that are finite."""
+    policy = ours(tiny_model)
+    (pk,) = fast.pack(random_examples(6), 512, share=share)
+    static = fast.graphs.warm_up_size(fast.graphs.GraphSize.exact(pk)).empty("cpu")
+    fast.graphs.fill(static, fast.graphs.empty_pack_like(pk))
+    assert static.tokens == 512 and (static.keys is None) == (pk.keys is None)
+    flat = common.flat_parameters(policy)
+    recorded = fast.graphs.RecordedPass(common.base_of(policy), static, torch.zeros(len(flat)))
+    recorded.slope[:] = 1
+    recorded.run(common.base_of(policy), flat, contextlib.nullcontext(), contextlib.nullcontext())
+    assert recorded.hidden.isfinite().all() and recorded.gradient.isfinite().all() and recorded.gradient.any()
+
+
+def test_what_warms_up_compiles_for_every_size(tiny_model, monkeypatch):
+    """While a pass is recorded nothing may compile: packs of other sizes, with or without shared tokens, of the policy or its
+    reference, use what the small first pass has compiled."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="aot_eager"))
+    fast.decoder.compiled.cache_clear()
+    policy = ours(tiny_model)
+    base, flat, packs = common.base_of(policy), common.flat_parameters(policy), []
+    for share in (False, True):
+        packs += fast.pack(random_examples(6), 512, share=share)
+
+    def run(size, pk, trained):
+        static = size.empty("cpu")
+        fast.graphs.fill(static, fast.graphs.empty_pack_like(pk))
+        recorded = fast.graphs.RecordedPass(base, static, torch.zeros(len(flat)))
+        recorded.run(base, trained, contextlib.nullcontext(), contextlib.nullcontext())
+
+    def run_both(size, pk):
+        run(size, pk, flat)
+        with common.reference(policy):
+            run(size, pk, None)
+    try:
+        run_both(fast.graphs.warm_up_size(fast.graphs.GraphSize.exact(packs[0])), packs[0])
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for tokens in (256, 768, 1024, 2560):
+                for pk in packs:
+                    run_both(fast.graphs.GraphSize(0, 0, 0, int(pk.keys is not None)).padded(tokens), pk)
+            with pytest.raises(torch._dynamo.exc.RecompileError):  # the test can fail: rows of another width
+                fast.decoder.compiled(fast.decoder.swiglu)(torch.zeros(4, 6))
+    finally:
+        fast.decoder.compiled.cache_clear()
+        torch._dynamo.reset()
 
 
 def test_flat_parameters_are_the_policys_own(tiny_model):
@@ -311,43 +361,45 @@ def test_why_a_process_failed(monkeypatch):
         assert train.run([sys.executable, "-c", code], 60) == ("", "exit 1: error: no memory")
 
 
-def test_the_smallest_card(tmp_path, monkeypatch):
-    """On a CPU, where nothing limits it, a script fits at once. Running out of memory leads to fewer --micro-tokens and then
-    to the next card, until it fits; another failure ends the measurement. A run that is made again replaces the earlier."""
+def test_what_fits_on_a_card(tmp_path, monkeypatch):
+    """On a CPU, where nothing limits it, a script fits at once. Running out of memory leads to fewer --micro-tokens; a larger
+    card is tried with more than the smaller one holds; another failure ends the measurement. A run that is made again
+    replaces the earlier."""
     monkeypatch.syspath_prepend(str(REPO / "bench"))
     import cards
     import train
-    args = dict(script=("sft",), shape="tiny", steps=2, work=str(tmp_path / "work"), out=str(tmp_path / "out"))
+    args = dict(shape="tiny", steps=2, work=str(tmp_path / "work"), out=str(tmp_path / "out"))
     device = common.hardware()["device"].lower().replace(" ", "-")
     common.write_json(tmp_path / "out" / f"{device}.json", {"runs": [
-        {"shape": "tiny", "script": name, "limit_gib": 7, "micro_tokens": "default", "fits": False} for name in ("sft", "dpo")]})
-    cards.main(cards.Args(**args, gb=(8, 12)))
+        {"shape": "tiny", "script": name, "limit_gib": 7, "micro_tokens": 8192, "fits": False} for name in ("sft", "dpo")]})
+    cards.main(cards.Args(**args, script=("sft",), gb=(8, 12)))
     (path,) = (tmp_path / "out").glob("*.json")
     runs = json.loads(path.read_text())["runs"]
     assert [(r["script"], r["limit_gib"], r["fits"]) for r in runs] == [("dpo", 7, False), ("sft", 7, True)]
-    tried, run = [], train.run
+    tried, run = {"sft.py": [], "reward.py": []}, train.run
 
-    def small_card(command, *more, **settings):
-        """A card on which a script runs out of memory until it is the larger one and takes few tokens at a time."""
-        if "sft.py" not in command:
-            return run(command, *more, **settings)
-        limit = float(train.Gpus.mine.environment["RUNGS_GPU_GIB"])
-        tokens = [int(n) for flag, n in zip(command, command[1:]) if flag == "--micro-tokens"]
-        tried.append((limit, tokens))
-        if tokens == [512]:
-            return "", "exit 2: error: --micro-tokens 512 can't hold the longest pair, 700 tokens; give at least 700"
-        return "", None if limit > 7 and tokens == [1024] else "exit 1: error: give a smaller --micro-tokens: … (OutOfMemoryError)"
-    monkeypatch.setattr(train, "run", small_card)
+    def small_cards(command, *more, **settings):
+        """Scripts run out of memory above a quarter of 1,024 tokens per GiB."""
+        name, limit = command[1], float(train.Gpus.mine.environment["RUNGS_GPU_GIB"])
+        (tokens,) = [int(n) for flag, n in zip(command, command[1:]) if flag == "--micro-tokens"]
+        tried[name].append((limit, tokens))
+        if tokens < 1000:
+            return "", f"exit 2: error: --micro-tokens {tokens} can't hold the longest pair, 1000 tokens; give at least 1000"
+        return "", None if tokens <= 256 * limit else "exit 1: error: give a smaller --micro-tokens: … (OutOfMemoryError)"
+    monkeypatch.setattr(train, "run", small_cards)
     monkeypatch.setattr(cards, "on_gpu", lambda: True)
     monkeypatch.setattr(cards.workload, "make", lambda *given: None)
-    cards.main(cards.Args(**args, gb=(8, 12), micro_tokens=(2048, 512, 1024)))
-    assert tried == [(limit, tokens) for limit in (7, 11) for tokens in ([], [2048], [512], [1024])]
-    runs = json.loads(path.read_text())["runs"]
-    assert [r["fits"] for r in runs] == [False] * 8 + [True] and [r["error"] is None for r in runs[1:]] == [False] * 7 + [True]
-    assert all(r["steps"] == 0 and r["peak_gib"] is None for r in runs[1:])  # no script ran, and the log of the first is gone
+    cards.main(cards.Args(**args, script=("sft", "reward"), gb=(3, 8, 12, 24, 40, 80), micro_tokens=(4096, 2048, 1024, 512),
+                          at_once=2))
+    wanted = [*((2, n) for n in (8192, 4096, 2048, 1024, 512)), *((7, n) for n in (8192, 4096, 2048, 1024)),
+              *((11, n) for n in (8192, 4096, 2048)), (23, 8192), (23, 4096), (39, 8192)]
+    assert tried == {"sft.py": wanted, "reward.py": wanted}
+    runs = [r for r in json.loads(path.read_text())["runs"] if r["script"] == "reward"]
+    assert [(r["limit_gib"], r["micro_tokens"]) for r in runs if r["fits"]] == [(7, 1024), (11, 2048), (23, 4096), (39, 8192)]
+    assert all(r["steps"] == 0 and r["peak_gib"] is None and r["fits"] == (r["error"] is None) for r in runs)  # none ran
     monkeypatch.setattr(train, "run", lambda *given, **settings: ("", "exit 2: error: no such file"))
     with pytest.raises(SystemExit):
-        cards.main(cards.Args(**args))
+        cards.main(cards.Args(**args, script=("sft", "reward"), at_once=2))
 
 
 def test_the_table_of_speeds(tmp_path, monkeypatch):
