@@ -107,7 +107,7 @@ endif
 .SECONDARY:
 .DEFAULT_GOAL := help
 
-all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU (SmolLM2, one H200, PER_GPU=2: 12.5 min)
+all: $(RUNS) $(EVALS) $(OUT)/.done/judge ## train, evaluate and judge every row, then the table; on a GPU (SmolLM2, one H200, PER_GPU=3: 10 min)
 	$(call phase,10,the report)
 	$(PY) report.py --results $(RESULTS) --readme $(README) --group $$(cat $(STAMPS) | tr ' ' '\n' | sort -u)
 

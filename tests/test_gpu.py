@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,25 @@ def test_compiled_close_to_plain(pair):
     print("bf16 plain, compiled against fp32: mean |log-prob gap|", gaps, "gradient cosine", angles)
     assert gaps[1] < 1.2 * gaps[0] + 1e-3          # compilation adds no error to that of bf16
     assert angles[1] > angles[0] - 0.005
+
+
+def test_a_new_kind_of_pass_shares_the_memory_of_recorded_ones(pair, monkeypatch):
+    """The reference's pass over a large pack is recorded, then the policy's: the first pass of a kind, which isn't, is small."""
+    policy = common.add_lora(common.load_model(pair[0], None, "none", torch.bfloat16, "cuda"))
+    base, _ = common.base_of(policy), common.flat_parameters(policy)
+    (pk,) = fast.pack([common.Example.masked([5, 6] * 256, [True] * 512) for _ in range(32)], 16384, device="cuda")
+    for name, value in (("alive", weakref.WeakSet()), ("pool", None), ("stream", None), ("held", 0)):  # as in a new process
+        monkeypatch.setattr(fast.graphs.Recordings, name, value)
+    with common.reference(policy):
+        fast.hidden_states(base, pk)
+    recorded = fast.graphs.Recordings.held
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    reserved = torch.cuda.memory_reserved()
+    fast.hidden_states(base, pk).sum().backward()
+    grown = torch.cuda.max_memory_reserved() - reserved
+    print("recorded passes hold", recorded, "bytes; the next kind takes", grown)
+    assert grown < 0.9 * recorded
 
 
 def test_recorded_passes_equal_plain_ones(pair):
