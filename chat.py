@@ -192,6 +192,8 @@ def template_problem(tokenizer) -> str | None:
         tokenizer.chat_format = dataclasses.replace(chat, anchor=anchor)
         try:
             (ids, _), = tokenise(tokenizer, [SAMPLE[1:]])
+        except Unwritable:
+            return "the tokenizer can't write a short English conversation"
         except Unrenderable as e:
             return str(e)
         if ids in (whole, [chat.bos, *whole]):

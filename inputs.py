@@ -621,7 +621,9 @@ def take_rows(rows: Sequence, n: int, seed: int, read: Callable[[int, Any], Any]
                 kept.append(i)
             if len(items) == n:
                 break
-        if len(items) == n:
+        overlong = dropped["too long"] if max_overlong is not None else 0
+        bad = sum(dropped.values()) - overlong
+        if len(items) == n or bad > max_dropped * len(order) and not preview:  # more than all rows together may have
             break
     seen = sum(dropped.values()) + len(items)
     why = ", ".join(f"{k} {v}" for k, v in dropped.most_common())
@@ -630,8 +632,6 @@ def take_rows(rows: Sequence, n: int, seed: int, read: Callable[[int, Any], Any]
         say(f"{source}: would be dropped: {', '.join(examples[:preview])}{more}")
     if not items:
         fail(f"{source}: no usable row among {len(rows)}" + (f" (dropped: {why})" if why else ""))
-    overlong = dropped["too long"] if max_overlong is not None else 0
-    bad = sum(dropped.values()) - overlong
     if bad > max_dropped * max(seen, 20) and not preview:
         remedy = "clean the data, "
         if any("too long" in reason for reason in dropped):  # a limit of the flags, not a fault of the data

@@ -547,8 +547,11 @@ def ask_local(judge: Judge, questions: dict[str, list[dict]], lines: Lines, args
     model = load_policy(Row("judge", judge.adapter, judge.run, {}), judge.model_dir, args, device)
     todo, limit = list(questions), common.max_positions(judge.model_dir)
     for part in tqdm([todo[i:i + CHUNK] for i in range(0, len(todo), CHUNK)], desc=f"{judge.model}: verdicts"):
-        began, rendered = time.time(), [chat.render_prompt(tokenizer, questions[key]) for key in part]
-        fits = [i for i, ids in enumerate(rendered) if len(ids) <= limit]
+        began = time.time()
+        rendered = inputs.build_rows(lambda some, _: [chat.render_prompt(tokenizer, questions[key]) for key in some],
+                                     part, part)
+        rendered = [[] if isinstance(ids, str) else ids for ids in rendered]
+        fits = [i for i, ids in enumerate(rendered) if 0 < len(ids) <= limit]
         examples = [Example(rendered[i], [], []) for i in fits]
         replies: dict[int, dict[str, float]] = {}
         micro_tokens = max([args.micro_tokens, *(len(e.ids) for e in examples)])
@@ -559,7 +562,7 @@ def ask_local(judge: Judge, questions: dict[str, list[dict]], lines: Lines, args
                 replies |= {fits[e]: dict(zip(LETTERS, row)) for e, row in zip(micro.examples, logprobs)}
         seconds = (time.time() - began) / len(part)
         for i, key in enumerate(part):
-            reply = replies.get(i)  # none where the question is longer than the judge's positions
+            reply = replies.get(i)  # none where it is longer than the judge's positions, or has text without tokens
             best = [letter for letter in reply if reply[letter] == max(reply.values())] if reply else []
             lines.add({"key": key, "verdict": best[0] if len(best) == 1 else "C" if best else None, "reply": reply,
                        "requests": 1, "prompt_tokens": len(rendered[i]), "completion_tokens": 0, "seconds": seconds})

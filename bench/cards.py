@@ -1,6 +1,6 @@
 """What each script trains with on graphics cards of several sizes, found by limiting the memory that it may take.
 
-    python bench/cards.py --at-once 6                                # NF4 base of 0.5B: 8, 12, 16 and 24 GB
+    python bench/cards.py --at-once 5                                # NF4 base of 0.5B: 8, 12, 16 and 24 GB
     python bench/cards.py --shape qwen2.5-1.5b --script sft dpo
     python bench/cards.py --gib 4 --script sft dpo --micro-tokens 1536 1024      # another limit
     python bench/cards.py --shape tiny --gib 1                       # a trial without a GPU, where nothing limits it
@@ -11,8 +11,8 @@ of 256. On each card, the smallest first, a script runs with its default --micro
 in smaller parts), until it fits: it does all its steps without running out of memory. A larger card is tried only with
 more of them, and none is once the default fits. A run that fails for another reason than memory, or micro-batches too
 small for a pair, ends the measurement. Scripts may run side by side on one GPU (--at-once), since no speed is measured.
-One JSON line per run, with the steps that it did and their peak; --out has them by device, and a run that is made again
-replaces its earlier result.
+One JSON line per run, with the steps that it did and their peak; --out has them by device, and README.md there the tables.
+A run that is made again replaces its earlier result.
 """
 import dataclasses
 import importlib
@@ -22,7 +22,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Literal
 
@@ -86,22 +86,61 @@ def attempt(name: str, args: Args, limit: float, micro_tokens: int) -> dict:
             "error": failed}
 
 
-def measure(name: str, args: Args, done: Callable[[dict], None]) -> None:
+def limits(args: Args) -> list[float]:
+    return [args.gib] if args.gib else sorted(gb - 1 for gb in args.gb)
+
+
+def measure(name: str, args: Args, done: Callable[[dict], None], stopped: threading.Event) -> None:
     """The runs of a script: on each card those that may fit with more --micro-tokens than on a smaller one."""
     default, fitting = importlib.import_module(name).Args.micro_tokens, 0
-    for limit in [args.gib] if args.gib else [gb - 1 for gb in args.gb]:
-        for tokens in (default, *(n for n in args.micro_tokens if n < default)):
-            if tokens <= fitting:
+    for limit in limits(args):
+        for tokens in sorted({default, *(n for n in args.micro_tokens if n < default)}, reverse=True):
+            if tokens <= fitting or stopped.is_set():
                 break
-            run = attempt(name, args, limit, tokens)
+            try:
+                run = attempt(name, args, limit, tokens)
+            except BaseException:
+                stopped.set()  # nothing is begun any more
+                raise
             done(run)
             if run["fits"]:
                 fitting = tokens
 
 
+def table(record: dict) -> str:
+    """Markdown: for each script and limit the most --micro-tokens that fit, with their peak; – where none of those tried did,
+    nothing where a smaller card holds as much."""
+    tried = {}
+    for run in record["runs"]:
+        tried.setdefault((run["shape"], run["script"]), {}).setdefault(run["limit_gib"], []).append(run)
+    columns = sorted({limit for runs in tried.values() for limit in runs})
+
+    def cell(runs: list[dict]) -> str:
+        fitting = max((run for run in runs if run["fits"]), key=lambda run: run["micro_tokens"], default=None)
+        peak = f" ({fitting['peak_gib']:.1f})" if fitting and fitting["peak_gib"] is not None else ""
+        return f"{fitting['micro_tokens']:,}{peak}" if fitting else "–" if runs else ""
+    rows = [f"| {script}.py | {shape} | " + " | ".join(cell(runs.get(limit, [])) for limit in columns) + " |"
+            for (shape, script), runs in sorted(tried.items(), key=lambda item: (item[0][0], [*CASES].index(item[0][1])))]
+    return "\n".join(["| script | shape | " + " | ".join(f"{limit:g} GiB" for limit in columns) + " |",
+                      "| :-- | :-- |" + " --: |" * len(columns), *rows])
+
+
+def write_tables(out: Path) -> None:
+    """<out>/README.md: the table of every <device>.json there."""
+    records = [common.read_json(path) for path in sorted(out.glob("*.json"))]
+    explained = ("The most `--micro-tokens` with which a script trains under a limit of GPU memory, and its peak in GiB, "
+                 "written by `python bench/cards.py` (its docstring says how): NF4 base, other flags at their defaults. –: none "
+                 "of those tried fits; empty: not tried, because a smaller limit holds as much, or for another reason.")
+    tables = [f"## {record['device']}\n\n{table(record)}" for record in records]
+    common.write_text(out / "README.md", "\n\n".join(["# What fits", explained, *tables]) + "\n")
+
+
 def main(args: Args) -> None:
     common.check_positive(args, "at_once", "steps", "seconds")
-    work, lock = Path(args.work), threading.Lock()
+    wanted = min(args.at_once, len(args.script)) * (max(limits(args)) + 1)
+    if on_gpu() and (free := torch.cuda.mem_get_info()[0] / 2**30) < wanted:
+        common.fail(f"--at-once {args.at_once} may take {wanted:g} GiB of this GPU, of which {free:.0f} are free")
+    work, lock, stopped = Path(args.work), threading.Lock(), threading.Event()
     workload.make(work, args.shape, train.ROWS * args.steps, 2 + 2 * train.PROMPTS * train.GROUP,
                   torch.bfloat16 if on_gpu() else torch.float32)
     train.make_parents([CASES[name] for name in args.script], work, "cuda" if on_gpu() else "cpu", args.seconds, "qlora")
@@ -115,9 +154,13 @@ def main(args: Args) -> None:
             earlier = common.read_json(path)["runs"] if path.is_file() else []
             earlier = [r for r in earlier if {key: r[key] for key in same} != same]
             common.write_json(path, {"device": device, "quantization": "qlora", "runs": [*earlier, run]})
+            write_tables(path.parent)
     with ThreadPoolExecutor(args.at_once) as pool:
-        for measured in [pool.submit(measure, name, args, done) for name in args.script]:
-            measured.result()
+        try:
+            for measured in as_completed([pool.submit(measure, name, args, done, stopped) for name in args.script]):
+                measured.result()
+        finally:
+            stopped.set()
 
 
 if __name__ == "__main__":

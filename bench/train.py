@@ -181,16 +181,12 @@ def dtype_flag(case: str, device: str) -> list[str]:
 def make_parents(cases: Collection[str], work: Path, device: str, seconds: int, quantization: str = "none") -> None:
     """The adapters that methods start from, of one step each, on a base in bfloat16 ("none") or NF4 ("qlora")."""
     sft = {"none": "sft-bf16", "qlora": "sft-nf4"}[quantization]
-
-    def make(case: str, out: str) -> None:
-        name, flags = script(case, work, 1, 1, quantization)
-        flags += small(device) + dtype_flag(case, device) + ["--out", str(work / out)]
-        if failed := run([sys.executable, f"{name}.py", *flags], seconds, compile=False)[1]:
-            raise RuntimeError(f"{name}.py, which others start from: {failed}")
-    wanted = [(sft, "sft", {"dpo", "kto", "grpo-step", "ppo-step"}), ("reward", "rm", {"ppo-step"})]
-    with ThreadPoolExecutor() as pool:  # at the same time
-        for made in [pool.submit(make, case, out) for case, out, users in wanted if users & {*cases}]:
-            made.result()
+    for case, out, users in ((sft, "sft", {"dpo", "kto", "grpo-step", "ppo-step"}), ("reward", "rm", {"ppo-step"})):
+        if users & {*cases}:
+            name, flags = script(case, work, 1, 1, quantization)
+            flags += small(device) + dtype_flag(case, device) + ["--out", str(work / out)]
+            if failed := run([sys.executable, f"{name}.py", *flags], seconds, compile=False)[1]:
+                raise RuntimeError(f"{name}.py, which others start from: {failed}")
 
 
 def run_script(command: list[str], out: Path, seconds: int) -> tuple[str, str | None, list[dict], float | None]:

@@ -21,7 +21,7 @@ from fast.packing import Pack, round_up
 TOKENS_STEP = 256     # packs are padded to a multiple of it; of twice, four times it from 8,192, 16,384 tokens on
 SEQUENCES_STEP = 16   # attention starts a block of threads for every 128 tokens that a sequence could have
 LENGTH_STEP = 1024
-WARM_UP_TOKENS = 512
+WARM_UP_TOKENS = 1024  # the kernels that inductor chooses for fewer rows are others
 SPARE_SEQUENCES = 4   # sequences, at least, that hold the padding tokens
 RECORDING_COST = 8e12  # weights times tokens of a pass that takes as long as recording a size: 16,000 tokens at 0.5B
 
@@ -152,7 +152,7 @@ class RecordedPass:
         self.static, self.gradient = static, gradient
         # not in the memory of the graphs: what stayed there would part the memory that later sizes could use
         self.hidden = torch.zeros(static.tokens, base.config.hidden_size, dtype=base.dtype, device=base.device)
-        self.slope = torch.zeros_like(self.hidden)
+        self.slope = None if gradient is None else torch.zeros_like(self.hidden)
 
     @torch.enable_grad()
     def run(self, base: nn.Module, flat: Tensor | None, forward: AbstractContextManager,
@@ -295,7 +295,7 @@ class Recordings:
         def pass_over(pack: Pack, size: GraphSize) -> RecordedPass:
             static = size.empty(pack.input_ids.device)
             fill(static, pack)
-            return RecordedPass(base, static, self.gradient)
+            return RecordedPass(base, static, self.gradient if trained else None)
         if (on, trained) not in self.kinds:
             pass_over(empty_pack_like(pack), warm_up_size(size)).warm_up(base, flat)
             self.kinds.add((on, trained))

@@ -97,7 +97,10 @@ class Speaker:
         """Answer a turn of the user; show(answer so far) is called as it grows. Returns how it ended: "eos", "length"
         (--max-new-tokens), "full" (no positions are left to go on or to begin), or "cut" by Ctrl-C."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        prompt, ids = chat.render_prompt(self.tokenizer, asked, "the conversation"), []
+        try:
+            prompt, ids = chat.render_prompt(self.tokenizer, asked, "the conversation"), []
+        except chat.Unwritable:
+            common.fail(f"{self.name}: the tokenizer can't write {text[:80]!r}, or an earlier text of the conversation")
         room = min(args.max_new_tokens, self.positions - len(prompt))
         if room < 1:
             return "full"
