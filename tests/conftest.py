@@ -21,6 +21,15 @@ import inputs
 
 torch.set_num_threads(1)
 
+# Begun first, so that the workers of `make test` end at about the same time
+SLOWEST = "grpo", "bench", "faults", "resume", "kernels", "results", "kto", "ppo", "invariants", "engines", "reward"
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": i for i, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 WORDS = ("the a model answers question how people learn to write code read books in many countries with small steps "
