@@ -338,7 +338,7 @@ $(VENV)/.ready-test: requirements-test.lock $(VENV)/.ready
 	$(VENV)/bin/python -m pip install -q -r requirements-test.lock
 	@touch $@
 
-test: $(if $(ENV),$(VENV)/.ready-test) ## the tests, on a CPU without network; 6 to 12 min on two cores, 3 GiB
+test: $(if $(ENV),$(VENV)/.ready-test) ## the tests, on a CPU without network; 6 to 14 min on two cores, 3 GiB
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 gpu-check: $(if $(ENV),$(VENV)/.ready-test) ## the GPU paths against the CPU's: varlen attention, compile, NF4, sampler, PPO; over 5 min on one GPU, 4 GiB

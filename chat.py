@@ -255,17 +255,15 @@ def render_many(tokenizer, conversations: list[list[dict]], train: str = "all",
     except Unwritable:
         raise
     except Unrenderable:  # one by one, to name it
-        rendered, unwritable = [], None
+        rendered = []
         for i, messages in enumerate(conversations):
             try:
                 rendered += tokenise(tokenizer, [messages], train)
-            except Unwritable as e:
-                unwritable = e
+            except Unwritable:
+                raise
             except Unrenderable as e:
                 fail(f"{names[i] if names else f'conversation {i}'}: {e} (the chat template is "
                      f"{'plain role markers' if has_plain_markers(tokenizer) else OWN_TEMPLATE})")
-        if unwritable:
-            raise unwritable
         return rendered
 
 

@@ -610,7 +610,7 @@ def take_rows(rows: Sequence, n: int, seed: int, read: Callable[[int, Any], Any]
                 found.append((i, value))
         good = [(i, value) for i, value in found if not isinstance(value, str)]
         names = [f"{source}, row {i}" for i, _ in good]
-        built = iter(build_rows(build, [value for _, value in good], names))
+        built = iter(build_or_drop(build, [value for _, value in good], names))
         for i, value in found:
             item = value if isinstance(value, str) else next(built)
             if isinstance(item, str):
@@ -646,15 +646,15 @@ def take_rows(rows: Sequence, n: int, seed: int, read: Callable[[int, Any], Any]
     return items, dropped, kept
 
 
-def build_rows(build: Callable[[list, list[str]], list], values: list, names: list[str]) -> list:
-    """build(values, names); where that raises Degenerate, by halves, down to the row that is."""
+def build_or_drop(build: Callable[[list, list[str]], list], values: list, names: list[str]) -> list:
+    """build(values, names); where that raises Degenerate, by halves, down to the row at fault: its reason."""
     try:
         return build(values, names)
     except Degenerate as e:
         if len(values) == 1:
             return [str(e)]
         half = len(values) // 2
-        return build_rows(build, values[:half], names[:half]) + build_rows(build, values[half:], names[half:])
+        return build_or_drop(build, values[:half], names[:half]) + build_or_drop(build, values[half:], names[half:])
 
 
 @dataclass(frozen=True)

@@ -548,8 +548,8 @@ def ask_local(judge: Judge, questions: dict[str, list[dict]], lines: Lines, args
     todo, limit = list(questions), common.max_positions(judge.model_dir)
     for part in tqdm([todo[i:i + CHUNK] for i in range(0, len(todo), CHUNK)], desc=f"{judge.model}: verdicts"):
         began = time.time()
-        rendered = inputs.build_rows(lambda some, _: [chat.render_prompt(tokenizer, questions[key]) for key in some],
-                                     part, part)
+        rendered = inputs.build_or_drop(
+            lambda keys, _: [chat.render_prompt(tokenizer, questions[key]) for key in keys], part, part)
         rendered = [[] if isinstance(ids, str) else ids for ids in rendered]
         fits = [i for i, ids in enumerate(rendered) if 0 < len(ids) <= limit]
         examples = [Example(rendered[i], [], []) for i in fits]

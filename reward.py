@@ -387,7 +387,7 @@ def score_file(args: Args) -> None:
 
     def build(chats: list, names: list[str]) -> list[Example]:
         return [at_eos(ids) for ids, _ in chat.render_many(tokenizer, chats, "last", names)]
-    examples = inputs.build_rows(build, conversations, names := [f"{args.score}, row {i}" for i in range(len(rows))])
+    examples = inputs.build_or_drop(build, conversations, names := [f"{args.score}, row {i}" for i in range(len(rows))])
     for name, example in zip(names, examples):
         if isinstance(example, str):
             common.fail(f"{name}: {example}, so it can't be scored")

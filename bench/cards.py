@@ -126,13 +126,10 @@ def table(record: dict) -> str:
 
 
 def write_tables(out: Path) -> None:
-    """<out>/README.md: the table of every <device>.json there."""
-    records = [common.read_json(path) for path in sorted(out.glob("*.json"))]
     explained = ("The most `--micro-tokens` with which a script trains under a limit of GPU memory, and its peak in GiB, "
                  "written by `python bench/cards.py` (its docstring says how): NF4 base, other flags at their defaults. –: none "
                  "of those tried fits; empty: not tried, because a smaller limit holds as much, or for another reason.")
-    tables = [f"## {record['device']}\n\n{table(record)}" for record in records]
-    common.write_text(out / "README.md", "\n\n".join(["# What fits", explained, *tables]) + "\n")
+    train.write_readme(out, "What fits", explained, table)
 
 
 def main(args: Args) -> None:

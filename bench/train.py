@@ -319,14 +319,18 @@ def table(cases: list[dict]) -> str:
     return "\n\n".join(["\n".join(lines), *notes])
 
 
-def write_tables(out: Path) -> None:
-    """<out>/README.md: the table of every <device>.json there."""
+def write_readme(out: Path, title: str, explained: str, table_of: Callable[[dict], str]) -> None:
+    """<out>/README.md: table_of(the record) of every <device>.json there."""
     records = [common.read_json(path) for path in sorted(out.glob("*.json"))]
-    tables = [f"## {record['device']}\n\n{table(record['cases'])}" for record in records]
+    tables = [f"## {record['device']}\n\n{table_of(record)}" for record in records]
+    common.write_text(out / "README.md", "\n\n".join([f"# {title}", explained, *tables]) + "\n")
+
+
+def write_tables(out: Path) -> None:
     explained = ("Tokens per second of training and sampling, written by `python bench/train.py`. \"rungs is\": the speed of "
                  "rungs on one GPU over that of the line. MFU is of one GPU. Grad norm: of ours the median of the timed steps, "
                  "of others the last step's; – where it was not recorded. How a case is run: the docstring of bench/train.py.")
-    common.write_text(out / "README.md", "\n\n".join(["# Speed", explained, *tables]) + "\n")
+    write_readme(out, "Speed", explained, lambda record: table(record["cases"]))
 
 
 def best_of(cases: list[dict]) -> list[dict]:

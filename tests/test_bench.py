@@ -377,7 +377,7 @@ def test_what_fits_on_a_card(tmp_path, monkeypatch):
     runs = json.loads(path.read_text())["runs"]
     assert [(r["script"], r["limit_gib"], r["fits"]) for r in runs] == [("dpo", 7, False), ("sft", 7, True)]
     assert "| sft.py | tiny | 8,192 |\n| dpo.py | tiny | – |\n" in (path.parent / "README.md").read_text()
-    tried, run = {"sft.py": [], "reward.py": []}, train.run
+    tried = {"sft.py": [], "reward.py": []}
 
     def small_cards(command, *more, **settings):
         """Scripts run out of memory above a quarter of 1,024 tokens per GiB."""
