@@ -91,6 +91,8 @@ def compiled(function: Callable) -> Callable:
     fast = torch.compile(function)
 
     def call(*args):
+        # not views: they would be compiled for the size of the tensor that they are views of
+        args = [t.data if isinstance(t, Tensor) and t._is_view() and not t.requires_grad else t for t in args]
         for t in args:
             if isinstance(t, Tensor) and t.dim():
                 torch._dynamo.maybe_mark_dynamic(t, 0)

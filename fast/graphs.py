@@ -5,11 +5,13 @@ packs of one size is recorded, and from then on replayed.
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -124,8 +126,8 @@ def empty_pack_like(pack: Pack) -> Pack:
 
 
 def warm_up_size(size: GraphSize) -> GraphSize:
-    """Size of the static pack that the first pass of a kind computes, without recording. It is small, because that pass
-    doesn't use the memory that the recorded ones share."""
+    """Size of the static pack that the first pass of a kind computes, without recording. It is small, because that of a
+    model's first kind doesn't use the memory that the recorded ones share."""
     return GraphSize(0, 0, 0, min(1, size.keys)).padded(WARM_UP_TOKENS)
 
 
@@ -171,11 +173,12 @@ class RecordedPass:
                                             materialize_grads=True)
                 self.gradient.copy_(torch.cat([g.flatten() for g in grads]))
 
-    def warm_up(self, base: nn.Module, flat: Tensor | None) -> None:
-        """Compute it once without recording: this compiles, and stacks weights."""
+    def warm_up(self, base: nn.Module, flat: Tensor | None, memory: AbstractContextManager) -> None:
+        """Compute it once without recording: this compiles, and stacks weights. memory: where it takes its memory."""
         stream = Recordings.stream
         stream.wait_stream(torch.cuda.current_stream())
-        self.run(base, flat, torch.cuda.stream(stream), torch.cuda.stream(stream))
+        with memory:
+            self.run(base, flat, torch.cuda.stream(stream), torch.cuda.stream(stream))
         torch.cuda.current_stream().wait_stream(stream)
 
     def record(self, base: nn.Module, flat: Tensor | None) -> None:
@@ -224,6 +227,11 @@ def grow_segments() -> None:
         change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
         change = change or torch.cuda.memory._set_allocator_settings
         change("expandable_segments:True")
+
+
+def graph_memory() -> AbstractContextManager:
+    """What this thread allocates comes from the memory of the graphs, between whose replays it is free."""
+    return torch.cuda.use_mem_pool(SimpleNamespace(id=Recordings.pool))  # a MemPool would have to outlive the graphs
 
 
 class Recordings:
@@ -297,7 +305,9 @@ class Recordings:
             fill(static, pack)
             return RecordedPass(base, static, self.gradient if trained else None)
         if (on, trained) not in self.kinds:
-            pass_over(empty_pack_like(pack), warm_up_size(size)).warm_up(base, flat)
+            # Of a model's first kind the weights that it stacks stay, so it takes no memory of the graphs.
+            memory = graph_memory() if self.kinds and Recordings.alive else contextlib.nullcontext()
+            pass_over(empty_pack_like(pack), warm_up_size(size)).warm_up(base, flat, memory)
             self.kinds.add((on, trained))
         recorded = pass_over(pack, size)
         recorded.record(base, flat)

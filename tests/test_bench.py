@@ -141,35 +141,36 @@ def test_a_pass_that_warms_up_has_padding_alone(tiny_model, share):
     assert recorded.hidden.isfinite().all() and recorded.gradient.isfinite().all() and recorded.gradient.any()
 
 
-def test_what_warms_up_compiles_for_every_size(tiny_model, monkeypatch):
+def test_what_warms_up_compiles_for_every_size(tiny_model, tmp_path, monkeypatch):
     """While a pass is recorded nothing may compile: packs of other sizes, with or without shared tokens, of the policy or its
-    reference, use what the small first pass has compiled."""
+    reference, use what the small first pass has compiled, also of a second model with wider heads."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="aot_eager"))
     fast.decoder.compiled.cache_clear()
-    policy = ours(tiny_model)
-    base, flat, packs = common.base_of(policy), common.flat_parameters(policy), []
-    for share in (False, True):
-        packs += fast.pack(random_examples(6), 512, share=share)
+    make_model(tmp_path, hidden_size=128)
+    packs = [pk for share in (False, True) for pk in fast.pack(random_examples(6), 512, share=share)]
 
-    def run(size, pk, trained):
+    def run(base, flat, size, pk):
         static = size.empty("cpu")
         fast.graphs.fill(static, fast.graphs.empty_pack_like(pk))
-        recorded = fast.graphs.RecordedPass(base, static, torch.zeros(len(flat)))
-        recorded.run(base, trained, contextlib.nullcontext(), contextlib.nullcontext())
+        recorded = fast.graphs.RecordedPass(base, static, None if flat is None else torch.zeros(len(flat)))
+        recorded.run(base, flat, contextlib.nullcontext(), contextlib.nullcontext())
 
-    def run_both(size, pk):
-        run(size, pk, flat)
+    def run_both(policy, flat, size, pk):
+        run(common.base_of(policy), flat, size, pk)
         with common.reference(policy):
-            run(size, pk, None)
+            run(common.base_of(policy), None, size, pk)
     try:
-        run_both(fast.graphs.warm_up_size(fast.graphs.GraphSize.exact(packs[0])), packs[0])
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for tokens in (256, 512, 2560):
-                for pk in packs:
-                    run_both(fast.graphs.GraphSize(0, 0, 0, int(pk.keys is not None)).padded(tokens), pk)
-            with pytest.raises(torch._dynamo.exc.RecompileError):  # the test can fail: rows of another width
-                fast.decoder.compiled(fast.decoder.swiglu)(torch.zeros(4, 6))
+        for directory in (tiny_model, tmp_path):
+            policy = ours(directory)
+            flat = common.flat_parameters(policy)
+            run_both(policy, flat, fast.graphs.warm_up_size(fast.graphs.GraphSize.exact(packs[0])), packs[0])
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                for tokens in (256, 512, 2560):
+                    for pk in packs:
+                        run_both(policy, flat, fast.graphs.GraphSize(0, 0, 0, int(pk.keys is not None)).padded(tokens), pk)
+                with pytest.raises(torch._dynamo.exc.RecompileError):  # the test can fail: rows of another rank
+                    fast.decoder.compiled(fast.decoder.swiglu)(torch.zeros(4, 3, 6))
     finally:
         fast.decoder.compiled.cache_clear()
         torch._dynamo.reset()
