@@ -15,12 +15,15 @@ PY      ?= $(VENV)/bin/python
 NPROC   ?= 1
 GPUS    ?= 1
 PER_GPU ?= 1
-$(foreach v,NPROC GPUS PER_GPU,$(if $(shell echo '$($(v))' | grep -Ex '[1-9][0-9]*'),,\
+# PPO takes longest, and everything waits for it: of four or more GPUs it has two.
+PPO_NPROC ?= $(if $(filter-out 1,$(NPROC)),$(NPROC),$(if $(filter 1 2 3,$(GPUS)),1,2))
+$(foreach v,NPROC PPO_NPROC GPUS PER_GPU,$(if $(shell echo '$($(v))' | grep -Ex '[1-9][0-9]*'),,\
   $(error $(v)=$($(v)): want a whole number above 0)))
 JOBS    := $(shell expr $(GPUS) \* $(PER_GPU))
-ON_GPU  := $(if $(filter-out 1,$(JOBS)),python3 tools/on_gpu.py $(GPUS) $(PER_GPU) )
-RUN     := $(ON_GPU)$(PY)
-TRAIN   := $(RUN)$(if $(filter-out 1,$(NPROC)), -m torch.distributed.run --nproc-per-node $(NPROC))
+RUN     := $(if $(filter-out 1,$(JOBS)),RUNGS_GPUS=$(GPUS) )$(PY)
+EVALUATE := $(if $(filter-out 1,$(JOBS)),RUNGS_GPU_SHARED=$(PER_GPU) )$(RUN)
+train_on = $(RUN)$(if $(filter-out 1,$(1)), -m torch.distributed.run --standalone --nproc-per-node $(1))
+TRAIN   := $(call train_on,$(NPROC))
 SMOLLM2 := models/smollm2-135m-instruct
 
 # What a user may set. An empty value means the script's own default.
@@ -51,7 +54,7 @@ JUDGE_SEED ?= 42
 JUDGE_FLAGS ?= --best-of 8
 
 # These may come from the environment as well; a note says so, since other programs use such names too.
-GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA EVAL_TASKS LIMIT PROTOCOL SEED SEEDS OUT RESULTS README NPROC GPUS PER_GPU PY VENV REWARD_MODELS \
+GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA EVAL_TASKS LIMIT PROTOCOL SEED SEEDS OUT RESULTS README NPROC PPO_NPROC GPUS PER_GPU PY VENV REWARD_MODELS \
   JUDGE_MODEL JUDGE_SEED \
   $(foreach s,SFT RM DPO PPO GRPO KTO EVAL JUDGE,$(s)_FLAGS)
 $(if $(filter all controls,$(MAKECMDGOALS)),$(foreach v,$(GIVEN),$(if $(filter environment,$(origin $(v))),\
@@ -134,7 +137,7 @@ $(foreach run,$(REWARD_RUNS),$(OUT)/$(run)/run.json): $(OUT)/%/run.json: $(OUT)/
 $(OUT)/ppo_v1/run.json: $(OUT)/.flags/ppo_v1 $(OUT)/sft_v2/run.json $(REWARD_MODELS)/rm_v1/run.json \
                         $(REWARD_MODELS)/rm_watch/run.json $(wildcard $(PREF_DATA)) | $(ENV)
 	$(call phase,5,PPO samples answers and raises their score; two updates show the mechanism and no effect)
-	$(TRAIN) ppo.py $(PPO) --sft-adapter $(OUT)/sft_v2 --reward-adapter $(REWARD_MODELS)/rm_v1 \
+	$(call train_on,$(PPO_NPROC)) ppo.py $(PPO) --sft-adapter $(OUT)/sft_v2 --reward-adapter $(REWARD_MODELS)/rm_v1 \
 	  --watch-adapter $(REWARD_MODELS)/rm_watch --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
@@ -173,27 +176,27 @@ in_group  = $(shell printf '%s\n' none $(addprefix $(OUT)/,$(POLICIES)) | awk '(
 
 $(GROUPS:%=$(OUT)/.done/%$(OF_ALL)-plain): $(OUT)/.done/%$(OF_ALL)-plain: $(POLICIES:%=$(OUT)/%/run.json) $(EVALUATED) | $(ENV)
 	$(call phase,8,four benchmarks for every row; so few items only show that it runs)
-	$(RUN) evaluate.py $(EVAL) --protocol plain --adapter $(call in_group,$*) --stamp $(OUT)/.done/%-plain
+	$(EVALUATE) evaluate.py $(EVAL) --protocol plain --adapter $(call in_group,$*) --stamp $(OUT)/.done/%-plain
 	@touch $@
 
 $(GROUPS:%=$(OUT)/.done/%$(OF_ALL)-chat): $(OUT)/.done/%$(OF_ALL)-chat: $(POLICIES:%=$(OUT)/%/run.json) $(EVALUATED) | $(ENV)
-	$(RUN) evaluate.py $(EVAL) --protocol chat --adapter $(call in_group,$*) --stamp $(OUT)/.done/%-chat
+	$(EVALUATE) evaluate.py $(EVAL) --protocol chat --adapter $(call in_group,$*) --stamp $(OUT)/.done/%-chat
 	@touch $@
 
 $(OUT)/.done/base-plain $(OUT)/.done/base-chat: $(OUT)/.done/base-%: $(EVALUATED) | $(ENV)
-	$(RUN) evaluate.py $(EVAL) --protocol $* --stamp $@
+	$(EVALUATE) evaluate.py $(EVAL) --protocol $* --stamp $@
 
 $(OUT)/.done/%-plain: $(OUT)/%/run.json $(EVALUATED) | $(ENV)
-	$(RUN) evaluate.py $(EVAL) --protocol plain --adapter $(OUT)/$* --stamp $@
+	$(EVALUATE) evaluate.py $(EVAL) --protocol plain --adapter $(OUT)/$* --stamp $@
 
 $(OUT)/.done/%-chat: $(OUT)/%/run.json $(EVALUATED) | $(ENV)
-	$(RUN) evaluate.py $(EVAL) --protocol chat --adapter $(OUT)/$* --stamp $@
+	$(EVALUATE) evaluate.py $(EVAL) --protocol chat --adapter $(OUT)/$* --stamp $@
 
 # -- the judge: all policies at once; its stamp is empty, since it is in no table's group --
 
 $(OUT)/.done/judge: $(OUT)/.flags/judge $(RUNS) | $(ENV)
 	$(call phase,9,the reward model rm_watch compares the answers of each row with those of SFT)
-	$(RUN) judge.py $(JUDGE)
+	$(EVALUATE) judge.py $(JUDGE)
 	@mkdir -p $(@D); touch $@
 
 # -- seeds: the climb once per seed; the reward models are the first seed's --
@@ -205,7 +208,7 @@ seeds: $(foreach seed,$(SEEDS),seed-$(seed)) ## make all for each of SEEDS, in $
 FIRST_SEED = $(firstword $(SEEDS))
 SHARED_RMS = $(if $(filter command environment,$(origin REWARD_MODELS)),$(REWARD_MODELS),$(OUT)/s$(FIRST_SEED))
 seed-%: $(if $(filter-out 1,$(words $(SEEDS))),seed-reward-models)
-	@$(MAKE) --no-print-directory all SEED=$* OUT=$(OUT)/s$* RESULTS=$(RESULTS) README=none REWARD_MODELS=$(SHARED_RMS)
+	@$(MAKE) --no-print-directory all SEED=$* OUT=$(OUT)/s$* PPO_NPROC=$(NPROC) RESULTS=$(RESULTS) README=none REWARD_MODELS=$(SHARED_RMS)
 
 seed-reward-models:
 	$(if $(filter $(OUT)/s$(FIRST_SEED),$(SHARED_RMS)),@$(MAKE) --no-print-directory SEED=$(FIRST_SEED) RESULTS=$(RESULTS) \
@@ -242,7 +245,7 @@ $(SWEEP)/ppo+%/run.json: $(OUT)/sft_v2/run.json $(OUT)/rm_v1/run.json $(OUT)/rm_
 $(SWEEP)/grpo+%/run.json: $(OUT)/sft_v2/run.json | $(ENV)
 	$(TRAIN) grpo.py $(GRPO) --pass-k 0 --sft-adapter $(OUT)/sft_v2 $(call setting,$*) --results $(SWEEP)/results
 $(SWEEP)/.judged: $(foreach run,$(SWEPT),$(run)/run.json) $(OUT)/rm_select/run.json
-	$(RUN) judge.py --rows $(SWEPT) --against $(OUT)/sft_v2 --judge-model $(OUT)/rm_select $(call flag,--model,$(MODEL)) \
+	$(EVALUATE) judge.py --rows $(SWEPT) --against $(OUT)/sft_v2 --judge-model $(OUT)/rm_select $(call flag,--model,$(MODEL)) \
 	  $(call flag,--pref-data,$(PREF_DATA)) $(call flag,--data,$(PREF_HELDOUT)) --seed $(SEED) --results $(SWEEP)/results \
 	  $(SWEEP_JUDGE_FLAGS)
 	@touch $@

@@ -87,7 +87,7 @@ METHODS = {"sft": (1, "sft_v2"), "dpo": (2, "dpo_v1"), "reward": (3, "rm_v1"), "
 
 def setup_device(device: str = "auto") -> torch.device:
     """The device of this process; joins the process group under torchrun: NCCL for tensors on a GPU, gloo for all
-    else."""
+    else. Where commands share GPUs it is "cuda", the current one: take_turn chooses it later, of several ranks now."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
@@ -102,16 +102,26 @@ def setup_device(device: str = "auto") -> torch.device:
         # Python objects are gathered through gloo, which doesn't wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
                                 timeout=datetime.timedelta(minutes=10))
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if device.startswith("cuda"):  # streams, graphs and memory figures are those of the current device
-        torch.cuda.set_device(device)
-        if limit := os.environ.get("RUNGS_GPU_GIB"):  # what torch may take of the card: to share it, or to try a smaller
-            memory = torch.cuda.mem_get_info(device)[1]
-            if not re.fullmatch(r"\d+(\.\d+)?", limit) or not 0 < float(limit) <= memory / 2**30:
-                fail(f"RUNGS_GPU_GIB={limit}: want GiB, above 0 and at most the card's {memory / 2**30:.1f}")
-            torch.cuda.set_per_process_memory_fraction(float(limit) * 2**30 / memory, device)
+    if "RUNGS_GPUS" in os.environ:
+        if device.startswith("cuda:"):
+            fail(f"--device {device}, but make gives each command its GPU (GPUS, PER_GPU); leave it out")
+        if world() > 1:  # ranks that waited until they are ready would find that single commands came before them
+            take_turn()
+    elif device.startswith("cuda"):
+        device = device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        use_gpu(device)
     return torch.device(device)
+
+
+def use_gpu(device: str) -> None:
+    """Make "cuda:i" the current device, whose streams, graphs and memory figures are meant from here on; torch may take
+    RUNGS_GPU_GIB of its memory: to share it, or to try a smaller card."""
+    torch.cuda.set_device(device)
+    if limit := os.environ.get("RUNGS_GPU_GIB"):
+        memory = torch.cuda.mem_get_info(device)[1]
+        if not re.fullmatch(r"\d+(\.\d+)?", limit) or not 0 < float(limit) <= memory / 2**30:
+            fail(f"RUNGS_GPU_GIB={limit}: want GiB, above 0 and at most the card's {memory / 2**30:.1f}")
+        torch.cuda.set_per_process_memory_fraction(float(limit) * 2**30 / memory, device)
 
 
 def free_memory(device: torch.device) -> float:
@@ -120,22 +130,28 @@ def free_memory(device: torch.device) -> float:
     return min(free, torch.cuda.get_per_process_memory_fraction(device) * memory - torch.cuda.memory_reserved(device))
 
 
-@functools.cache  # once per process, which holds the lock until it ends
-def take_turn() -> IO | None:
-    """Wait until no other command works on this GPU; from here on this one does.
+@functools.cache  # once per process, which holds the locks until it ends
+def take_turn() -> dict[int, list[IO]]:
+    """Wait for a free GPU, of several ranks for one each, and work on it from here on (turns.py). Returns rank 0's locks.
 
-    RUNGS_GPU_TURN, set by tools/on_gpu.py, names the GPU's lock file; without it nothing waits. What needs no GPU
-    (imports, rows, checks) is done before, so that one command gets ready while another one works. Evaluations share
-    the GPU with each other (RUNGS_GPU_SHARED), not with a training, whose minutes are a result.
+    Nothing waits where commands don't share GPUs. What needs no GPU (imports, rows, checks) is done before, so that one
+    command gets ready while another one works.
     """
-    path = os.environ.get("RUNGS_GPU_TURN")
-    if not path or world() > 1:
-        return None
+    if "RUNGS_GPUS" not in os.environ:
+        return {}
+    import turns
+    if (gpus := len(turns.visible_gpus())) < world():
+        fail(f"{world()} ranks, but {gpus} GPUs: give make as many GPUS as NPROC, or no GPUS and PER_GPU")
     import_library("peft")  # with transformers' modelling: most of a start-up's seconds
-    import fcntl
-    lock = open(path, "a")
-    fcntl.flock(lock, fcntl.LOCK_SH if os.environ.get("RUNGS_GPU_SHARED") else fcntl.LOCK_EX)
-    return lock
+    mine: list[int] = []
+    while not mine:
+        held = turns.take(world()) if rank() == 0 else {}
+        mine = from_rank0([*held])  # every time, since a single call would end after 10 minutes
+        if not mine:
+            time.sleep(0.1)
+    if torch.cuda.is_available():
+        use_gpu(f"cuda:{mine[rank()]}")
+    return held
 
 
 def set_deterministic() -> None:
@@ -593,6 +609,8 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
     """
     import_library("peft")  # with it transformers' modelling
     take_turn()
+    if str(device) == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()  # of a load that takes a second

@@ -207,7 +207,7 @@ def ours(case: str, args: Args, work: Path, device: str, steps: int, warm: int, 
     name, flags = script(case, work, steps, completion_tokens)
     more = small(device) + dtype_flag(case, device) + args.flags.split()
     out = work / f"run-{case}"
-    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(args.gpus)] if args.gpus > 1 else []
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.gpus)] if args.gpus > 1 else []
     command = [f"{name}.py", *flags, *more, "--out", str(out)]
     if args.profile:
         command = [str(HERE / "profiled.py"), str(warm), *command]

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 import common
+import turns
 
 REPO = Path(common.__file__).parent
 SCRIPTS = ("sft", "dpo", "kto", "reward", "ppo", "grpo")
@@ -249,31 +251,91 @@ import common
 common.import_library("peft")  # its seconds, here, not between the two
 def log(what):
     with open("log", "a") as f:
-        f.write(f"{what} {os.environ['CUDA_VISIBLE_DEVICES']} {sys.argv[2]}\\n")
+        f.write(what + "\\n")
 log("ready")
-while open("log").read().count("ready") < 2:  # both are ready before one may work
+while open("log").read().count("ready") < int(sys.argv[2]):  # all are ready before one may work
     time.sleep(0.01)
-common.take_turn()
+(gpu,) = common.take_turn()
 common.take_turn()  # it has it: the second call returns at once
-log("begin")
+log(f"begin {gpu}")
 time.sleep(0.5)
-log("end")
+log(f"end {gpu}")
 """
 
 
-@pytest.mark.parametrize("gpus, at_once, scripts", [
-    (1, 2, ("dpo.py", "sft.py")), (2, 1, ("dpo.py", "sft.py")), (1, 2, ("evaluate.py", "judge.py")),
-    (1, 2, ("evaluate.py", "dpo.py"))])
-def test_on_one_gpu_one_command_works_while_the_next_gets_ready(gpus, at_once, scripts, tmp_path):
-    """tools/on_gpu.py: two commands on one GPU work one after the other, on two GPUs at the same time; two evaluations
-    work on one GPU at the same time, an evaluation and a training don't."""
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    commands = [subprocess.Popen([sys.executable, str(REPO / "tools" / "on_gpu.py"), str(gpus), str(at_once), sys.executable,
-                                  "-c", GETS_READY_THEN_WORKS, str(REPO), name], cwd=tmp_path, env=environment)
-                for name in scripts]
-    assert [command.wait(timeout=120) for command in commands] == [0, 0]
-    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-    assert {card for _, card, _ in lines} == {str(i) for i in range(gpus)}
-    order = [what for what, _, _ in lines if what != "ready"]
-    together = gpus == 2 or "dpo.py" not in scripts
-    assert order == (["begin", "begin", "end", "end"] if together else ["begin", "end"] * 2)
+@pytest.mark.parametrize("gpus, shared, together", [(1, (0, 0), 1), (2, (0, 0), 2), (2, (0, 0, 0), 2), (1, (2, 2), 2),
+                                                    (1, (2, 2, 2), 2), (1, (2, 0), 1)])
+def test_a_command_works_on_the_first_gpu_that_is_free(gpus, shared, together, tmp_path):
+    """turns.py: of commands that are ready as many work at a time as there are GPUs; of evaluations (`shared`: how many there may
+    be on one) as many as may; never an evaluation beside a training."""
+    commands = [subprocess.Popen([sys.executable, "-c", GETS_READY_THEN_WORKS, str(REPO), str(len(shared))], cwd=tmp_path,
+                                 env=os.environ | {"TMPDIR": str(tmp_path), "RUNGS_GPUS": str(gpus)} |
+                                 ({"RUNGS_GPU_SHARED": str(most)} if most else {})) for most in shared]
+    assert [command.wait(timeout=120) for command in commands] == [0] * len(shared)
+    at_work, most = [], 0
+    for what, *gpu in (line.split() for line in (tmp_path / "log").read_text().splitlines()):
+        if what == "begin":
+            at_work += gpu
+        elif what == "end":
+            at_work.remove(*gpu)
+        most = max(most, len(at_work))
+        assert max(map(at_work.count, at_work), default=0) <= max(1, min(shared))
+    assert most == together and not at_work
+
+
+TAKES_GPUS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import common
+common.import_library("peft")  # bitsandbytes looks for a GPU
+common.torch.cuda.is_available = lambda: True  # there is none here
+common.use_gpu = lambda device: open(f"rank{common.rank()}", "a").write(device)
+common.setup_device("cpu")
+"""
+
+
+def test_ranks_take_a_gpu_each_or_none(tmp_path, monkeypatch):
+    """Two ranks wait while of three GPUs two are taken, and take neither; once one is given back, they have a GPU each."""
+    for name, value in (("TMPDIR", str(tmp_path)), ("RUNGS_GPUS", "3")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, second = turns.take(1), turns.take(1)
+    assert [*first, *second] == [0, 1]
+    (tmp_path / "takes.py").write_text(TAKES_GPUS)
+    ranks = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "takes.py",
+                              str(REPO)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        ranks.wait(timeout=15)
+    assert turns.take(2) == {} and [*tmp_path.glob("rank*")] == []
+    del first[0][:]  # its lock is closed
+    assert ranks.wait(timeout=60) == 0, ranks.stderr.read()
+    assert {(tmp_path / f"rank{i}").read_text() for i in range(2)} == {"cuda:0", "cuda:2"}
+
+
+def test_gpus_that_a_user_names(tmp_path, monkeypatch):
+    """CUDA_VISIBLE_DEVICES says which GPUs are meant, so that commands that see different ones don't wait for one another."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("RUNGS_GPUS", "2")
+    held = []
+    for visible, expected in (("5,7,9", [0, 1]), ("7,3", [1]), ("", [0, 1])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        found = [gpu for gpu in (turns.take(1), turns.take(1)) if gpu]
+        assert [i for gpu in found for i in gpu] == expected
+        held += found
+
+
+def test_more_ranks_than_gpus(monkeypatch, capsys):
+    """An error: they would wait forever. So is a GPU that is named where make gives one."""
+    monkeypatch.setenv("RUNGS_GPUS", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit):
+        common.take_turn.__wrapped__()
+    assert "3 ranks, but 2 GPUs" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        common.setup_device("cuda:1")
+    assert "--device cuda:1, but make gives each command its GPU" in capsys.readouterr().err
+    assert str(common.setup_device("auto")) == "cuda"  # the current one
+
+

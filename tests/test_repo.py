@@ -130,13 +130,13 @@ def imports(path):
 def test_scripts_import_common_and_libraries_only():
     """And the layers below them: files <- common <- chat <- inputs; fast/ imports neither and nobody but common imports it."""
     ours = {p.stem for p in REPO.glob("*.py")}
-    parts = {"files": (), "common": ("files", "tracking", "publish"), "chat": ("common",),  # parts of one script
+    parts = {"files": (), "turns": (), "common": ("files", "tracking", "publish", "turns"), "chat": ("common",),  # parts of one script
              "inputs": ("common", "chat"), "report": ("verdicts", "learned", "judged", "tables", "plots"),
              "plots": ("verdicts",), "tables": ("verdicts",), "learned": ("tables", "verdicts"),
              "judged": ("guardrails", "learned", "tables", "verdicts"), "judge": ("ask", "guardrails"),
              "evaluate": ("harness",)}
     for name in ours:
-        allowed = {*parts.get(name, ())} if name in ("files", "common", "chat", "inputs") else {
+        allowed = {*parts.get(name, ())} if name in ("files", "turns", "common", "chat", "inputs") else {
             "common", "chat", "inputs", *parts.get(name, ())}
         assert imports(REPO / f"{name}.py") & (ours | {".", "tests", "conftest"}) <= allowed - {name}, name
         assert name == "common" or "fast" not in imports(REPO / f"{name}.py"), name
@@ -295,11 +295,24 @@ def test_processes_that_evaluate(clone, words, processes):
     may be on it; on several GPUs one process for each row."""
     lines = [line for line in make(clone, "-n", "all", *words).stdout.splitlines() if " evaluate.py " in line]
     assert len(lines) == processes
-    assert all(line.startswith("python3 tools/on_gpu.py") for line in lines) == bool(words)
+    assert all(re.match(r"RUNGS_GPU_SHARED=\d RUNGS_GPUS=\d ", line) for line in lines) == bool(words)
     protocols = 2 if "PROTOCOL=plain chat" in words else 1
     assert sum("--adapter none " in line or "--adapter" not in line for line in lines) == protocols
     for row in ("dpo_v1", "ppo_v1", "grpo_v1", "kto_v1"):
         assert sum(f" runs/{row} " in line for line in lines) == protocols, row
+
+
+@pytest.mark.parametrize("words, ppo, others", [((), "", ""), (("GPUS=2",), "", ""), (("GPUS=4",), "2", ""), (("NPROC=2",), "2", "2"),
+                                                (("GPUS=8", "NPROC=4"), "4", "4"), (("GPUS=4", "PPO_NPROC=1"), "", "")])
+def test_gpus_of_a_training(clone, words, ppo, others):
+    """PPO, for which everything waits, has two of four or more GPUs; NPROC is for all."""
+    lines = [line for line in make(clone, "-n", "all", *words).stdout.splitlines()
+             if re.search(r" (sft|reward|dpo|ppo|grpo|kto)\.py ", line)]
+    for line in lines:
+        ranks = re.findall(r"-m torch.distributed.run --standalone --nproc-per-node (\d)", line)
+        assert ranks == list(ppo if " ppo.py " in line else others), line
+        assert line.startswith("RUNGS_GPUS=") == any("GPUS" in word for word in words)
+    assert len(lines) == 7
 
 
 @pytest.mark.parametrize("word", ["PER_GPU=", "PER_GPU=2.5", "GPUS=0", "NPROC=two"])
