@@ -15,15 +15,12 @@ PY      ?= $(VENV)/bin/python
 NPROC   ?= 1
 GPUS    ?= 1
 PER_GPU ?= 1
-# PPO takes longest, and everything waits for it: of four or more GPUs it has two.
-PPO_NPROC ?= $(if $(filter-out 1,$(NPROC)),$(NPROC),$(if $(filter 1 2 3,$(GPUS)),1,2))
-$(foreach v,NPROC PPO_NPROC GPUS PER_GPU,$(if $(shell echo '$($(v))' | grep -Ex '[1-9][0-9]*'),,\
+$(foreach v,NPROC GPUS PER_GPU,$(if $(shell echo '$($(v))' | grep -Ex '[1-9][0-9]*'),,\
   $(error $(v)=$($(v)): want a whole number above 0)))
 JOBS    := $(shell expr $(GPUS) \* $(PER_GPU))
 RUN     := $(if $(filter-out 1,$(JOBS)),RUNGS_GPUS=$(GPUS) )$(PY)
 EVALUATE := $(if $(filter-out 1,$(JOBS)),RUNGS_GPU_SHARED=$(PER_GPU) )$(RUN)
-train_on = $(RUN)$(if $(filter-out 1,$(1)), -m torch.distributed.run --standalone --nproc-per-node $(1))
-TRAIN   := $(call train_on,$(NPROC))
+TRAIN   := $(RUN)$(if $(filter-out 1,$(NPROC)), -m torch.distributed.run --standalone --nproc-per-node $(NPROC))
 SMOLLM2 := models/smollm2-135m-instruct
 
 # What a user may set. An empty value means the script's own default.
@@ -54,7 +51,7 @@ JUDGE_SEED ?= 42
 JUDGE_FLAGS ?= --best-of 8
 
 # These may come from the environment as well; a note says so, since other programs use such names too.
-GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA EVAL_TASKS LIMIT PROTOCOL SEED SEEDS OUT RESULTS README NPROC PPO_NPROC GPUS PER_GPU PY VENV REWARD_MODELS \
+GIVEN = MODEL QUANT SFT_DATA PREF_DATA GRPO_DATA EVAL_DATA EVAL_TASKS LIMIT PROTOCOL SEED SEEDS OUT RESULTS README NPROC GPUS PER_GPU PY VENV REWARD_MODELS \
   JUDGE_MODEL JUDGE_SEED \
   $(foreach s,SFT RM DPO PPO GRPO KTO EVAL JUDGE,$(s)_FLAGS)
 $(if $(filter all controls,$(MAKECMDGOALS)),$(foreach v,$(GIVEN),$(if $(filter environment,$(origin $(v))),\
@@ -137,7 +134,7 @@ $(foreach run,$(REWARD_RUNS),$(OUT)/$(run)/run.json): $(OUT)/%/run.json: $(OUT)/
 $(OUT)/ppo_v1/run.json: $(OUT)/.flags/ppo_v1 $(OUT)/sft_v2/run.json $(REWARD_MODELS)/rm_v1/run.json \
                         $(REWARD_MODELS)/rm_watch/run.json $(wildcard $(PREF_DATA)) | $(ENV)
 	$(call phase,5,PPO samples answers and raises their score; two updates show the mechanism and no effect)
-	$(call train_on,$(PPO_NPROC)) ppo.py $(PPO) --sft-adapter $(OUT)/sft_v2 --reward-adapter $(REWARD_MODELS)/rm_v1 \
+	$(TRAIN) ppo.py $(PPO) --sft-adapter $(OUT)/sft_v2 --reward-adapter $(REWARD_MODELS)/rm_v1 \
 	  --watch-adapter $(REWARD_MODELS)/rm_watch --out $(@D) --results $(RESULTS) --overwrite
 	@touch $@
 
@@ -208,7 +205,7 @@ seeds: $(foreach seed,$(SEEDS),seed-$(seed)) ## make all for each of SEEDS, in $
 FIRST_SEED = $(firstword $(SEEDS))
 SHARED_RMS = $(if $(filter command environment,$(origin REWARD_MODELS)),$(REWARD_MODELS),$(OUT)/s$(FIRST_SEED))
 seed-%: $(if $(filter-out 1,$(words $(SEEDS))),seed-reward-models)
-	@$(MAKE) --no-print-directory all SEED=$* OUT=$(OUT)/s$* PPO_NPROC=$(NPROC) RESULTS=$(RESULTS) README=none REWARD_MODELS=$(SHARED_RMS)
+	@$(MAKE) --no-print-directory all SEED=$* OUT=$(OUT)/s$* RESULTS=$(RESULTS) README=none REWARD_MODELS=$(SHARED_RMS)
 
 seed-reward-models:
 	$(if $(filter $(OUT)/s$(FIRST_SEED),$(SHARED_RMS)),@$(MAKE) --no-print-directory SEED=$(FIRST_SEED) RESULTS=$(RESULTS) \

@@ -105,6 +105,8 @@ def setup_device(device: str = "auto") -> torch.device:
     if "RUNGS_GPUS" in os.environ:
         if device.startswith("cuda:"):
             fail(f"--device {device}, but make gives each command its GPU (GPUS, PER_GPU); leave it out")
+        import turns
+        turns.announce()
         if world() > 1:  # ranks that waited until they are ready would find that single commands came before them
             take_turn()
     elif device.startswith("cuda"):
@@ -149,6 +151,8 @@ def take_turn() -> dict[int, list[IO]]:
         mine = from_rank0([*held])  # every time, since a single call would end after 10 minutes
         if not mine:
             time.sleep(0.1)
+    if announced := turns.announce():
+        announced.close()
     if torch.cuda.is_available():
         use_gpu(f"cuda:{mine[rank()]}")
     return held
@@ -611,6 +615,8 @@ def load_model(model_dir: str | Path, adapter: str | Path | None = None, quantiz
     take_turn()
     if str(device) == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
+    if fast:  # a model that is loaded after training is there for measurements
+        fast.give_up_passes()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()  # of a load that takes a second
@@ -1714,6 +1720,8 @@ def eos_rate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_
     Warns when the rate is low, or less than half of the parent's (from its run.json).
     """
     mine = prompts[rank()::world()]
+    if fast:  # it follows training; the sampler needs the memory
+        fast.give_up_passes()
     done = Sampler(model, tokenizer, short=True).sample(mine, max_new_tokens) if mine else []
     ended = all_reduce_(torch.tensor(float(sum(c.stopped == "eos" for c in done)), device=device_of(model)))
     rate = ended.item() / len(prompts)
@@ -1804,6 +1812,8 @@ class Run:
     def __init__(self, method: str, args: Any, invariants: TrainInvariants, data: dict, parent: dict | None = None,
                  parent_dir: str | None = None, scorers: dict[str, dict] | None = None):
         take_turn()
+        if fast:  # before the model's weights are there: they would stay where they are
+            fast.grow_segments()
         self.args, self.parent_dir = args, parent_dir
         self.directory = Path(args.out)
         self.stop_signal, self.seconds, self.started = 0, 0.0, time.time()

@@ -27,13 +27,13 @@ On a CPU the same code runs without compilation and recording. On CUDA, RUNGS_CO
 off for passes over packs, which suits short runs; the sampler always records and, where kernels.py doesn't run,
 compiles its step unless common.Sampler was given short=True.
 """
-from fast.graphs import agree_on_sizes, compile_layers, hidden_states, is_compiled
+from fast.graphs import agree_on_sizes, compile_layers, give_up_passes, grow_segments, hidden_states, is_compiled
 from fast.logprobs import token_logprobs
 from fast.packing import Pack, pack, unit_tokens
 from fast.sampler import Decoder
 
-__all__ = ["Decoder", "Pack", "agree_on_sizes", "compile_layers", "hidden_states", "is_compiled", "pack",
-           "token_logprobs", "unit_tokens", "unsupported"]
+__all__ = ["Decoder", "Pack", "agree_on_sizes", "compile_layers", "give_up_passes", "grow_segments", "hidden_states",
+           "is_compiled", "pack", "token_logprobs", "unit_tokens", "unsupported"]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3_text")  # transformers' model types that decoder.py writes out
 ROPE_TYPES = (None, "default", "linear", "llama3", "yarn")  # whose scale does not depend on a sequence's length

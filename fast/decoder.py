@@ -118,15 +118,13 @@ def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
             for name in module.active_adapters if name in module.lora_A]
 
 
-def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
-    """The weights of frozen linear layers with one input, stacked [Σ out, in]. The first call turns unquantised ones
-    into views of one tensor."""
-    if len(modules) == 1:
-        return dequantized(modules[0].weight).to(dtype)
-    first, parts = modules[0].weight, [m.weight for m in modules]
-    if getattr(first, "quant_state", None) is not None:
-        return torch.cat([dequantized(w) for w in parts]).to(dtype)
-    together = getattr(modules[0], "together", None)
+def is_quantized(module: nn.Module) -> bool:
+    return getattr(module.weight, "quant_state", None) is not None
+
+
+def stacked(modules: Sequence[nn.Module]) -> Tensor:
+    """Unquantised weights of linear layers with one input as one tensor [Σ out, in], whose views they become."""
+    parts, together = [m.weight for m in modules], getattr(modules[0], "together", None)
     at = None if together is None else together.data_ptr()
     for w in parts:  # are they still views of it?
         if at is None or w.data_ptr() != at or w.dtype != together.dtype:
@@ -135,7 +133,27 @@ def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
                 m.weight.data = view
             break
         at += w.nbytes
-    return together.to(dtype)
+    return together
+
+
+def stack_layers(base: nn.Module) -> None:
+    """Stack all that the layers multiply at once, one after the other: each takes the place that the one before it left.
+    Made during a first pass, among its other tensors, they would leave holes."""
+    for layer in base.base_model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for modules in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            modules = [getattr(m, "base_layer", m) for m in modules]
+            if not any(map(is_quantized, modules)):
+                stacked(modules)
+
+
+def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
+    """The weights of frozen linear layers with one input, stacked [Σ out, in]."""
+    if len(modules) == 1:
+        return dequantized(modules[0].weight).to(dtype)
+    if is_quantized(modules[0]):
+        return torch.cat([dequantized(m.weight) for m in modules]).to(dtype)
+    return stacked(modules).to(dtype)
 
 
 class AdaptedLinear(torch.autograd.Function):

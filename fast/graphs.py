@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fast.decoder import decoder
+from fast.decoder import decoder, stack_layers
 from fast.packing import Pack, round_up
 
 TOKENS_STEP = 256     # packs are padded to a multiple of it; of twice, four times it from 8,192, 16,384 tokens on
@@ -32,6 +32,8 @@ def compile_layers(base: nn.Module) -> None:
     """From now on, elementwise steps are compiled (a few small graphs, for packs of any size and for all layers) and
     passes over packs are recorded (CUDA). With RUNGS_COMPILE=0 in the environment, neither happens."""
     if os.environ.get("RUNGS_COMPILE", "1") != "0":
+        grow_segments()
+        stack_layers(base)
         base.__dict__["recordings"] = Recordings(base)
 
 
@@ -126,8 +128,8 @@ def empty_pack_like(pack: Pack) -> Pack:
 
 
 def warm_up_size(size: GraphSize) -> GraphSize:
-    """Size of the static pack that the first pass of a kind computes, without recording. It is small, because that of a
-    model's first kind doesn't use the memory that the recorded ones share."""
+    """Size of the static pack that the first pass of a kind computes, without recording. It is small, because the very
+    first one can't use the memory that the recorded ones will share."""
     return GraphSize(0, 0, 0, min(1, size.keys)).padded(WARM_UP_TOKENS)
 
 
@@ -174,7 +176,7 @@ class RecordedPass:
                 self.gradient.copy_(torch.cat([g.flatten() for g in grads]))
 
     def warm_up(self, base: nn.Module, flat: Tensor | None, memory: AbstractContextManager) -> None:
-        """Compute it once without recording: this compiles, and stacks weights. memory: where it takes its memory."""
+        """Compute it once without recording: this compiles. memory: where it takes its memory."""
         stream = Recordings.stream
         stream.wait_stream(torch.cuda.current_stream())
         with memory:
@@ -222,26 +224,39 @@ class Replay(torch.autograd.Function):
 
 def grow_segments() -> None:
     """Let CUDA memory grow in place, unless the user has configured the allocator: else each size fragments the
-    memory."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ}:
+    memory. What is allocated before, a model's weights, stays where it is."""
+    if torch.cuda.is_available() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ}:
         change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
         change = change or torch.cuda.memory._set_allocator_settings
         change("expandable_segments:True")
 
 
 def graph_memory() -> AbstractContextManager:
-    """What this thread allocates comes from the memory of the graphs, between whose replays it is free."""
+    """What this thread allocates comes from the memory of the graphs, where there are any: between their replays it is
+    free."""
+    if not Recordings.alive:
+        return contextlib.nullcontext()
     return torch.cuda.use_mem_pool(SimpleNamespace(id=Recordings.pool))  # a MemPool would have to outlive the graphs
+
+
+def give_up_passes() -> None:
+    """Free the memory of all recorded passes, for what comes after training. Those that are needed again are recorded
+    again."""
+    for recordings in Recordings.models:
+        recordings.passes.clear()
+    torch.cuda.empty_cache()
 
 
 class Recordings:
     """The recorded passes of a model, by size and by the adapters that take part in them."""
     pool = stream = None       # memory of all graphs: one pass at a time, forward and backward, needs it
     held = 0                   # its bytes
-    alive = weakref.WeakSet()  # a pool is freed with its last graph
+    models = weakref.WeakSet()
+    alive = weakref.WeakSet()  # the passes; a pool is freed with its last graph
     pending = lambda: None     # the sentinel of the pass whose backward is still to come
 
     def __init__(self, base: nn.Module):
+        Recordings.models.add(self)
         self.passes, self.kinds, self.gradient = {}, set(), None
         self.sizes, self.padded = set(), Counter()
         self.lora = None  # one of the layers with adapters; all have the same ones on
@@ -294,7 +309,6 @@ class Recordings:
                flat: Tensor | None) -> None:
         """Record the pass over packs of this size with these adapters on."""
         if not Recordings.alive:
-            grow_segments()
             Recordings.pool, Recordings.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             Recordings.held = 0
         if trained and self.gradient is None:
@@ -305,9 +319,7 @@ class Recordings:
             fill(static, pack)
             return RecordedPass(base, static, self.gradient if trained else None)
         if (on, trained) not in self.kinds:
-            # Of a model's first kind the weights that it stacks stay, so it takes no memory of the graphs.
-            memory = graph_memory() if self.kinds and Recordings.alive else contextlib.nullcontext()
-            pass_over(empty_pack_like(pack), warm_up_size(size)).warm_up(base, flat, memory)
+            pass_over(empty_pack_like(pack), warm_up_size(size)).warm_up(base, flat, graph_memory())
             self.kinds.add((on, trained))
         recorded = pass_over(pack, size)
         recorded.record(base, flat)

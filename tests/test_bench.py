@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,46 @@ def test_what_warms_up_compiles_for_every_size(tiny_model, tmp_path, monkeypatch
     finally:
         fast.decoder.compiled.cache_clear()
         torch._dynamo.reset()
+
+
+def test_weights_are_stacked_before_the_first_pass(tiny_model):
+    """compile_layers makes one tensor of the weights that are multiplied at once, and the first pass no other; the numbers
+    stay. NF4 weights stay as they are."""
+    policy, (pk,) = ours(tiny_model), fast.pack(random_examples(4), 512)
+    with torch.no_grad():
+        before = common.token_logprobs(policy, pk)
+    base = common.base_of(policy)
+    for layer in base.base_model.layers:  # as they are loaded
+        for module in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            module.base_layer.weight.data = module.base_layer.weight.data.clone()
+    fast.compile_layers(base)
+    base.__dict__.pop("recordings")  # what torch.compile makes rounds otherwise
+    gate, up = (module.base_layer for module in (base.base_model.layers[1].mlp.gate_proj, base.base_model.layers[1].mlp.up_proj))
+    together = gate.together
+    assert gate.weight.data_ptr() == together.data_ptr() and together.shape == (len(gate.weight) + len(up.weight), gate.in_features)
+    with torch.no_grad():
+        assert torch.equal(common.token_logprobs(policy, pk), before)
+    assert gate.together is together
+
+    quantized = ours(tiny_model)
+    for m in quantized.modules():
+        if hasattr(m, "base_layer"):
+            m.base_layer.weight.quant_state = object()
+    fast.compile_layers(common.base_of(quantized))
+    assert not any(hasattr(m, "together") for m in quantized.modules())
+
+
+def test_passes_that_are_given_up_are_recorded_again(tiny_model):
+    """give_up_passes forgets the passes of all models, and neither their kinds nor their sizes."""
+    class Pass:
+        pass
+    some = [fast.graphs.Recordings(torch.nn.Linear(2, 2)) for _ in range(2)]
+    for recordings in some:
+        recordings.passes["size"], _ = Pass(), recordings.kinds.add("kind")
+        recordings.sizes.add(7)
+    kept = weakref.ref(some[0].passes["size"])
+    common.load_model(tiny_model)  # loaded after training, for measurements
+    assert kept() is None and all((r.passes, r.kinds, r.sizes) == ({}, {"kind"}, {7}) for r in some)
 
 
 def test_flat_parameters_are_the_policys_own(tiny_model):

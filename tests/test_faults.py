@@ -324,8 +324,21 @@ def test_gpus_that_a_user_names(tmp_path, monkeypatch):
         held += found
 
 
-def test_more_ranks_than_gpus(monkeypatch, capsys):
+def test_an_evaluation_waits_for_a_training_that_gets_ready(tmp_path, monkeypatch):
+    """Also while a GPU is free: others wait for what a training makes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("RUNGS_GPUS", "2")
+    training = turns.announce.__wrapped__()
+    monkeypatch.setenv("RUNGS_GPU_SHARED", "2")
+    assert turns.announce.__wrapped__() is None and turns.take(1) == {}
+    training.close()
+    first, second, third = (turns.take(1) for _ in range(3))
+    assert [*first, *second, *third] == [0, 1, 0]  # side by side only where each has one already
+
+
+def test_more_ranks_than_gpus(tmp_path, monkeypatch, capsys):
     """An error: they would wait forever. So is a GPU that is named where make gives one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("RUNGS_GPUS", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit):
@@ -337,5 +350,7 @@ def test_more_ranks_than_gpus(monkeypatch, capsys):
         common.setup_device("cuda:1")
     assert "--device cuda:1, but make gives each command its GPU" in capsys.readouterr().err
     assert str(common.setup_device("auto")) == "cuda"  # the current one
+    turns.announce().close()
+    turns.announce.cache_clear()
 
 

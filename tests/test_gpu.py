@@ -179,6 +179,13 @@ def test_the_first_pass_of_a_kind_takes_little_memory(pair, monkeypatch):
     print("a second kind takes", grown, "bytes more")
     assert len(taken) == 2 and grown < held / 4
 
+    with torch.no_grad():
+        first, before = fast.hidden_states(base, pk), torch.cuda.memory_reserved()
+        fast.give_up_passes()
+        print("giving up the passes frees", before - torch.cuda.memory_reserved(), "bytes")
+        assert not fast.graphs.Recordings.alive and before - torch.cuda.memory_reserved() > held / 2
+        assert torch.equal(fast.hidden_states(base, pk), first) and fast.graphs.Recordings.alive
+
 
 def test_recorded_passes_equal_plain_ones(pair):
     """Packs of many sizes, first recorded, then replayed after the factors moved: hidden states, log-probs and gradients as
