@@ -11,17 +11,17 @@ from common import HEAD, MAX_BATCH, base_of, device_of, free_memory, head_chunk,
 
 
 def training_memory(config, weights: int, trained: int, tokens: int, fast: bool = True, head: bool = True,
-                    models: int = 1, rows: int = 0, length: int = 0, itemsize: int = 2) -> dict[str, float]:
+                    rows: int = 0, length: int = 0, itemsize: int = 2) -> dict[str, float]:
     """Bytes that a training step takes of a GPU's memory, by part; {} for a config of other fields than llama's. Their
-    sum is within 20 % of the peaks measured in bfloat16 (tests/test_memory.py); one of GRPO's was 36 % higher.
+    sum is within 20 % of the peaks measured in bfloat16 (tests/test_memory.py).
 
     weights: bytes of all models as they are loaded. trained: parameters, which take 24 bytes each: value, gradient,
     Adam's two moments, the gradient of a recorded pass, casts. tokens: of the largest micro-batch; the backward keeps
     per token and layer: gate, up and their product (3 I), the inputs of the products and the residual stream (6 H),
-    queries, keys and values twice; the plain engine 2.1 times as much. models: those with a backward (PPO's policy and
-    critic: 2); the first pass of a kind runs outside the memory that all recorded passes share. head: of a chunk of
-    predicted tokens, logits and slopes (plain: what the backward computes again). rows, length: what the sampler
-    decodes at one time: keys and values, beside weights of the layers of its own. itemsize: bytes of a base's weight.
+    queries, keys and values twice; the plain engine 2.1 times as much. All models and passes share the memory for
+    this. head: of a chunk of predicted tokens, logits and slopes (plain: what the backward computes again). rows,
+    length: what the sampler decodes at one time: keys and values, beside weights of the layers of its own. itemsize:
+    bytes of a base's weight.
     """
     try:
         hidden, layers, between = config.hidden_size, config.num_hidden_layers, config.intermediate_size
@@ -31,7 +31,7 @@ def training_memory(config, weights: int, trained: int, tokens: int, fast: bool 
         return {}
     layer = hidden * (2 * queries + 2 * keys + 3 * between)
     kept = itemsize * layers * (3 * between + 6 * hidden + 2 * (queries + 2 * keys)) * (1 if fast else 2.1)
-    return {"weights": weights, "adapter": 24 * trained, "activations": models * kept * tokens,
+    return {"weights": weights, "adapter": 24 * trained, "activations": kept * tokens,
             "head": head * head_chunk(tokens) * config.vocab_size * (4 if fast else 10) * itemsize,
             "sampler": itemsize * layers * (layer + rows * length * 2 * keys) if rows else 0}
 
@@ -47,8 +47,8 @@ def expected_memory(models: Sequence[nn.Module], micro_tokens: int, largest: int
     return training_memory(
         bases[0].config.get_text_config(), weights, trained=sum(p.numel() for m in models for p in trainable(m)),
         tokens=min(micro_tokens, math.ceil(largest / world())), fast=is_fast(bases[0]),
-        head=not hasattr(bases[0], HEAD), models=len(models), rows=min(MAX_BATCH, math.ceil(rows / world())),
-        length=length, itemsize=bases[0].dtype.itemsize)
+        head=not hasattr(bases[0], HEAD), rows=min(MAX_BATCH, math.ceil(rows / world())), length=length,
+        itemsize=bases[0].dtype.itemsize)
 
 
 def note_memory(models: Sequence[nn.Module], micro_tokens: int, largest: int, rows: int = 0, length: int = 0) -> None:

@@ -1,10 +1,11 @@
-"""Which of a host's GPUs a command may work on, when `make all GPUS=4` or PER_GPU=2 runs several commands at a time.
+"""Which GPU of a host a command works on, when `make all GPUS=4` or PER_GPU=2 runs several commands at a time.
 
-The Makefile says how many GPUs they share (RUNGS_GPUS). A command gets ready without one (imports, rows, checks), waits until
-one is free and has it until it ends (common.take_turn): a lock file for each GPU says so, which the system releases however
-the command ends. A training has a GPU to itself, since its minutes are a result. An evaluation alone leaves the GPU waiting for
-the host, so up to RUNGS_GPU_SHARED of them, which the Makefile sets for evaluate.py and judge.py, work on one; and they begin
-only when no training is getting ready or waits, since others wait for what it makes.
+A command gets ready without a GPU (imports, rows, checks), waits until one of the host's first RUNGS_GPUS is free, and has
+it until it ends (common.take_turn). A lock file for each GPU says so; the system unlocks it however the command ends.
+
+A training has a GPU to itself, since its minutes are a result. An evaluation alone leaves the GPU waiting for the host, so
+up to RUNGS_GPU_SHARED evaluations work on one: the Makefile sets it for evaluate.py and judge.py. They begin only when no
+training is getting ready or waits, because others wait for what a training makes.
 """
 import fcntl
 import functools
@@ -13,6 +14,8 @@ import os
 import tempfile
 from pathlib import Path
 from typing import IO
+
+ALONE, BESIDE_OTHERS = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
 
 
 def visible_gpus() -> list[str]:
@@ -23,8 +26,8 @@ def visible_gpus() -> list[str]:
 
 
 def lock(name: str, how: int) -> IO | None:
-    """A lock file of this user, locked: exclusively (fcntl.LOCK_EX), or with others that share it (LOCK_SH). None where it
-    would have to wait, if `how` includes fcntl.LOCK_NB."""
+    """A lock file of this user, locked until it is closed; None where it can't be now. how: ALONE, BESIDE_OTHERS, or
+    fcntl.LOCK_SH, which waits."""
     folder = Path(tempfile.gettempdir()) / f"rungs-gpus-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     file = open(folder / name, "a")
@@ -38,24 +41,24 @@ def lock(name: str, how: int) -> IO | None:
 
 @functools.cache
 def announce() -> IO | None:
-    """If this command is a training: from the first call on evaluations wait for it, until what is returned is closed."""
+    """If this command is a training: evaluations wait for it from the first call on, until what is returned is
+    closed."""
     return None if os.environ.get("RUNGS_GPU_SHARED") else lock("training", fcntl.LOCK_SH)
 
 
 def take(needed: int) -> dict[int, list[IO]]:
-    """{torch's number of a GPU: its locks}, for as many free GPUs as a training needs, or for one that an evaluation may share;
-    {} where there are not enough now. A GPU is free again when its locks are closed."""
+    """{torch's number of a GPU: its locks}: as many free GPUs as a training needs, or one that an evaluation may share; {}
+    where there are not enough now. Closing the locks gives a GPU back."""
     gpus, found = list(enumerate(visible_gpus())), {}
-    alone, beside_others = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
     if shared := int(os.environ.get("RUNGS_GPU_SHARED", 0)):
-        if not (none_comes := lock("training", alone)):
+        if not (no_training := lock("training", ALONE)):
             return {}
-        none_comes.close()
+        no_training.close()
         for place, (i, gpu) in itertools.product(range(shared), gpus):  # the first place on any GPU, then the second
-            if (turn := lock(gpu, beside_others)) and (mine := lock(f"{gpu}.{place}", alone)):
+            if (turn := lock(gpu, BESIDE_OTHERS)) and (mine := lock(f"{gpu}.{place}", ALONE)):
                 return {i: [turn, mine]}
         return {}
     for i, gpu in gpus:
-        if len(found) < needed and (turn := lock(gpu, alone)):
+        if len(found) < needed and (turn := lock(gpu, ALONE)):
             found[i] = [turn]
     return found if len(found) == needed else {}

@@ -8,10 +8,10 @@
 
 Ours is what a user runs: `python sft.py …` with its default flags, on generated data; speed is read from its log.jsonl.
 TRL runs once with its defaults, and with each of some faster settings (peer.py), of which the fastest counts. Unsloth runs
-with 16 rows per step and no checkpointing; it wants older versions of transformers and TRL than our lock file, so install it
-in an environment of its own, and run `--system rungs unsloth` there. Each case has its own process; its first --warm steps
-(compiling, recording of most sizes) don't count. 16 rows per step (pairs for dpo and reward), LoRA r = 16 on all linear
-layers; grpo and ppo: 64 completions of at most 256 tokens per update, from 8 or 64 prompts (ours end at one of many stop
+with 16 rows per step and no checkpointing; it wants older versions of transformers and TRL than our lock file, so install it,
+with xformers, in an environment of its own, and run `--system rungs unsloth` there. Each case has its own process; its first
+--warm steps (compiling, recording of most sizes) don't count. 16 rows per step (pairs for dpo and reward), LoRA r = 16 on all
+linear layers; grpo and ppo: 64 completions of at most 256 tokens per update, from 8 or 64 prompts (ours end at one of many stop
 tokens, so that most have 256 and the others fewer; TRL's all have 256). Tokens are those of the text (both
 answers of a pair; for sampling and its updates only the completions), never padding or mismatched pairs. peak_gib: the
 most memory that the process had reserved. command_to_first_step_s: from the call of the script to the end of its first

@@ -16,7 +16,11 @@ LAYERS = 24 * 896 * (2 * 896 + 2 * 128 + 3 * 4864)  # weights of the layers' pro
 EMBEDDING = 151936 * 896
 BF16, NF4 = 2 * (LAYERS + EMBEDDING), 2 * EMBEDDING + 0.516 * LAYERS  # NF4: with its scales
 LORA = 24 * 16 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
-PPO = {"models": 2, "trained": 2 * LORA, "tokens": 4096}
+PPO = {"weights": 2 * BF16, "trained": 2 * LORA, "tokens": 4096}  # policy and critic
+
+
+# PPO's peaks there and of results/runs are of code whose first pass with a second model had memory of its own.
+OLD_PPO = ("nvidia-h100-80gb-hbm3",)
 
 
 def benchmark():
@@ -24,10 +28,11 @@ def benchmark():
     for file in (REPO / "results" / "bench").glob("*.json"):
         for case in json.loads(file.read_text())["cases"]:
             name, told = case["workload"], {"weights": BF16, "trained": LORA, "tokens": 8192}
-            if case["system"] != "rungs" or name == "sample" or case["settings"]["flags"]:
+            if case["system"] != "rungs" or name == "sample" or case["settings"]["flags"] or \
+                    name == "ppo-step" and file.stem in OLD_PPO:
                 continue
             told |= {"sft-nf4": {"weights": NF4}, "reward": {"head": False}, "grpo-step": {"rows": 64, "length": 640},
-                     "ppo-step": {"weights": 2 * BF16, "rows": 64, "length": 640, **PPO}}.get(name, {})
+                     "ppo-step": {"rows": 64, "length": 640, **PPO}}.get(name, {})
             yield name, case["peak_gib"], told
 
 
@@ -36,33 +41,32 @@ def runs():
     for file in (REPO / "results" / "runs").glob("*.json"):
         run = json.loads(file.read_text())
         args, method, curves = run["args"], run["method"], run["curves"]
-        if "qwen2.5-coder-0.5b" not in args["model"].lower() or run["hardware"]["gpus"] != 1:
-            continue
+        if "qwen2.5-coder-0.5b" not in args["model"].lower() or run["hardware"]["gpus"] != 1 or method == "ppo":
+            continue  # see OLD_PPO
         told = {"weights": NF4 if args.get("quantization") == "qlora" else BF16, "trained": LORA,
                 "tokens": args["micro_tokens"]}
-        if method in ("grpo", "ppo"):
-            at_once = {"grpo": lambda: max(args["batch_size"] * args["group_size"],
-                                           run["metrics"]["heldout_problems"] * max(1, 2 * args["pass_k"])),
-                       "ppo": lambda: max(args["batch_size"], args["fixed_prompts"], args["normalise"])}[method]()
-            longest = 256 if method == "grpo" else args["prompt_tokens"]  # of GSM8K's prompts, as --preview says
+        if method == "grpo":
+            at_once = max(args["batch_size"] * args["group_size"],
+                          run["metrics"]["heldout_problems"] * max(1, 2 * args["pass_k"]))
+            longest = 256  # of GSM8K's prompts, as --preview says
             told |= {"rows": min(common.MAX_BATCH, at_once), "length": longest + args["completion_tokens"]}
-            told |= {"weights": BF16 + NF4, **PPO} if method == "ppo" else {}
         elif method != "kto":  # a record's curve is of means over some steps; KTO's largest step fills a micro-batch
             told["tokens"] = min(told["tokens"], max(curves["tokens"]))
         yield f"{run['name']}-{run['seed']}", max(peak for peak in curves["peak_gib"] if peak), told
 
 
-# bench/NOTES.md: memory, and the plain engine
+# bench/NOTES.md: memory, more GPUs, and the plain engine
 NOTED = [("sft, 2048", 4.5, {"weights": BF16, "trained": LORA, "tokens": 2048}),
+         ("ppo, 8192", 14.5, PPO | {"tokens": 8192, "rows": 64, "length": 640}),
+         ("grpo, 256 answers", 14.68, {"weights": BF16, "trained": LORA, "tokens": 8192, "rows": 256, "length": 640}),
          ("plain sft", 21, {"weights": BF16, "trained": LORA, "tokens": 8192, "fast": False}),
          ("plain dpo", 19, {"weights": BF16, "trained": LORA, "tokens": 8192, "fast": False})]
 
 
 @pytest.mark.parametrize("name, measured, told", [*benchmark(), *runs(), *NOTED])
 def test_measured_peaks_are_within_a_fifth(name, measured, told):
-    """All but the benchmark's GRPO, which took 36 % more in one call."""
     expected = sum(common.training_memory(QWEN, **told).values()) / GIB
-    assert 0.8 * measured <= expected <= 1.2 * measured or name == "grpo-step" and expected <= measured <= 1.4 * expected
+    assert 0.8 * measured <= expected <= 1.2 * measured
 
 
 def test_a_small_micro_batch_has_fewer_logits():
@@ -86,7 +90,7 @@ def test_of_models_as_they_are_loaded(tiny_model, monkeypatch):
     assert expected["sampler"] > 10 * 100 * 2 * 2 * 2 * 16 * 4 and expected["head"] > 0
     assert expected["activations"] == common.expected_memory([policy], 1000, 9999)["activations"]
     two = common.expected_memory([policy, policy], 1000, 9999)
-    assert two["activations"] == 2 * expected["activations"] and two["weights"] == 2 * expected["weights"]
+    assert two["activations"] == expected["activations"] and two["weights"] == 2 * expected["weights"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert common.expected_memory([policy], 8192, 1000)["activations"] == expected["activations"] / 2
     assert common.expected_memory([common.add_head(policy, 0)], 8192, 1000)["head"] == 0
