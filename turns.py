@@ -1,11 +1,12 @@
 """Which GPU of a host a command works on, when `make all GPUS=4` or PER_GPU=2 runs several commands at a time.
 
-A command gets ready without a GPU (imports, rows, checks), waits until one of the host's first RUNGS_GPUS is free, and has
-it until it ends (common.take_turn). A lock file for each GPU says so; the system unlocks it however the command ends.
+A command gets ready without a GPU (imports, rows, checks), waits until one of the host's first RUNGS_GPUS is free, and
+has it until it ends (common.take_turn). A lock file for each GPU says so; the system unlocks it however the command
+ends.
 
-A training has a GPU to itself, since its minutes are a result. An evaluation alone leaves the GPU waiting for the host, so
-up to RUNGS_GPU_SHARED evaluations work on one: the Makefile sets it for evaluate.py and judge.py. They begin only when no
-training is getting ready or waits, because others wait for what a training makes.
+A training has a GPU to itself, since its minutes are a result. An evaluation alone leaves the GPU waiting for the host,
+so up to RUNGS_GPU_SHARED evaluations work on one: the Makefile sets it for evaluate.py and judge.py. They begin only
+when no training is getting ready or waits, because others wait for what a training makes.
 """
 import fcntl
 import functools
@@ -47,8 +48,8 @@ def announce() -> IO | None:
 
 
 def take(needed: int) -> dict[int, list[IO]]:
-    """{torch's number of a GPU: its locks}: as many free GPUs as a training needs, or one that an evaluation may share; {}
-    where there are not enough now. Closing the locks gives a GPU back."""
+    """{torch's number of a GPU: its locks}: as many free GPUs as a training needs, or one that an evaluation may share;
+    {} where there are not enough now. Closing the locks gives a GPU back."""
     gpus, found = list(enumerate(visible_gpus())), {}
     if shared := int(os.environ.get("RUNGS_GPU_SHARED", 0)):
         if not (no_training := lock("training", ALONE)):
