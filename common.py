@@ -134,7 +134,8 @@ def free_memory(device: torch.device) -> float:
 
 @functools.cache  # once per process, which holds the locks until it ends
 def take_turn() -> dict[int, list[IO]]:
-    """Wait for a free GPU, of several ranks for one each, and work on it from here on (turns.py). Returns rank 0's locks.
+    """Wait for a free GPU, of several ranks for one each, and work on it from here on (turns.py). Returns rank 0's
+    locks.
 
     Nothing waits where commands don't share GPUs. What needs no GPU (imports, rows, checks) is done before, so that one
     command gets ready while another one works.
@@ -144,6 +145,8 @@ def take_turn() -> dict[int, list[IO]]:
     import turns
     if (gpus := len(turns.visible_gpus())) < world():
         fail(f"{world()} ranks, but {gpus} GPUs: give make as many GPUS as NPROC, or no GPUS and PER_GPU")
+    if torch.cuda.is_available() and torch.cuda.device_count() < gpus:
+        fail(f"GPUS={gpus}, but torch sees {torch.cuda.device_count()}")
     import_library("peft")  # with transformers' modelling: most of a start-up's seconds
     mine: list[int] = []
     while not mine:
@@ -151,8 +154,8 @@ def take_turn() -> dict[int, list[IO]]:
         mine = from_rank0([*held])  # every time, since a single call would end after 10 minutes
         if not mine:
             time.sleep(0.1)
-    if announced := turns.announce():
-        announced.close()
+    for lock in turns.announce():
+        lock.close()
     if torch.cuda.is_available():
         use_gpu(f"cuda:{mine[rank()]}")
     return held
@@ -597,7 +600,8 @@ def check_nf4(device: torch.device) -> None:
         fail("--device mps has no NF4; use --quantization none")
     try:
         import bitsandbytes.functional as bnb
-        bnb.quantize_4bit(torch.zeros(64, device=device), quant_type="nf4")
+        where = "cpu" if str(device) == "cuda" else device  # "cuda": which GPU is not known yet (take_turn)
+        bnb.quantize_4bit(torch.zeros(64, device=where), quant_type="nf4")
     except Exception as e:
         fail(f"NF4 needs bitsandbytes, which can't serve here ({type(e).__name__}: {e}); use --quantization none")
 
@@ -704,9 +708,10 @@ def load_scorers(model_dir: str | Path, adapters: dict[str, str | Path], quantiz
     setattr(model, HEAD, new_head(model))
     (first, path), *others = adapters.items()
     from peft import PeftModel
-    scorers = PeftModel.from_pretrained(model, path, adapter_name=first)
+    where = {"torch_device": str(device_of(model))}  # by default the first GPU
+    scorers = PeftModel.from_pretrained(model, path, adapter_name=first, **where)
     for name, path in others:
-        scorers.load_adapter(path, name)
+        scorers.load_adapter(path, name, **where)
     use_scorer(scorers, first)
     return scorers.eval().requires_grad_(False)
 
@@ -789,7 +794,8 @@ def reference(policy: PeftModel):
 def attach_adapter(model: nn.Module, adapter: str | Path) -> PeftModel:
     """The model with a saved adapter beside its weights (unmerged, fp32, cast in the forward), for evaluation."""
     from peft import PeftModel
-    return PeftModel.from_pretrained(model, adapter).eval().requires_grad_(False)
+    loaded = PeftModel.from_pretrained(model, adapter, torch_device=str(device_of(model)))  # by default the first GPU
+    return loaded.eval().requires_grad_(False)
 
 
 def detach_adapter(policy: PeftModel) -> nn.Module:

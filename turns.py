@@ -6,7 +6,7 @@ ends.
 
 A training has a GPU to itself, since its minutes are a result. An evaluation alone leaves the GPU waiting for the host,
 so up to RUNGS_GPU_SHARED evaluations work on one: the Makefile sets it for evaluate.py and judge.py. They begin only
-when no training is getting ready or waits, because others wait for what a training makes.
+when no training gets ready for that GPU or waits for it, because others wait for what a training makes.
 """
 import fcntl
 import functools
@@ -31,7 +31,7 @@ def lock(name: str, how: int) -> IO | None:
     fcntl.LOCK_SH, which waits."""
     folder = Path(tempfile.gettempdir()) / f"rungs-gpus-{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    file = open(folder / name, "a")
+    file = open(folder / name.replace("/", "_"), "a")  # MIG-GPU-…/1/0
     try:
         fcntl.flock(file, how)
     except BlockingIOError:
@@ -41,10 +41,18 @@ def lock(name: str, how: int) -> IO | None:
 
 
 @functools.cache
-def announce() -> IO | None:
-    """If this command is a training: evaluations wait for it from the first call on, until what is returned is
-    closed."""
-    return None if os.environ.get("RUNGS_GPU_SHARED") else lock("training", fcntl.LOCK_SH)
+def announce() -> list[IO | None]:
+    """If this command is a training: evaluations on its GPUs wait for it from the first call on, until the locks that
+    are returned are closed."""
+    evaluates = os.environ.get("RUNGS_GPU_SHARED")
+    return [] if evaluates else [lock(f"{gpu}.training", fcntl.LOCK_SH) for gpu in visible_gpus()]
+
+
+def announced(gpu: str) -> bool:
+    """Whether a training gets ready for this GPU or waits for it."""
+    if free := lock(f"{gpu}.training", ALONE):
+        free.close()
+    return free is None
 
 
 def take(needed: int) -> dict[int, list[IO]]:
@@ -52,10 +60,9 @@ def take(needed: int) -> dict[int, list[IO]]:
     {} where there are not enough now. Closing the locks gives a GPU back."""
     gpus, found = list(enumerate(visible_gpus())), {}
     if shared := int(os.environ.get("RUNGS_GPU_SHARED", 0)):
-        if not (no_training := lock("training", ALONE)):
-            return {}
-        no_training.close()
         for place, (i, gpu) in itertools.product(range(shared), gpus):  # the first place on any GPU, then the second
+            if announced(gpu):
+                continue
             if (turn := lock(gpu, BESIDE_OTHERS)) and (mine := lock(f"{gpu}.{place}", ALONE)):
                 return {i: [turn, mine]}
         return {}

@@ -179,6 +179,7 @@ class RecordedPass:
         """Compute it once without recording: this compiles. memory: where it takes its memory."""
         stream = Recordings.stream
         stream.wait_stream(torch.cuda.current_stream())
+        torch.cuda.empty_cache()  # what other streams keep would not be freed while memory comes from the graphs'
         with memory:
             self.run(base, flat, torch.cuda.stream(stream), torch.cuda.stream(stream))
         torch.cuda.current_stream().wait_stream(stream)
@@ -244,6 +245,8 @@ def give_up_passes() -> None:
     again."""
     for recordings in Recordings.models:
         recordings.passes.clear()
+    if not Recordings.alive:
+        Recordings.held = 0
     torch.cuda.empty_cache()
 
 

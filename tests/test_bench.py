@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
+import chat
 import common
 import fast
 from common import Example
@@ -184,17 +185,22 @@ def test_weights_are_stacked_before_the_first_pass(tiny_model):
     with torch.no_grad():
         before = common.token_logprobs(policy, pk)
     base = common.base_of(policy)
-    for layer in base.base_model.layers:  # as they are loaded
-        for module in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            module.base_layer.weight.data = module.base_layer.weight.data.clone()
+    groups = [[module.base_layer for module in modules] for layer in base.base_model.layers for modules in
+              ((layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj), (layer.mlp.gate_proj, layer.mlp.up_proj))]
+    for module in (module for group in groups for module in group):  # as they are loaded
+        module.weight.data = module.weight.data.clone()
     fast.compile_layers(base)
     base.__dict__.pop("recordings")  # what torch.compile makes rounds otherwise
-    gate, up = (module.base_layer for module in (base.base_model.layers[1].mlp.gate_proj, base.base_model.layers[1].mlp.up_proj))
-    together = gate.together
-    assert gate.weight.data_ptr() == together.data_ptr() and together.shape == (len(gate.weight) + len(up.weight), gate.in_features)
+    stacks = [group[0].together for group in groups]
+    for group, stack in zip(groups, stacks):
+        at = stack.data_ptr()
+        for module in group:
+            assert module.weight.data_ptr() == at
+            at += module.weight.nbytes
+        assert at == stack.data_ptr() + stack.nbytes
     with torch.no_grad():
         assert torch.equal(common.token_logprobs(policy, pk), before)
-    assert gate.together is together
+    assert all(group[0].together is stack for group, stack in zip(groups, stacks))
 
     quantized = ours(tiny_model)
     for m in quantized.modules():
@@ -204,16 +210,22 @@ def test_weights_are_stacked_before_the_first_pass(tiny_model):
     assert not any(hasattr(m, "together") for m in quantized.modules())
 
 
-def test_passes_that_are_given_up_are_recorded_again(tiny_model):
-    """give_up_passes forgets the passes of all models, and neither their kinds nor their sizes."""
+@pytest.mark.parametrize("what", ["another model", "eos_rate"])
+def test_measurements_give_up_recorded_passes(what, tiny_model):
+    """Of all models: what comes after training needs the memory. Their kinds and sizes stay, so that a pass can be recorded
+    again (tests/test_gpu.py)."""
     class Pass:
         pass
+    model = common.load_model(tiny_model)
     some = [fast.graphs.Recordings(torch.nn.Linear(2, 2)) for _ in range(2)]
     for recordings in some:
         recordings.passes["size"], _ = Pass(), recordings.kinds.add("kind")
         recordings.sizes.add(7)
     kept = weakref.ref(some[0].passes["size"])
-    common.load_model(tiny_model)  # loaded after training, for measurements
+    if what == "another model":
+        common.load_model(tiny_model)
+    else:
+        common.eos_rate(model, chat.load_tokenizer(tiny_model), [[5, 6, 7]], 2)
     assert kept() is None and all((r.passes, r.kinds, r.sizes) == ({}, {"kind"}, {7}) for r in some)
 
 

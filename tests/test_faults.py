@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,7 @@ common.import_library("peft")  # its seconds, here, not between the two
 def log(what):
     with open("log", "a") as f:
         f.write(what + "\\n")
+common.setup_device("cpu")
 log("ready")
 while open("log").read().count("ready") < int(sys.argv[2]):  # all are ready before one may work
     time.sleep(0.01)
@@ -264,7 +266,7 @@ log(f"end {gpu}")
 
 
 @pytest.mark.parametrize("gpus, shared, together", [(1, (0, 0), 1), (2, (0, 0), 2), (2, (0, 0, 0), 2), (1, (2, 2), 2),
-                                                    (1, (2, 2, 2), 2), (1, (2, 0), 1)])
+                                                    (1, (2, 2, 2), 2), (1, (2, 0), 1), (2, (2, 0), 2)])
 def test_a_command_works_on_the_first_gpu_that_is_free(gpus, shared, together, tmp_path):
     """turns.py: of commands that are ready as many work at a time as there are GPUs; of evaluations (`shared`: how many there may
     be on one) as many as may; never an evaluation beside a training."""
@@ -288,8 +290,10 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import common
 common.import_library("peft")  # bitsandbytes looks for a GPU
-common.torch.cuda.is_available = lambda: True  # there is none here
+common.torch.cuda.is_available = lambda: True  # there are none here
+common.torch.cuda.device_count = lambda: 3
 common.use_gpu = lambda device: open(f"rank{common.rank()}", "a").write(device)
+open(f"ready{common.rank()}", "a").close()
 common.setup_device("cpu")
 """
 
@@ -304,9 +308,12 @@ def test_ranks_take_a_gpu_each_or_none(tmp_path, monkeypatch):
     (tmp_path / "takes.py").write_text(TAKES_GPUS)
     ranks = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "takes.py",
                               str(REPO)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    with pytest.raises(subprocess.TimeoutExpired):
-        ranks.wait(timeout=15)
-    assert turns.take(2) == {} and [*tmp_path.glob("rank*")] == []
+    while len([*tmp_path.glob("ready*")]) < 2:
+        assert ranks.poll() is None, ranks.stderr.read()
+        time.sleep(0.1)
+    time.sleep(3)
+    assert ranks.poll() is None and [*tmp_path.glob("rank*")] == []
+    assert any([*turns.take(1)] == [2] or time.sleep(0.01) for _ in range(100))  # they look, and don't keep it
     del first[0][:]  # its lock is closed
     assert ranks.wait(timeout=60) == 0, ranks.stderr.read()
     assert {(tmp_path / f"rank{i}").read_text() for i in range(2)} == {"cuda:0", "cuda:2"}
@@ -330,8 +337,12 @@ def test_an_evaluation_waits_for_a_training_that_gets_ready(tmp_path, monkeypatc
     monkeypatch.setenv("RUNGS_GPUS", "2")
     training = turns.announce.__wrapped__()
     monkeypatch.setenv("RUNGS_GPU_SHARED", "2")
-    assert turns.announce.__wrapped__() is None and turns.take(1) == {}
-    training.close()
+    assert turns.announce.__wrapped__() == [] and turns.take(1) == {}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,1")  # of which the training sees the second
+    assert [*turns.take(1)] == [0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for announced in training:
+        announced.close()
     first, second, third = (turns.take(1) for _ in range(3))
     assert [*first, *second, *third] == [0, 1, 0]  # side by side only where each has one already
 
@@ -350,7 +361,12 @@ def test_more_ranks_than_gpus(tmp_path, monkeypatch, capsys):
         common.setup_device("cuda:1")
     assert "--device cuda:1, but make gives each command its GPU" in capsys.readouterr().err
     assert str(common.setup_device("auto")) == "cuda"  # the current one
-    turns.announce().close()
+    for announced in turns.announce():
+        announced.close()
     turns.announce.cache_clear()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(SystemExit):
+        common.take_turn.__wrapped__()
+    assert "GPUS=2, but torch sees 1" in capsys.readouterr().err
 
 

@@ -149,7 +149,8 @@ def test_compiled_close_to_plain(pair):
 
 
 def test_the_first_pass_of_a_kind_takes_little_memory(pair, monkeypatch):
-    """Beside what the recorded pass over a large pack holds: the first isn't recorded, and doesn't share its memory."""
+    """Beside what the recorded pass over a large pack holds: a model's first one has few tokens; that of another kind takes the
+    memory of those that are recorded. Passes that are given up free it, and are recorded again."""
     policy = common.add_lora(common.load_model(pair[0], None, "none", torch.bfloat16, "cuda"))
     base, _ = common.base_of(policy), common.flat_parameters(policy)
     examples = [common.Example.masked([5, 6] * 256, [True] * 512) for _ in range(64)]
