@@ -329,6 +329,20 @@ def test_bfloat16_is_native_from_ampere_on(monkeypatch, capability, native):
     assert common.computes_bfloat16("cuda") == native
 
 
+def test_nf4_is_checked_before_the_gpu_is_known():
+    """Where commands share GPUs (turns.py), the device is "cuda" until one is free: no GPU is used before."""
+    common.check_nf4(torch.device("cuda"))
+    assert not torch.cuda.is_initialized()
+
+
+def test_adapters_are_loaded_where_their_model_is(sft_args, sft_run, reward_run, monkeypatch):
+    """PEFT would take the first GPU, whichever a command has."""
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda")  # there is none here
+    policy = common.attach_adapter(common.load_model(sft_args["model"]), sft_run)
+    scorers = common.load_scorers(sft_args["model"], {"reward": reward_run, "watch": reward_run})
+    assert all(p.device.type == "cpu" for model in (policy, scorers) for p in model.parameters())
+
+
 def test_mps_has_no_nf4(monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(SystemExit):
