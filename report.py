@@ -656,11 +656,12 @@ def overview_lines(results: Results) -> list[tuple]:
 
 
 def speed_line(results: Path, directory: str) -> str:
-    """One sentence on the speed and memory of SFT beside TRL's best, and on that of sampling beside vLLM, each from the
-    first bench/*.json that has both."""
+    """One sentence on the speed and memory of SFT beside TRL's best, its speed beside Unsloth's, and that of sampling
+    beside vLLM's, each from the first bench/*.json that has both."""
     said = []
     for workload, peer, text in (
             ("sft-bf16", "trl-best", "SFT {speed} tokens/s on one {device}, {ratio:.0f} × TRL's best, in {gib:.0f} GiB"),
+            ("sft-bf16", "unsloth", "SFT {speed} tokens/s on one {device}, {ratio:.0f} × Unsloth's"),
             ("sample", "vllm", "sampling {speed} tokens/s on one {device} with 64 rows, {ratio:.1f} × vLLM's")):
         for record in map(read_json, sorted((results / "bench").glob("*.json"))):
             cases = {case["system"]: case for case in record["cases"] if case["workload"] == workload}
