@@ -100,9 +100,14 @@ def compiled(function: Callable) -> Callable:
     return call
 
 
+def is_quantized(weight: Tensor) -> bool:
+    """Whether it is an NF4 weight of bitsandbytes."""
+    return getattr(weight, "quant_state", None) is not None
+
+
 def dequantized(weight: Tensor) -> Tensor:
     """A linear layer's weight; an NF4 weight is dequantised to its compute dtype."""
-    if getattr(weight, "quant_state", None) is None:
+    if not is_quantized(weight):
         return weight
     import bitsandbytes.functional
     return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -116,10 +121,6 @@ def low_rank(module: nn.Module) -> list[tuple[float, Tensor, Tensor]]:
         raise ValueError("the adapter is merged into the model's own weights; unmerge it first")
     return [(module.scaling[name], module.lora_A[name].weight, module.lora_B[name].weight)
             for name in module.active_adapters if name in module.lora_A]
-
-
-def is_quantized(module: nn.Module) -> bool:
-    return getattr(module.weight, "quant_state", None) is not None
 
 
 def stacked(modules: Sequence[nn.Module]) -> Tensor:
@@ -143,7 +144,7 @@ def stack_layers(base: nn.Module) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         for modules in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
             modules = [getattr(m, "base_layer", m) for m in modules]
-            if not any(map(is_quantized, modules)):
+            if not any(is_quantized(m.weight) for m in modules):
                 stacked(modules)
 
 
@@ -151,7 +152,7 @@ def weight_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor:
     """The weights of frozen linear layers with one input, stacked [Σ out, in]."""
     if len(modules) == 1:
         return dequantized(modules[0].weight).to(dtype)
-    if is_quantized(modules[0]):
+    if is_quantized(modules[0].weight):
         return torch.cat([dequantized(m.weight) for m in modules]).to(dtype)
     return stacked(modules).to(dtype)
 

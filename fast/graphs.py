@@ -175,12 +175,12 @@ class RecordedPass:
                                             materialize_grads=True)
                 self.gradient.copy_(torch.cat([g.flatten() for g in grads]))
 
-    def warm_up(self, base: nn.Module, flat: Tensor | None, memory: AbstractContextManager) -> None:
-        """Compute it once without recording: this compiles. memory: where it takes its memory."""
+    def warm_up(self, base: nn.Module, flat: Tensor | None) -> None:
+        """Compute it once without recording: this compiles."""
         stream = Recordings.stream
         stream.wait_stream(torch.cuda.current_stream())
         torch.cuda.empty_cache()  # what other streams keep would not be freed while memory comes from the graphs'
-        with memory:
+        with graph_memory():
             self.run(base, flat, torch.cuda.stream(stream), torch.cuda.stream(stream))
         torch.cuda.current_stream().wait_stream(stream)
 
@@ -322,7 +322,7 @@ class Recordings:
             fill(static, pack)
             return RecordedPass(base, static, self.gradient if trained else None)
         if (on, trained) not in self.kinds:
-            pass_over(empty_pack_like(pack), warm_up_size(size)).warm_up(base, flat, graph_memory())
+            pass_over(empty_pack_like(pack), warm_up_size(size)).warm_up(base, flat)
             self.kinds.add((on, trained))
         recorded = pass_over(pack, size)
         recorded.record(base, flat)

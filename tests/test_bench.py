@@ -211,7 +211,7 @@ def test_weights_are_stacked_before_the_first_pass(tiny_model):
 
 
 @pytest.mark.parametrize("what", ["another model", "eos_rate"])
-def test_measurements_give_up_recorded_passes(what, tiny_model):
+def test_what_follows_training_gets_the_memory_of_recorded_passes(what, tiny_model):
     """Of all models: what comes after training needs the memory. Their kinds and sizes stay, so that a pass can be recorded
     again (tests/test_gpu.py)."""
     class Pass:

@@ -17,10 +17,8 @@ EMBEDDING = 151936 * 896
 BF16, NF4 = 2 * (LAYERS + EMBEDDING), 2 * EMBEDDING + 0.516 * LAYERS  # NF4: with its scales
 LORA = 24 * 16 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
 PPO = {"weights": 2 * BF16, "trained": 2 * LORA, "tokens": 4096}  # policy and critic
-
-
 # PPO's peaks there and of results/runs are of code whose first pass with a second model had memory of its own.
-OLD_PPO = ("nvidia-h100-80gb-hbm3",)
+OLD_PPO = "nvidia-h100-80gb-hbm3"
 
 
 def benchmark():
@@ -29,7 +27,7 @@ def benchmark():
         for case in json.loads(file.read_text())["cases"]:
             name, told = case["workload"], {"weights": BF16, "trained": LORA, "tokens": 8192}
             if case["system"] != "rungs" or name == "sample" or case["settings"]["flags"] or \
-                    name == "ppo-step" and file.stem in OLD_PPO:
+                    name == "ppo-step" and file.stem == OLD_PPO:
                 continue
             told |= {"sft-nf4": {"weights": NF4}, "reward": {"head": False}, "grpo-step": {"rows": 64, "length": 640},
                      "ppo-step": {"rows": 64, "length": 640, **PPO}}.get(name, {})
