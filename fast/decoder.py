@@ -138,8 +138,8 @@ def stacked(modules: Sequence[nn.Module]) -> Tensor:
 
 
 def stack_layers(base: nn.Module) -> None:
-    """Stack all that the layers multiply at once, one after the other: each takes the place that the one before it left.
-    Made during a first pass, among its other tensors, they would leave holes."""
+    """Stack all that the layers multiply at once, one after the other: each takes the place that the one before it
+    left. Made during a first pass, among its other tensors, they would leave holes."""
     for layer in base.base_model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for modules in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
