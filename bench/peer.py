@@ -56,26 +56,27 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
     on_policy = kind == "grpo"
     batch = 64 if on_policy else ROWS
     lengths = [] if on_policy else sizes[kind]["lengths"][:steps * ROWS * (2 if kind in PAIRS else 1)]  # both of a pair's
-    a_step = completion_tokens * batch if on_policy else sum(lengths) / steps
 
     class Timer(transformers.TrainerCallback):
         """Prints what was measured, after each step that counts, and with the gradient's norm after the last."""
-        rollout, found = 0.0, {}
+        rollout, sampled, found = 0.0, 0, {}  # seconds, and tokens of completions, since the last step that doesn't count
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == warm:
                 torch.cuda.synchronize() if cuda else None
-                self.began, self.rollout = time.time(), 0.0
+                self.began, self.rollout, self.sampled = time.time(), 0.0, 0
 
         def on_step_end(self, args, state, control, **kwargs):
             torch.cuda.synchronize() if cuda else None
             n = state.global_step - warm
             if n > 0:
                 taken = (time.time() - self.began) / n
+                a_step = self.sampled / n if on_policy else sum(lengths) / steps
                 self.found = {"tokens_per_s": round(a_step / taken), "ms_per_step": round(taken * 1e3, 1), "steps": n,
                               "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None}
                 if on_policy:
-                    self.found |= {"rollout_s": round(self.rollout / n, 3), "update_s": round(taken - self.rollout / n, 3)}
+                    self.found |= {"completion_tokens": round(a_step / batch), "rollout_s": round(self.rollout / n, 3),
+                                   "update_s": round(taken - self.rollout / n, 3)}
                 print("RESULT " + json.dumps(self.found), flush=True)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -132,6 +133,7 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
             found = generate(*args, **kwargs)
             torch.cuda.synchronize() if cuda else None
             timer.rollout += time.time() - began
+            timer.sampled += sum(map(len, found[1]))
             return found
         trainer._generate = timed
     trainer.train()

@@ -11,11 +11,10 @@ TRL runs once with its defaults, and with each of some faster settings (peer.py)
 with 16 rows per step and no checkpointing; it wants older versions of transformers and TRL than our lock file, so install it,
 with xformers, in an environment of its own, and run `--system rungs unsloth` there. Each case has its own process; its first
 --warm steps (compiling, recording of most sizes) don't count. 16 rows per step (pairs for dpo and reward), LoRA r = 16 on all
-linear layers; grpo and ppo: 64 completions of at most 256 tokens per update, from 8 or 64 prompts (ours end at one of many stop
-tokens, so that most have 256 and the others fewer; TRL's all have 256). Tokens are those of the text (both
-answers of a pair; for sampling and its updates only the completions), never padding or mismatched pairs. peak_gib: the
-most memory that the process had reserved. command_to_first_step_s: from the call of the script to the end of its first
-step, imports and compiling included.
+linear layers; grpo and ppo: 64 completions of at most 256 tokens per update, from 8 or 64 prompts (one of many stop tokens
+ends them, so that most have 256 and the others fewer). Tokens are those of the text (both answers of a pair; for sampling
+and its updates only the completions), never padding or mismatched pairs. peak_gib: the most memory that the process had
+reserved. command_to_first_step_s: from the call of the script to the end of its first step, imports and compiling included.
 
 mfu: FLOPs that the mathematics needs (common.model_flops; frozen base, nothing recomputed, the prompt of a pair or a group
 once) per second, over the GPU's dense bfloat16 peak. By workload, in passes over its sequences: sft, reward (no LM
@@ -166,7 +165,7 @@ def run(command: list[str], seconds: int, seen: Callable[[float], None] = lambda
         return out, f"no result within {seconds} s"
     err = re.sub(r".*\d%\|.*?\]", "", err.replace("\r", "\n"))  # a progress bar's last state may come after the error
     lines = [line.strip() for line in err.splitlines() if line.strip()]
-    return out, None if process.returncode == 0 else f"exit {process.returncode}: " + (lines or ["no output"])[-1][-300:]
+    return out, None if process.returncode == 0 else f"exit {process.returncode}: " + (lines or ["no output"])[-1][:300]
 
 
 def small(device: str) -> list[str]:

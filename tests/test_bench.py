@@ -406,9 +406,10 @@ def test_the_parts_of_a_start(tmp_path, monkeypatch, capfd):
 
 
 def test_why_a_process_failed(monkeypatch):
-    """Its last line, be it before, beside or after the last state of a progress bar."""
+    """Its last line, be it before, beside or after the last state of a progress bar; of a long one the beginning."""
     monkeypatch.syspath_prepend(str(REPO / "bench"))
     import train
+    assert train.run([sys.executable, "-c", f"raise MemoryError({'more ' * 99!r})"], 60)[1].startswith("exit 1: MemoryError")
     bar = "run:  80%|████    | 4/5 [00:00<?, ?step/s]"
     for text in (f"error: no memory\n{bar}\n", f"{bar}error: no memory\n", f"{bar}\r{bar}\nerror: no memory\n"):
         code = f"import sys; sys.stderr.write({text!r}); sys.exit(1)"
