@@ -710,12 +710,11 @@ def measure(reference: Row, rows: Sequence[Row], choose: Callable, prompts: Sequ
     measured = {row["name"]: row for row in known}
     reference_policy = functools.cache(lambda: load(reference))  # loaded only when something is missing
 
-    def exact(row: Row):
-        """The row's policy in fp32, where it fits: a KL measured in bfloat16 is mostly rounding."""
-        model = load(row)
+    def exact(model):
+        """The model in fp32, in place, where it fits: a KL measured in bfloat16 is mostly rounding."""
         common.upcast(model)
         return model
-    exact_reference = functools.cache(lambda: exact(reference))
+    exact_reference = functools.cache(lambda: exact(load(reference)))  # reference_policy samples in its own dtype
     answers: dict[str, list[Answer]] = {}
     for row in (reference, *rows):
         own = row is not reference and row.best_of == 1  # best-of-n samples from the reference
@@ -732,7 +731,8 @@ def measure(reference: Row, rows: Sequence[Row], choose: Callable, prompts: Sequ
             {"kl_sft": 0.0, "kl_sft_se": 0.0}
         if own:
             examples = [Example.completion(p.ids, a.ids) for p, a in zip(prompts, said)]
-            kl = kl_of_completions(exact(row), exact_reference(), examples, args.temperature or 1.0, args.micro_tokens)
+            kl = kl_of_completions(exact(policy()), exact_reference(), examples, args.temperature or 1.0,
+                                   args.micro_tokens)
         measured[row.name] = {**identity, **guardrails(prompts, said, tokenizer.stop_ids), **kl,
                               "delta_w": delta_w(row.adapter, policy()) if row.adapter else 0.0}
         common.write_json(path, {"schema_version": 1, **shared, "n_prompts": len(prompts),

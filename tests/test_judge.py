@@ -354,6 +354,29 @@ def test_kl_is_that_of_dense_forwards(generated, judge_args, tiny_model, dpo_run
     assert guardrail_rows(generated)["sft_v2"]["kl_sft"] == 0
 
 
+def test_a_policy_in_bf16_is_loaded_once_and_measured_in_fp32(judge_args, sft_run, dpo_run, tiny_model, tmp_path, monkeypatch):
+    """Once for a row, whose KL is that of models that were not sampled from; twice for the reference, which may sample again."""
+    loaded, load, seen = [], judge.load_policy, {}
+
+    def watched(row, *given):
+        loaded.append(row.name)
+        return load(row, *given)
+
+    def measured(policy, reference, examples, *given, measure=judge.kl_of_completions):
+        seen["dtypes"] = {common.base_of(model).dtype for model in (policy, reference)}
+        fresh = [common.attach_adapter(common.load_model(tiny_model, dtype=torch.bfloat16), run) for run in (dpo_run, sft_run)]
+        for model in fresh:
+            common.upcast(model)
+        seen["kl"] = measure(*fresh, examples, *given)
+        return measure(policy, reference, examples, *given)
+    monkeypatch.setattr(judge, "load_policy", watched)
+    monkeypatch.setattr(judge, "kl_of_completions", measured)
+    judge.main(judge.Args(**judge_args | {"dtype": "bfloat16"}, results=str(tmp_path)))
+    assert sorted(loaded) == ["dpo_v1", "sft_v2", "sft_v2"] and seen["dtypes"] == {torch.float32}
+    row = guardrail_rows(tmp_path)["dpo_v1"]
+    assert row["kl_sft"] > 1e-3 and {key: row[key] for key in seen["kl"]} == seen["kl"]
+
+
 @pytest.mark.parametrize("run", ["sft_run", "dpo_run"])
 def test_moved_weights_are_those_of_the_dense_difference(run, request, tiny_model, generated):
     """‖ΔW‖/‖W‖ of the merged model's weights against the base's; DPO's adapter is the sum of two."""
