@@ -13,6 +13,7 @@ chat templates are in chat.py, rows and the preflight in inputs.py, the estimate
 """
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -113,6 +114,14 @@ def setup_device(device: str = "auto") -> torch.device:
         device = device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         use_gpu(device)
     return torch.device(device)
+
+
+@functools.cache  # once per process
+def leave_ranks() -> None:
+    """End the process group when the process ends. Otherwise gloo's threads may still run then, which can abort a rank
+    whose work is done. Call it when all ranks are about to end: after an error NCCL would wait for the others."""
+    if dist.is_initialized():
+        atexit.register(dist.destroy_process_group)
 
 
 def use_gpu(device: str) -> None:
@@ -1849,6 +1858,7 @@ class Run:
         if decision is not None:
             if rank() == 0 and hasattr(self, "lock"):
                 self.lock.release()
+            leave_ranks()
             raise SystemExit(decision)
 
     def _open(self) -> int | None:
@@ -2072,6 +2082,7 @@ class Run:
                 self._restore_signals()
             if stop:
                 self._release()
+                leave_ranks()
                 say(f"\nstopped by a signal after step {step}; run the same command again to continue")
                 raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
 
@@ -2122,6 +2133,7 @@ class Run:
         say(f"{self.directory}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                                               for k, v in metrics.items()))
         self._push()
+        leave_ranks()
         say_next(*next_command(self.record["method"], self.args))
 
     def _push(self) -> None:

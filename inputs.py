@@ -30,8 +30,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from chat import OWN_TEMPLATE, has_plain_markers, load_tokenizer
-from common import (Degenerate, Example, QWEN, TrainInvariants, bucket, check_base, fail, permutation, read_adapter,
-                    read_policy, resolve_model, say, sha256_json)
+from common import (Degenerate, Example, QWEN, TrainInvariants, bucket, check_base, fail, leave_ranks, permutation,
+                    read_adapter, read_policy, resolve_model, say, sha256_json)
 
 # What is appended to a GSM8K question by grpo.py and by evaluate.py's zero-shot GSM8K [volcengine/verl's baseline].
 GSM8K_PROMPT = ' Let\'s think step by step and output the final answer after "####".'
@@ -846,6 +846,7 @@ def end_preview(preview: int) -> None:
     """With --preview, the process ends here: nothing is written, and no weights are loaded."""
     if preview:
         say("--preview: nothing is trained; the same command without it trains")
+        leave_ranks()
         raise SystemExit(0)
 
 

@@ -295,6 +295,7 @@ common.torch.cuda.device_count = lambda: 3
 common.use_gpu = lambda device: open(f"rank{common.rank()}", "a").write(device)
 open(f"ready{common.rank()}", "a").close()
 common.setup_device("cpu")
+common.leave_ranks()
 """
 
 

@@ -888,9 +888,11 @@ def test_a_groups_completions_go_to_one_rank(tiny_model, monkeypatch, ranks):
 
 
 DRIVER = """
-import json, sys
+import atexit, json, sys
 sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
 import dpo, sft
+atexit.register(lambda: print("still a group:", dist.is_initialized(), flush=True))  # what is registered first is called last
 given = json.loads(sys.argv[2])
 sft.main(sft.Args(**given["sft"]))
 dpo.main(dpo.Args(**given["dpo"]))
@@ -932,7 +934,7 @@ def test_ranks_give_the_update_of_one_process(torchruns):
     for n in (2, 3):
         output, _ = torchruns[n][2].communicate(timeout=300)
         assert torchruns[n][2].returncode == 0, output
-        assert f"= {n} ranks" in output
+        assert f"= {n} ranks" in output and output.count("still a group: False") == n
     directories = {n: directory for n, (directory, _, _) in torchruns.items()}
     for method in ("sft", "dpo"):
         alone = directories[1] / method
@@ -978,6 +980,7 @@ for step in range(40):
     others += any(size not in [p.graph_size for p in packs] for p in packs for size in p.recorded_with)
 print("sizes", len(base.recordings.sizes), "recorded for another rank", others)
 assert len(base.recordings.sizes) > 3 and others > 0
+common.leave_ranks()
 """
 
 

@@ -301,9 +301,10 @@ def test_a_log_line_cut_short(sft_args, sft_run, signal_after, tmp_path):
 
 
 SIGNALLED = """
-import json, os, signal, sys
+import atexit, json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import common, sft
+atexit.register(lambda: print("still a group:", common.dist.is_initialized(), flush=True))  # the last that is called
 write_log = common.Run.log
 
 def log_and_signal(self, step, *line):
@@ -326,6 +327,7 @@ def test_ranks_stop_together(signalled, steps, sft_args, sft_run, tmp_path):
                            str(REPO), json.dumps({**args, "out": str(out)}), str(signalled)],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and f"stopped by a signal after step {steps}" in done.stdout + done.stderr
+    assert done.stdout.count("still a group: False") == 2
     assert checkpoint_step(out) == steps and [line["step"] for line in log(out)] == [*range(steps)]
     assert outcome(sft, **args, out=str(out)) is None
     for line, whole in zip(log(out), log(sft_run), strict=True):
