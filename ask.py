@@ -56,8 +56,8 @@ def question(messages: list[dict], first: str, second: str) -> list[dict]:
 
 def parse_verdict(reply: str) -> str | None:
     """The letter, if the reply is a single one, with or without punctuation; None for anything else."""
-    found = re.fullmatch(r"[\W_]*([ABC])[\W_]*", reply)
-    return found[1] if found else None
+    match = re.fullmatch(r"[\W_]*([ABC])[\W_]*", reply)
+    return match[1] if match else None
 
 
 def to_rows(letter: str | None, first: str, second: str) -> str | None:
@@ -200,5 +200,6 @@ def ask_apis(questions: dict[str, list[dict]], lines, api: Api) -> None:
     if errors and not isinstance(errors[0], JudgeError):
         raise errors[0]
     if errors:
-        kept = sum(key in lines.found for key in questions)
-        fail(f"{errors[0]}. {kept} of {len(questions)} verdicts came and are kept: the same command goes on from there")
+        n_stored = sum(key in lines.by_key for key in questions)
+        fail(f"{errors[0]}. {n_stored} of {len(questions)} verdicts came and are kept: the same command goes on from "
+             "there")

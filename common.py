@@ -350,11 +350,11 @@ def config_hash(method: str, args: Any, invariants: TrainInvariants, data: dict,
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    version_by_name = {"python": platform.python_version()}
     for package in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "lm-eval", "tokenizers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            version_by_name[package] = importlib.metadata.version(package)
+    return version_by_name
 
 
 def hardware() -> dict[str, Any]:
@@ -386,13 +386,13 @@ def split_model(model: str) -> tuple[str, str | None]:
     return (model, None) if Path(model).is_dir() else (name, revision or None)
 
 
-def from_hub(name: str, revision: str | None, patterns: list[str], what: str) -> Path:
+def from_hub(name: str, revision: str | None, patterns: list[str], repo_kind: str) -> Path:
     """Local snapshot of a hub repository's files that match `patterns`."""
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as e:  # hub errors come in many kinds; all mean that the files can't be had
-        fail(f"can't get the {what} {name}{'@' + revision if revision else ''} from the hub ({type(e).__name__}); "
+        fail(f"can't get the {repo_kind} {name}{'@' + revision if revision else ''} from the hub ({type(e).__name__}); "
              f"give a local directory, or check the name, the network and HF_HUB_OFFLINE")
 
 
@@ -483,12 +483,12 @@ def check_weights(model_dir: Path, model: nn.Module) -> None:
         entries |= held
     prefix = f"{model.base_model_prefix}."  # absent in the files of a bare decoder
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}  # tied weights once
-    found = {name: entries.get(name) or entries.get(name.removeprefix(prefix)) for name in shapes}
-    if not any(found.values()):
+    entry_by_parameter = {name: entries.get(name) or entries.get(name.removeprefix(prefix)) for name in shapes}
+    if not any(entry_by_parameter.values()):
         return  # an older layout, whose names transformers converts
-    if missing := [name for name, entry in found.items() if not entry]:
+    if missing := [name for name, entry in entry_by_parameter.items() if not entry]:
         fail(f"{model_dir}: the weights lack {missing[0]} ({len(missing)} of {len(shapes)} tensors are missing)")
-    for name, entry in found.items():
+    for name, entry in entry_by_parameter.items():
         if entry["shape"] != shapes[name]:
             fail(f"{model_dir}: {name} has the shape {entry['shape']}, but config.json describes {shapes[name]}")
         if entry["dtype"] not in ("BF16", "F16", "F32"):
@@ -957,9 +957,9 @@ def read_adapter(adapter: str | Path, reward: bool = False) -> dict[str, Any]:
         fail(f"{adapter} has no {HEAD} head: it is not a reward model ({run['method']}); want one that reward.py wrote")
     if not reward and (has_head or config.get("modules_to_save")):
         fail(f"{adapter} is a reward model, not a policy; want an adapter of sft.py or of a method that starts from it")
-    found = tensors_sha256([adapter / "adapter_model.safetensors"])
-    if found != run["adapter_sha256"]:
-        fail(f"{adapter}: its weights ({found[:8]}) are not those its run.json names ({run['adapter_sha256'][:8]})")
+    sha256 = tensors_sha256([adapter / "adapter_model.safetensors"])
+    if sha256 != run["adapter_sha256"]:
+        fail(f"{adapter}: its weights ({sha256[:8]}) are not those its run.json names ({run['adapter_sha256'][:8]})")
     return run
 
 
@@ -1237,10 +1237,10 @@ def check_head(model: nn.Module) -> None:
     """Fail unless head_logits of the body's hidden states are the model's own logits, on a short text."""
     base = base_of(model)
     ids = torch.arange(1, 9, device=device_of(model))[None] % base.config.get_text_config().vocab_size
-    own = base(ids, use_cache=False).logits
+    logits = base(ids, use_cache=False).logits
     ours = head_logits(base, base.base_model(ids, use_cache=False).last_hidden_state)
-    tolerance = 1e-2 * own.abs().max().item()
-    if own.shape != ours.shape or not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=tolerance):
+    tolerance = 1e-2 * logits.abs().max().item()
+    if logits.shape != ours.shape or not torch.allclose(logits.float(), ours.float(), rtol=1e-2, atol=tolerance):
         fail(f"{base.config.model_type}: its logits are not its LM head applied to its last hidden states, so "
              f"log-probabilities here would be wrong; this architecture is not supported")
 
@@ -1462,12 +1462,13 @@ def movement(policy: PeftModel, adapter: str | Path, parent: str | Path | None, 
     """
     measured_in = upcast(policy)
     dtype, device = base_of(policy).dtype, device_of(policy)
-    own = answer_states(policy, examples, micro_tokens)
+    policy_states = answer_states(policy, examples, micro_tokens)
     with reference(policy):
         start = answer_states(policy, examples, micro_tokens)
-    kl = answer_kl(policy, own, policy, start, temperature)
+    kl = answer_kl(policy, policy_states, policy, start, temperature)
     some = range(0, len(examples), 8)
-    alone, together = [answer_states(policy, [examples[i]], micro_tokens)[0] for i in some], [own[i] for i in some]
+    alone, together = ([answer_states(policy, [examples[i]], micro_tokens)[0] for i in some],
+                       [policy_states[i] for i in some])
     targets = [torch.tensor(examples[i].targets, device=device)[:, None] for i in some]
     sums = [[(head_logits(policy, h).log_softmax(1).gather(1, t)).sum().item() for h, t in zip(states, targets)]
             for states in (together, alone)]
@@ -1476,7 +1477,7 @@ def movement(policy: PeftModel, adapter: str | Path, parent: str | Path | None, 
                "logprob_floor": sum(abs(a - b) for a, b in zip(*sums)) / len(some), "kl_answers": len(examples),
                "measured_in": measured_in}
     base = load_model(model_dir, None, "none", dtype, device, "fast" if is_fast(policy) else "plain")
-    for name, beside, states in (("kl_evaluated", adapter, own), ("kl_merge", parent, start)):
+    for name, beside, states in (("kl_evaluated", adapter, policy_states), ("kl_merge", parent, start)):
         if beside is None:
             figures[name] = None
             continue
@@ -1548,9 +1549,9 @@ def choose(logits: Tensor, temperature: float | Tensor, seed: int | Tensor | Non
     # What is left to reach lies in this block: above 0 and, whatever the rounding, at most its sum.
     within = (inside - top).exp().double().cumsum(1)
     left = torch.minimum(target - F.pad(upto, (1, 0)).gather(1, block), within[:, -1:])
-    place = (within < left).sum(1, keepdim=True)
-    logprob = inside.gather(1, place) - top - upto[:, -1:].log()
-    return (block * CHOICE_BLOCK + place)[:, 0], logprob[:, 0].float()
+    offset = (within < left).sum(1, keepdim=True)
+    logprob = inside.gather(1, offset) - top - upto[:, -1:].log()
+    return (block * CHOICE_BLOCK + offset)[:, 0], logprob[:, 0].float()
 
 
 class PlainDecoder:
@@ -1621,13 +1622,13 @@ class Sampler:
     def __init__(self, model: nn.Module, tokenizer, max_batch: int | None = None, short: bool = False):
         self.tokenizer, self.max_batch = tokenizer, max_batch or MAX_BATCH
         self.stop_ids = frozenset(getattr(tokenizer, "stop_ids", (tokenizer.eos_token_id,)))
-        self.model, self.kept = model, 0
+        self.model, self.used = model, 0
         self.decoder = PlainDecoder(model) if not is_fast(model) else \
             fast.Decoder(base_of(model), choose, say, compile=not short)
 
     def refresh(self, policy: nn.Module) -> None:
         """Take over the policy's weights as they are now."""
-        self.kept = 0
+        self.used = 0
         self.model = policy
         self.decoder.refresh(base_of(policy) if is_fast(policy) else policy)
 
@@ -1638,8 +1639,8 @@ class Sampler:
     def wasted(self) -> float:
         """Share of the tokens computed since refresh(), over all ranks, that no completion has: a row goes on after its
         end until the next readback, and a batch has as many rows as the next recorded size."""
-        kept, computed = (sum(counts) for counts in zip(*gather_lists([(self.kept, self.decoder.computed)])))
-        return 1 - kept / computed if computed else 0.0
+        used, computed = (sum(counts) for counts in zip(*gather_lists([(self.used, self.decoder.computed)])))
+        return 1 - used / computed if computed else 0.0
 
     @without_gradients()
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], temperature: float = 0.0,
@@ -1681,7 +1682,7 @@ class Sampler:
                     if why:
                         text = self._text(ids[i], stops[i] if why == "string" else [])
                         done[i] = Completion(ids[i], logprobs[i], why, text)
-                        self.kept += len(ids[i])
+                        self.used += len(ids[i])
                 finished = [i for i in live if done[i]]
                 live = [i for i in live if not done[i]]
                 if progress and finished:
@@ -1878,12 +1879,12 @@ class Run:
                          f"another process is training in {self.directory}")
         self._tidy()
         finished = self.directory / "run.json"
-        found = next((f for f in (finished, self.running) if f.is_file()), None)
-        if found:
-            old = read_json(found)
+        record_file = next((f for f in (finished, self.running) if f.is_file()), None)
+        if record_file:
+            old = read_json(record_file)
             changed = [k for k in ("method", "train_invariants", "data", "args", "parent", "scorers")
                        if self._identity(old, k) != self._identity(self.record, k)]
-            if not changed and found == finished:
+            if not changed and record_file == finished:
                 shutil.rmtree(self.running.parent, ignore_errors=True)  # of a process killed just before it did so
                 say(f"{self.directory} is finished (config {old['config_hash']}): nothing to do")
                 self._push()
@@ -1901,7 +1902,7 @@ class Run:
             fail(f"{self.directory} is not empty and holds no run; choose another --out")
         if self.args.track != "none":
             from tracking import new_id
-            self.record["track_id"] = (found and not changed and old.get("track_id")) or new_id(
+            self.record["track_id"] = (record_file and not changed and old.get("track_id")) or new_id(
                 self.record["config_hash"], self.directory)
         write_json(self.running, self.record)
         return None
@@ -1957,9 +1958,9 @@ class Run:
                 torch.cuda.set_rng_state(tensors["rng/cuda"])
             say(f"resuming {self.directory} at step {step} of {total_steps}")
         if rank() == 0:
-            kept = self.log_file.read_text().splitlines(True) if step and self.log_file.is_file() else []
-            kept = [line for line in kept if line.endswith("\n")]  # a crash may have cut the last one short
-            write_text(self.log_file, "".join(line for line in kept if json.loads(line)["step"] < step))
+            lines = self.log_file.read_text().splitlines(True) if step and self.log_file.is_file() else []
+            lines = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one short
+            write_text(self.log_file, "".join(line for line in lines if json.loads(line)["step"] < step))
             from tqdm import tqdm
             self.bar = tqdm(total=total_steps, initial=step, desc=self.record["name"], unit="step",
                             dynamic_ncols=True, mininterval=0.5, file=sys.stderr)

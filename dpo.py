@@ -223,7 +223,7 @@ def main(args: Args) -> None:
         run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(p.tokens for p in batch),
                        "chosen_tokens": sum(len(p.chosen.targets) for p in batch) / len(batch),
                        "rejected_tokens": sum(len(p.rejected.targets) for p in batch) / len(batch)},
-                [split.kept[i] for i in steps[step]])
+                [split.row_indices[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
 
     # 4. Save (relative to the pretrained base) and measure on held-out prompts and, in fp32, on held-out pairs.

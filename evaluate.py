@@ -233,18 +233,18 @@ def local_sources(data: dict[tuple[str, str], list[dict]], folder: Path) -> dict
 def hub_sources(index: dict) -> tuple[dict[str, dict], list[str]]:
     """({lm-eval task: the data set fields of its definition}, each task's "data set@commit") for lm-eval's own data
     sets at their current commits, so that the fingerprint names the commits that are read."""
-    found: dict[str, tuple[str, str]] = {}  # data set: where it is, its commit
+    locations: dict[str, tuple[str, str]] = {}  # data set: where it is, its commit
     sources, commits = {}, {}
     for name, entry in index.items():
         task = "mmlu" if name.startswith("mmlu_") else name
         if entry.kind.name == "TASK" and task in TASKS:
             dataset, config = entry.cfg["dataset_path"], entry.cfg.get("dataset_name")
-            if dataset not in found:
+            if dataset not in locations:
                 try:
-                    found[dataset] = inputs.locate_dataset(dataset)
+                    locations[dataset] = inputs.locate_dataset(dataset)
                 except OSError as error:
                     fail(f"can't read lm-eval's data set for {task}: {error} (--eval-data DIR)")
-            path, commit = found[dataset]
+            path, commit = locations[dataset]
             options = inputs.dataset_options(path, commit, config)
             sources[name] = {"dataset_path": path, "dataset_kwargs": options}
             commits[task] = f"{dataset}@{commit}"
@@ -332,14 +332,14 @@ def load_secondary(args: Args, index: dict, fingerprint: str, folder: Path):
     if four := [task for task in args.tasks if task in TASKS]:
         fail(f"--tasks {four[0]}: it is one of the four tasks of every row")
     folder.mkdir()
-    found: dict[str, tuple[int, str]] = {}
+    secondary: dict[str, tuple[int, str]] = {}
     for task in args.tasks:
         if task == ZERO_SHOT:
             asked = {"doc_to_text": "{{question}}" + inputs.GSM8K_PROMPT, "num_fewshot": 0,
                      "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 400}}  # fmt: skip
             write_task(folder, task, index["gsm8k"], task=task, **asked)
             version = index["gsm8k"].cfg["metadata"]["version"]
-            found[task] = 0, f"{fingerprint.split(':')[0]}:{common.sha256_json([fingerprint, version, asked])}"
+            secondary[task] = 0, f"{fingerprint.split(':')[0]}:{common.sha256_json([fingerprint, version, asked])}"
             continue
         entry = find_secondary(task)
         cfg, local = entry.cfg, Path(args.eval_data or "") / task
@@ -365,8 +365,8 @@ def load_secondary(args: Args, index: dict, fingerprint: str, folder: Path):
         write_task(folder, task, entry, **source)
         kind = "sha256" if isinstance(content, dict) else "hub"
         version = (cfg.get("metadata") or {}).get("version")
-        found[task] = cfg.get("num_fewshot") or 0, f"{kind}:{common.sha256_json([content, version])}"
-    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folder), found
+        secondary[task] = cfg.get("num_fewshot") or 0, f"{kind}:{common.sha256_json([content, version])}"
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folder), secondary
 
 
 @functools.cache
@@ -471,10 +471,10 @@ def run_task(lm: "RungsLM", loaded, task: str, shots: int, limit: int | None, ar
         patch.object(jinja, "from_string", functools.lru_cache(1024)(jinja.from_string)),
         patch("lm_eval.api.task.tqdm", lambda docs, **_: docs),  # instead of a progress bar for each of 57 subjects
     ):
-        found = evaluate(lm, loaded, limit=limit, apply_chat_template=in_chat, fewshot_as_multiturn=in_chat)
-    lines = sample_lines(found["samples"])
+        lm_eval_output = evaluate(lm, loaded, limit=limit, apply_chat_template=in_chat, fewshot_as_multiturn=in_chat)
+    lines = sample_lines(lm_eval_output["samples"])
     metrics = {}
-    for name, values in found["results"].items():
+    for name, values in lm_eval_output["results"].items():
         for key, value in values.items():
             if "," in key:
                 metrics[f"{name}/{key}"] = common.nulled(float(value)) if value != "N/A" else None
@@ -485,24 +485,25 @@ def run_task(lm: "RungsLM", loaded, task: str, shots: int, limit: int | None, ar
             followed = [line["metrics"][f"inst_level_{level}_acc,none"] for line in lines]  # a list for each prompt
             metrics[f"ifeval/inst_level_{level}_acc_stderr,none"] = clustered_stderr(followed)
     if log:
-        log_samples(found, log, lm)
+        log_samples(lm_eval_output, log, lm)
     seconds = round(time.time() - start, 2)
     if lm.prompts_cut:
         common.say(f"note: {task}: {lm.prompts_cut} prompts were cut from the left to the model's {lm.max_length} "
                    f"positions")
-    return {"metrics": metrics, "n": len(lines), "versions": found["versions"], "wall_time_s": seconds,
+    return {"metrics": metrics, "n": len(lines), "versions": lm_eval_output["versions"], "wall_time_s": seconds,
             "prompts_cut": lm.prompts_cut}, lines
 
 
-def log_samples(found: dict, folder: Path, lm: "RungsLM") -> None:
+def log_samples(lm_eval_output: dict, folder: Path, lm: "RungsLM") -> None:
     """What lm-eval returned, as its own --output_path with --log_samples writes it: results_<time>.json, and
     samples_<task>_<time>.jsonl for each task, subjects of MMLU among them."""
     from lm_eval.loggers import EvaluationTracker
     tracker = EvaluationTracker(output_path=str(folder / "results.json"))
     model = f"pretrained={lm.tokenizer.name_or_path}"
     tracker.general_config_tracker.log_experiment_args("hf", model, None, None, False)
-    samples = {task: [{**item} for item in items] for task, items in found["samples"].items()}  # lm-eval edits them
-    tracker.save_results_aggregated({key: value for key, value in found.items() if key != "samples"}, samples)
+    samples = {task: [{**item} for item in items]  # lm-eval edits them
+               for task, items in lm_eval_output["samples"].items()}
+    tracker.save_results_aggregated({key: value for key, value in lm_eval_output.items() if key != "samples"}, samples)
     for task, items in samples.items():
         tracker.save_results_samples(task, items)
     if not [*folder.glob("results_*.json")] or len([*folder.glob("samples_*.jsonl")]) < len(samples):
@@ -552,8 +553,8 @@ def thin(log: list[dict], points: int = 100) -> dict[str, list]:
     size = -(-len(log) // points) or 1
     parts = [log[i : i + size] for i in range(0, len(log), size)]
     keys = dict.fromkeys(key for line in log for key, value in line.items() if isinstance(value, (int, float)))
-    found = {key: [[line[key] for line in part if line.get(key) is not None] for part in parts] for key in keys}
-    return {key: [float(f"{sum(v) / len(v):.6g}") if v else None for v in values] for key, values in found.items()}
+    series = {key: [[line[key] for line in part if line.get(key) is not None] for part in parts] for key in keys}
+    return {key: [float(f"{sum(v) / len(v):.6g}") if v else None for v in values] for key, values in series.items()}
 
 
 def keep_records(out: Path, policy: "Policy", secondary: Sequence[str]) -> dict:
@@ -576,9 +577,9 @@ def keep_records(out: Path, policy: "Policy", secondary: Sequence[str]) -> dict:
     tokens, peaks = ([line[key] for line in log if line.get(key)] for key in ("tokens", "peak_gib"))
     cost = {"wall_time_s": run["wall_time_s"], "device": hardware.get("device"), "gpus": hardware.get("gpus"),
             "peak_gib": max(peaks, default=None), "tokens": sum(tokens) if tokens else None}  # fmt: skip
-    kept = {key: run.get(key) for key in "method config_hash adapter_sha256 train_invariants family seed command "
-            "args data data_sources parent scorers versions git_commit hardware wall_time_s metrics".split()}
-    record = {"schema_version": common.SCHEMA_VERSION, "name": policy.name, **common.without_places(kept),
+    run_fields = {key: run.get(key) for key in "method config_hash adapter_sha256 train_invariants family seed command "
+                  "args data data_sources parent scorers versions git_commit hardware wall_time_s metrics".split()}
+    record = {"schema_version": common.SCHEMA_VERSION, "name": policy.name, **common.without_places(run_fields),
               "steps": len(log), "curves": thin(log)}  # fmt: skip
     common.write_json(out / "runs" / f"{policy.name}-{run['adapter_sha256'][:8]}.json", record)
     return {"scores": scores.as_posix(), "cost": cost}
@@ -628,8 +629,8 @@ def main(args: Args) -> list[dict]:
     dtype = common.setup_dtype(args.dtype, device)
     out = Path(args.out)
     stored = common.read_results(out / "metrics.json")
-    found = [common.read_policy(adapter) if adapter else (None, None) for adapter in adapters]
-    runs = [run for run, _ in found if run]
+    adapter_records = [common.read_policy(adapter) if adapter else (None, None) for adapter in adapters]
+    runs = [run for run, _ in adapter_records if run]
     model_name = args.model or next((run["model"] for run in runs if run["model"]), None if runs else common.QWEN) \
         or fail(f"{adapters[-1]} names no base model; give it with --model")
     model_dir = common.resolve_model(model_name)
@@ -652,7 +653,7 @@ def main(args: Args) -> list[dict]:
         inputs.say_template(tokenizer)
     invariants = TrainInvariants.of(model_name, model_dir, tokenizer, policy)
     weights = invariants.weights_sha256
-    for adapter, (run, directory) in zip(adapters, found):
+    for adapter, (run, directory) in zip(adapters, adapter_records):
         if run:
             common.check_base(directory, run, model_name, model_dir, weights, args.other_base)
         if run and run["invariants"] and asks_in_chat and run["invariants"]["chat_template"] != tokenizer.chat_template:
@@ -681,7 +682,7 @@ def main(args: Args) -> list[dict]:
     }
     plan = [(*task, protocol) for task in tasks] + [(*p.tasks[0], p) for p in beside.values()]
     rows = []
-    for name, adapter, (run, directory) in zip(names, adapters, found):
+    for name, adapter, (run, directory) in zip(names, adapters, adapter_records):
         identity = {
             "config_hash": run["config_hash"] if run else common.sha256_json(["base", invariants.hash])[:8],
             "adapter_sha256": run["adapter_sha256"] if run else None,
@@ -751,11 +752,11 @@ def main(args: Args) -> list[dict]:
             lm.model = common.detach_adapter(lm.model)
 
         # 4. The row. Secondary tasks of an earlier call stay in it.
-        kept = {task: EvalProtocol(**{key: p[key] for key in EvalProtocol.__dataclass_fields__})
-                for task, p in (before or {}).get("secondary", {}).items() if task not in beside}  # fmt: skip
-        for task, p in kept.items():
+        earlier_tasks = {task: EvalProtocol(**{key: p[key] for key in EvalProtocol.__dataclass_fields__})
+                         for task, p in (before or {}).get("secondary", {}).items() if task not in beside}  # fmt: skip
+        for task, p in earlier_tasks.items():
             results[task] = read_result(policy, task, p)
-        columns = {task: p for task, p in (kept | beside).items() if results[task]}
+        columns = {task: p for task, p in (earlier_tasks | beside).items() if results[task]}
         results = {task: result for task, result in results.items() if result}
         run, ours = policy.run, policy.run if policy.ours else None
         row = {

@@ -89,9 +89,9 @@ def remove_temporaries(directory: str | Path, target: str | None = None) -> None
     since the caller holds the directory's lock."""
     with os.scandir(directory) if os.path.isdir(directory) else contextlib.nullcontext([]) as entries:
         for entry in entries:
-            found = TEMPORARY.fullmatch(entry.name)
-            if found and (not target or found["target"] == target and found["host"] == host()
-                          and not is_running(int(found["pid"]))):
+            match = TEMPORARY.fullmatch(entry.name)
+            if match and (not target or match["target"] == target and match["host"] == host()
+                          and not is_running(int(match["pid"]))):
                 Path(entry.path).unlink(missing_ok=True)
 
 
@@ -166,10 +166,10 @@ def write_text(path: str | Path, text: str) -> None:
 def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object; fails on a file that holds none."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e:
         fail(f"{path} is not JSON ({e})")
-    return found if isinstance(found, dict) else fail(f"{path} is not a JSON object")
+    return document if isinstance(document, dict) else fail(f"{path} is not a JSON object")
 
 
 def to_json(obj: Any, indent: int | None = None) -> str:

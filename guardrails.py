@@ -97,11 +97,12 @@ def guardrails(prompts: Sequence[Prompt], answers: Sequence[Answer], stop_ids: S
     bare = [a.ids[:-1] if a.ids[-1] in stop_ids else a.ids for a in answers]
     lengths = [len(a.ids) for a in answers]
     spoken = [(language(p.messages[-1]["content"]), language(a.text)) for p, a in zip(prompts, answers)]
-    drifted = [asked != said for asked, said in spoken if asked and said]
+    drifted = [prompt_language != answer_language for prompt_language, answer_language in spoken
+               if prompt_language and answer_language]
 
     def mean(values) -> float | None:
-        found = [v for v in values if v is not None]
-        return fmean(found) if found else None
+        numbers = [v for v in values if v is not None]
+        return fmean(numbers) if numbers else None
     return {"n": len(answers), "tokens_mean": fmean(lengths), "tokens_sd": pstdev(lengths),
             "eos_rate": mean(a.ended for a in answers), "refusal_rate": mean(is_refusal(a.text) for a in answers),
             **{f"distinct_{n}": mean(distinct(ids, n) for ids in bare) for n in (1, 2, 3)},
@@ -120,14 +121,14 @@ def collapsed(row: dict[str, Any], reference: dict[str, Any]) -> str:
         return None if reference.get(key) is None else share * reference[key]
     if row.get("n", FEWEST) < FEWEST:
         return ""
-    said, name = [], reference.get("name")
+    reasons, name = [], reference.get("name")
     if crossed("refusal_rate", REFUSES, True):
-        said.append(f"{100 * row['refusal_rate']:.0f} % refusals")
+        reasons.append(f"{100 * row['refusal_rate']:.0f} % refusals")
     if crossed("repetition_rate", LOOPS, True):
-        said.append(f"{100 * row['repetition_rate']:.0f} % stuck in a loop")
+        reasons.append(f"{100 * row['repetition_rate']:.0f} % stuck in a loop")
     if crossed("eos_rate", of_reference("eos_rate", ENDS), False):
         ends = [f"{100 * one['eos_rate']:.0f} %" for one in (row, reference)]
-        said.append(f"{ends[0]} of them end where {ends[1]} of {name}'s do")
+        reasons.append(f"{ends[0]} of them end where {ends[1]} of {name}'s do")
     if crossed("tokens_mean", of_reference("tokens_mean", LENGTH), False):
-        said.append(f"{row['tokens_mean']:.0f} tokens where {name} has {reference['tokens_mean']:.0f}")
-    return ", ".join(said)
+        reasons.append(f"{row['tokens_mean']:.0f} tokens where {name} has {reference['tokens_mean']:.0f}")
+    return ", ".join(reasons)

@@ -208,15 +208,15 @@ class RungsLM(TemplateLM):
             predict = [len(ids) - len(c) + j for c in continuations for j in range(len(c))]
             examples.append(Example(list(ids), predict, [token for c in continuations for token in c]))
         members = list(groups.values())
-        micro_tokens, found = max(self.micro_tokens, *map(len, groups)), []
+        micro_tokens, scores = max(self.micro_tokens, *map(len, groups)), []
         # The fast engine computes a prefix that sequences share (MMLU's examples, a TruthfulQA question) once.
         packs = common.micro_batches(self.model, examples, micro_tokens)
         with torch.no_grad():
             for pack in packs:
                 logprobs, extras = common.token_logprobs(self.model, pack, extras=("correct",))  # [K] predicted tokens
-                found.append((logprobs, extras["correct"]))
+                scores.append((logprobs, extras["correct"]))
                 self.bar.update(sum(len(members[example]) for example in pack.examples))
-        logprobs, correct = (torch.cat(x).tolist() for x in zip(*found))  # read once: the GPU never waits for the host
+        logprobs, correct = (torch.cat(x).tolist() for x in zip(*scores))  # read once: the GPU never waits for the host
         scored: list[list[tuple[float, bool]]] = [[] for _ in examples]  # of an example's targets, in order
         for example, *score in zip((row for pack in packs for row in pack.rows), logprobs, correct, strict=True):
             scored[example].append(score)
@@ -224,8 +224,8 @@ class RungsLM(TemplateLM):
         for tokens, requests_of in zip(scored, members, strict=True):
             for i in requests_of:
                 n = len(requests[i][2])
-                own, tokens = tokens[:n], tokens[n:]
-                results[i] = (sum(logprob for logprob, _ in own), all(correct for _, correct in own))
+                targets, tokens = tokens[:n], tokens[n:]
+                results[i] = (sum(logprob for logprob, _ in targets), all(correct for _, correct in targets))
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):

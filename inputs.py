@@ -457,7 +457,7 @@ def say_ignored(rows: Iterable[dict], source: str) -> None:
                        if m.get(key)} | {"a weight of messages besides 0 and 1" for m in messages
                                          if m.get("weight") not in (None, 0, 1)})
     if counts:
-        say(f"note: {source}: not used: " + ", ".join(f"{what} ({n} rows)" for what, n in sorted(counts.items())))
+        say(f"note: {source}: not used: " + ", ".join(f"{field} ({n} rows)" for field, n in sorted(counts.items())))
 
 
 # Splits. Every one is a function of the file and of hashes of prompts: no seed and no order of rows moves it.
@@ -492,9 +492,9 @@ def preference_parts(prompts: Sequence[list[dict] | None]) -> list[str | None]:
     smallest: dict[str, str] = {}
     for key in sorted({*keys} - {None}):
         smallest.setdefault(root(key), key)
-    places = {group: bucket(key) for group, key in smallest.items()}
-    return [None if key is None else "A" if (place := places[root(key)]) < 0.5 else "J" if place < 0.7 else "B"
-            for key in keys]
+    fractions = {group: bucket(key) for group, key in smallest.items()}
+    return [None if key is None else "A" if (fraction := fractions[root(key)]) < 0.5
+            else "J" if fraction < 0.7 else "B" for key in keys]
 
 
 def is_judge_prompt(prompt: list[dict]) -> bool:
@@ -561,12 +561,12 @@ def load_heldout(data: str, heldout_data: str | None, rows: Rows) -> Heldout:
                 return Heldout(source, held, fingerprint, first, among_them)
             say(f"WARNING: all prompts of {data} are held out in {source}, so it can't be used")
     prompts = [prompts_if_any(row, f"{data}, row {i}") for i, row in enumerate(rows)]
-    places = sorted({bucket("heldout " + text_key(several[0])) for several in prompts if several})
-    count = min(max(math.ceil(0.05 * len(places)), min(4, len(places) // 4)), 2000)
-    if len(places) < 2:
-        fail(f"no held-out rows found beside {data}, and {len(places)} different prompts are too few to split some "
+    fractions = sorted({bucket("heldout " + text_key(several[0])) for several in prompts if several})
+    count = min(max(math.ceil(0.05 * len(fractions)), min(4, len(fractions) // 4)), 2000)
+    if len(fractions) < 2:
+        fail(f"no held-out rows found beside {data}, and {len(fractions)} different prompts are too few to split some "
              f"off; name some with --heldout-data")
-    limit = places[count - 1]
+    limit = fractions[count - 1]
 
     def split_off(several: list[list[dict]]) -> bool:  # rows of one first prompt stay together
         return bool(several) and bucket("heldout " + text_key(several[0])) <= limit
@@ -597,28 +597,28 @@ def take_rows(rows: Sequence, n: int, seed: int, read: Callable[[int, Any], Any]
     usable; rows that are "too long" have a limit of their own when `max_overlong` is given. A preview names what would
     be dropped instead.
     """
-    items, kept, dropped, examples = [], [], Counter(), []
+    items, row_indices, dropped, examples = [], [], Counter(), []
     order = permutation(len(rows), seed, "rows")
     for at in range(0, len(order), 1024):
-        found: list[tuple[int, Any]] = []
+        candidates: list[tuple[int, Any]] = []
         for i in order[at:at + 1024]:
             try:
                 value = read(i, rows[i])
             except Degenerate as e:
                 value = str(e)
             if value is not None:
-                found.append((i, value))
-        good = [(i, value) for i, value in found if not isinstance(value, str)]
+                candidates.append((i, value))
+        good = [(i, value) for i, value in candidates if not isinstance(value, str)]
         names = [f"{source}, row {i}" for i, _ in good]
         built = iter(build_or_drop(build, [value for _, value in good], names))
-        for i, value in found:
+        for i, value in candidates:
             item = value if isinstance(value, str) else next(built)
             if isinstance(item, str):
                 dropped[item] += 1
                 examples.append(f"row {i} ({item})")
             else:
                 items.append(item)
-                kept.append(i)
+                row_indices.append(i)
             if len(items) == n:
                 break
         overlong = dropped["too long"] if max_overlong is not None else 0
@@ -643,7 +643,7 @@ def take_rows(rows: Sequence, n: int, seed: int, read: Callable[[int, Any], Any]
              f"raise it, or allow more with --max-overlong")
     if len(items) < n:
         say(f"note: {source} has {len(items)} usable rows, fewer than the {n} asked for")
-    return items, dropped, kept
+    return items, dropped, row_indices
 
 
 def build_or_drop(build: Callable[[list, list[str]], list], values: list, names: list[str]) -> list:
@@ -662,7 +662,7 @@ class Split:
     """What an offline method trains and measures on."""
     train: list                    # items in the order of the seed's shuffle
     heldout: list
-    kept: list[int]                # row of --data of each training item
+    row_indices: list[int]         # row of --data of each training item
     dropped: Counter               # {reason: training rows}
     fingerprints: dict[str, str]   # for Run: what both were made of
     prompts: dict[str, list[str]]  # for prompts.json: ids of the prompts that are answered in either
@@ -704,21 +704,23 @@ def load_split(args: Any, kinds: Sequence[str], read: Callable[[dict, str], Any]
     judged = [held_kind != "chat" and prompt is not None and is_judge_prompt(prompt) for prompt in held.prompts]
     if judged.count(False) < 2:  # so small a set serves both
         judged = [False] * len(judged)
-    train, dropped, kept = take_rows(rows, args.rows, args.seed, train_row, build, args.data, args.max_dropped,
-                                     args.max_overlong, args.preview)
+    train, dropped, row_indices = take_rows(rows, args.rows, args.seed, train_row, build, args.data, args.max_dropped,
+                                            args.max_overlong, args.preview)
     if left_out:
         say(f"note: {left_out} rows of {args.data} are left out of training, since their prompts are held out "
             f"({held.source})")
-    say_ignored((rows[i] for i in kept), args.data)
+    say_ignored((rows[i] for i in row_indices), args.data)
 
     def heldout_row(i: int, row: dict) -> Any:
         return None if judged[i] else read(row, f"{held.source}, row {i}")
-    heldout, _, held_kept = take_rows(held.rows, args.heldout_rows, args.seed, heldout_row, build, held.source,
-                                      args.max_dropped, max_overlong=1.0)
+    heldout, _, held_indices = take_rows(held.rows, args.heldout_rows, args.seed, heldout_row, build, held.source,
+                                         args.max_dropped, max_overlong=1.0)
     prompts = {name: sorted({prompt_id(p) for i in used for p in as_prompts(source[i], "")})
-               for name, source, used in (("train", rows, kept), ("heldout", held.rows, held_kept))}
-    sources = {"train": count_sources(rows[i] for i in kept), "heldout": count_sources(held.rows[i] for i in held_kept)}
-    return Split(train, heldout, kept, dropped, {"train": fingerprint, "heldout": held.fingerprint}, prompts, sources)
+               for name, source, used in (("train", rows, row_indices), ("heldout", held.rows, held_indices))}
+    sources = {"train": count_sources(rows[i] for i in row_indices),
+               "heldout": count_sources(held.rows[i] for i in held_indices)}
+    return Split(train, heldout, row_indices, dropped, {"train": fingerprint, "heldout": held.fingerprint}, prompts,
+                 sources)
 
 
 # ------------------------------------------------------------------------------------------------

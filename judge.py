@@ -203,8 +203,8 @@ def summarise(entries: list[dict], seed: int) -> dict[str, Any]:
     verdicts = [(e["verdict_ab"], e["verdict_ba"]) for e in entries]
     asked = [(e["verdict_ab"], e["verdict_ba"]) for e in entries if e["completion_a"] != e["completion_b"]]
     scored = [e for e in entries if e["score"] is not None]
-    found, both = Counter(e["score"] for e in scored), [ab != ba for ab, ba in asked if ab and ba]
-    out = {"n": len(entries), "wins": found[1.0], "ties": found[0.5], "losses": found[0.0],
+    counts, both = Counter(e["score"] for e in scored), [ab != ba for ab, ba in asked if ab and ba]
+    out = {"n": len(entries), "wins": counts[1.0], "ties": counts[0.5], "losses": counts[0.0],
            "unparsable": len(entries) - len(scored),
            "unparsable_verdicts": sum(v is None for pair in verdicts for v in pair),
            "win_rate": None, "win_rate_ci95": [None, None], "tie_rate": None,
@@ -220,7 +220,7 @@ def summarise(entries: list[dict], seed: int) -> dict[str, Any]:
         raw, controlled = win_rate(scores, weights), length_controlled(scores, lengths, weights)
         finished = np.array([unfinished_lost(e["score"], e["stopped_a"], e["stopped_b"]) for e in scored])
         strict = win_rate(finished, weights)
-        out |= {"win_rate": raw[0].item(), "win_rate_ci95": interval(raw[1:]), "tie_rate": found[0.5] / len(scored),
+        out |= {"win_rate": raw[0].item(), "win_rate_ci95": interval(raw[1:]), "tie_rate": counts[0.5] / len(scored),
                 "length_controlled_win_rate": controlled[0].item(), "length_controlled_ci95": interval(controlled[1:]),
                 "unfinished_lost_win_rate": strict[0].item(), "unfinished_lost_ci95": interval(strict[1:])}
     return out
@@ -278,13 +278,13 @@ class Lines:
     """JSON lines under a key, appended and flushed one by one; a last line that a crash cut short is dropped."""
 
     def __init__(self, path: Path):
-        self.path, self.found, self.lock = path, {}, threading.Lock()
+        self.path, self.by_key, self.lock = path, {}, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         *whole, torn = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         for number, line in enumerate(whole, 1):
             try:
                 entry = json.loads(line)
-                self.found[entry["key"]] = entry
+                self.by_key[entry["key"]] = entry
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}, line {number} is not what judge.py wrote there; delete the file")
         if torn:
@@ -293,30 +293,30 @@ class Lines:
     def add(self, entry: dict[str, Any]) -> None:
         with self.lock, open(self.path, "a") as f:
             f.write(json.dumps(entry, allow_nan=False) + "\n")  # in ASCII: a reply may hold what UTF-8 can't
-            self.found[entry["key"]] = entry
+            self.by_key[entry["key"]] = entry
 
 
 def read_rows(args: Args):
     """(rows, reference, base); adapters of other bases or invariants are refused."""
-    adapters = [place for place in (args.against, *args.rows) if place != "base"]
+    adapters = [adapter for adapter in (args.against, *args.rows) if adapter != "base"]
     if not adapters:
         fail("--rows and --against name no adapter: nothing to compare with the base")
     # A plain PEFT adapter has no invariants of its own: start from an adapter that has, if there is one
-    read = {place: common.read_policy(place) for place in adapters}
-    first = next((place for place in adapters if read[place][0]["invariants"]), adapters[0])
+    read = {adapter: common.read_policy(adapter) for adapter in adapters}
+    first = next((adapter for adapter in adapters if read[adapter][0]["invariants"]), adapters[0])
     start = inputs.read_start(first, args.model, other_base=args.other_base)
     invariants = start.invariants
     inputs.say_template(start.tokenizer)
     base = {"name": "base", "config_hash": common.sha256_json(["base", invariants.hash])[:8], "adapter_sha256": None,
             "train_invariants": invariants.hash}
     rows = []
-    for place in (args.against, *args.rows):
-        if place == "base":
+    for adapter in (args.against, *args.rows):
+        if adapter == "base":
             rows.append(Row("base", None, None, base))
         else:
-            run, directory = read[place]
-            check_same(place, run, start, args)
-            name = Path(place).resolve().name
+            run, directory = read[adapter]
+            check_same(adapter, run, start, args)
+            name = Path(adapter).resolve().name
             record = {"name": name, **{k: run[k] for k in list(base)[1:]}, "train_invariants": invariants.hash}
             rows.append(Row(name, directory, run, record))
     for name, times in Counter(row.name for row in rows).items():
@@ -393,7 +393,7 @@ def sample(policy: Callable[[], Any], tokenizer, prompts: Sequence[Prompt], n: i
     """n answers of a policy to each prompt: taken from `lines` where it has them, else sampled, CHUNK at a time. With
     n > 1, answer 0 (the policy's own) is not among those to choose from: it would be compared with itself."""
     wanted = [(p, f"{p.id}/{k}") for p in prompts for k in (range(1, n + 1) if n > 1 else [0])]
-    todo = [(p, key) for p, key in wanted if key not in lines.found]
+    todo = [(p, key) for p, key in wanted if key not in lines.by_key]
     if todo:
         sampler = common.Sampler(policy(), tokenizer, short=True)
         with tqdm(total=len(todo), desc=f"{title}: completions") as bar:
@@ -403,8 +403,8 @@ def sample(policy: Callable[[], Any], tokenizer, prompts: Sequence[Prompt], n: i
                                       args.seed, progress=bar.update, rows=noise)
                 for (_, key), c in zip(part, done):
                     lines.add({"key": key, "ids": c.ids, "ended": c.stopped == "eos", "text": c.text})
-    found = iter([Answer(*(lines.found[key][k] for k in Answer._fields)) for _, key in wanted])
-    return [list(itertools.islice(found, n)) for _ in prompts]
+    answers = iter([Answer(*(lines.by_key[key][k] for k in Answer._fields)) for _, key in wanted])
+    return [list(itertools.islice(answers, n)) for _ in prompts]
 
 
 def reward_scores(adapter: str, run: dict, model_dir: Path, pairs: Sequence[tuple[Prompt, Answer]], end_id: int,
@@ -413,7 +413,7 @@ def reward_scores(adapter: str, run: dict, model_dir: Path, pairs: Sequence[tupl
     lines = Lines(Path(args.results) / "cache" / f"scores-{run['adapter_sha256'][:16]}.jsonl")
     examples = [Example.completion(p.ids, a.ids if a.ended else [*a.ids, end_id]) for p, a in pairs]
     keys = [common.sha256_json(e.ids)[:16] for e in examples]
-    if todo := {key: e for key, e in zip(keys, examples) if key not in lines.found}:
+    if todo := {key: e for key, e in zip(keys, examples) if key not in lines.by_key}:
         quantization = "nf4" if run["invariants"]["quantization"] == "qlora" else "none"
         model = common.load_reward(model_dir, adapter, quantization, getattr(torch, run["args"]["dtype"]), device,
                                    common.choose_engine(args.engine, model_dir, device))
@@ -423,7 +423,7 @@ def reward_scores(adapter: str, run: dict, model_dir: Path, pairs: Sequence[tupl
             raise FloatingPointError(f"{adapter} gives scores that are not finite")
         for key, score in zip(todo, scores.tolist()):
             lines.add({"key": key, "score": score})
-    return [lines.found[key]["score"] for key in keys]
+    return [lines.by_key[key]["score"] for key in keys]
 
 
 def choose_best(answers: Sequence[Answer], scores: Sequence[float]) -> Answer:
@@ -476,17 +476,17 @@ def read_judge(args: Args, start: inputs.Start) -> Judge:
 def circular_why(judge: Judge, a: Row, b: Row, base_sha256: str) -> str | None:
     """Why this judge is not independent of a row; None when no reason is known."""
     if judge.kind == "local":
-        own = judge.run["adapter_sha256"] if judge.run else None
-        if named := [row.name for row in (a, b) if own and row.record["adapter_sha256"] == own]:
+        judge_sha256 = judge.run["adapter_sha256"] if judge.run else None
+        if named := [row.name for row in (a, b) if judge_sha256 and row.record["adapter_sha256"] == judge_sha256]:
             return f"the judge is {named[0]} itself"
         if judge.run or judge.identity[1] == base_sha256:
             return "the judge is " + ("a policy on the base that the rows have" if judge.run else "the rows' own base")
     if judge.kind == "reward":
-        own = judge.run["adapter_sha256"]
+        judge_sha256 = judge.run["adapter_sha256"]
         for row in (a, b):
-            if row.record.get("best_of", {}).get("adapter_sha256") == own:
+            if row.record.get("best_of", {}).get("adapter_sha256") == judge_sha256:
                 return f"the judge chose the completions of {row.name}"
-            if row.run and row.run.get("scorers", {}).get("reward", {}).get("adapter_sha256") == own:
+            if row.run and row.run.get("scorers", {}).get("reward", {}).get("adapter_sha256") == judge_sha256:
                 return f"{row.name} was trained against the judge"
     return None
 
@@ -500,9 +500,9 @@ def training_prompts(run: dict[str, Any], adapter: str) -> dict[str, set[str] | 
     reward = (run.get("scorers") or {}).get("reward")
     for link, flag in ((run.get("parent"), "sft_adapter"), (reward, "reward_adapter")):
         if link:
-            places = [Path(str(settings.get(flag))), Path(adapter).resolve().parent / link["name"]]
-            runs = {place: common.read_json(place / "run.json") for place in places if (place / "run.json").is_file()}
-            same = [place for place, other in runs.items() if other.get("adapter_sha256") == link["adapter_sha256"]]
+            paths = [Path(str(settings.get(flag))), Path(adapter).resolve().parent / link["name"]]
+            runs = {path: common.read_json(path / "run.json") for path in paths if (path / "run.json").is_file()}
+            same = [path for path, record in runs.items() if record.get("adapter_sha256") == link["adapter_sha256"]]
             prompts |= training_prompts(runs[same[0]], str(same[0])) if same else {link["name"]: None}
     return prompts
 
@@ -514,12 +514,13 @@ def independence(judge: Judge, rows: Sequence[Row]) -> dict[str, Any]:
         parts = list(training_prompts(run, adapter).values()) if run else []
         return None if None in parts else set().union(*parts)
 
-    own = joined(judge.run, judge.adapter) if judge.run else None  # a model from elsewhere: nothing is known
-    theirs = {row.name: joined(row.run, row.adapter) for row in rows}
-    if not own:
+    judge_prompts = joined(judge.run, judge.adapter) if judge.run else None  # a model from elsewhere: nothing is known
+    row_prompts = {row.name: joined(row.run, row.adapter) for row in rows}
+    if not judge_prompts:
         return {"independent": None, "shared_prompts": None}
-    shared = {name: None if prompts is None else {"prompts": len(own & prompts), "share": len(own & prompts) / len(own)}
-              for name, prompts in theirs.items()}
+    shared = {name: None if prompts is None else {"prompts": len(judge_prompts & prompts),
+                                                  "share": len(judge_prompts & prompts) / len(judge_prompts)}
+              for name, prompts in row_prompts.items()}
     if any(part and part["prompts"] for part in shared.values()):
         return {"independent": False, "shared_prompts": shared}
     return {"independent": None if None in shared.values() else True, "shared_prompts": shared}
@@ -530,10 +531,10 @@ def letter_tokens(tokenizer, model: str) -> list[int]:
     tokens = []
     for letter in LETTERS:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}]
-        said = [i for i, own in zip(*chat.render(tokenizer, turns)) if own and i not in tokenizer.stop_ids]
-        if len(said) != 1:
+        ids = [i for i, in_reply in zip(*chat.render(tokenizer, turns)) if in_reply and i not in tokenizer.stop_ids]
+        if len(ids) != 1:
             fail(f"--judge-model {model}: its tokenizer has no single token for the verdict {letter}")
-        tokens += said
+        tokens += ids
     return tokens
 
 
@@ -590,7 +591,7 @@ def ask_all(judge: Judge, compared: dict[str, list[dict]], args: Args, device) -
             for first, second in ("ab", "ba") if e["completion_a"] != e["completion_b"] else ():
                 messages = question(e["prompt"], e[f"completion_{first}"], e[f"completion_{second}"])
                 keys[pair, e["id"], first + second] = key = common.sha256_json(messages)[:24]
-                if key not in lines.found:
+                if key not in lines.by_key:
                     questions[key] = messages
     if questions and judge.kind == "local":
         ask_local(judge, questions, lines, args, device)
@@ -600,7 +601,7 @@ def ask_all(judge: Judge, compared: dict[str, list[dict]], args: Args, device) -
         costs[pair] = cost = dict.fromkeys(COST, 0)
         for e in entries:
             for order in ("ab", "ba"):
-                line = lines.found.get(keys.get((pair, e["id"], order)))
+                line = lines.by_key.get(keys.get((pair, e["id"], order)))
                 e[f"verdict_{order}"] = to_rows(line["verdict"], *order) if line else "tie"
                 for k in cost:
                     cost[k] += line[k] if line else 0
@@ -650,9 +651,9 @@ def against_longer(entries: list[dict], data: str, seed: int) -> dict[str, Any]:
 def score_all(judge: Judge, compared: dict[str, list[dict]], reference: str, prompts: Sequence[Prompt],
               answers: dict[str, list[Answer]], end_id: int, args: Args, device) -> dict[str, dict[str, float]]:
     """As ask_all, with a reward model: one verdict for both orders, from the scores, which are stored beside it."""
-    began, pairs = time.time(), [pair for said in answers.values() for pair in zip(prompts, said)]
-    found = iter(reward_scores(judge.adapter, judge.run, judge.model_dir, pairs, end_id, args, device))
-    scores = {name: list(itertools.islice(found, len(prompts))) for name in answers}
+    began, pairs = time.time(), [pair for row_answers in answers.values() for pair in zip(prompts, row_answers)]
+    flat_scores = iter(reward_scores(judge.adapter, judge.run, judge.model_dir, pairs, end_id, args, device))
+    scores = {name: list(itertools.islice(flat_scores, len(prompts))) for name in answers}
     for name, entries in compared.items():
         for e, x, y in zip(entries, scores[name], scores[reference]):
             verdict = "tie" if x == y else "a" if x > y else "b"
@@ -669,8 +670,8 @@ def place_for(directory: Path, a: str, b: str, judge: dict) -> Path:
     places = [directory / f"{a}_vs_{b}{suffix}.json" for suffix in suffixes]
 
     def is_free(path: Path) -> bool:
-        other = common.read_json(path)["judge"] if path.is_file() else judge
-        return [other["kind"], other["model"]] == who
+        stored_judge = common.read_json(path)["judge"] if path.is_file() else judge
+        return [stored_judge["kind"], stored_judge["model"]] == who
     return next(path for path in places if is_free(path) or path == places[-1])
 
 
@@ -700,9 +701,10 @@ def show(result: dict) -> None:
 
 def measure(reference: Row, rows: Sequence[Row], choose: Callable, prompts: Sequence[Prompt], tokenizer,
             shared: dict[str, Any], directory: Path, load: Callable, args: Args, device) -> dict[str, list[Answer]]:
-    """Each row's answers, and its row of guardrails.json. A row already measured alike is not measured again.
+    """{row name: its answer to each prompt}, of the reference and the rows; their measurements go to guardrails.json. A
+    row whose record, settings and answers are in that file already is not measured again.
 
-    load(row) gives its policy; choose(prompts, [n answers to each]) the best of each.
+    load(row) returns the row's policy; choose(prompts, [n answers to each]) the best answer to each.
     """
     path = directory / "guardrails.json"
     before = common.read_json(path) if path.is_file() else {}
@@ -711,29 +713,29 @@ def measure(reference: Row, rows: Sequence[Row], choose: Callable, prompts: Sequ
     reference_policy = functools.cache(lambda: load(reference))  # loaded only when something is missing
 
     def exact(model):
-        """The model in fp32, in place, where it fits: a KL measured in bfloat16 is mostly rounding."""
+        """The model in fp32, in place, if memory allows: a KL measured in bfloat16 is mostly rounding."""
         common.upcast(model)
         return model
     exact_reference = functools.cache(lambda: exact(load(reference)))  # reference_policy samples in its own dtype
     answers: dict[str, list[Answer]] = {}
     for row in (reference, *rows):
-        own = row is not reference and row.best_of == 1  # best-of-n samples from the reference
-        policy = functools.cache(functools.partial(load, row)) if own else reference_policy
+        has_own_policy = row is not reference and row.best_of == 1  # best-of-n samples from the reference
+        policy = functools.cache(functools.partial(load, row)) if has_own_policy else reference_policy
         key = common.sha256_json([row.record["train_invariants"], row.record["adapter_sha256"],
                                   shared["prompts_fingerprint"], shared["sampling"]])[:16]
         drawn = sample(policy, tokenizer, prompts, row.best_of, args,
                        Lines(directory / "cache" / f"generations-{key}.jsonl"), row.name)
-        answers[row.name] = said = choose(prompts, drawn) if row.best_of > 1 else [each[0] for each in drawn]
-        identity = row.record | {"completions_sha256": common.sha256_json([a.ids for a in said])}
+        answers[row.name] = row_answers = choose(prompts, drawn) if row.best_of > 1 else [each[0] for each in drawn]
+        identity = row.record | {"completions_sha256": common.sha256_json([a.ids for a in row_answers])}
         if all(measured.get(row.name, {}).get(k) == v for k, v in identity.items()):
             continue
         kl = {"kl_sft": best_of_kl(row.best_of), "kl_sft_se": None, "kl_sft_bound": True} if row.best_of > 1 else \
             {"kl_sft": 0.0, "kl_sft_se": 0.0}
-        if own:
-            examples = [Example.completion(p.ids, a.ids) for p, a in zip(prompts, said)]
+        if has_own_policy:
+            examples = [Example.completion(p.ids, a.ids) for p, a in zip(prompts, row_answers)]
             kl = kl_of_completions(exact(policy()), exact_reference(), examples, args.temperature or 1.0,
                                    args.micro_tokens)
-        measured[row.name] = {**identity, **guardrails(prompts, said, tokenizer.stop_ids), **kl,
+        measured[row.name] = {**identity, **guardrails(prompts, row_answers, tokenizer.stop_ids), **kl,
                               "delta_w": delta_w(row.adapter, policy()) if row.adapter else 0.0}
         common.write_json(path, {"schema_version": 1, **shared, "n_prompts": len(prompts),
                                  "rows": list(measured.values())})
@@ -872,11 +874,11 @@ def main(args: Args) -> None:
                           "sha256": None if judge.kind == "api" else judge.identity[1], "temperature": 0.0},
                 "sampling": sampling, **fingerprints, "summary": summary,
                 "cost": {k: round(v, 2) for k, v in costs[row.name].items()}, "prompts": entries}
-            place = place_for(directory, row.name, reference.name, result["judge"])
-            common.write_json(place, result)
+            comparison_path = place_for(directory, row.name, reference.name, result["judge"])
+            common.write_json(comparison_path, result)
             scores = [[e["id"], e["score"], e["tokens_a"] - e["tokens_b"]] for e in entries]
             summary = {k: v for k, v in result.items() if k != "prompts"} | {"scores": scores}
-            common.write_json(directory / "summaries" / place.name, summary)
+            common.write_json(directory / "summaries" / comparison_path.name, summary)
             show(result)
         write_page(directory)
         common.say(f"side by side: {directory / 'index.html'}")

@@ -43,12 +43,12 @@ def independence(record: dict) -> str:
 
 def judge_evidence(record: dict, reward_models: list[dict]) -> str:
     """Does the judge beat "the longer answer wins", paired, on held-out pairs? Only then is it evidence."""
-    own = checked_pairs(record, reward_models)
-    if not own or not paired_with_length(own):
+    heldout = checked_pairs(record, reward_models)
+    if not heldout or not paired_with_length(heldout):
         model = at(record, "judge", "model")
         return f"Whether {model} beats \"the longer answer wins\" on held-out pairs is not known."
     word = "evidence" if is_evidence(record, reward_models) else "no evidence by themselves"
-    return f"{against_length(own)} Its win rates are {word}."
+    return f"{against_length(heldout)} Its win rates are {word}."
 
 
 def checked_pairs(record: dict, reward_models: list[dict]) -> dict | None:
@@ -57,15 +57,16 @@ def checked_pairs(record: dict, reward_models: list[dict]) -> dict | None:
     judge = record.get("judge") or {}
     if judge.get("heldout"):
         return {"label": judge.get("model"), **judge["heldout"]}
-    own = [r for r in reward_models if judge.get("kind") == "reward" and r.get("adapter_sha256") == judge.get("sha256")]
-    return own[0] if own else None
+    judges = [r for r in reward_models
+              if judge.get("kind") == "reward" and r.get("adapter_sha256") == judge.get("sha256")]
+    return judges[0] if judges else None
 
 
 def is_evidence(record: dict, reward_models: list[dict]) -> bool | None:
     """Does the judge beat the better rule of length, p < 0.05, on the same pairs? None where that is not known."""
-    own = checked_pairs(record, reward_models)
-    found = paired_with_length(own) if own else None
-    return found and found[0].p < ALPHA and sum(found[0].interval) > 0
+    heldout = checked_pairs(record, reward_models)
+    paired_and_name = paired_with_length(heldout) if heldout else None
+    return paired_and_name and paired_and_name[0].p < ALPHA and sum(paired_and_name[0].interval) > 0
 
 
 # ------------------------------------------------------------------ win rates
@@ -82,21 +83,21 @@ def pool(records: list[dict]) -> dict:
         return {"n": n, "seeds": 1, **{key: summaries[0].get(key) for key in (
             "win_rate", "win_rate_ci95", "length_controlled_win_rate", "length_controlled_ci95")}}
     shared = sorted(set.intersection(*map(set, scored)))
-    found = {"n": len(shared), "seeds": len(records)}
+    pooled = {"n": len(shared), "seeds": len(records)}
     if len(shared) > 1:
         d = np.array([[scores[key] for key in shared] for scores in scored])  # [S, n]
         paired = paired_over_seeds(d, np.ones(len(shared), int))
         low, high = paired.interval
-        found |= {"win_rate": float(d.mean()), "win_rate_ci95": [max(0.0, low), min(1.0, high)]}
+        pooled |= {"win_rate": float(d.mean()), "win_rate_ci95": [max(0.0, low), min(1.0, high)]}
     rates = [s.get("length_controlled_win_rate") for s in summaries]
     ends = [s.get("length_controlled_ci95") or [None] for s in summaries]
     if None not in map(finite, [*rates, *(end for pair in ends for end in pair)]):
-        own = [((high - low) / 3.92) ** 2 for low, high in ends]
-        half = 1.96 * math.sqrt(statistics.variance(rates) / len(rates) + statistics.fmean(own))
+        variances = [((high - low) / 3.92) ** 2 for low, high in ends]
+        half = 1.96 * math.sqrt(statistics.variance(rates) / len(rates) + statistics.fmean(variances))
         rate = statistics.fmean(rates)
-        found |= {"length_controlled_win_rate": rate,
-                  "length_controlled_ci95": [max(0.0, rate - half), min(1.0, rate + half)]}
-    return found
+        pooled |= {"length_controlled_win_rate": rate,
+                   "length_controlled_ci95": [max(0.0, rate - half), min(1.0, rate + half)]}
+    return pooled
 
 
 def judged_families(judge: list[dict], rows: list[dict]) -> list[tuple[str, str, list[dict]]]:
@@ -112,12 +113,12 @@ def judged_families(judge: list[dict], rows: list[dict]) -> list[tuple[str, str,
         policy = row.get("name"), row.get("adapter_sha256")
         return next((label for label, group in family.values() if policy in group), judged_label(row, rows))
 
-    found = {}
+    by_comparison = {}
     for record in judge:
         a, b = (label_of(at(record, "rows", side) or {"name": record.get(side)}) for side in "ab")
         who = [at(record, "judge", key) for key in ("kind", "model", "sha256")]
-        found.setdefault(json.dumps([who, a, b, record["note"]]), (a, b, []))[2].append(record)
-    return list(found.values())
+        by_comparison.setdefault(json.dumps([who, a, b, record["note"]]), (a, b, []))[2].append(record)
+    return list(by_comparison.values())
 
 
 def own_criterion(row: dict, rows: list[dict], judge: list[dict], reward_models: list[dict]) -> str:
@@ -125,7 +126,7 @@ def own_criterion(row: dict, rows: list[dict], judge: list[dict], reward_models:
     judge that was named to decide, that beats "the longer answer wins" and shares no training prompt with it, over
     FEWEST prompts or more; a line per judge, the seeds of the row's family pooled, whichever protocol has them."""
     family = next((group for _, group in families(rows) if any(same_policy(row, r) for r in group)), [row])
-    adapters, said = {r["adapter_sha256"]: r["parent"]["adapter_sha256"] for r in family if r.get("parent")}, []
+    adapters, lines = {r["adapter_sha256"]: r["parent"]["adapter_sha256"] for r in family if r.get("parent")}, []
     against_parent = [record for record in judge if independence(record) != "circular" and at(
         record, "rows", "b", "adapter_sha256") == adapters.get(at(record, "rows", "a", "adapter_sha256"), "none")]
     for _, _, records in judged_families(against_parent, rows):
@@ -145,10 +146,10 @@ def own_criterion(row: dict, rows: list[dict], judge: list[dict], reward_models:
         elif not is_evidence(record, reward_models):
             met = "open (the judge is not shown to beat longer-wins, so it is no evidence by itself)"
         seeds = f" in {pooled['seeds']} seeds" * (pooled["seeds"] > 1)
-        said.append(f"{met}: wins {win_rate_cell(pooled)} % of {number(pooled['n'])} prompts{seeds} against SFT, "
-                    f"length-controlled {controlled_cell(pooled)}, by {at(record, 'judge', 'model')}, "
-                    + (independence(record) or "whose training prompts are not known"))
-    return "\n".join(said) or "open: not judged against SFT"
+        lines.append(f"{met}: wins {win_rate_cell(pooled)} % of {number(pooled['n'])} prompts{seeds} against SFT, "
+                     f"length-controlled {controlled_cell(pooled)}, by {at(record, 'judge', 'model')}, "
+                     + (independence(record) or "whose training prompts are not known"))
+    return "\n".join(lines) or "open: not judged against SFT"
 
 
 def win_rates(records: dict[str, list[dict]], rows: list[dict]) -> list[str]:
@@ -284,13 +285,13 @@ def reference_row(record: dict) -> dict:
 def mark_collapsed(rows: list[dict], records: dict[str, list[dict]]) -> None:
     """Sets "collapsed" of each row, and of each comparison for its row a: how its answers to the judge's prompts have
     collapsed (guardrails.collapsed), "" where they have not or were not measured."""
-    found = {(row.get("name"), row.get("adapter_sha256")): collapsed(row, reference_row(record))
-             for record in records["guardrails"] for row in record.get("rows") or []}
+    collapses = {(row.get("name"), row.get("adapter_sha256")): collapsed(row, reference_row(record))
+                 for record in records["guardrails"] for row in record.get("rows") or []}
     for row in rows:
-        row["collapsed"] = found.get((row["name"], row["adapter_sha256"]), "")
+        row["collapsed"] = collapses.get((row["name"], row["adapter_sha256"]), "")
     for record in records["judge"]:
         a = at(record, "rows", "a") or {}
-        record["collapsed"] = found.get((a.get("name"), a.get("adapter_sha256")), "")
+        record["collapsed"] = collapses.get((a.get("name"), a.get("adapter_sha256")), "")
 
 
 def mark_seeds(records: dict[str, list[dict]]) -> None:

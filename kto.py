@@ -259,7 +259,7 @@ def main(args: Args) -> None:
 
         # 3d. Log and checkpoint. Nothing above waits for the GPU: a line is written once its numbers are ready.
         run.log(step, {**metrics, "grad_norm": grad_norm, "lr": lr, "tokens": sum(len(r.example.ids) for r in batch)},
-                [split.kept[i] for i in steps[step]])
+                [split.row_indices[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
 
     # 4. Save (relative to the pretrained base) and measure on held-out prompts and, in fp32, on held-out rows.

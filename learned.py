@@ -111,8 +111,8 @@ def objective_line(rows: list[dict], objective: tuple) -> list[str] | None:
     changes, ends = change_of(objective, facts)
     decimals, n = 1 if scale == 100 else 3, facts[0].get(n_key)
     shown = number(after[0], decimals, scale)
-    if own := interval_of(after_key, facts[0], finite(n)):
-        shown += f" {bracket(own, decimals, scale)}"
+    if interval := interval_of(after_key, facts[0], finite(n)):
+        shown += f" {bracket(interval, decimals, scale)}"
     if len(rows) > 1:
         shown = spread(after, scale, decimals) + " sd"
     first = None if None in before else statistics.fmean(before)
@@ -186,7 +186,7 @@ def moved_table(rows: list[dict]) -> Table | None:
 
 # ------------------------------------------------------------------ reward models and on-policy runs
 
-REWARD = {  # figures of a reward model: column title -> (place in its file, scale, decimals)
+REWARD = {  # figures of a reward model: column title -> (keys in its file, scale, decimals)
     "accuracy, %": (("accuracy",), 100, 1),
     "longer-wins, %": (("longer_wins", "accuracy"), 100, 1),
     "length-\nmatched, %": (("length_matched", "accuracy"), 100, 1),
@@ -243,19 +243,19 @@ def reward_table(records: list[dict]) -> Table:
     lines, families = [], {}
     for record in records:
         cells = []
-        for place, scale, decimals in REWARD.values():
-            beside, text = at(record, *place[:-1]), number(at(record, *place), decimals, scale)
-            if place[-1] == "accuracy":
-                text = share_cell(beside) + f"\nn = {number(at(beside, 'n'))}" * (place[0] == "length_matched")
-            cells.append(text + f" / {number(at(beside, 'sd'), decimals)}" * (place[-1] == "mean"))
+        for keys, scale, decimals in REWARD.values():
+            beside, text = at(record, *keys[:-1]), number(at(record, *keys), decimals, scale)
+            if keys[-1] == "accuracy":
+                text = share_cell(beside) + f"\nn = {number(at(beside, 'n'))}" * (keys[0] == "length_matched")
+            cells.append(text + f" / {number(at(beside, 'sd'), decimals)}" * (keys[-1] == "mean"))
         about = ["–" if record.get(key) is None else str(record[key]) for key in ("seed", "config_hash")]
         lines.append([record["label"], *about, number(record.get("n")), *cells])
         families.setdefault(record.get("family"), {}).setdefault(record.get("seed"), record)
     for family, seeds in families.items():
         if family and len(seeds) > 1:
-            found = list(seeds.values())  # of one train_invariants, which are part of a family's hash
-            cells = [spread([at(r, *place) for r in found], *shown) for place, *shown in REWARD.values()]
-            label = "mean ± sd" + "‡" * bool(found[0]["note"])
+            seed_records = list(seeds.values())  # of one train_invariants, which are part of a family's hash
+            cells = [spread([at(r, *keys) for r in seed_records], *shown) for keys, *shown in REWARD.values()]
+            label = "mean ± sd" + "‡" * bool(seed_records[0]["note"])
             lines.append([label, ", ".join(map(str, seeds)), f"family\n{family}", "", *cells])
     if all(record["note"] for record in records):
         lines.append(["rm_v1", "not run"] + ["–"] * (len(REWARD) + 2))
@@ -280,8 +280,8 @@ def on_policy_table(records: list[dict]) -> Table:
         changes = ["–" if a == b == "–" else f"{a} → {b}" for a, b in both]
         lines.append([record["label"], number(record.get("updates")), number(kl), *changes])
         models = {"rewarded": record.get("reward_model"), "watched": record.get("watch_model")}
-        said = [f"{verb} by {at(m, 'name')} ({at(m, 'config_hash')})" for verb, m in models.items() if m]
-        notes += [f"{record['label']}: {', '.join(said)}."] * bool(said) + [record["note"]] * bool(record["note"])
+        phrases = [f"{verb} by {at(m, 'name')} ({at(m, 'config_hash')})" for verb, m in models.items() if m]
+        notes += [f"{record['label']}: {', '.join(phrases)}."] * bool(phrases) + [record["note"]] * bool(record["note"])
     return Table(["row", "updates", "KL at\nthe end", *keys], lines, 1, notes)
 
 
@@ -309,13 +309,13 @@ def sweep_table(records: list[dict]) -> Table:
         setting = ", ".join(f"{key} {value}" for key, value in (record.get("setting") or {}).items())
         seconds, gpus = finite(record.get("wall_time_s")), at(record, "hardware", "gpus") or 1
         minutes = finite(record.get("minutes")) or (seconds and seconds * gpus / 60)
-        what = "**chosen**" if record.get("chosen") else "" if record.get("admissible", True) else "not admissible"
+        status = "**chosen**" if record.get("chosen") else "" if record.get("admissible", True) else "not admissible"
         objective = record.get("objective") or ""
         if finite(record.get("before")) is not None:
             objective += f", before {number(record['before'], 3)}"
         cells = [sweep_value(record), number(record.get("eos_rate"), 1, 100),
                  number(record.get("completion_tokens"), 0), number(record.get("kl", record.get("kl_fp32")), 2),
-                 number(minutes, 1), what]
+                 number(minutes, 1), status]
         config = f"`{record.get('config_hash')}`"
         lines.append([sweep_base(record), record["method"], setting, objective, *cells, config])
     header = ["base", "method", "setting", "objective", "value", "answers\nthat end, %", "tokens", "KL, nats",
@@ -337,8 +337,8 @@ def read_sweeps(results: Path) -> list[dict]:
         record["lr"] = finite(record.get("lr")) or float(record["setting"].get("lr") or "nan")
     methods = list(OBJECTIVES)
 
-    def place(record: dict) -> tuple:
+    def sweep_key(record: dict) -> tuple:
         method = record["method"]
         return (sweep_base(record), methods.index(method) if method in methods else len(methods), method,
                 not record["lr"] > 0, record["lr"] if record["lr"] > 0 else 0.0, str(record["setting"]))
-    return sorted(records, key=place)
+    return sorted(records, key=sweep_key)

@@ -30,8 +30,8 @@ def training_memory(config, weights: int, trained: int, tokens: int, fast: bool 
     except AttributeError:
         return {}
     layer = hidden * (2 * queries + 2 * keys + 3 * between)
-    kept = itemsize * layers * (3 * between + 6 * hidden + 2 * (queries + 2 * keys)) * (1 if fast else 2.1)
-    return {"weights": weights, "adapter": 24 * trained, "activations": kept * tokens,
+    bytes_per_token = itemsize * layers * (3 * between + 6 * hidden + 2 * (queries + 2 * keys)) * (1 if fast else 2.1)
+    return {"weights": weights, "adapter": 24 * trained, "activations": bytes_per_token * tokens,
             "head": head * head_chunk(tokens) * config.vocab_size * (4 if fast else 10) * itemsize,
             "sampler": itemsize * layers * (layer + rows * length * 2 * keys) if rows else 0}
 

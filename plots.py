@@ -121,14 +121,15 @@ def tradeoff(compared: dict, protocols: dict[str, str]) -> Figure | None:
     """A point per row: the gain on IFEval beside the worse of MMLU and TruthfulQA, each with its interval, and each
     benchmark in the protocol that it is tested in (of rows that were evaluated in both)."""
     def against_base(column: str) -> list[Comparison]:
-        found = compared.get((protocols[column], "base"), ([], []))[0]
-        return [c for c in found if c.changes[column].paired]
+        compared_rows = compared.get((protocols[column], "base"), ([], []))[0]
+        return [c for c in compared_rows if c.changes[column].paired]
 
     points = []
     for c in against_base("IFEval\nprompt"):
         adapters = {row["adapter_sha256"] for row in c.rows}
-        losses = [(other.changes[k].points, other.changes[k].paired.interval) for k in FORGOTTEN
-                  for other in against_base(k) if adapters & {row["adapter_sha256"] for row in other.rows}][:2]
+        losses = [(comparison.changes[k].points, comparison.changes[k].paired.interval) for k in FORGOTTEN
+                  for comparison in against_base(k)
+                  if adapters & {row["adapter_sha256"] for row in comparison.rows}][:2]
         if len(losses) == 2:
             gain = c.changes["IFEval\nprompt"]
             points.append((c.label, colour(c.row), gain.points, gain.paired.interval, *min(losses), True))
@@ -178,8 +179,8 @@ def winrate_kl(judge: list[dict], guardrails: list[dict]) -> Figure | None:
 
 def smooth(values: list[float | None]) -> np.ndarray:
     """Running mean: of each step, over the surrounding twentieth of all steps, where they have a value."""
-    found, half = np.array([np.nan if finite(v) is None else v for v in values], float), max(1, len(values) // 40)
-    windows = [found[max(0, i - half) : i + half + 1] for i in range(len(found))]
+    series, half = np.array([np.nan if finite(v) is None else v for v in values], float), max(1, len(values) // 40)
+    windows = [series[max(0, i - half) : i + half + 1] for i in range(len(series))]
     return np.array([np.nan if np.isnan(w).all() else np.nanmean(w) for w in windows])
 
 

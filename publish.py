@@ -101,8 +101,8 @@ def figures(metrics: dict[str, Any]) -> dict[str, str]:
 
 def hub_data(record: dict[str, Any]) -> list[str]:
     """The hub's data sets among a run's: their fingerprints are id@commit:config/split."""
-    found = [re.match(r"([\w.-]+/[\w.-]+)@[0-9a-f]{40}:", source) for source in (record["data"] or {}).values()]
-    return list(dict.fromkeys(match[1] for match in found if match))
+    matches = [re.match(r"([\w.-]+/[\w.-]+)@[0-9a-f]{40}:", source) for source in (record["data"] or {}).values()]
+    return list(dict.fromkeys(match[1] for match in matches if match))
 
 
 def eval_results(row: dict[str, Any]) -> list:
@@ -134,7 +134,7 @@ def results_table(rows: list[dict[str, Any]], bases: list[dict[str, Any]]) -> st
         return all(row[k] == base[k] for k in ("train_invariants", "eval_hash"))
     lines = []
     for row in rows:
-        base = {r.metric_name: r for other in bases if same(row, other) for r in eval_results(other)}
+        base = {r.metric_name: r for base_row in bases if same(row, base_row) for r in eval_results(base_row)}
         for r in eval_results(row):
             low, high = (100 * bound for bound in r.metric_args["interval_95"])
             before = base.get(r.metric_name)
@@ -204,5 +204,5 @@ def licence(dataset: str) -> str:
         card = huggingface_hub.dataset_info(dataset).card_data
     except Exception:  # gated, gone or out of reach: then it isn't known
         card = None
-    found = card and card.get("license")
-    return ", ".join(found) if isinstance(found, list) else found or "not stated"
+    card_licence = card and card.get("license")
+    return ", ".join(card_licence) if isinstance(card_licence, list) else card_licence or "not stated"

@@ -136,24 +136,25 @@ def read_records(results: Path, rows: list[dict], group: tuple[str, ...],
         sides = record.get("rows") or [record]
         first = next(iter(sides.values() if isinstance(sides, dict) else sides))
         climb = climb or {"name": record["name"]} | first  # without rows, the first record says what others must be
-        own, theirs = (r.get("train_invariants") or "unknown" for r in (first, climb))
-        if own in elsewhere or rows and own != theirs and theirs in group:
+        invariants, climb_invariants = (r.get("train_invariants") or "unknown" for r in (first, climb))
+        if invariants in elsewhere or rows and invariants != climb_invariants and climb_invariants in group:
             continue
-        note = (f"‡ {record['name']}: of other train_invariants ({own}) than {climb['name']} ({theirs}), so not "
-                "comparable with the other rows.")
-        record |= {"label": record["name"], "note": note if own != theirs else ""}
+        note = (f"‡ {record['name']}: of other train_invariants ({invariants}) than {climb['name']} "
+                f"({climb_invariants}), so not comparable with the other rows.")
+        record |= {"label": record["name"], "note": note if invariants != climb_invariants else ""}
         record["plot"] = f"{folder}/{plot.name}" if plot.is_file() else ""
         records[folder].append(record)
-    for found in records.values():
-        names = Counter(record["name"] for record in found)
-        of_seed = Counter((record["name"], record.get("seed")) for record in found)
-        for record in found:
+    for kind_records in records.values():
+        names = Counter(record["name"] for record in kind_records)
+        of_seed = Counter((record["name"], record.get("seed")) for record in kind_records)
+        for record in kind_records:
             if of_seed[record["name"], record.get("seed")] > 1 and record.get("adapter_sha256"):  # a rerun's
                 record["label"] += f"@{record['adapter_sha256'][:8]}"
             elif names[record["name"]] > 1:
                 record["label"] += f"-s{record.get('seed')}"
             record["label"] += "‡" * bool(record["note"])
-    return {kind: sorted(found, key=lambda record: bool(record["note"])) for kind, found in records.items()}
+    return {kind: sorted(kind_records, key=lambda record: bool(record["note"]))
+            for kind, kind_records in records.items()}
 
 
 # ------------------------------------------------------------------ tables
@@ -212,21 +213,21 @@ def compact_table(results: "Results") -> Table:
     labels = {id(row): label for label, row in label_rows(rows)}
     columns = {column: results.protocols[column] for column in METRICS if column in results.protocols}
     asked = asked_zero_shot(results.rows)
-    beside = {column: found for column, found in secondary_columns(asked).items() if column == ZERO_SHOT}
+    beside = {column: eval_hash for column, eval_hash in secondary_columns(asked).items() if column == ZERO_SHOT}
     rungs, missing = [], {name: phase for name, phase in LADDER.items() if name not in {row["name"] for row in rows}}
     for group in of_climb(seed_groups(rows)):
         row, cells = group[0], []
         ids = [policy_of(r) for r in group]
         for column, protocol in columns.items():
-            own = [r for r in tables.get(protocol, []) if policy_of(r) in ids]
-            compared = [c for c in results.compared.get((protocol, "base"), ([], []))[0] if c.row in own]
+            protocol_rows = [r for r in tables.get(protocol, []) if policy_of(r) in ids]
+            compared = [c for c in results.compared.get((protocol, "base"), ([], []))[0] if c.row in protocol_rows]
             short = change_cell(compared[0].changes[column], short=True) if compared else "–"
-            cell = floor_cell(own[0], column) if own else "–"
-            if len(own) > 1:
-                cell = spread([score(r, column)[0] for r in own], 1, 1) + " sd"
-                cell += "°" * all(is_at_floor(r, column) for r in own)
+            cell = floor_cell(protocol_rows[0], column) if protocol_rows else "–"
+            if len(protocol_rows) > 1:
+                cell = spread([score(r, column)[0] for r in protocol_rows], 1, 1) + " sd"
+                cell += "°" * all(is_at_floor(r, column) for r in protocol_rows)
             cells.append(cell if short == "–" else f"{cell} ({short})")
-        cells += [secondary_cell(group, asked, column, found, short=True) for column, found in beside.items()]
+        cells += [secondary_cell(group, asked, column, eval_hash, short=True) for column, eval_hash in beside.items()]
         word = next((v.word for v in results.verdicts if any(same_policy(row, r) for r in v.rows)), "")
         if row["method"] != "base" and not word:
             word = "(descriptive)"
@@ -238,7 +239,8 @@ def compact_table(results: "Results") -> Table:
     empty = ["–"] * (len(columns) + len(beside) + 2)
     rungs += [(*rung(phase, name), [name, *empty, "not run", ""]) for name, phase in missing.items()]
     lines = [[str(phase), *cells] for phase, _, cells in sorted(rungs, key=lambda r: r[:2])]
-    tested = [c for (_, to), (found, _) in results.compared.items() if to == "base" for c in found if c.in_family]
+    tested = [c for (_, to), (compared_rows, _) in results.compared.items() if to == "base"
+              for c in compared_rows if c.in_family]
     known = [[c.changes[k].paired.detectable for c in tested if c.changes[k].adjusted is not None] for k in columns]
     cells = [number(max(filter(None, values), default=None), 1) for values in known]
     if any(cell != "–" for cell in cells):
@@ -278,16 +280,16 @@ def three_sentences(results: "Results") -> str:
     is a win."""
     words, fallen = {}, {}
     for label, group in families_shown(results.rows):
-        if found := headline(group):
-            words.setdefault(found[1], []).append(label)
+        if line_and_word := headline(group):
+            words.setdefault(line_and_word[1], []).append(label)
             fallen |= {label: why for why in [collapse_of(group)] if why}
-    said = {"yes": "{} improved", "worse": "{} got worse", "not shown": "of {} no change is shown",
-            "–": "of {} no interval was recorded"}
-    learned = "; ".join(text.format(", ".join(words[word])) for word, text in said.items() if word in words)
+    phrases = {"yes": "{} improved", "worse": "{} got worse", "not shown": "of {} no change is shown",
+               "–": "of {} no interval was recorded"}
+    learned = "; ".join(text.format(", ".join(words[word])) for word, text in phrases.items() if word in words)
     learned += "".join(f"; but {label}'s {why.replace('*', '')}" for label, why in fallen.items())
     moved, tested = [], 0
-    for (protocol, to), (found, _) in results.compared.items():
-        for c in found if to == "parent" else ():
+    for (protocol, to), (compared_rows, _) in results.compared.items():
+        for c in compared_rows if to == "parent" else ():
             for column in results.endpoints(protocol):
                 change = c.changes[column]
                 tested += change.adjusted is not None
@@ -349,14 +351,14 @@ def secondary_cell(group: list[dict], rows: list[dict], column: tuple[str, str, 
     def has(row: dict | None) -> bool:
         return row is not None and at(row, "secondary", column[0], "eval_hash") == eval_hash and (
             score(row, column)[0] is not None)
-    own = [row for row in rows if has(row) and any(same_policy(row, r) for r in group)]
-    if not own:
+    scored_rows = [row for row in rows if has(row) and any(same_policy(row, r) for r in group)]
+    if not scored_rows:
         return "–"
-    text = score_cell(*score(own[0], column))
-    if len(own) > 1:
-        text = spread([score(row, column)[0] for row in own], 1, 1) + " sd"
+    text = score_cell(*score(scored_rows[0], column))
+    if len(scored_rows) > 1:
+        text = spread([score(row, column)[0] for row in scored_rows], 1, 1) + " sd"
     for to in ("base",) if short else ("parent", "base"):
-        pairs = [(row, other) for row in own if has(other := reference_of(row, rows, to))]
+        pairs = [(row, reference_row) for row in scored_rows if has(reference_row := reference_of(row, rows, to))]
         if pairs:
             change = change_cell(compare(pairs, column), short)
             text += f" ({change})" if short else f"\n− {to} {change}"
@@ -367,14 +369,14 @@ def secondary_table(rows: list[dict], zero_shot: bool) -> Table | None:
     """Scores on the secondary tasks and their changes, unadjusted: a line per family. zero_shot: GSM8K in GRPO's own
     question alone, or all but that: it is asked in the chat template whatever the table's protocol, so that the rows of
     all tables stand together."""
-    columns = {asked: found for asked, found in secondary_columns(rows).items()
+    columns = {asked: eval_hash for asked, eval_hash in secondary_columns(rows).items()
                if (asked[0] == ZERO_SHOT[0]) == zero_shot}
     labels = {id(row): label for label, row in label_rows(rows)}
     if not columns:
         return None
     lines = [[label_group(group, labels), *(secondary_cell(group, rows, *asked) for asked in columns.items())]
              for group in seed_groups(rows)]
-    how = {task: found for row in rows for task, found in (row.get("secondary") or {}).items()}
+    how = {task: evaluation for row in rows for task, evaluation in (row.get("secondary") or {}).items()}
     header = [f"{task}\n{metric},\n{name}" + f"\nn = {number(at(how, task, 'n'))}" for task, metric, name in columns]
     notes = ["Secondary: descriptive, with unadjusted intervals; in no test, and in no verdict."]
     if zero_shot:
@@ -389,15 +391,15 @@ def verdict_table(verdicts: list[Verdict], rows: list[dict], records: dict[str, 
     lines = []
     for v in verdicts:
         row = v.rows[0]
-        own = own_criterion(row, rows, records["judge"], records["rm"]) if row["method"] == "dpo" else "–"
-        lines.append([v.label, "\n".join(filter(None, [f"**{v.word}**", collapse_of(v.rows)])), v.why, own])
+        criterion = own_criterion(row, rows, records["judge"], records["rm"]) if row["method"] == "dpo" else "–"
+        lines.append([v.label, "\n".join(filter(None, [f"**{v.word}**", collapse_of(v.rows)])), v.why, criterion])
     header = ["row", "verdict", "clearly moved endpoints, points", "own criterion"]
     return Table(header, lines, 4) if lines else None
 
 
 def tests_note(protocols: dict[str, str], tables: dict[str, list[dict]], compared: dict) -> str:
     """One sentence that names the family of tests, and says where the protocol is not the one that was named for it."""
-    every = [change for found, _ in compared.values() for c in found for change in c.changes.values()]
+    every = [change for compared_rows, _ in compared.values() for c in compared_rows for change in c.changes.values()]
     missing = missing_tests(compared, protocols)
     n = sum(change.adjusted is not None for change in every) + missing
     names = ", ".join(f"{title_of(column)} ({protocol})" for column, protocol in protocols.items())
@@ -421,8 +423,8 @@ def empty_note(rows: list[dict]) -> str:
     """IFEval's empty answers, where rows differ in them by ten points or more; else nothing."""
     share = {}
     for label, group in families(rows):
-        if None not in (found := [empty_share(row, "ifeval") for row in group]):
-            share[label] = statistics.fmean(found)
+        if None not in (seed_shares := [empty_share(row, "ifeval") for row in group]):
+            share[label] = statistics.fmean(seed_shares)
     if not share or max(share.values()) - min(share.values()) < 10:
         return ""
     shares = ", ".join(f"{k} {v:.0f} %" for k, v in share.items())
@@ -617,7 +619,7 @@ def records_report(records: dict[str, list[dict]], results: "Results") -> list[s
         blocks += ["## Judged win rates", judge_table(records["judge"], rows, records["rm"]), *win_rates(records, rows)]
     for record in records["guardrails"]:
         blocks += ["## Held-out answers", guardrails_table(record, rows)]
-    plots = [record["plot"] for found in records.values() for record in found if record["plot"]]
+    plots = [record["plot"] for kind_records in records.values() for record in kind_records if record["plot"]]
     return blocks + ["Plots: " + ", ".join(f"[{plot}]({plot})" for plot in plots)] * bool(plots)
 
 
@@ -643,12 +645,13 @@ def overview_lines(results: Results) -> list[tuple]:
             to = "parent" if any(row.get("parent") for row in group) else "base"
             table = results.tables.get(protocol, [])
             held = {row["adapter_sha256"] for row in group}
-            found = [c for c in results.compared.get((protocol, to), ([], []))[0] if c.row["adapter_sha256"] in held]
-            if not found or found[0].changes[column].points is None:
+            compared = [c for c in results.compared.get((protocol, to), ([], []))[0] if c.row["adapter_sha256"] in held]
+            if not compared or compared[0].changes[column].points is None:
                 cells.append((f"{title_of(column)}, {protocol}", [], None, None, False))
                 continue
-            change = found[0].changes[column]
-            points = [score(row, column)[0] - score(reference_of(row, table, to), column)[0] for row in found[0].rows]
+            change = compared[0].changes[column]
+            points = [score(row, column)[0] - score(reference_of(row, table, to), column)[0]
+                      for row in compared[0].rows]
             cells.append((f"{title_of(column)}, {protocol}", points, change.points,
                           change.paired and change.paired.interval, bool(change.adjusted is not None and change.clear)))
         lines.append((label + "\nanswers collapsed" * bool(collapse_of(group)), group[0], cells))
@@ -658,20 +661,21 @@ def overview_lines(results: Results) -> list[tuple]:
 def speed_line(results: Path, directory: str) -> str:
     """One sentence on the speed and memory of SFT beside TRL's best, its speed beside Unsloth's, and that of sampling
     beside vLLM's, each from the first bench/*.json that has both."""
-    said = []
+    clauses = []
     for workload, peer, text in (
             ("sft-bf16", "trl-best", "SFT {speed} tokens/s on one {device}, {ratio:.0f} × TRL's best, in {gib:.0f} GiB"),
             ("sft-bf16", "unsloth", "SFT {speed} tokens/s on one {device}, {ratio:.0f} × Unsloth's"),
             ("sample", "vllm", "sampling {speed} tokens/s on one {device} with 64 rows, {ratio:.1f} × vLLM's")):
         for record in map(read_json, sorted((results / "bench").glob("*.json"))):
             cases = {case["system"]: case for case in record["cases"] if case["workload"] == workload}
-            speed, other = (finite(at(cases, system, "tokens_per_s")) for system in ("rungs", peer))
-            if speed and other:
+            speed, peer_speed = (finite(at(cases, system, "tokens_per_s")) for system in ("rungs", peer))
+            if speed and peer_speed:
                 model = re.search(r"\b[A-Z]+\d{2,}\b", record["device"])  # of NVIDIA H100 80GB HBM3: H100
-                said.append(text.format(speed=f"{float(f'{speed:.3g}'):,.0f}", ratio=speed / other,
-                                        device=model[0] if model else record["device"], gib=cases["rungs"]["peak_gib"]))
+                clauses.append(text.format(speed=f"{float(f'{speed:.3g}'):,.0f}", ratio=speed / peer_speed,
+                                           device=model[0] if model else record["device"],
+                                           gib=cases["rungs"]["peak_gib"]))
                 break
-    return f"**Speed**: {'; '.join([*said, f'[all methods]({directory}/bench/README.md)'])}." if said else ""
+    return f"**Speed**: {'; '.join([*clauses, f'[all methods]({directory}/bench/README.md)'])}." if clauses else ""
 
 
 def speedrun_line(run: dict, points: list[dict]) -> str:
@@ -707,13 +711,13 @@ def compact_report(results: Results, directory: str, others: list[str]) -> list[
 
 def policies(tables: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """{label: its rows, one per protocol} of each trained policy: the runs that get a page."""
-    found = {}
+    by_policy = {}
     for rows in tables.values():
         for row in rows:
             if row["adapter_sha256"]:
-                found.setdefault(policy_of(row), []).append(row)
-    labels = [label.rstrip("†") for label, _ in label_rows([rows[0] for rows in found.values()])]
-    return dict(zip(labels, found.values()))
+                by_policy.setdefault(policy_of(row), []).append(row)
+    labels = [label.rstrip("†") for label, _ in label_rows([rows[0] for rows in by_policy.values()])]
+    return dict(zip(labels, by_policy.values()))
 
 
 def run_of(row: dict, records: dict[str, list[dict]]) -> dict:
@@ -734,8 +738,8 @@ def page(label: str, rows: list[dict], results: Results) -> list:
                 asked = f", on {of_row[0]['n']} held-out prompts" if of_row else ""
                 blocks.append(f"The {fallen}{asked}. No judge's win rate is evidence for such answers.")
             if row["method"] == "dpo":
-                own = own_criterion(row, results.rows, records["judge"], records["rm"]).replace("\n", "; ")
-                blocks.append(f"Own criterion: {own}.")
+                criterion = own_criterion(row, results.rows, records["judge"], records["rm"]).replace("\n", "; ")
+                blocks.append(f"Own criterion: {criterion}.")
     if learned := learned_table([row], []):
         blocks += ["## Did it learn what it optimises?", learned]
     if moved := moved_table([row]):
@@ -753,8 +757,8 @@ def page(label: str, rows: list[dict], results: Results) -> list:
     if judged := [record for record in records["judge"] if same_policy(at(record, "rows", "a") or {}, row)]:
         blocks += ["## Judged", judge_table(judged, results.rows, records["rm"])]
     for record in records["guardrails"]:
-        if own := [r for r in record.get("rows") or [] if same_policy(r, row)]:
-            blocks += ["## Held-out answers", guardrails_table(record | {"rows": own}, results.rows)]
+        if policy_rows := [r for r in record.get("rows") or [] if same_policy(r, row)]:
+            blocks += ["## Held-out answers", guardrails_table(record | {"rows": policy_rows}, results.rows)]
     curves = results.image(f"../plots/run-{label}")
     blocks += ["## Training", cost_table([row], records["guardrails"]) or "Not recorded with this run.", curves]
     parents = [row.get("parent"), *(run.get("scorers") or {}).values()]
@@ -822,7 +826,8 @@ def results_of(results: Path, climbs: list[dict[str, list[dict]]], i: int, group
     invariants = [next((row["train_invariants"] for t in climb.values() for row in t), "") for climb in climbs]
     records = read_records(results, rows, group, {*invariants} - {invariants[i]})
     if i:  # records that belong to no rows are listed once, in the first part
-        records = {kind: [record for record in found if not record["note"]] for kind, found in records.items()}
+        records = {kind: [record for record in kind_records if not record["note"]]
+                   for kind, kind_records in records.items()}
     swept = {record.get("config_hash") for record in read_sweeps(results)}
     for row in rows:
         row["items"], row["swept"] = read_items(results, row), row["config_hash"] in swept
@@ -833,8 +838,8 @@ def results_of(results: Path, climbs: list[dict[str, list[dict]]], i: int, group
     bases = {row["weights_sha256"] for j, climb in enumerate(climbs[:i]) if invariants[j] != invariants[i]
              for table in climb.values() for row in table if row["method"] != "base"}
     if another := bool(bases & {row["weights_sha256"] for row in rows}):  # one family of tests per base
-        compared = {key: ([replace(c, in_family=False) for c in found], notes)
-                    for key, (found, notes) in compared.items()}
+        compared = {key: ([replace(c, in_family=False) for c in compared_rows], notes)
+                    for key, (compared_rows, notes) in compared.items()}
     compared = with_holm(compared, protocols)
     verdicts, apart, suffix = verdicts_of(compared, tables, protocols), "", ""
     if i:
@@ -869,8 +874,8 @@ def main(args: Args) -> None:
             figures = draw(report.compared, report.protocols, report.records) | overview(overview_lines(report))
             drawn = {name: encode(figure, "svg") for name, figure in figures.items()}
             for label, of_run in runs.items():
-                record, place = run_of(of_run[0], report.records), plots / f"run-{label}{report.suffix}.svg"
-                if record and (svg := curves_svg(record, place)):
+                record, svg_path = run_of(of_run[0], report.records), plots / f"run-{label}{report.suffix}.svg"
+                if record and (svg := curves_svg(record, svg_path)):
                     drawn[f"run-{label}"] = svg
             report.plots.extend(drawn)
             files |= {plots / f"{name}{report.suffix}.svg": svg for name, svg in drawn.items()}
@@ -879,7 +884,7 @@ def main(args: Args) -> None:
                 files |= {path: encode(figure, "png") for path, figure in shown.items()}
         pictures += shown
         rewards = [record for record in report.records["rm"] if not record["note"] and record["label"] not in runs]
-        own_pages = {label: page(label, own, report) for label, own in runs.items()}
+        own_pages = {label: page(label, of_run, report) for label, of_run in runs.items()}
         own_pages |= {record["label"]: reward_page(record) for record in rewards}
         full += full_report(report, list(own_pages))
         texts |= {results / "runs" / f"{label}{report.suffix}.md": stamp + markdown(blocks)
@@ -932,11 +937,11 @@ def main(args: Args) -> None:
         return
     stale = [str(path) for path in sorted(pictures) if not path.is_file()] + list(map(str, leftover))
     for path, content in files.items():
-        found = path.read_bytes() if path.is_file() else b""
-        if found != content:
+        old_content = path.read_bytes() if path.is_file() else b""
+        if old_content != content:
             stale.append(str(path))
-        if found != content and path.suffix == ".md":
-            before, after = (text.decode(errors="replace").splitlines() for text in (found, content))
+        if old_content != content and path.suffix == ".md":
+            before, after = (text.decode(errors="replace").splitlines() for text in (old_content, content))
             diff = difflib.unified_diff(before, after, str(path), "the results say", lineterm="")
             print("\n".join(diff), file=sys.stderr)
     if stale:

@@ -203,7 +203,7 @@ def main(args: Args) -> None:
         # 3c. Log and checkpoint. Nothing above waits for the GPU: a line is written once its numbers are ready.
         run.log(step, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": lr,
                        "tokens": sum(len(e.ids) for e in batch), "trained_tokens": step_tokens},
-                [split.kept[i] for i in steps[step]])
+                [split.row_indices[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
 
     # 4. Save, then measure the policy as later phases will use it: merged into the full-precision base.

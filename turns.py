@@ -1,12 +1,12 @@
 """Which GPU of a host a command works on, when `make all GPUS=4` or PER_GPU=2 runs several commands at a time.
 
-A command gets ready without a GPU (imports, rows, checks), waits until one of the host's first RUNGS_GPUS is free, and
-has it until it ends (common.take_turn). A lock file for each GPU says so; the system unlocks it however the command
-ends.
+A command prepares without a GPU (imports, rows, checks), waits until one of the host's first RUNGS_GPUS is free, and
+keeps it until it ends (common.take_turn). A lock file per GPU records this; the operating system releases it when the
+process ends, also after a crash.
 
-A training has a GPU to itself, since its minutes are a result. An evaluation alone leaves the GPU waiting for the host,
-so up to RUNGS_GPU_SHARED evaluations work on one: the Makefile sets it for evaluate.py and judge.py. They begin only
-when no training gets ready for that GPU or waits for it, because others wait for what a training makes.
+A training run has a GPU to itself, since its minutes are a result. An evaluation alone leaves the GPU waiting for the
+host, so up to RUNGS_GPU_SHARED evaluations work on one: the Makefile sets it for evaluate.py and judge.py. They start
+only while no training run is preparing for that GPU or waiting for it, because other commands depend on training.
 """
 import fcntl
 import functools
@@ -42,31 +42,31 @@ def lock(name: str, how: int) -> IO | None:
 
 @functools.cache
 def announce() -> list[IO | None]:
-    """If this command is a training: evaluations on its GPUs wait for it from the first call on, until the locks that
-    are returned are closed."""
+    """In a training run: no evaluation starts on its GPUs from the first call until the returned locks are closed. In
+    an evaluation: nothing."""
     evaluates = os.environ.get("RUNGS_GPU_SHARED")
     return [] if evaluates else [lock(f"{gpu}.training", fcntl.LOCK_SH) for gpu in visible_gpus()]
 
 
 def announced(gpu: str) -> bool:
-    """Whether a training gets ready for this GPU or waits for it."""
+    """Whether a training run is preparing for this GPU or waiting for it."""
     if free := lock(f"{gpu}.training", ALONE):
         free.close()
     return free is None
 
 
 def take(needed: int) -> dict[int, list[IO]]:
-    """{torch's number of a GPU: its locks}: as many free GPUs as a training needs, or one that an evaluation may share;
-    {} where there are not enough now. Closing the locks gives a GPU back."""
-    gpus, found = list(enumerate(visible_gpus())), {}
+    """{torch's number of a GPU: its locks}: as many free GPUs as a training run needs, or one that an evaluation may
+    share; {} if not enough are free. Closing the locks gives a GPU back."""
+    gpus, locks_by_gpu = list(enumerate(visible_gpus())), {}
     if shared := int(os.environ.get("RUNGS_GPU_SHARED", 0)):
-        for place, (i, gpu) in itertools.product(range(shared), gpus):  # the first place on any GPU, then the second
+        for slot, (i, gpu) in itertools.product(range(shared), gpus):  # the first slot on any GPU, then the second
             if announced(gpu):
                 continue
-            if (turn := lock(gpu, BESIDE_OTHERS)) and (mine := lock(f"{gpu}.{place}", ALONE)):
+            if (turn := lock(gpu, BESIDE_OTHERS)) and (mine := lock(f"{gpu}.{slot}", ALONE)):
                 return {i: [turn, mine]}
         return {}
     for i, gpu in gpus:
-        if len(found) < needed and (turn := lock(gpu, ALONE)):
-            found[i] = [turn]
-    return found if len(found) == needed else {}
+        if len(locks_by_gpu) < needed and (turn := lock(gpu, ALONE)):
+            locks_by_gpu[i] = [turn]
+    return locks_by_gpu if len(locks_by_gpu) == needed else {}

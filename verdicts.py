@@ -174,7 +174,7 @@ def rung(phase: int, name: str) -> tuple[int, int]:
     return phase, [*LADDER, name].index(name)
 
 
-def place(row: dict) -> tuple:
+def climb_key(row: dict) -> tuple:
     """Sort key of a row: its place in the climb, its name, its seed."""
     return *rung(row["phase"], row["name"]), row["name"], row.get("seed") or 0
 
@@ -187,7 +187,7 @@ def read_rows(path: Path) -> list[dict]:
         if missing := [key for key in ROW_KEYS if key not in row]:
             fail(f"{path}: row {row.get('name', '(unnamed)')} lacks {', '.join(missing)}; evaluate it again")
     protocols = Counter(policy_of(row) for row in rows)
-    return sorted(rows, key=lambda row: (*place(row), -protocols[policy_of(row)], row.get("timestamp") or ""))
+    return sorted(rows, key=lambda row: (*climb_key(row), -protocols[policy_of(row)], row.get("timestamp") or ""))
 
 
 def read_items(results: Path, row: dict) -> dict[str, dict] | None:
@@ -251,15 +251,15 @@ def climbs_of(rows: list[dict], group: tuple[str, ...], path: Path, first: str =
     """[{protocol: its rows}] of what may be compared: one train_invariants and, per protocol, one eval_hash each. The
     climb that holds the hash `first`, else the one of most rows (of several the newest) comes first. Ends the run when
     rows of one eval_hash were not scored on the same items."""
-    kept, unknown = rows, {*group, *filter(None, [first])}
+    selected_rows, unknown = rows, {*group, *filter(None, [first])}
     for key in ("train_invariants", "eval_hash"):
         if chosen := set(group) & {row[key] for row in rows}:
-            kept = [row for row in kept if row[key] in chosen]
+            selected_rows = [row for row in selected_rows if row[key] in chosen]
         unknown -= {row[key] for row in rows}
-    if unknown or (group and not kept):
+    if unknown or (group and not selected_rows):
         fail(f"no row of {path} has the hash {' or '.join(sorted(unknown) or group)}. It holds\n{listing(rows)}")
     evaluations = {}  # train_invariants -> protocol -> eval_hash -> rows
-    for row in kept:
+    for row in selected_rows:
         by_protocol = evaluations.setdefault(row["train_invariants"], {})
         by_protocol.setdefault(row["protocol"], {}).setdefault(row["eval_hash"], []).append(row)
 
@@ -276,7 +276,7 @@ def climbs_of(rows: list[dict], group: tuple[str, ...], path: Path, first: str =
     clashes = [(t[0], row) for climb in climbs for t in climb.values() for row in t if differences(t[0], row)]
     if clashes:
         lines = [f"  {a['name']} / {b['name']}: {differences(a, b)}" for a, b in clashes]
-        fail(f"{path} holds rows that can't be compared:\n{listing(kept)}\nThey differ in\n" + "\n".join(lines)
+        fail(f"{path} holds rows that can't be compared:\n{listing(selected_rows)}\nThey differ in\n" + "\n".join(lines)
              + "\nEvaluate them again alike.")
     return sorted(climbs, key=lambda climb: rank([row for table in climb.values() for row in table]), reverse=True)
 
@@ -322,10 +322,10 @@ def policy_of(row: dict) -> tuple:
 
 def once(rows: list[dict]) -> list[dict]:
     """One row per policy, whatever the protocols that it was evaluated in, in read_rows' order."""
-    found = {}
+    by_policy = {}
     for row in rows:
-        found.setdefault(policy_of(row), row)
-    return sorted(found.values(), key=place)
+        by_policy.setdefault(policy_of(row), row)
+    return sorted(by_policy.values(), key=climb_key)
 
 
 def compared_in_family(groups: list[list[dict]]) -> list[list[dict]]:
@@ -346,7 +346,7 @@ def of_climb(groups: list[list[dict]]) -> list[list[dict]]:
     for group in groups:
         runs = {(row["name"], row["config_hash"]) for row in group}
         named = any(row["name"] in LADDER or row["method"] not in METHODS for row in group) and not runs & seen
-        if named or any(group is other for other in tested):
+        if named or any(group is tested_group for tested_group in tested):
             shown.append(group)
         seen |= runs
     return shown
@@ -371,9 +371,9 @@ def finite(value: object) -> int | float | None:
     return value if type(value) in (int, float) and math.isfinite(value) else None
 
 
-def at(record: object, *place: str) -> object:
-    """record[place[0]][place[1]]…, or None where anything on the way is missing."""
-    for key in place:
+def at(record: object, *keys: str) -> object:
+    """record[keys[0]][keys[1]]…, or None where anything on the way is missing."""
+    for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
     return record
 
@@ -382,8 +382,8 @@ def score(row: dict, column: str | tuple[str, str, str]) -> tuple[float | None, 
     """(score, its standard error) in percent, of a column's title or a secondary (task, metric, filter); None for what
     the row doesn't have."""
     task, metric, filter_name = METRICS.get(column, column)
-    found = [finite(row["metrics"].get(f"{task}/{key},{filter_name}")) for key in (metric, f"{metric}_stderr")]
-    return tuple(None if x is None else 100 * x for x in found)
+    shares = [finite(row["metrics"].get(f"{task}/{key},{filter_name}")) for key in (metric, f"{metric}_stderr")]
+    return tuple(None if x is None else 100 * x for x in shares)
 
 
 def delta(a: tuple, b: tuple) -> tuple[float | None, float | None, bool | None]:
@@ -495,22 +495,22 @@ class Comparison:
 def comparisons(rows: list[dict], against: str) -> tuple[list[Comparison], list[str]]:
     """(the rows, seeds of a family together, compared with base or with their own parent; notes on those left out)."""
     labels = {id(row): label for label, row in label_rows(rows)}
-    found, notes, groups = [], [], seed_groups(rows)
+    compared_rows, notes, groups = [], [], seed_groups(rows)
     tested = compared_in_family(groups)
     for group in groups:
-        pairs = [(row, other) for row in group if (other := reference_of(row, rows, against))]
+        pairs = [(row, reference_row) for row in group if (reference_row := reference_of(row, rows, against))]
         for row in group:
             if against == "parent" and row.get("parent") and not reference_of(row, rows, against):
                 parent = row["parent"]["name"]
                 notes.append(f"{labels[id(row)]} is left out: {parent}, from which it was trained, has no row here.")
         if pairs:
-            references = list(dict.fromkeys(labels[id(other)] for _, other in pairs))
+            references = list(dict.fromkeys(labels[id(reference_row)] for _, reference_row in pairs))
             label = label_group([row for row, _ in pairs], labels)
             reference = references[0] if len(references) == 1 else "parent"
             changes = {column: compare(pairs, column) for column in METRICS}
-            found.append(Comparison(label, tuple(row for row, _ in pairs), reference, changes,
-                                    any(group is other for other in tested)))
-    return found, notes
+            compared_rows.append(Comparison(label, tuple(row for row, _ in pairs), reference, changes,
+                                            any(group is tested_group for tested_group in tested)))
+    return compared_rows, notes
 
 
 def label_group(group: list[dict], labels: dict[int, str]) -> str:
@@ -542,10 +542,11 @@ def endpoint_protocols(tables: dict[str, list[dict]]) -> dict[str, str]:
 def missing_tests(compared: dict, protocols: dict[str, str]) -> int:
     """How many tests of the family can't be made yet: an endpoint of a method was not evaluated in its protocol, or has
     no per-item scores."""
-    wanted = {(c.row["method"], against, column) for (_, against), (found, _) in compared.items() for c in found
-              if c.in_family for column in protocols}
-    made = {(c.row["method"], against, column) for (name, against), (found, _) in compared.items() for c in found
-            if c.in_family for column, protocol in protocols.items() if protocol == name and c.changes[column].paired}
+    wanted = {(c.row["method"], against, column) for (_, against), (compared_rows, _) in compared.items()
+              for c in compared_rows if c.in_family for column in protocols}
+    made = {(c.row["method"], against, column) for (name, against), (compared_rows, _) in compared.items()
+            for c in compared_rows if c.in_family
+            for column, protocol in protocols.items() if protocol == name and c.changes[column].paired}
     return len(wanted - made)
 
 
@@ -553,7 +554,8 @@ def with_holm(compared: dict, protocols: dict[str, str]) -> dict:
     """{(protocol, "base" or "parent"): (comparisons, notes)} with Holm's adjusted p-values over the one family of
     tests: the endpoints, each in its protocol, of the comparisons that are in it. A test that can't be made yet counts
     with p = 1, so that no other becomes significant by its absence."""
-    places = [(key, i, column) for key, (found, _) in compared.items() for i, c in enumerate(found) if c.in_family
+    places = [(key, i, column) for key, (compared_rows, _) in compared.items()
+              for i, c in enumerate(compared_rows) if c.in_family
               for column, protocol in protocols.items() if protocol == key[0] and c.changes[column].paired]
     p = [compared[key][0][i].changes[column].paired.p for key, i, column in places]
     adjusted = dict(zip(places, holm(p + [1.0] * missing_tests(compared, protocols))))
@@ -562,7 +564,8 @@ def with_holm(compared: dict, protocols: dict[str, str]) -> dict:
         return replace(c, changes={column: replace(change, adjusted=adjusted.get((key, i, column)))
                                    for column, change in c.changes.items()})
 
-    return {key: ([changed(key, i, c) for i, c in enumerate(found)], notes) for key, (found, notes) in compared.items()}
+    return {key: ([changed(key, i, c) for i, c in enumerate(compared_rows)], notes)
+            for key, (compared_rows, notes) in compared.items()}
 
 
 def reran(row: dict, rows: list[dict]) -> bool | None:
@@ -570,7 +573,7 @@ def reran(row: dict, rows: list[dict]) -> bool | None:
     each rerun; None where per-item scores are missing."""
     reruns = [r for r in rows if row["adapter_sha256"] and r["config_hash"] == row["config_hash"]]
     reruns = [r for r in reruns if r["adapter_sha256"] != row["adapter_sha256"]]
-    tests = [[compare([(row, other)], column).paired for column in METRICS] for other in reruns]
+    tests = [[compare([(row, rerun)], column).paired for column in METRICS] for rerun in reruns]
     known = [holm([paired.p for paired in paired_tests if paired]) for paired_tests in tests]
     if any(p < ALPHA for adjusted in known for p in adjusted):
         return True
@@ -642,11 +645,11 @@ def endpoint_changes(compared: dict, against: str, adapters: set[str | None],
 def lineages(compared: dict, tables: dict[str, list[dict]]) -> list[dict[str, Comparison]]:
     """[{protocol: a method's comparison with base}] of the methods in the family of tests. A method has the same family
     in each protocol, not necessarily the same seeds: they are evaluated one after another."""
-    found = {}
+    by_family = {}
     for protocol in tables:
         for c in [c for c in compared[protocol, "base"][0] if c.in_family]:
-            found.setdefault((c.row["method"], c.row.get("family") or c.row["adapter_sha256"]), {})[protocol] = c
-    return list(found.values())
+            by_family.setdefault((c.row["method"], c.row.get("family") or c.row["adapter_sha256"]), {})[protocol] = c
+    return list(by_family.values())
 
 
 def verdicts_of(compared: dict, tables: dict[str, list[dict]], protocols: dict[str, str]) -> list[Verdict]:
@@ -667,10 +670,11 @@ def verdicts_of(compared: dict, tables: dict[str, list[dict]], protocols: dict[s
         floors = tuple(column for column in FORGOTTEN for row in tables.get(protocols[column], [])
                        if row["method"] == "base" and is_at_floor(row, column))
         one = verdict(against_base, irreproducible, inherited, floors, protocols)
-        seeds = {protocol: ", ".join(sorted(str(row["seed"]) for row in other.rows))
-                 for protocol, other in by_protocol.items() if protocol in protocols.values()}
+        seeds = {protocol: ", ".join(sorted(str(row["seed"]) for row in comparison.rows))
+                 for protocol, comparison in by_protocol.items() if protocol in protocols.values()}
         if len(set(seeds.values())) > 1:
-            one = replace(one, why=f"{one.why}; " + ", ".join(f"{name} seeds {found}" for name, found in seeds.items()))
+            one = replace(one, why=f"{one.why}; "
+                          + ", ".join(f"{name} seeds {numbers}" for name, numbers in seeds.items()))
         verdicts.append(replace(one, label=c.label, rows=c.rows))
     return verdicts
 

@@ -1,18 +1,21 @@
-"""What each script trains with on graphics cards of several sizes, found by limiting the memory that it may take.
+"""The largest --micro-tokens with which each script trains on graphics cards of several sizes: it runs on a larger card, with
+a limit of memory.
 
     python bench/cards.py --at-once 5                                # NF4 base of 0.5B: 8, 12, 16 and 24 GB
     python bench/cards.py --shape qwen2.5-1.5b --script sft dpo
     python bench/cards.py --gib 4 --script sft dpo --micro-tokens 1536 1024      # another limit
     python bench/cards.py --shape tiny --gib 1                       # a trial without a GPU, where nothing limits it
 
-A card of n GB is taken as n - 1 GiB for torch (RUNGS_GPU_GIB), since CUDA and a display need some. The base is random, in
-NF4, the text is train.py's: 16 rows per step, up to 1,024 tokens each; ppo 64 answers of 256 tokens per update, grpo 8 × 8
-of 256. On each card, the smallest first, a script runs with its default --micro-tokens, then with fewer (the same update
-in smaller parts), until it fits: it does all its steps without running out of memory. A larger card is tried only with
-more of them, and none is once the default fits. A run that fails for another reason than memory, or micro-batches too
-small for a pair, ends the measurement. Scripts may run side by side on one GPU (--at-once), since no speed is measured.
-One JSON line per run, with the steps that it did and their peak; --out has them by device, and README.md there the tables.
-A run that is made again replaces its earlier result.
+A card of n GB is taken as n - 1 GiB for torch (RUNGS_GPU_GIB), since CUDA and a display need some. The base is random: in
+NF4 for sft, reward and ppo's reward models, in bfloat16 with SFT merged into it for the policies of dpo, kto, ppo and grpo.
+The text is train.py's: 16 rows per step, up to 1,024 tokens each; ppo 64 answers of 256 tokens per update, grpo 8 × 8 of
+256. Other flags are the defaults, but the measurements before and after training use few rows (train.script). On each card,
+the smallest first, a script runs with its default --micro-tokens, then with fewer (the same update in smaller parts), until
+it fits: it does all its steps without running out of memory. A larger card is tried only with larger values, and not at all
+once the default fits. Running out of memory, or micro-batches too small for a pair, counts as not fitting; any other failure
+ends the measurement. Scripts may run side by side on one GPU (--at-once), since no speed is measured. Prints one JSON line
+per run, with the steps that it did and their peak; writes <out>/<device>.json, and the tables to <out>/README.md. A run that
+is made again replaces its earlier result.
 """
 import dataclasses
 import importlib
@@ -50,7 +53,7 @@ class Args:
     at_once: int = 1
     """Scripts that run at the same time."""
     steps: int = 12
-    """Optimizer steps; of ppo and grpo, 2 updates."""
+    """Optimizer steps (kto: twice as many, in 2 epochs); ppo and grpo make 2 updates."""
     shape: Literal["qwen2.5-0.5b", "qwen2.5-1.5b", "tiny"] = "qwen2.5-0.5b"
     """Shape of the random model."""
     seconds: int = 300
@@ -127,8 +130,9 @@ def table(record: dict) -> str:
 
 def write_tables(out: Path) -> None:
     explained = ("The most `--micro-tokens` with which a script trains under a limit of GPU memory, and its peak in GiB, "
-                 "written by `python bench/cards.py` (its docstring says how): NF4 base, other flags at their defaults. –: none "
-                 "of those tried fits; empty: not tried, because a smaller limit holds as much, or for another reason.")
+                 "written by `python bench/cards.py` (its docstring says how): the base in NF4 for sft.py, reward.py and PPO's "
+                 "reward models, in bfloat16 for the other scripts' policies; few rows for the measurements before and after "
+                 "training, other flags at their defaults. –: none of those tried fits; empty: not tried, because a smaller limit holds as much, or for another reason.")
     train.write_readme(out, "What fits", explained, table)
 
 

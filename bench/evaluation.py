@@ -49,22 +49,22 @@ class Args:
 
 def compare(task: str, ours: tuple[dict, list[dict]], theirs: tuple[dict, list[dict]]) -> dict:
     """The figures of a task, from both systems' (result, items) as evaluate.run_task gives them."""
-    (mine, a), (other, b) = ours, theirs
+    (rungs, a), (lm_eval, b) = ours, theirs
     assert [(x["task"], x["doc_hash"]) for x in a] == [(x["task"], x["doc_hash"]) for x in b]
-    found = {"task": task, "items": len(a), "rungs_s": mine["wall_time_s"], "lm_eval_s": other["wall_time_s"],
-             "ratio": round(other["wall_time_s"] / mine["wall_time_s"], 2)}
+    figures = {"task": task, "items": len(a), "rungs_s": rungs["wall_time_s"], "lm_eval_s": lm_eval["wall_time_s"],
+               "ratio": round(lm_eval["wall_time_s"] / rungs["wall_time_s"], 2)}
     for title, key in evaluate.HEADLINE.items():
         if key.startswith(f"{task}/"):
-            scores = (100 * result["metrics"][key] for result in (mine, other))
-            found[title] = dict(zip(("rungs", "lm_eval"), (round(x, 3) for x in scores)))
+            scores = (100 * result["metrics"][key] for result in (rungs, lm_eval))
+            figures[title] = dict(zip(("rungs", "lm_eval"), (round(x, 3) for x in scores)))
     pairs = [(np.hstack(list(x["metrics"].values())), np.hstack(list(y["metrics"].values()))) for x, y in zip(a, b)]
-    found["items_scored_otherwise"] = sum(bool((abs(x.astype(float) - y) > 0.005).any()) for x, y in pairs)
+    figures["items_scored_otherwise"] = sum(bool((abs(x.astype(float) - y) > 0.005).any()) for x, y in pairs)
     if "response" in a[0]:
-        found["other_texts"] = round(float(np.mean([x["response"] != y["response"] for x, y in zip(a, b)])), 4)
+        figures["other_texts"] = round(float(np.mean([x["response"] != y["response"] for x, y in zip(a, b)])), 4)
     else:
         gaps = [abs(p - q) for x, y in zip(a, b) for p, q in zip(x["loglikelihoods"], y["loglikelihoods"])]
-        found["mean_loglikelihood_gap"] = round(float(np.mean(gaps)), 5)
-    return found
+        figures["mean_loglikelihood_gap"] = round(float(np.mean(gaps)), 5)
+    return figures
 
 
 def main(args: Args) -> None:

@@ -73,12 +73,12 @@ def speed(work: Path, rows: int, length: int, micro_tokens: int, device) -> dict
     return {"tokens_per_s": round(rows * length / statistics.median(taken[2:])), "gib": gib}
 
 
-def plot(found: dict[str, list[dict]], title: str, path: Path) -> None:
+def plot(curves: dict[str, list[dict]], title: str, path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(found), figsize=(12, 3.4), sharey=True)
-    for axis, (name, points) in zip(axes, found.items()):
+    figure, axes = plt.subplots(1, len(curves), figsize=(12, 3.4), sharey=True)
+    for axis, (name, points) in zip(axes, curves.items()):
         axis.plot([p[name] for p in points], [p["tokens_per_s"] / 1e3 for p in points], marker="o")
         axis.set(ylim=(0, None), xlabel={"micro_tokens": "--micro-tokens", "length": "tokens a sequence",
                                          "rows": "rows a step"}[name])
@@ -96,9 +96,9 @@ def main(args: Args) -> None:
         common.fail("no GPU; give --shape tiny")
     work = Path("runs/bench-linear")
     workload.make_model(work, args.shape, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    found = {}
+    curves = {}
     for name, values in VARIED.items():
-        found[name] = []
+        curves[name] = []
         for value in values:
             size = {"micro_tokens": args.micro_tokens, "length": args.length, "rows": args.rows} | {name: value}
             if name == "length":
@@ -106,12 +106,12 @@ def main(args: Args) -> None:
             size["micro_tokens"] = max(size["micro_tokens"], size["length"])
             if device.type == "cpu":
                 size["rows"] = min(size["rows"], 8)
-            found[name].append(size | speed(work, size["rows"], size["length"], size["micro_tokens"], device))
-            print(found[name][-1], flush=True)
+            curves[name].append(size | speed(work, size["rows"], size["length"], size["micro_tokens"], device))
+            print(curves[name][-1], flush=True)
     hardware, out = common.hardware()["device"], Path(args.out)
     file = hardware.lower().replace(" ", "-")
-    common.write_json(out / f"{file}.json", {"device": hardware, "shape": args.shape, **found})
-    plot(found, f"Training, {args.shape}, {hardware}: python bench/linear.py", out / f"{file}.png")
+    common.write_json(out / f"{file}.json", {"device": hardware, "shape": args.shape, **curves})
+    plot(curves, f"Training, {args.shape}, {hardware}: python bench/linear.py", out / f"{file}.png")
 
 
 if __name__ == "__main__":

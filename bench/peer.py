@@ -59,7 +59,7 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
 
     class Timer(transformers.TrainerCallback):
         """Prints what was measured, after each step that counts, and with the gradient's norm after the last."""
-        rollout, sampled, found = 0.0, 0, {}  # seconds, and tokens of completions, since the last step that doesn't count
+        rollout, sampled, metrics = 0.0, 0, {}  # seconds, and tokens of completions, since the last step that doesn't count
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == warm:
@@ -72,16 +72,16 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
             if n > 0:
                 taken = (time.time() - self.began) / n
                 a_step = self.sampled / n if on_policy else sum(lengths) / steps
-                self.found = {"tokens_per_s": round(a_step / taken), "ms_per_step": round(taken * 1e3, 1), "steps": n,
-                              "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None}
+                self.metrics = {"tokens_per_s": round(a_step / taken), "ms_per_step": round(taken * 1e3, 1), "steps": n,
+                                "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None}
                 if on_policy:
-                    self.found |= {"completion_tokens": round(a_step / batch), "rollout_s": round(self.rollout / n, 3),
-                                   "update_s": round(taken - self.rollout / n, 3)}
-                print("RESULT " + json.dumps(self.found), flush=True)
+                    self.metrics |= {"completion_tokens": round(a_step / batch), "rollout_s": round(self.rollout / n, 3),
+                                     "update_s": round(taken - self.rollout / n, 3)}
+                print("RESULT " + json.dumps(self.metrics), flush=True)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if self.found and "grad_norm" in (logs or {}):
-                print("RESULT " + json.dumps(self.found | {"grad_norm": round(float(logs["grad_norm"]), 4)}), flush=True)
+            if self.metrics and "grad_norm" in (logs or {}):
+                print("RESULT " + json.dumps(self.metrics | {"grad_norm": round(float(logs["grad_norm"]), 4)}), flush=True)
 
     defaults = {"per_device_train_batch_size": 8, "max_steps": steps, "bf16": cuda, "use_cpu": not cuda, "seed": 42,
                 "save_strategy": "no", "report_to": [], "logging_steps": steps, "disable_tqdm": True,
@@ -130,11 +130,11 @@ def main(case: str, work: Path, settings: dict, steps: int, warm: int, completio
         def timed(*args, **kwargs):
             torch.cuda.synchronize() if cuda else None
             began = time.time()
-            found = generate(*args, **kwargs)
+            generated = generate(*args, **kwargs)
             torch.cuda.synchronize() if cuda else None
             timer.rollout += time.time() - began
-            timer.sampled += sum(map(len, found[1]))
-            return found
+            timer.sampled += sum(map(len, generated[1]))
+            return generated
         trainer._generate = timed
     trainer.train()
 

@@ -77,12 +77,12 @@ def finish(line: list[str], out: Path, kill: bool = False, **environment) -> Pat
     return out
 
 
-def compared(one: Path, other: Path, metric: str) -> dict:
+def compared(run: Path, baseline: Path, metric: str) -> dict:
     """How the adapter and the metric of a finished run differ from another's."""
-    mine, theirs = (load_file(out / "adapter_model.safetensors") for out in (one, other))
+    mine, theirs = (load_file(out / "adapter_model.safetensors") for out in (run, baseline))
     gap, size = (sum(x.double().square().sum() for x in tensors) ** 0.5 for tensors in (
         [mine[k] - theirs[k] for k in mine], theirs.values()))
-    values = [json.loads((out / "run.json").read_text())["metrics"][metric] for out in (one, other)]
+    values = [json.loads((out / "run.json").read_text())["metrics"][metric] for out in (run, baseline)]
     return {"identical": all(torch.equal(mine[k], theirs[k]) for k in mine), "distance": (gap / size).item(),
             "metric": abs(values[0] - values[1])}
 
@@ -94,19 +94,19 @@ def main(args: Args) -> None:
     finish([*command("sft", "auto", work, device.type), "--lr", "1e-3"], work / "parent")
 
     def case(script: str, engine: str, mode: str) -> dict:
-        line, place = command(script, engine, work, device.type), work / f"{script}-{engine}-{mode}"
-        once, again, continued = (finish(line, place / name, name == "continued", **MODES[mode])
+        line, out_dir = command(script, engine, work, device.type), work / f"{script}-{engine}-{mode}"
+        once, again, continued = (finish(line, out_dir / name, name == "continued", **MODES[mode])
                                   for name in ("once", "again", "continued"))
         return {"script": script, "engine": engine, "mode": mode, "metric": METRIC[script],
                 **{out.name: compared(out, once, METRIC[script]) for out in (again, continued)}}
     with ThreadPoolExecutor(args.jobs) as pool:
         cases = [pool.submit(case, s, e, m) for m in MODES for e in args.engine for s in args.only]
-        found = [future.result() for future in cases]
-    for line in found:
+        case_records = [future.result() for future in cases]
+    for line in case_records:
         print(json.dumps(line), flush=True)
     name = common.hardware()["device"]
     common.write_json(record_path(args.out, name),
-                      {"schema_version": 1, "device": name, "torch": torch.__version__, "cases": found})
+                      {"schema_version": 1, "device": name, "torch": torch.__version__, "cases": case_records})
 
 
 if __name__ == "__main__":

@@ -200,17 +200,17 @@ def main(args: Args) -> None:
             call = generate(model, prompts, args, "static" if system == "static-cache" else None)
         first, _, *later = [seconds(call, device) for _ in range(5)]
         taken = statistics.median(later)
-        found = {"workload": "sample", "system": system, "tokens_per_s": round(rows * args.tokens / taken),
-                 "ms_per_step": round(taken / args.tokens * 1e3, 3), "setup_s": round(first - taken, 1)}
+        metrics = {"workload": "sample", "system": system, "tokens_per_s": round(rows * args.tokens / taken),
+                   "ms_per_step": round(taken / args.tokens * 1e3, 3), "setup_s": round(first - taken, 1)}
         if device.type == "cuda" and system != "vllm":  # a process of its own, which takes what it is given
-            found["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+            metrics["peak_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         if args.profile and system in ("rungs", "rungs-torch"):
-            found.update(profile(sampler, rows, max(map(len, prompts)) + args.tokens, device))
+            metrics.update(profile(sampler, rows, max(map(len, prompts)) + args.tokens, device))
         settings = dataclasses.asdict(args) | {"rows": rows, "lora_rank": rank, "device": common.hardware()["device"],
                                                "torch": torch.__version__}
         for k in ("system", "profile"):
             del settings[k]
-        print(json.dumps({**found, "settings": settings}), flush=True)
+        print(json.dumps({**metrics, "settings": settings}), flush=True)
         sampler = call = None  # before the next case's are made
         if rank:
             policy.unload()

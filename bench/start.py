@@ -64,18 +64,18 @@ def first_step(args: Args, device: str) -> tuple[float, float]:
 def main(args: Args) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     workload.make(Path(args.work), args.shape, train.ROWS * 2, 2, torch.bfloat16 if device == "cuda" else torch.float32)
-    found, before, imported = {}, 0.0, []
+    seconds, before, imported = {}, 0.0, []
     for name, modules in IMPORTS.items():
         imported.append(f"import {modules}")
         runs = [timed(["-c", "; ".join(imported)], args) for _ in range(args.repeat + 1)]
         total = statistics.median(runs[1:])
-        found[name], before = round(total - before, 2), total
+        seconds[name], before = round(total - before, 2), total
     runs = [timed(["sft.py", "--help"], args) for _ in range(args.repeat + 1)]
-    found["--help"] = round(statistics.median(runs[1:]), 2)
+    seconds["--help"] = round(statistics.median(runs[1:]), 2)
     steps = [first_step(args, device) for _ in range(args.repeat + 1)]
-    found["command_to_first_step"], found["first_step"] = (round(statistics.median(column), 2) for column in zip(*steps[1:]))
-    print(json.dumps({**found, "settings": {"shape": args.shape, "repeat": args.repeat, "torch": torch.__version__,
-                                            "device": common.hardware()["device"]}}))
+    seconds["command_to_first_step"], seconds["first_step"] = (round(statistics.median(column), 2) for column in zip(*steps[1:]))
+    print(json.dumps({**seconds, "settings": {"shape": args.shape, "repeat": args.repeat, "torch": torch.__version__,
+                                              "device": common.hardware()["device"]}}))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@
     python bench/train.py --system rungs --gpus 2 --only sft-bf16 dpo grpo-step      # beside the same with one
     python bench/train.py --shape tiny --seconds 60        # a trial without a GPU
 
-Ours is what a user runs: `python sft.py …` with its default flags, on generated data; speed is read from its log.jsonl.
+Ours runs the scripts as a user would, `python sft.py …` on generated data, with the default flags except those that script()
+sets; speed is read from log.jsonl.
 TRL runs once with its defaults, and with each of some faster settings (peer.py), of which the fastest counts. Unsloth runs
 with 16 rows per step and no checkpointing; it wants older versions of transformers and TRL than our lock file, so install it,
 with xformers, in an environment of its own, and run `--system rungs unsloth` there. Each case has its own process; its first
 --warm steps (compiling, recording of most sizes) don't count. 16 rows per step (pairs for dpo and reward), LoRA r = 16 on all
-linear layers; grpo and ppo: 64 completions of at most 256 tokens per update, from 8 or 64 prompts (one of many stop tokens
-ends them, so that most have 256 and the others fewer). Tokens are those of the text (both answers of a pair; for sampling
+linear layers; grpo and ppo: 64 completions of at most 256 tokens per update, from 8 or 64 prompts (one token in 512 is a
+stop token, so that about 39 % of the answers end early). Tokens are those of the text (both answers of a pair; for sampling
 and its updates only the completions), never padding or mismatched pairs. peak_gib: the most memory that the process had
 reserved. command_to_first_step_s: from the call of the script to the end of its first step, imports and compiling included.
 
@@ -63,14 +64,14 @@ class Args:
     only: tuple[Literal[WORKLOADS], ...] = WORKLOADS
     """Workloads to run."""
     system: tuple[Literal[SYSTEMS], ...] = ("rungs", "trl-default", "trl-best", "transformers-generate")
-    """Systems that run them; transformers-generate and vllm only sample. Of all systems, unsloth and vllm aren't among our
-    requirements."""
+    """Systems that run them; transformers-generate and vllm only sample. unsloth and vllm are not in our requirements:
+    install them separately."""
     steps: int = 200
     """Optimizer steps of a training case; grpo and ppo run a tenth as many updates."""
     warm: int = 50
     """First steps that don't count; for grpo and ppo a tenth of this, at least one."""
     peer_steps: int = 25
-    """Steps of TRL's and Unsloth's cases, which record nothing; for their GRPO a fifth, at least three more than don't count."""
+    """Steps of TRL's and Unsloth's cases, which record nothing; for their GRPO a fifth, of which at least three are timed."""
     peer_warm: int = 5
     """First steps of TRL's and Unsloth's cases that don't count; for their GRPO a fifth of this, at least one."""
     seconds: int = 300
@@ -221,16 +222,16 @@ def ours(case: str, args: Args, work: Path, device: str, steps: int, warm: int, 
         return {"error": f"{zeros} of {len(norms)} timed steps had no gradient: nothing was trained"}
     taken, tokens = timed[-1]["seconds"] - lines[warm - 1]["seconds"], sum(line["tokens"] for line in timed)
     median = statistics.median(line["seconds"] - before["seconds"] for before, line in zip(lines[warm - 1:], timed))
-    found = {"tokens_per_s": round(tokens / taken), "ms_per_step": round(taken / len(timed) * 1e3, 1),
-             "median_ms": round(median * 1e3, 1), "steps": len(timed),
-             "command_to_first_step_s": first_step and round(first_step, 1),
-             "peak_gib": lines[-1].get("peak_gib"), "grad_norm": round(statistics.median(norms), 4),
-             "settings": {"script": name, "flags": " ".join(more)}}
+    metrics = {"tokens_per_s": round(tokens / taken), "ms_per_step": round(taken / len(timed) * 1e3, 1),
+               "median_ms": round(median * 1e3, 1), "steps": len(timed),
+               "command_to_first_step_s": first_step and round(first_step, 1),
+               "peak_gib": lines[-1].get("peak_gib"), "grad_norm": round(statistics.median(norms), 4),
+               "settings": {"script": name, "flags": " ".join(more)}}
     if "rollout_tokens_per_s" in timed[0]:
-        found["completion_tokens"] = round(statistics.mean(line["completion_tokens"] for line in timed))
+        metrics["completion_tokens"] = round(statistics.mean(line["completion_tokens"] for line in timed))
         rollout = sum(line["tokens"] / line["rollout_tokens_per_s"] for line in timed)
-        found |= {"rollout_s": round(rollout / len(timed), 3), "update_s": round((taken - rollout) / len(timed), 3)}
-    return found | ({"note": failed} if failed else {})
+        metrics |= {"rollout_s": round(rollout / len(timed), 3), "update_s": round((taken - rollout) / len(timed), 3)}
+    return metrics | ({"note": failed} if failed else {})
 
 
 # -- others ---------------------------------------------------------------------------------------
@@ -238,8 +239,8 @@ def ours(case: str, args: Args, work: Path, device: str, steps: int, warm: int, 
 def result(command: list[str], seconds: int) -> dict:
     """The last line that begins with RESULT; an error where there is none."""
     printed, failed = run([sys.executable, *command], seconds)
-    found = [line for line in printed.splitlines() if line.startswith("RESULT ")]
-    return json.loads(found[-1].removeprefix("RESULT ")) if found else {"error": failed or "no result"}
+    result_lines = [line for line in printed.splitlines() if line.startswith("RESULT ")]
+    return json.loads(result_lines[-1].removeprefix("RESULT ")) if result_lines else {"error": failed or "no result"}
 
 
 def peer(case: str, settings: dict, args: Args, work: Path, completion_tokens: int) -> dict:
@@ -249,9 +250,9 @@ def peer(case: str, settings: dict, args: Args, work: Path, completion_tokens: i
     if case == "grpo-step":
         warm = max(1, warm // 5)
         steps = max(warm + 3, steps // 5)
-    found = result([str(HERE / "peer.py"), case, str(work), json.dumps(settings), str(steps), str(warm),
-                    str(completion_tokens)], args.seconds)
-    return {**found, "settings": settings}
+    metrics = result([str(HERE / "peer.py"), case, str(work), json.dumps(settings), str(steps), str(warm),
+                      str(completion_tokens)], args.seconds)
+    return {**metrics, "settings": settings}
 
 
 def settings_to_try(case: str, system: str) -> list[dict | None]:
@@ -286,8 +287,8 @@ def flops_a_token(case: str, config, sizes: dict, completion_tokens: int) -> flo
         return (total + (flops(lengths, shared, 0, forward=2, backward=4) if case == "ppo-step" else 0)) / counted
     kind = case.split("-")[0]
     passes = {"sft": {}, "reward": {}, "dpo": dict(forward=1), "kto": dict(forward=3)}[kind]
-    found = sizes[kind]
-    return flops(found["lengths"], found["shared"], found["predicted"], backward=1, **passes) / sum(found["lengths"])
+    counts = sizes[kind]
+    return flops(counts["lengths"], counts["shared"], counts["predicted"], backward=1, **passes) / sum(counts["lengths"])
 
 
 def settings_of(case: dict) -> str:
@@ -307,8 +308,8 @@ def table(cases: list[dict]) -> str:
     lines = ["| workload | system | settings | tokens/s | rungs is | peak GiB | MFU | grad norm | |",
              "| :-- | :-- | :-- | --: | --: | --: | --: | --: | :-- |"]
     for c in cases:
-        speed, own = c.get("tokens_per_s"), ours.get(c["workload"])
-        ratio = f"{own / speed:.2f} ×" if own and speed and c["system"] != "rungs" else ""
+        speed, rungs_speed = c.get("tokens_per_s"), ours.get(c["workload"])
+        ratio = f"{rungs_speed / speed:.2f} ×" if rungs_speed and speed and c["system"] != "rungs" else ""
         apart = f"rollout {c['rollout_s']} s, update {c['update_s']} s" if "rollout_s" in c else ""
         apart += f"; median step {c['median_ms'] / 1e3:.2f} s" if apart and "median_ms" in c else ""
         lines.append(f"| {c['workload']} | {c['system']} | {settings_of(c)} | {cell(speed, ',.0f')} | {ratio} "
@@ -327,18 +328,18 @@ def write_readme(out: Path, title: str, explained: str, table_of: Callable[[dict
 
 def write_tables(out: Path) -> None:
     explained = ("Tokens per second of training and sampling, written by `python bench/train.py`. \"rungs is\": the speed of "
-                 "rungs on one GPU over that of the line. MFU is of one GPU. Grad norm: of ours the median of the timed steps, "
+                 "rungs on one GPU divided by that of the line. MFU is of one GPU. Grad norm: of ours the median of the timed steps, "
                  "of others the last step's; – where it was not recorded. How a case is run: the docstring of bench/train.py.")
     write_readme(out, "Speed", explained, lambda record: table(record["cases"]))
 
 
 def best_of(cases: list[dict]) -> list[dict]:
     """The fastest of a system's cases of one workload with several settings, with all that were tried."""
-    found = {}
+    groups = {}
     for c in cases:
-        found.setdefault((c["workload"], c["system"]), []).append(c)
-    best = {key: max(group, key=lambda c: c.get("tokens_per_s", 0)) for key, group in found.items()}
-    return [best[key] | ({"tried": group} if len(group) > 1 else {}) for key, group in found.items()]
+        groups.setdefault((c["workload"], c["system"]), []).append(c)
+    best = {key: max(group, key=lambda c: c.get("tokens_per_s", 0)) for key, group in groups.items()}
+    return [best[key] | ({"tried": group} if len(group) > 1 else {}) for key, group in groups.items()]
 
 
 def record_path(out: str, device: str) -> Path:
@@ -385,21 +386,21 @@ def main(args: Args) -> None:
     def measure(case: str, system: str, settings: dict | None) -> dict:
         began = time.time()
         if case == "sample":
-            found = sample(system, args, completion_tokens)
+            metrics = sample(system, args, completion_tokens)
         elif system == "rungs":
-            found = ours(case, args, work, device, *((updates, warm_updates) if case in ("grpo-step", "ppo-step") else
-                                                     (args.steps, args.warm)), completion_tokens)
+            metrics = ours(case, args, work, device, *((updates, warm_updates) if case in ("grpo-step", "ppo-step") else
+                                                       (args.steps, args.warm)), completion_tokens)
         elif settings is None:
-            found = {"error": "not set up for Unsloth" if system == "unsloth" else "TRL 1.16 has no such trainer"}
+            metrics = {"error": "not set up for Unsloth" if system == "unsloth" else "TRL 1.16 has no such trainer"}
         else:
-            found = peer(case, settings, args, work, completion_tokens)
+            metrics = peer(case, settings, args, work, completion_tokens)
         gpus = args.gpus if system == "rungs" and case != "sample" else 1
-        if "tokens_per_s" in found and peak:
-            found["mfu"] = round(found["tokens_per_s"] * flops_a_token(
-                case, config, sizes, found.get("completion_tokens", completion_tokens)) / (peak * gpus), 4)
-        print(f"{case} {system} {settings or ''}: {found.get('tokens_per_s') or found.get('error')} ({time.time() - began:.0f} s)",
-              flush=True)
-        return {**found, "workload": case, "system": f"rungs-x{gpus}" if gpus > 1 else system,
+        if "tokens_per_s" in metrics and peak:
+            metrics["mfu"] = round(metrics["tokens_per_s"] * flops_a_token(
+                case, config, sizes, metrics.get("completion_tokens", completion_tokens)) / (peak * gpus), 4)
+        print(f"{case} {system} {settings or ''}: {metrics.get('tokens_per_s') or metrics.get('error')} "
+              f"({time.time() - began:.0f} s)", flush=True)
+        return {**metrics, "workload": case, "system": f"rungs-x{gpus}" if gpus > 1 else system,
                 "torch": torch.__version__.split("+")[0]}
     jobs = [(case, system, settings) for case in args.only for system in args.system
             if system == "rungs" or (system in SAMPLERS) == (case == "sample")

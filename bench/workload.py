@@ -100,12 +100,12 @@ def chat_row(i: int, shorter: int) -> dict:
 
 def in_part(part: str, n: int, shorter: int, first: int = 0) -> list[dict]:
     """The first n pairs whose prompt is in this part of the preference data, from index `first`."""
-    found, i = [], first
-    while len(found) < n:
+    pairs, i = [], first
+    while len(pairs) < n:
         row, i = pair(i, shorter), i + 1
         if inputs.preference_parts([row["prompt"]]) == [part] and not inputs.is_judge_prompt(row["prompt"]):
-            found.append(row)
-    return found
+            pairs.append(row)
+    return pairs
 
 
 def labelled(row: dict, i: int) -> dict:

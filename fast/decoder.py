@@ -43,9 +43,9 @@ def norms_of(layer: nn.Module) -> tuple[nn.Module | None, ...]:
 def rotations(body: nn.Module, x: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Of each layer the cos and sin [T, d] of position_ids [1, T], in x's type; layers of one kind share them."""
     kinds = [layer.self_attn.layer_type if hasattr(body.rotary_emb, "layer_types") else None for layer in body.layers]
-    found = {kind: body.rotary_emb(x, position_ids, *filter(None, [kind])) for kind in dict.fromkeys(kinds)}
-    found = {kind: (cos[0], sin[0]) for kind, (cos, sin) in found.items()}
-    return [found[kind] for kind in kinds]
+    rotation_by_kind = {kind: body.rotary_emb(x, position_ids, *filter(None, [kind])) for kind in dict.fromkeys(kinds)}
+    rotation_by_kind = {kind: (cos[0], sin[0]) for kind, (cos, sin) in rotation_by_kind.items()}
+    return [rotation_by_kind[kind] for kind in kinds]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -54,9 +54,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
-def add_norm(x: Tensor, update: Tensor, norm: tuple[Tensor, float], own: tuple[Tensor, float] | None = None):
-    """The residual stream x + update [T, H], and its norm. own: the norm of the update itself."""
-    x = x + (rms_norm(update, *own) if own else update)
+def add_norm(x: Tensor, update: Tensor, norm: tuple[Tensor, float], update_norm: tuple[Tensor, float] | None = None):
+    """The residual stream x + update [T, H], and its norm. update_norm: the norm of the update itself."""
+    x = x + (rms_norm(update, *update_norm) if update_norm else update)
     return x, rms_norm(x, *norm)
 
 

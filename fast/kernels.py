@@ -210,8 +210,8 @@ def attend_kernel(qkv_ptr, bias_ptr, b_ptr, squares_ptr, q_norm_ptr, k_norm_ptr,
         weight1 = tl.where(is_k, tl.load(k_norm_ptr + half)[None, :], tl.load(q_norm_ptr + half)[None, :])
         weight2 = tl.where(is_k, tl.load(k_norm_ptr + D // 2 + half)[None, :],
                            tl.load(q_norm_ptr + D // 2 + half)[None, :])
-        own = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)[:, None]
-        normed1, normed2 = (x1 * own).to(dtype).to(tl.float32), (x2 * own).to(dtype).to(tl.float32)
+        head_factor = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)[:, None]
+        normed1, normed2 = (x1 * head_factor).to(dtype).to(tl.float32), (x2 * head_factor).to(dtype).to(tl.float32)
         x1 = tl.where(is_v, x1, (normed1 * weight1.to(tl.float32)).to(dtype).to(tl.float32))
         x2 = tl.where(is_v, x2, (normed2 * weight2.to(tl.float32)).to(dtype).to(tl.float32))
     angle = at * D + half
@@ -255,10 +255,10 @@ def attend_kernel(qkv_ptr, bias_ptr, b_ptr, squares_ptr, q_norm_ptr, k_norm_ptr,
     query = row * HEADS + kv * GROUP + group
     wanted = (group < GROUP)[:, None] & (i < D)[None, :]
     if SPLIT:
-        place = split * tl.num_programs(0) * HEADS + query
-        tl.store(sums_ptr + place[:, None] * D + i[None, :], attended, mask=wanted)
-        tl.store(stats_ptr + place * 2, highest, mask=group < GROUP)
-        tl.store(stats_ptr + place * 2 + 1, total, mask=group < GROUP)
+        split_query = split * tl.num_programs(0) * HEADS + query
+        tl.store(sums_ptr + split_query[:, None] * D + i[None, :], attended, mask=wanted)
+        tl.store(stats_ptr + split_query * 2, highest, mask=group < GROUP)
+        tl.store(stats_ptr + split_query * 2 + 1, total, mask=group < GROUP)
     else:
         tl.store(out_ptr + query[:, None] * D + i[None, :], (attended / total[:, None]).to(dtype), mask=wanted)
 

@@ -97,8 +97,8 @@ def attention_in(x: Tensor, update: Tensor, w: Layer, cos: Tensor, sin: Tensor) 
 
 def attention_out(x: Tensor, attended: Tensor, w: Layer, gate: Callable) -> tuple[Tensor, Tensor]:
     """The stream after attention [T, H], and what the MLP adds to it; attended [T, heads d]."""
-    own = None if w.attention_norm is None else (w.attention_norm, w.eps)
-    x, h = add_norm(x, project(attended, w.o), (w.post_norm, w.eps), own)
+    update_norm = None if w.attention_norm is None else (w.attention_norm, w.eps)
+    x, h = add_norm(x, project(attended, w.o), (w.post_norm, w.eps), update_norm)
     update = project(gate(project(h, w.gate_up)), w.down)
     return x, update if w.mlp_norm is None else rms_norm(update, w.mlp_norm, w.eps)
 

@@ -325,7 +325,7 @@ def test_training_rows_with_a_held_out_prompt_are_left_out(sft_args, tiny_model,
                {"messages": [user("hello"), assistant("hi"), user("how 101"), assistant("no")]}]
     data, held = write_jsonl(tmp_path / "x.jsonl", train), write_jsonl(tmp_path / "x_heldout.jsonl", heldout)
     split = loaded(sft_args, tiny_model, data)
-    assert sorted(split.kept) == [*range(3, 30)] and len(split.heldout) == 5
+    assert sorted(split.row_indices) == [*range(3, 30)] and len(split.heldout) == 5
     assert f"note: 5 rows of {data} are left out of training" in capsys.readouterr().out
     for given, rows in ((data, train), (held, heldout)):  # all of the training prompts
         split = loaded(sft_args, tiny_model, write_jsonl(tmp_path / "y.jsonl", rows), heldout_data=given)
@@ -376,7 +376,7 @@ def test_what_is_ignored_is_said(sft_args, tiny_model, tmp_path, capsys):
     tokenizer = chat.load_tokenizer(tiny_model)
     trained = sorted(tokenizer.decode(c.example.targets) for c in split.train)
     assert trained == [f"right {i}<|im_end|>" for i in range(10)]
-    systems = ["Be brief." if split.kept[k] == 5 else "You read books." for k in range(10)]
+    systems = ["Be brief." if split.row_indices[k] == 5 else "You read books." for k in range(10)]
     assert [c.prompt[0]["content"] for c in split.train] == systems and split.dropped == {"no answer to train": 2}
     line = next(line for line in capsys.readouterr().out.splitlines() if "not used" in line)
     assert line == (f"note: {data}: not used: a weight of messages besides 0 and 1 (1 rows), column system (1 rows), "

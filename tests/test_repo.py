@@ -127,6 +127,26 @@ def imports(path):
     return found
 
 
+NO_NAMES = {"found", "place", "own", "said", "kept", "other", "what"}
+
+
+def names_given(tree):
+    """(line, name) of each variable, parameter, attribute, function and class that a module names."""
+    for node in ast.walk(tree):
+        given = {ast.Name: "id", ast.Attribute: "attr", ast.arg: "arg", ast.FunctionDef: "name", ast.ClassDef: "name"}
+        if (attribute := given.get(type(node))) and isinstance(getattr(node, "ctx", ast.Store()), ast.Store):
+            yield node.lineno, getattr(node, attribute)
+
+
+def test_names_say_what_they_name():
+    """Words that mean nothing by themselves are no names of variables."""
+    tree = ast.parse("def f(place):\n    for own in place:\n        self.kept = other = own\n")
+    assert sorted(names_given(tree)) == [(1, "f"), (1, "place"), (2, "own"), (3, "kept"), (3, "other")]
+    paths = [path for folder in ("", "fast", "tools", "bench") for path in sorted((REPO / folder).glob("*.py"))]
+    assert len(paths) > 40 and [f"{path.relative_to(REPO)}:{line}: {name}" for path in paths
+                                for line, name in names_given(ast.parse(path.read_text())) if name in NO_NAMES] == []
+
+
 def test_scripts_import_common_and_libraries_only():
     """And the layers below them: files <- common <- chat <- inputs; fast/ imports neither and nobody but common imports it."""
     ours = {p.stem for p in REPO.glob("*.py")}

@@ -107,17 +107,17 @@ class Speaker:
 
         def stream(_: int, so_far: list[int]) -> None:
             ids[:] = so_far
-            said = printable(self.tokenizer.decode(ids, skip_special_tokens=True))
-            show(said.rstrip("\N{REPLACEMENT CHARACTER}"))  # the bytes of a character that is not whole yet
+            answer = printable(self.tokenizer.decode(ids, skip_special_tokens=True))
+            show(answer.rstrip("\N{REPLACEMENT CHARACTER}"))  # the bytes of a character that is not whole yet
         try:
             done, = self.sampler.sample([prompt], room, args.temperature, args.top_p, args.seed, rows=[turn],
                                         stream=stream)
             ended = "full" if done.stopped == "length" and room < args.max_new_tokens else done.stopped
         except KeyboardInterrupt:
             ended = "cut"
-        said = self.tokenizer.decode(ids, skip_special_tokens=True)
-        show(printable(said))
-        self.messages = [*asked, {"role": "assistant", "content": said}]
+        answer = self.tokenizer.decode(ids, skip_special_tokens=True)
+        show(printable(answer))
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
         return ended
 
 

@@ -71,11 +71,11 @@ def check_inputs(old: dict, where: Path) -> None:
             fail(f"{where} needs {given} ({link['name']}, config {link['config_hash']}), which is not there")
         now = common.read_json(record)
         if now["adapter_sha256"] != link["adapter_sha256"]:
-            other = (f"{given} is not the adapter that {where} names (sha256 {now['adapter_sha256'][:8]}, want "
-                     f"{link['adapter_sha256'][:8]})")
+            mismatch = (f"{given} is not the adapter that {where} names (sha256 {now['adapter_sha256'][:8]}, want "
+                        f"{link['adapter_sha256'][:8]})")
             if name != "watch" or now["config_hash"] != link["config_hash"]:
-                fail(other)
-            common.say(f"note: {other}; it takes no part in the training, and only the metrics about it will differ")
+                fail(mismatch)
+            common.say(f"note: {mismatch}; it takes no part in the training, and only the metrics about it will differ")
 
 
 def rerun(old: dict, out: Path) -> None:
@@ -108,13 +108,13 @@ def config_differences(old: dict, new: dict) -> str:
 
 def compared(old: dict, new: dict) -> dict[str, dict]:
     """{metric: then, now, their difference, and the first run's interval, if it recorded one}."""
-    found = {}
+    metrics = {}
     for key, then in old["metrics"].items():
         now = new["metrics"].get(key)
         if isinstance(then, (int, float)) and isinstance(now, (int, float)):
             interval = old["metrics"].get(f"{key}_interval")
-            found[key] = {"then": then, "now": now, "difference": now - then, "interval": interval}
-    return found
+            metrics[key] = {"then": then, "now": now, "difference": now - then, "interval": interval}
+    return metrics
 
 
 def main(args: Args) -> None:
