@@ -285,7 +285,7 @@ DEMO_RUN   = --dtype float32 --micro-tokens 1024 --checkpoint-every 50
 DEMO_PAIRS = $(DEMO_RUN) --batch-size 8 --max-length 96 --heldout-rows 72 --lr 2e-4
 DEMO_EOS   = --eos-prompts 4 --eos-tokens 24
 
-demo: ## the whole climb at a small scale, on a CPU: SmolLM2-135M, data/demo; 5 to 7 min on two cores after installation, 5 GiB
+demo: ## all methods at a small scale, on a CPU: SmolLM2-135M, data/demo; 5 to 7 min on two cores after installation, 5 GiB
 	@mkdir -p runs/demo; date +%s > runs/demo/.began
 	@$(MAKE) --no-print-directory all DEMO=1 OUT=runs/demo RESULTS=runs/demo/results README=none MODEL=$(SMOLLM2) QUANT=none \
 	  PROTOCOL=plain SEED=42 NPROC=1 GPUS=1 PER_GPU=1 \

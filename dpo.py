@@ -14,7 +14,7 @@ Deviations from the usual script, on purpose:
      fresh LoRA is trained. What is saved is the sum of both, relative to the pretrained base.
   3. Pairs with an answer beyond --max-length are dropped and counted, never cut.
 
-    python dpo.py --beta 0.1 --sft-adapter runs/sft_v2
+    python dpo.py --sft-adapter runs/sft_v2
 
 Expect, for Qwen2.5-Coder-0.5B-Instruct after SFT, on 4,669 pairs of part A (seed 41), at the default β of 0.3: held-out
 accuracy 0.695 [0.633, 0.758], loss 0.585, 1.8 nats of KL to SFT, and longer answers (docs/recipes.md). 10.9 GiB, about
@@ -51,11 +51,11 @@ class Args:
     """Dtype of the base + SFT weights. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRAFEEDBACK
-    """Preference pairs: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]."""
+    """Preference pairs: .jsonl, .json, .csv, .parquet, a directory or hub id[@revision][:split]."""
     heldout_data: str | None = None
     """Held-out pairs; by default found beside --data (x.jsonl -> x_heldout.jsonl, train_prefs -> test_prefs)."""
     eval_data: str | None = None
-    """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
+    """Directory of evaluation data; training rows that share 13 words in a row with one of its prompts are counted."""
     rows: int = 5000
     """Training pairs: the first usable ones of part A in the seed's shuffle."""
     heldout_rows: int = 256

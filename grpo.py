@@ -30,7 +30,7 @@ Deviations, on purpose:
     python grpo.py --task my_task.py --sft-adapter runs/sft_v2 --out runs/grpo_mine
 
 Expect, for Qwen2.5-Coder-0.5B-Instruct after SFT, --updates 80 (seed 41): held-out pass@1 0.4 -> 40.0 % by the answer
-after "####", and 27.7 -> 40.0 % by the last number, change 8.0 to 16.6 points; 16 GiB, under 6 minutes on one H200.
+after "####", and 27.7 -> 40.0 % by the last number, change 8.0 to 16.6 points; 22.5 GiB, under 3 minutes on one H200.
 
 A task defines the prompts and the reward of an answer. GSM8K: rows of question and answer (`#### 18`), or of prompt and
 answer; a correct answer earns 1, any other answer 0. Arithmetic: the same for generated problems of five grades,
@@ -77,8 +77,8 @@ class Args:
     other_base: bool = False
     """Accept a plain PEFT adapter whose config names a base other than --model."""
     quantization: Literal["qlora", "none"] = "none"
-    """With --sft-adapter none: policy of the comparison that the run belongs to; it is recorded and hashed. (An adapter
-    hands down its own. This script loads the weights in --dtype under either.)"""
+    """Only with --sft-adapter none: the quantisation of the runs to compare with, recorded in train_invariants. The
+    weights are loaded in --dtype in either case; with an adapter, the setting is the adapter's."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the base + SFT weights. Adapter and Adam state are always fp32."""
     # -- task and data --
@@ -92,7 +92,7 @@ class Args:
     heldout_rows: int = 473
     """Problems never trained on, answered before, during and after training [leaves 7,000 of GSM8K's 7,473]."""
     eval_data: str | None = None
-    """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
+    """Directory of evaluation data; training rows that share 13 words in a row with one of its prompts are counted."""
     prompt_tokens: int = 512
     """Longest prompt in tokens; longer ones are dropped and counted."""
     max_dropped: float = 0.05
@@ -133,7 +133,7 @@ class Args:
     # -- optimisation --
     lr: float = 1e-4
     """Peak learning rate [ours: results/sweeps/qwen2.5-coder-0.5b-instruct-grpo+lr_1e-4.json, 80 updates]. The
-    sweep's rule chose 2e-4: pass@1 is 0.4 points higher, standard error 2.2, but KL is 43 nats instead of 24. Of tied
+    sweep's rule chose 2e-4: pass@1 is 0.4 points higher, standard error 2.3, but KL is 43 nats instead of 24. Of tied
     rates, the one of smaller KL is used. Gemma 3 270M solves no problem and learns nothing; Qwen2.5-0.5B itself has not
     been tried."""
     max_grad_norm: float = 1.0

@@ -65,11 +65,11 @@ class Args:
     """Dtype of the base + SFT weights. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRAFEEDBACK
-    """Rows with a label, or preference pairs: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]."""
+    """Rows with a label, or pairs: .jsonl, .json, .csv, .parquet, a directory or hub id[@revision][:split]."""
     heldout_data: str | None = None
     """Held-out rows or pairs; by default beside --data (x.jsonl -> x_heldout.jsonl, train_prefs -> test_prefs)."""
     eval_data: str | None = None
-    """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
+    """Directory of evaluation data; training rows that share 13 words in a row with one of its prompts are counted."""
     rows: int = 5000
     """Training rows, one answer each: the first usable ones in the seed's shuffle; of pairs, those of part A."""
     heldout_rows: int = 256

@@ -81,11 +81,11 @@ class Args:
     """Dtype of the base + SFT weights. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRAFEEDBACK
-    """Prompts, or preference pairs of which only the prompts are read; same kinds of source as everywhere."""
+    """Prompts, or preference pairs of which only the prompts are read; a file, a directory or a hub id."""
     heldout_data: str | None = None
     """Rows whose prompts are left out, as in the other methods: by default those held out beside --data."""
     eval_data: str | None = None
-    """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
+    """Directory of evaluation data; training rows that share 13 words in a row with one of its prompts are counted."""
     prompt_tokens: int = 512
     """Longest prompt in tokens; longer ones are dropped and counted."""
     max_dropped: float = 0.15

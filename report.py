@@ -95,7 +95,8 @@ COMPACT_LEGEND = (
     "Each score is in %, ± its standard error; of several seeds it is the mean ± the sd between seeds. In parentheses: "
     "points against base, **bold** where p < 0.05 after Holm, `~` where the two scores, taken as unpaired, would not "
     "distinguish them. `°`: at chance; `–`: not measured. *plain*: the bare prompt; *chat*: the prompt inside the chat "
-    "template. GPU minutes: the row's own training, without its parent's and the reward models'. Intervals, changes "
+    "template. GPU minutes: the row's own training, without its parent's and the reward models'. Seeds: a row counts "
+    "those of both protocols, a test those that were evaluated in its own. Intervals, changes "
     "against the own parent, controls, judges, and what each verdict means: [results]({}/README.md)."
 )
 UNPAIRED = "±: no per-item scores (evaluate.py keeps them in scores/), so no paired test and no verdict."
@@ -665,7 +666,8 @@ def speed_line(results: Path, directory: str) -> str:
     for workload, peer, text in (
             ("sft-bf16", "trl-best", "SFT {speed} tokens/s on one {device}, {ratio:.0f} × TRL's best, in {gib:.0f} GiB"),
             ("sft-bf16", "unsloth", "SFT {speed} tokens/s on one {device}, {ratio:.0f} × Unsloth's"),
-            ("sample", "vllm", "sampling {speed} tokens/s on one {device} with 64 rows, {ratio:.1f} × vLLM's")):
+            ("sample", "vllm", "sampling {speed} tokens/s on one {device} (64 rows, no adapter beside the weights), "
+                               "{ratio:.1f} × vLLM's")):
         for record in map(read_json, sorted((results / "bench").glob("*.json"))):
             cases = {case["system"]: case for case in record["cases"] if case["workload"] == workload}
             speed, peer_speed = (finite(at(cases, system, "tokens_per_s")) for system in ("rungs", peer))
@@ -913,7 +915,8 @@ def main(args: Args) -> None:
     if chosen != "none":
         readme = Path(chosen)
         directory = Path(os.path.relpath(results, readme.parent)).as_posix()
-        others = [f"{Path(r.rows[0]['model']).name} ({r.rows[0]['train_invariants']})" for r in reports[1:]]
+        others = [f"{Path(r.rows[0]['model']).name} ({r.rows[0]['train_invariants']}, quantisation "
+                  f"{at(r.rows[0], 'invariants', 'quantization')})" for r in reports[1:]]
         compact = [*compact_report(reports[0], directory, others), *filter(None, [speed_line(results, directory)])]
         texts[readme] = with_section(readme, stamp + markdown(compact) + "\n")
     names = [str(path) for path in texts if path.parent not in (results / "runs", results / "sweeps")]

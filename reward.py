@@ -8,7 +8,7 @@ the last hidden state at the answer's EOS. A well-known implementation to compar
 
 Deviations from the usual script, on purpose:
   1. It starts from the pretrained base, not from SFT (2203.02155 starts from a 6B SFT model): it depends on no other
-     phase, and one reward model serves any policy of the climb.
+     phase, and one reward model serves any policy of the comparison.
   2. The score is read at the last token of each sequence, by its index: where pad = EOS, a library's pooling
      ("the last token that is not pad") reads one token too early in a padded batch.
   3. The head is fp32 and never quantised, w ~ N(0, 1/(H+1)) [2403.17031: its reward head], seeded.
@@ -51,16 +51,16 @@ class Args:
     model: str = common.QWEN
     """The pretrained base: a local directory or a hub id[@revision]."""
     quantization: Literal["qlora", "none"] = "qlora"
-    """One choice for the whole climb: "qlora" trains on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
+    """The same for all methods: "qlora" trains on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the base weights unless they are NF4. Adapter, head and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRAFEEDBACK
-    """Preference pairs: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]."""
+    """Preference pairs: .jsonl, .json, .csv, .parquet, a directory or hub id[@revision][:split]."""
     heldout_data: str | None = None
     """Held-out pairs; by default found beside --data (x.jsonl -> x_heldout.jsonl, train_prefs -> test_prefs)."""
     eval_data: str | None = None
-    """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
+    """Directory of evaluation data; training rows that share 13 words in a row with one of its prompts are counted."""
     rows: int = 5000
     """Training pairs: the first usable ones of --part in the seed's shuffle."""
     heldout_rows: int = 1800

@@ -47,17 +47,17 @@ class Args:
     other_base: bool = False
     """Accept a plain PEFT adapter whose config names a base other than --model."""
     quantization: Literal["qlora", "none"] = "qlora"
-    """One choice for the whole climb: "qlora" trains SFT on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
+    """The same for all methods: "qlora" trains SFT on an NF4 base [QLoRA, sec. 2], "none" in --dtype."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the base weights unless they are NF4. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRACHAT
-    """Training conversations: .jsonl[.gz], .parquet, a directory or hub id[@revision][:split]. Preference
+    """Training conversations: .jsonl, .json, .csv, .parquet, a directory or hub id[@revision][:split]. Preference
     rows give the chosen answers to part A's prompts, which DPO and KTO see too, as demonstrations."""
     heldout_data: str | None = None
     """Held-out conversations; by default found beside --data (x.jsonl -> x_heldout.jsonl, train_sft -> test_sft)."""
     eval_data: str | None = None
-    """Directory of evaluation data, for the preflight's count of 13-word overlaps."""
+    """Directory of evaluation data; training rows that share 13 words in a row with one of its prompts are counted."""
     rows: int = 5000
     """Training rows: the first usable ones of the seed's shuffle."""
     heldout_rows: int = 256

@@ -14,8 +14,8 @@ Intervals condition on what was resampled: with one seed on the items alone, so 
 
 One family of tests for one base, named before any run: four endpoints (ENDPOINTS; for an instruct base IFEval and GSM8K
 in the chat protocol, for a pretrained one in the plain; MMLU and TruthfulQA plain) x {sft, dpo, ppo, grpo, kto} x
-{base, own parent}, adjusted by Holm; a test that can't be made yet counts with p = 1. Controls, reruns, the other
-protocol and the other columns are descriptive: they have an interval and no p-value. "Up" and "down" are adjusted
+{base, own parent}, 36 tests, adjusted by Holm; a test that can't be made yet counts with p = 1. Controls, reruns, the
+other protocol and the other columns are descriptive: they have an interval and no p-value. "Up" and "down" are adjusted
 p < 0.05. A drop is catastrophic when it is clearly down and more than 2 points. The verdict is the first that holds:
     open            a test is missing: the row or the base has no per-item scores
     irreproducible  a rerun of the same config_hash differs from it (Holm over the five columns)
