@@ -81,7 +81,7 @@ class Args:
     epochs: int = 1
     """Passes over the pairs."""
     warmup: float = 0.03
-    """Share of the steps over which the rate rises linearly; then it falls linearly to 0."""
+    """Share of the steps over which the rate rises linearly; then it falls linearly toward 0."""
     max_grad_norm: float = 1.0
     """Gradient clip, over all trained parameters."""
     # -- what is measured at the end --
@@ -127,7 +127,7 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): never 0, not even at the last step."""
+    """lr · min((t+1)/w, (T−t)/max(1, T−w)) at step t = 0 … T−1, w = max(1, ⌈warmup·T⌉); it would be 0 at T."""
     w = max(1, math.ceil(args.warmup * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 

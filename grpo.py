@@ -3,33 +3,33 @@
     A_i  = (r_i − mean(r_1 … r_G)) / (sd(r_1 … r_G) + 1e-4)                      the advantage of answer i to its prompt
     l_it = −min(ρ_it A_i, clip(ρ_it, 1−ε_low, 1+ε_high) A_i) + β k3_it,   ρ_it = π_θ(o_it|·) / π_old(o_it|·)
     k3   = π_ref/π_θ − log(π_ref/π_θ) − 1                                       estimates KL(π_θ ‖ π_ref), never below 0
-    L(θ) = Σ_i Σ_t w_i l_it        w_i = 1/(B |o_i|),  1/Σ_j |o_j|  or  1/(B L)      --aggregate sequence, token, fixed
+    L(θ) = Σ_i Σ_t w_i l_it        w_i = 1/(M |o_i|),  1/Σ_j |o_j|  or  1/(M L_max)  --aggregate sequence, token, fixed
 
 Papers: DeepSeekMath, Shao et al. 2024 (2402.03300), eq. 3 (objective), eq. 4 (k3), sec. 4.1.2 (advantage); "Dr. GRPO",
 Liu et al. 2025 (2503.20783), sec. 3.1-3.2: without the division by the sd (`--scale-advantages none`) and by the length
 (`--aggregate fixed`) the gradient has no bias towards easy or hard prompts or towards long wrong answers; DAPO, Yu et
 al. 2025 (2503.14476), eq. 8 (token mean, ε_high 0.28) and eq. 11 (dynamic sampling: `--resample-groups`). These options
 are the ones on which the papers differ; they share everything else here. In symbols: o_i the i-th of G answers to a
-prompt, |o_i| its tokens, r_i its reward, B answers of a mini-batch, L = --completion-tokens, π_θ the policy, π_old the
-policy that sampled, π_ref the reference (base + SFT). Reference implementations: sail-sg/understand-r1-zero,
+prompt, |o_i| its tokens, r_i its reward, M answers of a mini-batch, L_max = --completion-tokens, π_θ the policy, π_old
+the policy that sampled, π_ref the reference (base + SFT). Reference implementations: sail-sg/understand-r1-zero,
 volcengine/verl.
 
 Deviations, on purpose:
-  1. Sums run over the whole mini-batch and all ranks: `sequence` and `token` are means over the mini-batch, not means
-     of the groups' means.
+  1. Sums run over the whole mini-batch and all ranks. `token` is one mean over all its tokens, where 2503.14476, eq. 8,
+     first takes a mean per group. (For `sequence` both are the same, since every group has G answers.)
   2. An answer that does not end within --completion-tokens has reward 0, whatever it says; it stays in the loss.
   3. A group whose rewards are all equal has A = 0. With β = 0 its answers are left out of the forward with
-     gradient and the backward; they still count in B and Σ|o|, so that the gradient is the same as with them.
+     gradient and the backward; they still count in M and Σ|o|, so that the gradient is the same as with them.
   4. With one optimizer step per update (the default, and the paper's μ = 1), π_old is π_θ: ρ ≡ 1, and its log-probs are
      those of the forward that is trained. With more, they are computed before the first step, on the same micro-batches
      (ρ ≡ 1 is asserted). Either way they must agree with the sampler's (`sampler_gap`).
   5. Logits are divided by the sampling temperature in old, new and reference log-probs alike.
 
-    python grpo.py --sft-adapter runs/sft_v2
+    python grpo.py --updates 80 --sft-adapter runs/sft_v2
     python grpo.py --task arithmetic --sft-adapter runs/sft_v2 --out runs/grpo_arithmetic
     python grpo.py --task my_task.py --sft-adapter runs/sft_v2 --out runs/grpo_mine
 
-Expect, for Qwen2.5-Coder-0.5B-Instruct after SFT, --updates 80 (seed 41): held-out pass@1 0.4 -> 40.0 % by the answer
+Expect from the first, for Qwen2.5-Coder-0.5B-Instruct after SFT (seed 41): held-out pass@1 0.4 -> 40.0 % by the answer
 after "####", and 27.7 -> 40.0 % by the last number, change 8.0 to 16.6 points; 22.5 GiB, under 3 minutes on one H200.
 
 A task defines the prompts and the reward of an answer. GSM8K: rows of question and answer (`#### 18`), or of prompt and
@@ -105,7 +105,7 @@ class Args:
     group_size: int = 8
     """G, answers to each prompt [2402.03300: 64]."""
     completion_tokens: int = 400
-    """L, most tokens of an answer; one that does not end within L has reward 0 [2402.03300: 1024]."""
+    """L_max, most tokens of an answer; one that does not end within L_max has reward 0 [2402.03300: 1024]."""
     temperature: float = 1.0
     """Sampling temperature; every log-prob is taken at it [2503.14476 and 2503.20783: 1]."""
     resample_groups: bool = False
@@ -114,7 +114,7 @@ class Args:
     scale_advantages: Literal["std", "none"] = "std"
     """Divide r − mean by the group's sd [2402.03300] or not [2503.20783]."""
     aggregate: Literal["sequence", "token", "fixed"] = "token"
-    """Weight of a token: by its answer's length [2402.03300], the batch's [2503.14476] or the limit L [2503.20783]."""
+    """Weight of a token: by its answer's length [2402.03300], the batch's [2503.14476] or L_max [2503.20783]."""
     beta: float = 0.0
     """β, weight of the KL to the reference in the loss; 0 leaves it out [2402.03300: 0.04; the other two: 0]."""
     clip_low: float = 0.2
@@ -206,7 +206,7 @@ def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: floa
 
 
 def token_weights(lengths: Tensor, aggregate: str, limit: int) -> Tensor:
-    """w_i, the weight in the loss of each token of each answer of a mini-batch; lengths [B] -> [B].
+    """w_i, the weight in the loss of each token of each answer of a mini-batch; lengths [M] -> [M].
 
     sequence: mean over answers of their token means [2402.03300]; token: mean over tokens [2503.14476]; fixed: sum over
     tokens, divided by a constant that no answer's length moves [2503.20783].
@@ -218,7 +218,7 @@ def token_weights(lengths: Tensor, aggregate: str, limit: int) -> Tensor:
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈0.03 T⌉): never 0, not even at the last step."""
+    """lr · min((t+1)/w, (T−t)/max(1, T−w)) at step t = 0 … T−1, w = max(1, ⌈0.03 T⌉); it would be 0 at T."""
     w = max(1, math.ceil(0.03 * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
@@ -305,18 +305,20 @@ def main(args: Args) -> None:
     engine = common.choose_engine(args.engine, model_dir, device)
     common.check_max_length(model_dir, args.prompt_tokens + args.completion_tokens, args.micro_tokens)
     task = load_task(args)
-    source, rows, held, data = read_data(task, args)
-    heldout, _, _ = inputs.take_rows(held, min(args.heldout_rows, len(held) - held.count(None)), args.seed, usable,
-                                     build(tokenizer, args), f"{source} (held out)", args.max_dropped)
-    wanted = min(args.updates * args.batch_size * (ROUNDS if args.resample_groups else 1), len(rows) - rows.count(None))
-    problems, dropped, _ = inputs.take_rows(rows, wanted, args.seed, usable, build(tokenizer, args), source,
-                                             args.max_dropped, preview=args.preview)
+    source, items, held_items, data = read_data(task, args)
+    wanted = min(args.heldout_rows, len(held_items) - held_items.count(None))
+    heldout, _, _ = inputs.take_rows(held_items, wanted, args.seed, with_index, build(tokenizer, args),
+                                     f"{source} (held out)", args.max_dropped)
+    wanted = min(args.updates * args.batch_size * (ROUNDS if args.resample_groups else 1),
+                 len(items) - items.count(None))
+    problems, dropped, _ = inputs.take_rows(items, wanted, args.seed, with_index, build(tokenizer, args), source,
+                                            args.max_dropped, preview=args.preview)
     inputs.say_ignored((p.row for p in problems), source)
     counts = inputs.preflight_prompts(tokenizer, [p.ids for p in problems], [p.text for p in problems], dropped,
                                       args.eval_data, args.preview)
     run = common.Run("grpo", args, invariants, data, parent, adapter)
-    run.record["data_sources"] = {name: inputs.count_sources(p.row for p in items)
-                                  for name, items in (("train", problems), ("heldout", heldout))}
+    run.record["data_sources"] = {name: inputs.count_sources(p.row for p in part)
+                                  for name, part in (("train", problems), ("heldout", heldout))}
 
     # 2. The policy: base + SFT merged (or the base), frozen, and a fresh LoRA; without the LoRA it is the reference.
     common.set_seed(args.seed)
@@ -325,9 +327,9 @@ def main(args: Args) -> None:
     optimizer = torch.optim.Adam([params], lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
     P, G, size = args.batch_size, args.group_size, args.batch_size // args.minibatches
     total_steps, single = args.updates * args.epochs * args.minibatches, args.epochs * args.minibatches == 1
-    common.say(f"{args.updates} updates of {P} prompts x {G} answers = {P * G}; {args.epochs} epochs x "
-               f"{args.minibatches} mini-batches of {size * G} = {total_steps:,} optimizer steps; {params.numel():,} "
-               f"trained parameters; {len(problems):,} problems, {len(heldout)} held out")
+    common.say(f"{args.updates} updates x {args.epochs} epochs x {args.minibatches} mini-batches = {total_steps:,} "
+               f"optimizer steps, each on {size * G} of an update's {P} prompts x {G} answers = {P * G}; "
+               f"{params.numel():,} trained parameters; {len(problems):,} problems, {len(heldout)} held out")
     longest = max(len(p.ids) for p in [*problems, *heldout]) + args.completion_tokens
     common.note_memory([policy], args.micro_tokens, P * G * longest,
                        max(P * G, len(heldout) * max(1, 2 * args.pass_k)), longest)
@@ -346,10 +348,11 @@ def main(args: Args) -> None:
         if update and args.eval_every and update % args.eval_every == 0:
             measured, _, _ = evaluate(sampler, task, heldout, 0, args, run)
         began, drawn, groups = time.time(), [], []
-        for turn in range(ROUNDS if args.resample_groups else 1):
+        for round_number in range(ROUNDS if args.resample_groups else 1):
             positions = range(run.state["drawn"], run.state["drawn"] + P - len(groups))
             next_problems = [problems[endless(len(problems), position, args.seed)] for position in positions]
-            new = roll_out(sampler, task, next_problems, G, args.temperature, args, run, "update", update, turn)
+            new = roll_out(sampler, task, next_problems, G, args.temperature, args, run, "update", update,
+                           round_number)
             run.state["drawn"] += len(new)
             drawn += new
             groups += [g for g in new if g.varies or not args.resample_groups]
@@ -364,33 +367,36 @@ def main(args: Args) -> None:
         completions = [c for g in groups for c in g.completions]
         rewards = torch.tensor([[s.reward for s in g.scores] for g in groups], dtype=torch.float64)    # [P, G]
         advantages = group_advantages(rewards, args.scale_advantages).flatten().float().to(device)     # [B]
-        learns = (advantages != 0) | (args.beta > 0)                                                   # [B]
+        learns = [a != 0 or args.beta > 0 for a in advantages.tolist()]                                # [B]
         examples = [Example.completion(g.problem.ids, c.ids) for g in groups for c in g.completions]
         lengths = torch.tensor([len(c.ids) for c in completions], device=device)                       # [B]
-        answered = torch.arange(int(lengths.max()), device=device) < lengths[:, None]                  # [B, T]
-        mask = answered & learns[:, None]                                                              # [B, T]
+        is_token = torch.arange(int(lengths.max()), device=device) < lengths[:, None]                  # [B, T]
+        mask = is_token & torch.tensor(learns, device=device)[:, None]                                 # [B, T]
         sampler_logprobs = torch.zeros(mask.shape, device=device)                                      # log q, [B, T]
-        sampler_logprobs[answered] = torch.tensor([lp for c in completions for lp in c.logprobs], device=device)
+        sampler_logprobs[is_token] = torch.tensor([lp for c in completions for lp in c.logprobs], device=device)
 
         def minibatches(epoch: int) -> list[tuple]:
-            """[(micro-batches, their tokens over all ranks, weight of a token of each answer [B])], newly shuffled."""
+            """[(micro-batches, their tokens over all ranks, weight of a token of each answer [B])], newly shuffled. A
+            micro-batch comes with (answer i, token t) of each of its K tokens."""
             order, parts = common.permutation(P, args.seed, "minibatches", update, epoch), []
             for start in range(0, P, size):
-                rows = [g * G + i for g in order[start:start + size] for i in range(G)]
+                indices = [g * G + i for g in order[start:start + size] for i in range(G)]
                 weights = torch.zeros(P * G, device=device)
-                weights[rows] = token_weights(lengths[rows], args.aggregate, args.completion_tokens)
-                micros = common.placed_batches(policy, examples, [i for i in rows if learns[i]], args.micro_tokens, G)
-                parts.append((micros, int(mask[rows].sum()), weights))
+                weights[indices] = token_weights(lengths[indices], args.aggregate, args.completion_tokens)
+                trained = [i for i in indices if learns[i]]
+                micros = common.placed_batches(policy, examples, trained, args.micro_tokens, G)
+                parts.append((micros, int(mask[indices].sum()), weights))
             return parts
 
         # 3c. Log-probs of old policy and reference, on the same micro-batches as the first epoch. With β = 0 the
         # loss needs no reference; it is computed on all answers, for the logged `kl`.
         first_epoch = minibatches(0)
-        micros = [micro for part, _, _ in first_epoch for micro in part]
+        micros = [micro for minibatch, _, _ in first_epoch for micro in minibatch]
         old = torch.zeros(2, *mask.shape, device=device)                       # log π_old and its entropy, each [B, T]
         if not single:
             old = common.per_token(
                 lambda micro: common.logprobs_and_entropy(policy, micro, args.temperature), micros, old.shape, device)
+        old_logprobs, entropy = old                                            # views; filled in 3d if `single`
         with common.reference(policy):
             ref_logprobs = common.per_token(
                 lambda micro: common.token_logprobs(policy, micro, args.temperature), micros if args.beta else
@@ -399,9 +405,9 @@ def main(args: Args) -> None:
         # 3d. Epochs of mini-batches, an optimizer step each.
         totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         ratio_max = torch.zeros((), device=device)
-        learned_from = 0
+        trained_tokens, grad_norms = 0, []
         for epoch in range(args.epochs):
-            for part, (micros, tokens, weights) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
+            for number, (micros, tokens, weights) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
                 sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
                 for micro, (i, t) in micros:
                     if single:  # the policy is still the one that sampled
@@ -409,21 +415,22 @@ def main(args: Args) -> None:
                         old[:, i, t], logprobs = now.detach(), now[0]
                     else:
                         logprobs = common.token_logprobs(policy, micro, args.temperature)              # [K]
-                    losses = policy_loss(logprobs, old[0, i, t], advantages[i], args.clip_low, args.clip_high)
-                    losses = losses * importance_weights(old[0, i, t], sampler_logprobs[i, t], args.importance_cap)
+                    losses = policy_loss(logprobs, old_logprobs[i, t], advantages[i], args.clip_low, args.clip_high)
+                    losses = losses * importance_weights(old_logprobs[i, t], sampler_logprobs[i, t],
+                                                         args.importance_cap)
                     kl_losses = args.beta * k3(logprobs, ref_logprobs[i, t]) if args.beta else 0.0
                     (weights[i] * (losses + kl_losses)).sum().backward()
-                    log_ratio = (logprobs - old[0, i, t]).detach()
+                    log_ratio = (logprobs - old_logprobs[i, t]).detach()
                     ratio = log_ratio.exp()
                     clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
                     sums += torch.stack([(weights[i] * losses.detach()).sum(), ratio.sum(),
                                          0.5 * (log_ratio ** 2).sum(), clipped.sum()])
                     ratio_max = torch.maximum(ratio_max, ratio.max())
                 totals += common.all_reduce_(sums)
-                if epoch == part == 0 and mask.any():  # before the first step, π_θ is π_old: is it the sampler's too?
+                if epoch == number == 0 and mask.any():  # before the first step, π_θ is π_old: is it the sampler's too?
                     if single:
                         common.all_reduce_(old)
-                    drift = (old[0] - sampler_logprobs)[mask]  # d = log π − log q: only rounding
+                    drift = (old_logprobs - sampler_logprobs)[mask]  # d = log π − log q: only rounding
                     gap = drift.abs().mean().item()
                     run.check_finite(update, row_ids, sampler_gap=gap)
                     if not gap <= args.max_gap:
@@ -433,36 +440,38 @@ def main(args: Args) -> None:
                     assert (sums[2:] <= common.step0_tolerance(policy) * max(tokens, 1)).all(), \
                         f"first mini-batch: sums of {METRICS}: {sums.tolist()}: the policy is not the one that sampled"
                 common.all_reduce_(params.grad)
-                grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
-                run.check_finite(update, row_ids, grad_norm=grad_norm, policy_loss=sums[0].item())
-                step = (update * args.epochs + epoch) * args.minibatches + part
+                grad_norms.append(torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item())
+                run.check_finite(update, row_ids, grad_norm=grad_norms[-1], policy_loss=sums[0].item())
+                step = (update * args.epochs + epoch) * args.minibatches + number
                 lr = optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps, args)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
-                learned_from += tokens
-        totals /= torch.tensor([args.epochs * args.minibatches] + [max(learned_from, 1)] * 3, device=device)
+                trained_tokens += tokens
+        totals /= torch.tensor([args.epochs * args.minibatches] + [max(trained_tokens, 1)] * 3, device=device)
 
         # 3e. Log and checkpoint: rewards and lengths of all answers drawn, the rest of those trained on, if any.
-        learned, solved = time.time(), [g.solved for g in drawn]
+        learned_at, solved, drawn_means = time.time(), [g.solved for g in drawn], means(drawn)
         tokens = sum(len(c.ids) for g in drawn for c in g.completions)
         learning = {} if not mask.any() else {
             **dict(zip(METRICS, totals.tolist())), "ratio_max": max(common.gather_lists([ratio_max.item()])),
-            "entropy": old[1][mask].mean().item(), "sampler_gap": gap, "sampler_gap_max": drift.abs().max().item(),
+            "entropy": entropy[mask].mean().item(), "sampler_gap": gap, "sampler_gap_max": drift.abs().max().item(),
             "sampler_k3": (drift.expm1() - drift).mean().item(),                       # KL(q ‖ π) from samples of q
             **({"importance_capped": (drift.exp() > args.importance_cap).float().mean().item()}
                if args.importance_cap else {}),
             "learn_tokens_per_s":
-                args.epochs * sum(len(e.ids) for e, learn in zip(examples, learns) if learn) / (learned - rolled)}
-        rolled_out = old[0] if args.beta else sampler_logprobs  # same policy; at β = 0 only the sampler's are complete
+                args.epochs * sum(len(e.ids) for e, learn in zip(examples, learns) if learn) / (learned_at - rolled)}
+        # the same policy; at β = 0 only the sampler's are complete
+        rolled_out = old_logprobs if args.beta else sampler_logprobs
         learning |= {"kl": (rolled_out - ref_logprobs).sum(1).mean().item(),  # sum per completion
                      "k3": k3(rolled_out, ref_logprobs).sum(1).mean().item()}
         run.log(update, {
-            **means(drawn), "zero_variance": sum(not g.varies for g in drawn) / len(drawn),
+            **drawn_means, "zero_variance": sum(not g.varies for g in drawn) / len(drawn),
             "all_right": solved.count(G) / len(drawn), "all_wrong": solved.count(0) / len(drawn),
-            "drawn_groups": len(drawn), **learning, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
+            "drawn_groups": len(drawn), **learning, "grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr,
+            "tokens": tokens,
             "rollout_tokens_per_s": tokens / (rolled - began), "rollout_wasted": sampler.wasted(),
             **{f"heldout_{k}": v for k, v in measured.items()}})
-        run.watch(tokens / (len(drawn) * G), 1 - means(drawn)["overlong"], any(g.varies for g in drawn))
+        run.watch(tokens / (len(drawn) * G), 1 - drawn_means["overlong"], any(g.varies for g in drawn))
         run.checkpoint(update + 1, optimizer)
 
     # 4. Save (relative to the pretrained base), and answer the held-out problems again.
@@ -716,12 +725,15 @@ def load_task(args: Args) -> Task:
             common.fail(f"{where}: no {missing[0]}, which --task {args.task} needs")
         if "solution_str" in parameters and ground_truth(row) is None:
             common.fail(f"{where}: no ground_truth, nor a ground_truth in reward_model, which --task {args.task} needs")
-        return inputs.as_prompt(row, where), row
+        prompt = inputs.as_prompt(row, where)
+        if "completions" in parameters and "prompt" not in row:  # TRL's functions are given prompts
+            row = row | {"prompt": prompt}
+        return prompt, row
     return Task(path.stem, "sha256:" + common.file_sha256(path), read, rewards, getattr(module, "rows", None))
 
 
 def total(value: Any, paid: str | None = None) -> Score:
-    """The score of a reward function's value: a number, or parts whose sum it is, or of which only `paid` is paid."""
+    """The score of a reward function's value, a number or a dict of parts: the part named `paid`, or their sum."""
     parts = {k: float(v) for k, v in value.items()} if isinstance(value, dict) else {}
     reward = parts[paid] if paid else sum(parts.values()) if parts else float(value)
     if not math.isfinite(reward):
@@ -854,7 +866,7 @@ def own_rows(task: Task) -> tuple[list[dict], str]:
     return (rows, fingerprint) if rows else common.fail(f"--task {task.name}: rows() gives none")
 
 
-def usable(index: int, item: tuple | str | None) -> tuple | None:
+def with_index(index: int, item: tuple | str | None) -> tuple | None:
     """An item of `read_data` with its row's index; None: not in this part. Raises Degenerate where it is a reason."""
     if isinstance(item, str):
         raise inputs.Degenerate(item)

@@ -14,9 +14,9 @@ Public implementations differ in z0. Here:
   - z0 is not computed from the pairs (x, y) of the loss. The step's answers are rotated by one, and no resulting pair
     may be a true one. A prompt occurs at most once per step (`arrange`), so only equal answers can make a true pair;
     then the first rotation with the fewest true pairs is used, and these are left out of the mean (`mismatched`).
-  - It is not computed per micro-batch, as in HALOs and TRL 1.16: there a memory setting changes the objective, and in
-    TRL a last micro-batch of one row is paired with its true answer. Here the answers of the whole step are rotated
-    before the ranks share them; the sum over all ranks is divided by n, then clamped, all before any backward.
+  - HALOs and TRL 1.16 compute it per micro-batch, so that there a memory setting changes the objective, and in TRL a
+    last micro-batch of one row is paired with its true answer. Here the answers of the whole step are rotated before
+    the ranks share them; the sum over all ranks is divided by n, then clamped, all before any backward.
   - It is never computed from one row: all steps of an epoch have one size (or one row less), and at least two rows.
 
 Deviations from the usual script, on purpose:
@@ -86,7 +86,8 @@ class Args:
     desirable_weight: float = 1.0
     """λ_D, the weight of a desirable row's loss [paper: 1]."""
     undesirable_weight: float = 1.0
-    """λ_U, the weight of an undesirable row's loss [paper: 1, and it advises λ_D n_D / (λ_U n_U) in [1, 4/3]]."""
+    """λ_U, the weight of an undesirable row's loss [paper: 1; it advises λ_D n_D / (λ_U n_U) in [1, 3/2] (eq. 9; its
+    first versions: 4/3, above which there is a warning)]."""
     # -- optimisation --
     lr: float = 5e-6
     """Peak learning rate [paper: its advice for KTO; ours: results/sweeps/qwen2.5-coder-0.5b-instruct-kto+lr_5e-6.json,
@@ -97,7 +98,7 @@ class Args:
     epochs: int = 2
     """Passes over the rows [ours: only one answer per pair is used, so that two passes see as many as one of DPO]."""
     warmup: float = 0.03
-    """Share of the steps over which the rate rises linearly; then it falls linearly to 0."""
+    """Share of the steps over which the rate rises linearly; then it falls linearly toward 0."""
     max_grad_norm: float = 1.0
     """Gradient clip, over all trained parameters."""
     # -- what is measured at the end --
@@ -144,7 +145,7 @@ def kto_loss(policy: Tensor, ref: Tensor, desirable: Tensor, z0: Tensor | float,
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): never 0, not even at the last step."""
+    """lr · min((t+1)/w, (T−t)/max(1, T−w)) at step t = 0 … T−1, w = max(1, ⌈warmup·T⌉); it would be 0 at T."""
     w = max(1, math.ceil(args.warmup * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
@@ -162,6 +163,10 @@ class Row:
 
 # -- z0 and the losses of a micro-batch -----------------------------------------------------------
 
+VALUES = ("loss", "right", "rewards_desirable", "logprobs_desirable", "tokens_desirable",  # sums over rows, for `means`
+          "rewards_undesirable", "logprobs_undesirable", "tokens_undesirable")
+
+
 @torch.no_grad()
 def mismatched_kl(policy, rows: list[Row], args: Args, device) -> Tensor:
     """Mean log π(y'|x) − log π_ref(y'|x) of the rows' mismatched pairs, over all ranks, in nats: z0 unclamped."""
@@ -176,7 +181,7 @@ def mismatched_kl(policy, rows: list[Row], args: Args, device) -> Tensor:
 
 
 def row_metrics(policy, micro, rows: list[Row], z0: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [N], β(ρ − z0) [N], values [8, N] whose sums `means` takes) of a micro-batch of `rows`."""
+    """(losses [N], β(ρ − z0) [N], VALUES of each row [8, N]) of a micro-batch of `rows`."""
     with torch.no_grad(), common.reference(policy):
         ref_logprobs = micro.sum_by_sequence(common.token_logprobs(policy, micro))        # [N]
     logprobs = micro.sum_by_sequence(common.token_logprobs(policy, micro))                # [N]
@@ -207,7 +212,7 @@ def main(args: Args) -> None:
     rows, heldout = (one_answer_each(items, args.seed) for items in (split.train, split.heldout))
     steps = arrange([r.prompt_id for r in rows], args.batch_size, args.epochs, args.seed)
     paired = [len(mismatched([rows[i] for i in step], args.max_length)) for step in steps]
-    mismatched(heldout, args.max_length)
+    mismatched(heldout, args.max_length)  # fails now, not after training, where no held-out row has a mismatched pair
     prompts = [ids for prompt in {r.prompt_id: r.prompt for r in heldout}.values()
                if len(ids := chat.render_prompt(tokenizer, prompt))
                + args.eos_tokens <= common.max_positions(model_dir)][:args.eos_prompts]
@@ -239,7 +244,7 @@ def main(args: Args) -> None:
         z0 = kl.clamp(min=0)
 
         # 3b. Forward (reference, policy) and backward per micro-batch; the denominator is all rows of the step.
-        totals = torch.zeros(8, dtype=torch.float64, device=device)
+        totals = torch.zeros(len(VALUES), dtype=torch.float64, device=device)
         for micro in common.micro_batches(policy, [r.example for r in mine], args.micro_tokens):
             losses, above, values = row_metrics(policy, micro, mine, z0, args)
             if step == 0:  # policy = reference: ρ = z0 = 0, each loss λ σ(0) = λ/2
@@ -392,7 +397,7 @@ def evaluate_rows(policy, rows: list[Row], args: Args, device) -> dict[str, floa
     z0 = mismatched_kl(policy, rows, args, device).clamp(min=0)
     my_indices = common.my_share([len(r.example.ids) for r in rows])
     mine = [rows[i] for i in my_indices]
-    values = torch.zeros(8, len(rows), dtype=torch.float64, device=device)
+    values = torch.zeros(len(VALUES), len(rows), dtype=torch.float64, device=device)
     above = torch.zeros(len(rows), device=device)
     for micro in common.micro_batches(policy, [r.example for r in mine], args.micro_tokens):
         columns = [my_indices[i] for i in micro.examples]
@@ -405,10 +410,10 @@ def evaluate_rows(policy, rows: list[Row], args: Args, device) -> dict[str, floa
                "accuracy_interval": common.share_interval(values[1], prompts)}
     wins = 0.5 + 0.5 * (above[desirable][:, None] - above[~desirable]).sign().double()    # [desirable, undesirable]
     if wins.numel():  # DeLong et al. 1988: a row contributes the mean of its wins to the AUC
-        by_row = torch.full((len(rows),), (auc := wins.mean()).item(), dtype=torch.float64)
-        by_row[desirable] += (wins.mean(1) - auc) * len(rows) / len(wins)
-        by_row[~desirable] += (wins.mean(0) - auc) * len(rows) / wins.shape[1]
-        figures |= {"auc": auc.item(), "auc_interval": common.share_interval(by_row, prompts)}
+        auc_by_row = torch.full((len(rows),), (auc := wins.mean()).item(), dtype=torch.float64)
+        auc_by_row[desirable] += (wins.mean(1) - auc) * len(rows) / len(wins)
+        auc_by_row[~desirable] += (wins.mean(0) - auc) * len(rows) / wins.shape[1]
+        figures |= {"auc": auc.item(), "auc_interval": common.share_interval(auc_by_row, prompts)}
     return figures
 
 
@@ -421,10 +426,11 @@ def weights_advice(desirable: int, undesirable: int, args: Args) -> str | None:
     ratio = args.desirable_weight * desirable / (args.undesirable_weight * undesirable)
     if 1 <= ratio <= 4 / 3:
         return None
-    low, high = args.undesirable_weight * undesirable / desirable, args.desirable_weight * desirable / undesirable
+    least_desirable = args.undesirable_weight * undesirable / desirable
+    most_undesirable = args.desirable_weight * desirable / undesirable
     return (f"{desirable} desirable and {undesirable} undesirable rows: λ_D n_D / (λ_U n_U) = {ratio:.3g} is outside "
-            f"[1, 4/3]; give --desirable-weight {low:.3g} to {4 / 3 * low:.3g}, "
-            f"or --undesirable-weight {3 / 4 * high:.3g} to {high:.3g}")
+            f"[1, 4/3]; give --desirable-weight {least_desirable:.3g} to {4 / 3 * least_desirable:.3g}, "
+            f"or --undesirable-weight {3 / 4 * most_undesirable:.3g} to {most_undesirable:.3g}")
 
 
 if __name__ == "__main__":

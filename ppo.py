@@ -1,6 +1,6 @@
 """PPO: reinforcement learning of an SFT policy against a reward model (RLHF), with LoRA.
 
-    r_t = −β (log π_old(a_t|s_t) − log π_ref(a_t|s_t))  + score(x, y) at the last token y_T        the reward of a token
+    r_t = −β (log π_old(a_t|s_t) − log π_ref(a_t|s_t))  + score(x, y) at the last token            the reward of a token
     δ_t = r_t + γ V(s_{t+1}) − V(s_t),   A_t = δ_t + γλ A_{t+1},   R_t = A_t + V(s_t)              GAE
     L_π = E_t[max(−A_t ρ_t, −A_t clip(ρ_t, 1±ε))],   ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)           the policy's loss
     L_V = ½ E_t[max((V_t − R_t)², (clip(V_t, V_old,t ± ε_V) − R_t)²)]                              the critic's loss
@@ -12,30 +12,37 @@ the policy that sampled, π_ref the reference (base + SFT), V the critic. Refere
 vwxyzjn/summarize_from_feedback_details.
 
 The details of 2403.17031, and where this file has them:
-  1. Dropout is off (common.add_lora).                        8. KL reward by k1, per token (`token_rewards`).
-  2. Completions end at the first EOS (common.Sampler).       9. γ = 1, λ = 0.95 (`gae`).
-  3. The score is read at the EOS; a completion without      10. Advantages are whitened over the batch (`whiten`).
-     one gets a fixed penalty (`completion_scores`).         11. Clipped value loss, times 0.1 (`value_loss`).
-  4. Scores are normalised by the reference policy's          12. Several epochs of shuffled mini-batches (3d).
-     (`reference_scores`).                                   13. Adam with ε 1e-5 and a falling rate (`learning_rate`).
-  5. Logits are divided by the sampling temperature, in      14. Policy and critic share nothing that is trained.
-     old, new and reference log-probs alike.                 15. ρ ≡ 1 in the first mini-batch (asserted in 3d).
-  6. The critic starts from the reward model.                16. Sampler and trainer must agree (`sampler_gap`, 3b).
-  7. No prompt is among the reward model's (`load_prompts`).
+  1. Dropout is off (common.add_lora).
+  2. Completions end at the first EOS (common.Sampler).
+  3. The score is read at the EOS; a completion without one gets a fixed penalty (`completion_scores`).
+  4. Logits are divided by the sampling temperature, in old, new and reference log-probs alike.
+  5. The critic starts from the reward model; policy and critic share nothing that is trained.
+  6. KL reward by k1, per token (`token_rewards`); γ = 1, λ = 0.95 (`gae`).
+  7. Advantages are whitened over the batch (`whiten`).
+  8. Clipped value loss, times 0.1 (`value_loss`).
+  9. Several epochs of shuffled mini-batches (3d); ρ ≡ 1 in the first mini-batch (asserted there).
+ 10. Adam with ε 1e-5 and a falling learning rate (`learning_rate`).
 
 Deviations from them, on purpose:
   1. The critic is a copy of the reward model's adapter with a new head of zeros: V starts at 0, not at the reward.
   2. Reward model, critic and second scorer are adapters on one copy of the base; the policy's reference is the policy
-     with its adapter off. Two copies of the base are in memory, and the sampler's copy of the policy is a third.
-  3. The gradients of policy and critic are clipped separately (2403.17031 clips their joint gradient), and the learning
-     rate rises over the first 3 % of the steps.
-  4. A second reward model, which the policy is not trained against, is logged beside the score: when only the score
+     with its adapter off. Two copies of the base are in memory; with the fast engine the sampler's is a third.
+  3. The gradients of policy and critic are clipped separately (2403.17031's runs clip the joint gradient, which is
+     DeepSpeed's default), and the learning rate rises over the first 3 % of the steps.
+  4. Scores are normalised by their mean and sd over the reference's completions [1909.08593] (`reference_scores`).
+  5. The score is added to the reward of the EOS itself; 2403.17031's code adds it one position later, and trains V
+     there too.
+  6. The old log-probs are the trainer's, computed on the first epoch's micro-batches, so that ρ is exactly 1 there;
+     they must agree with the sampler's (`sampler_gap`, 3b).
+  7. No prompt is among the reward model's (`load_prompts`).
+  8. A second reward model, which the policy is not trained against, is logged beside the score: when only the score
      rises, the policy over-optimises it.
-  5. The old log-probs are computed on the same micro-batches as the first epoch's, so that ρ is exactly 1 there.
 
     python ppo.py --sft-adapter runs/sft_v2 --reward-adapter runs/rm_v1
+    python ppo.py --updates 40 --fixed-prompts 256 --sft-adapter runs/sft_v2 --reward-adapter runs/rm_v1 \
+      --watch-adapter runs/rm_watch
 
-Expect, for Qwen2.5-Coder-0.5B-Instruct after SFT, 40 updates (seed 41): 13 GiB, 2 minutes on one H200, a score that
+Expect from the second, for Qwen2.5-Coder-0.5B-Instruct after SFT (seed 41): 13 GiB, 2 minutes on one H200, a score that
 rises by 0.16 [0.09, 0.23] on 256 fixed prompts, and more refusals (19 % of them, SFT 10 %). At β 0.05 the score rises
 by 0.89, and nearly every answer becomes "I'm sorry, but I can't assist with that", which both reward models score above
 SFT's answers (docs/recipes.md): read completions.jsonl before you believe a score.
@@ -180,12 +187,12 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tens
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns of response tokens (0 elsewhere), all [B, T]. 1506.02438, eq. 16; V after the end is 0."""
     values, advantages = values * mask, torch.zeros_like(values)
-    following = next_value = torch.zeros_like(values[:, 0])
+    advantage = next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]                  # δ_t = r_t + γ V_{t+1} − V_t
-        following = (delta + gamma * lam * following) * mask[:, t]                 # A_t = δ_t + γλ A_{t+1}
-        advantages[:, t], next_value = following, values[:, t]
-    return advantages, (advantages + values) * mask                                # R_t = A_t + V_t
+        advantage = (delta + gamma * lam * advantage) * mask[:, t]                 # A_t = δ_t + γλ A_{t+1}
+        advantages[:, t], next_value = advantage, values[:, t]
+    return advantages, advantages + values                                         # R_t = A_t + V_t
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -221,7 +228,7 @@ def adapted_beta(beta: float, kl: float, target: float) -> float:
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈0.03 T⌉): never 0, not even at the last step."""
+    """lr · min((t+1)/w, (T−t)/max(1, T−w)) at step t = 0 … T−1, w = max(1, ⌈0.03 T⌉); it would be 0 at T."""
     w = max(1, math.ceil(0.03 * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
@@ -302,8 +309,8 @@ def main(args: Args) -> None:
     sampler = common.Sampler(policy, tokenizer)
     optimizer = torch.optim.Adam([policy_params, critic_params], lr=args.lr, eps=1e-5, fused=device.type == "cuda")
     size, total_steps = args.batch_size // args.minibatches, args.updates * args.epochs * args.minibatches
-    common.say(f"{args.updates} updates of {args.batch_size} completions = {args.epochs} epochs x {args.minibatches} "
-               f"mini-batches x {size} = {total_steps:,} optimizer steps; "
+    common.say(f"{args.updates} updates x {args.epochs} epochs x {args.minibatches} mini-batches = {total_steps:,} "
+               f"optimizer steps, each on {size} of an update's {args.batch_size} completions; "
                f"{policy_params.numel():,} trained parameters in the policy, {critic_params.numel():,} in the critic; "
                f"{passes} passes over {len(prompts):,} prompts")
     longest = max(len(p.ids) for p in [*fixed, *prompts]) + args.completion_tokens
@@ -334,14 +341,15 @@ def main(args: Args) -> None:
 
         # 3b. Old and reference log-probs and old values, each [B, T], on the same micro-batches as the first epoch.
         def minibatches(epoch: int) -> list[tuple]:
-            """[(micro-batches, response tokens over all ranks)] of an epoch, in a new order each."""
+            """[(micro-batches, response tokens over all ranks)] of an epoch, in a new order each. A micro-batch comes
+            with (completion i, token t) of each of its K tokens."""
             order = common.permutation(args.batch_size, args.seed, "minibatches", update, epoch)
             parts = [order[i:i + size] for i in range(0, args.batch_size, size)]
-            return [(common.placed_batches(policy, examples, part, args.micro_tokens),
-                     sum(len(batch.ids[i]) for i in part)) for part in parts]
+            return [(common.placed_batches(policy, examples, indices, args.micro_tokens),
+                     sum(len(batch.ids[i]) for i in indices)) for indices in parts]
 
         first_epoch = minibatches(0)
-        micros = [micro for part, _ in first_epoch for micro in part]
+        micros = [micro for minibatch, _ in first_epoch for micro in minibatch]
         old_logprobs, entropy = common.per_token(
             lambda micro: common.logprobs_and_entropy(policy, micro, args.temperature), micros, (2, *mask.shape),
             device)
@@ -373,12 +381,12 @@ def main(args: Args) -> None:
         # Nothing in here waits for the GPU.
         measured, ratio_max = [], torch.zeros((), device=device)
         for epoch in range(args.epochs):
-            for part, (micros, tokens) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
+            for number, (micros, tokens) in enumerate(first_epoch if epoch == 0 else minibatches(epoch)):
                 sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)
                 for micro, (i, t) in micros:  # one after the other, so that only one graph is in memory
                     logprobs = common.token_logprobs(policy, micro, args.temperature)              # [K]
-                    losses = policy_loss(logprobs, old_logprobs[i, t], advantages[i, t], args.clip)
-                    ((weights[i, t] * losses).sum() / tokens).backward()
+                    losses = weights[i, t] * policy_loss(logprobs, old_logprobs[i, t], advantages[i, t], args.clip)
+                    (losses.sum() / tokens).backward()
                     values = common.token_values(scorers, micro)                                   # [K]
                     value_losses = value_loss(values, old_values[i, t], returns[i, t], args.value_clip)
                     (VALUE_COEF * value_losses.sum() / tokens).backward()
@@ -393,10 +401,8 @@ def main(args: Args) -> None:
                 norms = torch.stack([torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
                                      for params in (policy_params, critic_params)])
                 measured.append(torch.cat([common.all_reduce_(sums) / tokens, norms]))
-                step = (update * args.epochs + epoch) * args.minibatches + part
-                lr = learning_rate(step, total_steps, args)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                step = (update * args.epochs + epoch) * args.minibatches + number
+                lr = optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps, args)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
         measured = [dict(zip(METRICS, row)) for row in torch.stack(measured).tolist()]  # of each optimizer step
@@ -563,7 +569,8 @@ def reference_scores(rollout: Rollout, name: str) -> tuple[float, float]:
     """Mean and sd of the reference policy's scores; (0, 1) when there is nothing to normalise by."""
     scores = rollout.scores[name][rollout.ended]
     if len(scores) < 2 or scores.std(correction=0) == 0:
-        common.say(f"WARNING: {len(scores)} of {len(rollout.ids)} samples of the reference end with EOS: raw scores")
+        common.say(f"WARNING: scores are not normalised: {len(scores)} of {len(rollout.ids)} samples of the reference "
+                   "end with EOS" + ", and all have the same score" * (len(scores) > 1))
         return 0.0, 1.0
     return scores.mean().item(), scores.std(correction=0).item()
 

@@ -10,7 +10,7 @@ Deviations from the usual script, on purpose:
   1. It starts from the pretrained base, not from SFT (2203.02155 starts from a 6B SFT model): it depends on no other
      phase, and one reward model serves any policy of the comparison.
   2. The score is read at the last token of each sequence, by its index: where pad = EOS, a library's pooling
-     ("the last token that is not pad") reads one token too early in a padded batch.
+     ("the last token that is not pad") skips the EOS and reads one token too early.
   3. The head is fp32 and never quantised, w ~ N(0, 1/(H+1)) [2403.17031: its reward head], seeded.
   4. One comparison per row, all pairs of a step in one mean; 2203.02155 batches all K(K−1)/2 pairs of a prompt.
   5. The centring term makes the level of the scores comparable between prompts; there is no other normalisation.
@@ -85,7 +85,7 @@ class Args:
     epochs: int = 1
     """Passes over the pairs [2203.02155: one; more overfits]."""
     warmup: float = 0.03
-    """Share of the steps over which the rate rises linearly; then it falls linearly to 0."""
+    """Share of the steps over which the rate rises linearly; then it falls linearly toward 0."""
     max_grad_norm: float = 1.0
     """Gradient clip, over all trained parameters."""
     # -- scoring rows instead of training --
@@ -127,7 +127,7 @@ def reward_loss(chosen: Tensor, rejected: Tensor, centring: float) -> Tensor:
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): never 0, not even at the last step."""
+    """lr · min((t+1)/w, (T−t)/max(1, T−w)) at step t = 0 … T−1, w = max(1, ⌈warmup·T⌉); it would be 0 at T."""
     w = max(1, math.ceil(args.warmup * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
@@ -154,7 +154,6 @@ class Pair:
     chosen: Example
     rejected: Example
     lengths: tuple[int, int]  # answer tokens of chosen and rejected, EOS included
-    prompt_id: str
     text: str                 # of prompt and both answers
 
     @property
@@ -163,7 +162,8 @@ class Pair:
 
 
 def at_eos(ids: list[int]) -> Example:
-    """A sequence whose score is read at its last token, the EOS, which the preflight marks and checks."""
+    """A sequence whose score is read at its last token (`batch.last` in common.reward_scores). Its predicted token, the
+    EOS, is there for the preflight alone, which marks it and checks that it is a stop token."""
     return Example(ids, [len(ids) - 2], ids[-1:])
 
 
@@ -275,7 +275,7 @@ def build_pairs(tokenizer, args: Args):
             elif max(len(w), len(l)) > args.max_length:
                 out.append("too long")
             else:
-                out.append(Pair(at_eos(w), at_eos(l), (sum(w_mask), sum(l_mask)), inputs.prompt_id(prompt),
+                out.append(Pair(at_eos(w), at_eos(l), (sum(w_mask), sum(l_mask)),
                                 "\n".join([*(m["content"] for m in prompt), chosen, rejected])))
         return out
     return build
@@ -370,7 +370,8 @@ def plot(scores: Tensor, lengths: Tensor, figures: dict, title: str, path: Path)
 # -- scoring a file -------------------------------------------------------------------------------
 
 def score_file(args: Args) -> None:
-    """Write the rows of --score with a "score" column: the reward of each prompt's completion, at full precision."""
+    """Write the rows of --score with a "score" column: each completion's reward, computed in the
+    dtype and quantisation that the model was trained in."""
     out = Path(args.out if args.out != Args.out else f"{args.score}.scored.jsonl")
     if out.is_dir() or out.resolve() == Path(args.score).resolve():
         common.fail(f"--out {out} is {'a directory' if out.is_dir() else 'the file to score'}; name another file")

@@ -7,9 +7,10 @@ Paper: Ouyang et al. 2022 (2203.02155), section 3.5; LoRA: Hu et al. 2021 (2106.
 
 Deviations from the usual script, on purpose:
   1. One mean over all trained tokens of a step (all micro-batches, all ranks), never a mean of means.
-  2. Every assistant turn is trained, no user or system token is; a turn's EOS is trained, so the policy learns to stop.
+  2. Every assistant turn of a conversation is trained (unless its message says `train: false`), of a pair only the
+     chosen answer; no user or system token is. A turn's EOS is trained, so the policy learns to stop.
   3. Over-long conversations are cut at the end of a turn, never inside an answer.
-  4. The held-out loss is measured with the adapter as later phases use it: merged into the bfloat16 base.
+  4. The held-out loss is measured with the adapter as later phases use it: merged into the unquantised base (--dtype).
 
     python sft.py                                     # Qwen2.5-0.5B on 5,000 rows of UltraChat
     python sft.py --model DIR --data my.jsonl --quantization none --out runs/mine
@@ -43,7 +44,7 @@ class Args:
     model: str | None = None
     """The pretrained base: a directory or a hub id[@revision]; by default Qwen2.5-0.5B, or that of --sft-adapter."""
     sft_adapter: str | None = None
-    """Start from this policy, as DPO does (merged, a fresh LoRA): a run, or a plain PEFT LoRA (directory or hub id)."""
+    """Start from this policy, merged into the base, with a fresh LoRA: a run or a PEFT LoRA (directory or hub id)."""
     other_base: bool = False
     """Accept a plain PEFT adapter whose config names a base other than --model."""
     quantization: Literal["qlora", "none"] = "qlora"
@@ -52,8 +53,8 @@ class Args:
     """Dtype of the base weights unless they are NF4. Adapter and Adam state are always fp32."""
     # -- data --
     data: str = common.ULTRACHAT
-    """Training conversations: .jsonl, .json, .csv, .parquet, a directory or hub id[@revision][:split]. Preference
-    rows give the chosen answers to part A's prompts, which DPO and KTO see too, as demonstrations."""
+    """Training conversations: .jsonl, .json, .csv, .parquet, a directory or hub id[@revision][:split]. Of
+    preference pairs, the chosen answers to part A's prompts (DPO's and KTO's) are the demonstrations."""
     heldout_data: str | None = None
     """Held-out conversations; by default found beside --data (x.jsonl -> x_heldout.jsonl, train_sft -> test_sft)."""
     eval_data: str | None = None
@@ -116,7 +117,7 @@ def sft_loss(logprobs: Tensor, step_tokens: int) -> Tensor:
 
 
 def learning_rate(step: int, total: int, args: Args) -> float:
-    """lr · min((t+1)/w, (T−t)/(T−w)), w = max(1, ⌈warmup·T⌉): never 0, not even at the last step."""
+    """lr · min((t+1)/w, (T−t)/max(1, T−w)) at step t = 0 … T−1, w = max(1, ⌈warmup·T⌉); it would be 0 at T."""
     w = max(1, math.ceil(args.warmup * total))
     return args.lr * min((step + 1) / w, (total - step) / max(1, total - w))
 
@@ -206,7 +207,7 @@ def main(args: Args) -> None:
                 [split.row_indices[i] for i in steps[step]])
         run.checkpoint(step + 1, optimizer)
 
-    # 4. Save, then measure the policy as later phases will use it: merged into the full-precision base.
+    # 4. Save, then measure the policy as later phases will use it: merged into the unquantised base.
     run.save(policy, tokenizer, split.prompts)
     metrics = dict(counts)
     if nf4:
@@ -237,7 +238,10 @@ def main(args: Args) -> None:
 def build_examples(tokenizer, args: Args):
     """Returns build(results of `conversation`, names): a Conversation per row, or why it can't be used."""
     def build(conversations: list[tuple[list[dict], str]], names: list[str]) -> list[Conversation | str]:
-        train = conversations[0][1] if conversations else "all"  # the same in all rows of a source
+        train = conversations[0][1] if conversations else "all"
+        for name, (_, mode) in zip(names, conversations):
+            if mode != train:
+                common.fail(f"{name}: conversations and preference pairs in one source; split it")
         out = []
         rendered = chat.render_many(tokenizer, [messages for messages, _ in conversations], train, names)
         for (messages, _), (ids, mask) in zip(conversations, rendered):
@@ -271,7 +275,7 @@ def heldout_nll(model, examples: list[Example], micro_tokens: int, device) -> Te
 
 
 def mean_loss(nll: Tensor, examples: list[Example]) -> tuple[float, list[float] | None]:
-    """(nats per token, its 95 % interval over conversations), the interval from the residuals of Σ nll / Σ tokens."""
+    """(nats per token, its 95 % interval over conversations), the interval by linearising Σ nll / Σ tokens."""
     tokens = torch.tensor([len(e.targets) for e in examples], dtype=torch.float64)
     loss = nll.sum() / tokens.sum()
     return loss.item(), common.interval(loss + (nll - loss * tokens) / tokens.mean(), range(len(examples)))

@@ -413,6 +413,12 @@ REWARDS = {  # source, rows, answers "2" and "5": expected rewards, expected par
                         "    return [float(c[0]['content'] == a) for c, a in zip(completions, answer)]\n"
                         "reward_funcs = accuracy",
                         CHAT_ROWS, [1.0, 0.0], {}),
+    "TRL without a column of prompts": (
+        "def reward_funcs(prompts, completions, answer, **kwargs):\n"
+        "    assert prompts[1] == [{'role': 'user', 'content': '2 + 2'}]\n"
+        "    return [float(c[0]['content'] == a) for c, a in zip(completions, answer)]",
+        [{"messages": [*row["prompt"], {"role": "assistant", "content": "?"}], "answer": row["answer"]} for row in CHAT_ROWS],
+        [1.0, 0.0], {}),
     "TRL with prompts and None": (
         "def reward_funcs(prompts, completions, completion_ids, **columns):\n"
         "    assert sorted(columns) == ['answer'] and completion_ids == [[5, 6]] * 2\n"

@@ -376,7 +376,7 @@ def test_updates_are_the_loop_over_single_answers(tiny_model, sft_run, grpo_args
                 "sampler_gap": (torch.cat([x[3] for x in used]) - tensor([lp for x in used for lp in x[6]])).abs().mean()}
         mean["kl"] = torch.stack([(x[3] - x[4]).sum() for x in answers]).mean()  # of all, also of those not trained on
         mean["k3"] = torch.stack([((x[4] - x[3]).exp() - 1 - (x[4] - x[3])).sum() for x in answers]).mean()
-        losses, ratios = [], []
+        losses, ratios, norms = [], [], []
         for epoch in range(args.epochs):
             order = common.permutation(P, args.seed, "minibatches", update, epoch)
             for at in range(0, P, P // args.minibatches):
@@ -396,7 +396,7 @@ def test_updates_are_the_loop_over_single_answers(tiny_model, sft_run, grpo_args
                         ratios += ratio.tolist()
                 loss.backward()
                 losses.append(whole)
-                norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+                norms.append(torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item())
                 optimizer.param_groups[0]["lr"] = grpo.learning_rate(step, steps, args)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -405,7 +405,7 @@ def test_updates_are_the_loop_over_single_answers(tiny_model, sft_run, grpo_args
         for key, value in mean.items():
             assert line[key] == pytest.approx(value.item(), abs=2e-5), key
         assert line["policy_loss"] == pytest.approx(statistics.mean(losses), abs=1e-5)
-        assert line["grad_norm"] == pytest.approx(norm, rel=1e-3) and norm > 1e-3
+        assert line["grad_norm"] == pytest.approx(statistics.mean(norms), rel=1e-3) and min(norms) > 1e-3
         assert line["ratio_mean"] == pytest.approx(statistics.mean(ratios), abs=1e-4)
         assert line["ratio_max"] == pytest.approx(max(ratios), rel=1e-3)
         assert line["clipfrac"] == pytest.approx(statistics.mean(outside), abs=0.02)

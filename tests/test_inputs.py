@@ -199,6 +199,12 @@ def test_row_without_the_column(refused, tmp_path):
             "docs/data-formats.md")
 
 
+def test_conversations_and_pairs_in_one_file(refused, tmp_path):
+    """Of a pair only the chosen answer would be trained, of a conversation every answer."""
+    pairs = [{"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in prefs(90)]
+    refused("sft", {"data": two_files(tmp_path, [*chats(40), *pairs])}, "conversations and preference pairs in one source")
+
+
 @pytest.mark.parametrize("column", ["chosen", "rejected"])
 def test_pair_without_the_column(refused, tmp_path, column):
     data = two_files(tmp_path, [{k: v for k, v in row.items() if k != column} for row in prefs()])

@@ -1404,8 +1404,8 @@ def test_the_readme_has_one_line_on_speed(here):
     write_json("results/bench/h200.json", {"device": "NVIDIA H200", "cases": others})
     run(None)
     assert said("**Speed**", "README.md").endswith(
-        "in 11 GiB; SFT 142,000 tokens/s on one H200, 4 × Unsloth's; sampling 54,200 tokens/s on one H200 (64 rows, no adapter beside the weights), 2.7 × vLLM's; "
-        "[all methods](results/bench/README.md).")
+        "in 11 GiB; SFT 142,000 tokens/s on one H200, 4 × Unsloth's; sampling 54,200 tokens/s on one H200 "
+        "(64 rows, no adapter beside the weights), 2.7 × vLLM's; [all methods](results/bench/README.md).")
     assert "**Speed**" not in Path("results/README.md").read_text()
 
 
