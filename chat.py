@@ -80,6 +80,8 @@ def load_tokenizer(model_dir: str | Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
     except Exception as e:  # a broken file raises what the code that reads it happens to stumble over
+        if Path(model_dir).is_dir() and not [*Path(model_dir).glob("*token*"), *Path(model_dir).glob("vocab*")]:
+            fail(f"{model_dir}: no tokenizer there (tokenizer.json)")
         fail(f"{model_dir}: can't load its tokenizer ({(str(e).splitlines() or [repr(e)])[0]})")
     if tokenizer.eos_token is None:
         fail(f"{model_dir}: the tokenizer has no EOS token")

@@ -1979,6 +1979,10 @@ class Run:
         if self.stop_signal and number == signal.SIGINT and world() == 1:
             self._restore_signals()
             raise KeyboardInterrupt
+        if not self.stop_signal and rank() == 0:
+            at_once = "; a second Ctrl-C stops at once" if world() == 1 else ""
+            with contextlib.suppress(OSError):
+                os.write(2, f"\nstopping after this step{at_once}\n".encode())  # print() may be at work already
         self.stop_signal = number
 
     def log(self, step: int, metrics: dict[str, Any], rows: Sequence[int] = ()) -> None:
@@ -2209,9 +2213,10 @@ def plot_curves(lines: list[dict], keys: Sequence[str], title: str, path: Path) 
 
 def report_failure(kind: type[BaseException], error: BaseException, trace) -> None:
     """sys.excepthook: an error that is no fault of the code (a full disk, a number that is not finite, no memory left, a
-    text without tokens) gives one line on stderr and exit code 1. With RUNGS_DEBUG set, and for any other error, the
-    traceback."""
-    expected = issubclass(kind, (OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError, Degenerate))
+    text without tokens) gives one line on stderr and exit code 1, Ctrl-C one line. With RUNGS_DEBUG set, and for any
+    other error, the traceback."""
+    expected = issubclass(kind, (OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError, Degenerate,
+                                 KeyboardInterrupt))
     no_memory = issubclass(kind, torch.OutOfMemoryError)
     run = Run.training and Run.training()
     if no_memory and run and world() == 1 and "RUNGS_RETRIED" not in os.environ:
@@ -2221,6 +2226,8 @@ def report_failure(kind: type[BaseException], error: BaseException, trace) -> No
             run.bar.close()  # which prints its last state: the error comes after it
     if not expected or os.environ.get("RUNGS_DEBUG"):
         return sys.__excepthook__(kind, error, trace)
+    if issubclass(kind, KeyboardInterrupt):
+        return print("\nstopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
     remedy = "give a smaller --micro-tokens: " if no_memory else ""
     print(f"error: {remedy}{' '.join(str(error).split())} ({kind.__name__}; RUNGS_DEBUG=1 shows where)", file=sys.stderr,
           flush=True)

@@ -700,7 +700,7 @@ def load_task(args: Args) -> Task:
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as e:  # whatever the file raises, the reader wants its name and the line
+    except (Exception, SystemExit) as e:  # whatever the file raises, the reader wants its name and the line
         common.fail(f"--task {args.task} can't be imported: {raised(e)}")
     names = ("reward", "reward_funcs", "compute_score")
     given = next((getattr(module, name) for name in names if hasattr(module, name)), None)
@@ -734,8 +734,11 @@ def load_task(args: Args) -> Task:
 
 def total(value: Any, paid: str | None = None) -> Score:
     """The score of a reward function's value, a number or a dict of parts: the part named `paid`, or their sum."""
-    parts = {k: float(v) for k, v in value.items()} if isinstance(value, dict) else {}
-    reward = parts[paid] if paid else sum(parts.values()) if parts else float(value)
+    try:
+        parts = {k: float(v) for k, v in value.items()} if isinstance(value, dict) else {}
+        reward = parts[paid] if paid else sum(parts.values()) if parts else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"a reward must be a number or a dict of numbers, got {value!r}") from None
     if not math.isfinite(reward):
         raise ValueError(f"a reward must be finite, got {value}")
     return Score(reward, parts)
@@ -746,7 +749,7 @@ def each(reward: Callable[[dict, str], Any], name: str, paid: str | None = None)
     def one(problem: Problem, completion: Completion) -> Score | str:
         try:
             return total(reward(problem.row, completion.text), paid)
-        except Exception as e:  # the user's code may raise anything
+        except (Exception, SystemExit) as e:  # the user's code may raise anything
             return (f"reward() of --task {name}: {raised(e)}; row {problem.index}: {str(problem.row)[:300]!r}, "
                     f"completion: {completion.text[:300]!r}")
     return lambda answered: [one(*item) for item in answered]
@@ -790,7 +793,7 @@ def of_lists(functions: Sequence[Callable], name: str):
                     raise ValueError(f"{len(values[called])} rewards for {len(rows)} completions")
             parts = [{k: v[i] for k, v in values.items() if v[i] is not None} for i in range(len(rows))]
             return [total(p if len(functions) > 1 and p else sum(p.values())) for p in parts]
-        except Exception as e:  # the user's code may raise anything
+        except (Exception, SystemExit) as e:  # the user's code may raise anything
             rows_asked = f"rows {', '.join(str(p.index) for p, _ in answered[:5])}, …"
             return [f"{called}() of --task {name}: {raised(e)}; {rows_asked}"] * len(rows)
     return rewards
@@ -809,7 +812,7 @@ def of_verl(compute_score: Callable, row: dict, text: str) -> float:
     return value["score"] if isinstance(value, dict) else value
 
 
-def raised(e: Exception) -> str:
+def raised(e: BaseException) -> str:
     """An exception and the line it came from."""
     at = traceback.extract_tb(e.__traceback__)[-1]
     return f"{type(e).__name__}: {e} ({Path(at.filename).name}, line {at.lineno})".replace("\n", " ")

@@ -371,7 +371,9 @@ def check_messages(messages: Any, where: str) -> list[dict]:
     roles = [m["role"] for m in clean]
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != ["user", "assistant"] * (len(turns) // 2) or not turns:
-        fail(f"{where}: roles out of order: {', '.join(roles)}; want [system,] user, assistant, user, assistant, …")
+        unanswered = "; the last message has no answer" if roles[-1] == "user" else ""
+        fail(f"{where}: roles out of order: {', '.join(roles)}; want [system,] user, assistant, user, assistant, …"
+             f"{unanswered}")
     return clean
 
 
@@ -420,10 +422,13 @@ def as_conversation(row: dict, where: str) -> list[dict]:
 
 
 def as_prompt(row: dict, where: str) -> list[dict]:
-    """The prompt of a row: its prompt column (text or messages), or what stands before the last answer."""
+    """The prompt of a row: its prompt column (text or messages), messages that end with the user's, or what stands
+    before the last answer."""
     row = normalise(row)
     if "chosen" in row and "rejected" in row:
         return as_pair(row, where)[0]
+    if "prompt" not in row and without_answer(row):
+        row["prompt"] = row["messages"]
     if "prompt" not in row and "messages" in row:
         return check_messages(row["messages"], where)[:-1]
     if "prompt" not in row:
@@ -432,10 +437,16 @@ def as_prompt(row: dict, where: str) -> list[dict]:
     return check_messages([*prompt, {"role": "assistant", "content": ""}], where)[:-1]
 
 
+def without_answer(row: dict) -> bool:
+    """Whether a row's messages end with the user's, so that they are a prompt."""
+    messages = row.get("messages")
+    return isinstance(messages, list) and any(isinstance(m, dict) and m.get("role") == "user" for m in messages[-1:])
+
+
 def as_prompts(row: dict, where: str) -> list[list[dict]]:
     """Every prompt that a row has an answer to, the shortest first; of a row without answers, its prompt."""
     row = normalise(row)
-    if {"chosen", "label"} & row.keys() or not ("messages" in row or "completion" in row):
+    if {"chosen", "label"} & row.keys() or without_answer(row) or not ("messages" in row or "completion" in row):
         return [as_prompt(row, where)]
     messages = as_conversation(row, where)
     return [messages[:i] for i, m in enumerate(messages) if m["role"] == "assistant"]

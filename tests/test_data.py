@@ -417,8 +417,8 @@ REWARDS = {  # source, rows, answers "2" and "5": expected rewards, expected par
         "def reward_funcs(prompts, completions, answer, **kwargs):\n"
         "    assert prompts[1] == [{'role': 'user', 'content': '2 + 2'}]\n"
         "    return [float(c[0]['content'] == a) for c, a in zip(completions, answer)]",
-        [{"messages": [*row["prompt"], {"role": "assistant", "content": "?"}], "answer": row["answer"]} for row in CHAT_ROWS],
-        [1.0, 0.0], {}),
+        [{"messages": CHAT_ROWS[0]["prompt"], "answer": "2"},  # the first without an answer, the second with one
+         {"messages": [*CHAT_ROWS[1]["prompt"], {"role": "assistant", "content": "?"}], "answer": "4"}], [1.0, 0.0], {}),
     "TRL with prompts and None": (
         "def reward_funcs(prompts, completions, completion_ids, **columns):\n"
         "    assert sorted(columns) == ['answer'] and completion_ids == [[5, 6]] * 2\n"
@@ -464,8 +464,12 @@ def test_reward_files_that_cannot_serve(tmp_path, capsys, source, rows, parts):
      ["reward() of --task task", "1 rewards for 2 completions"]),
     ("def reward(completions, **kwargs):\n    return [float('nan')] * 2", ["must be finite"]),
     ("def reward_funcs(completions, **kwargs):\n    return 1 / 0",
-     ["reward_funcs()", "ZeroDivisionError", "line 2", "rows 0, 1"])])
-def test_a_function_of_lists_that_fails_ends_the_run(tmp_path, source, parts):
+     ["reward_funcs()", "ZeroDivisionError", "line 2", "rows 0, 1"]),
+    ("def reward(completions, **kwargs):\n    raise SystemExit(3)", ["SystemExit: 3"]),
+    ("def reward(row, completion):\n    raise SystemExit(3)", ["reward() of --task task", "SystemExit: 3"]),
+    ("def reward(row, completion):\n    return 'good'", ["must be a number or a dict of numbers, got 'good'"]),
+    ("def reward(row, completion):\n    return {'correct': None}", ["must be a number or a dict of numbers, got {'correct'"])])
+def test_a_function_that_fails_ends_the_run(tmp_path, source, parts):
     errors = scores(tmp_path / "task.py", source, TEXT_ROWS, ["2", "5"])
     assert all(isinstance(e, str) and all(part in e for part in parts) for e in errors), errors
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -371,3 +372,12 @@ def test_more_ranks_than_gpus(tmp_path, monkeypatch, capsys):
     assert "GPUS=2, but torch sees 1" in capsys.readouterr().err
 
 
+
+
+def test_ctrl_c_outside_the_loop_is_one_line():
+    """No traceback; the process ends by the signal, as a shell expects, and with RUNGS_DEBUG the traceback is there."""
+    for debug in ("", "1"):
+        done = subprocess.run([sys.executable, "-c", "import common, os, signal; os.kill(os.getpid(), signal.SIGINT)"], cwd=REPO,
+                              env=os.environ | {"RUNGS_DEBUG": debug}, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGINT and ("Traceback" in done.stderr) == bool(debug), done.stderr
+        assert debug or done.stderr == "\nstopped; what is finished is kept, and the same command goes on from there\n"

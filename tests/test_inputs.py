@@ -199,6 +199,11 @@ def test_row_without_the_column(refused, tmp_path):
             "docs/data-formats.md")
 
 
+def test_conversation_without_an_answer(refused, tmp_path):
+    data = two_files(tmp_path, [{"messages": turns("user", content=f"why {i}")} for i in range(40)])
+    refused("sft", {"data": data}, "roles out of order: user", "the last message has no answer")
+
+
 def test_conversations_and_pairs_in_one_file(refused, tmp_path):
     """Of a pair only the chosen answer would be trained, of a conversation every answer."""
     pairs = [{"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in prefs(90)]
@@ -491,6 +496,12 @@ def test_weights_that_are_cut_short(refused, own_model):
     whole = (own_model / "model.safetensors").read_bytes()
     (own_model / "model.safetensors").write_bytes(whole[:-100])
     refused("sft", {"model": str(own_model)}, own_model / "model.safetensors", "truncated")
+
+
+def test_model_without_a_tokenizer(refused, own_model):
+    for path in own_model.glob("*token*"):
+        path.unlink()
+    refused("sft", {"model": str(own_model)}, f"{own_model}: no tokenizer there (tokenizer.json)")
 
 
 def test_tokenizer_without_eos(refused, tmp_path):

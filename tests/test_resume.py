@@ -544,8 +544,8 @@ def test_a_checkpoint_of_an_older_version_is_named(sft_args, tmp_path, monkeypat
     assert file.read_bytes() == before
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_step(sft_args, sft_run, tmp_path, monkeypatch):
-    """The step in hand is lost, the checkpoint before it is not."""
+def test_a_second_ctrl_c_does_not_wait_for_the_step(sft_args, sft_run, tmp_path, monkeypatch, capfd):
+    """The step in hand is lost, the checkpoint before it is not. The first one says so."""
     steps, clip = [], torch.nn.utils.clip_grad_norm_
 
     def interrupted(*args):
@@ -560,6 +560,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(sft_args, sft_run, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             sft.main(sft.Args(**sft_args, out=str(tmp_path / "run")))
     assert checkpoint_step(tmp_path / "run") == 2
+    assert capfd.readouterr().err.count("stopping after this step; a second Ctrl-C stops at once") == 1
     gc.collect()
     sft.main(sft.Args(**sft_args, out=str(tmp_path / "run")))
     assert adapter(tmp_path / "run") == adapter(sft_run)
