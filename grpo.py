@@ -813,9 +813,10 @@ def of_verl(compute_score: Callable, row: dict, text: str) -> float:
 
 
 def raised(e: BaseException) -> str:
-    """An exception and the line it came from."""
+    """An exception and the line it came from, if that isn't one of this file."""
     at = traceback.extract_tb(e.__traceback__)[-1]
-    return f"{type(e).__name__}: {e} ({Path(at.filename).name}, line {at.lineno})".replace("\n", " ")
+    line = "" if at.filename == __file__ else f" ({Path(at.filename).name}, line {at.lineno})"
+    return f"{type(e).__name__}: {e}{line}".replace("\n", " ")
 
 
 # -- rows of a task -------------------------------------------------------------------------------

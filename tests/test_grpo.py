@@ -545,8 +545,9 @@ def test_resampling_ends_after_ten_rounds_and_says_so(grpo_args, tmp_path, rollo
 
 @pytest.mark.parametrize("body, said", [
     ("raise KeyError('colour')", "KeyError: 'colour' (own.py, line 5)"), ("return row['nothing']", "KeyError: 'nothing'"),
-    ("return None", "TypeError"), ("return float('nan')", "a reward must be finite, got nan"), ("return {}", "TypeError"),
-    ("return {'correct': 'yes'}", "could not convert string to float"), ("return 1e400", "must be finite, got inf")])
+    ("return None", "a reward must be a number or a dict of numbers, got None; row"),
+    ("return float('nan')", "a reward must be finite, got nan; row"), ("return {}", "dict of numbers, got {}; row"),
+    ("return {'correct': 'yes'}", "dict of numbers, got {'correct': 'yes'}"), ("return 1e400", "must be finite, got inf")])
 def test_a_reward_that_fails_ends_the_run_with_the_row(grpo_args, tmp_path, capsys, body, said):
     own = task_file(tmp_path, body)
     with pytest.raises(SystemExit) as stop:
