@@ -163,7 +163,8 @@ class Row:
 
 # -- z0 and the losses of a micro-batch -----------------------------------------------------------
 
-VALUES = ("loss", "right", "rewards_desirable", "logprobs_desirable", "tokens_desirable",  # sums over rows, for `means`
+# The figures of a row; those of the class that it is not in are 0.
+VALUES = ("loss", "right", "rewards_desirable", "logprobs_desirable", "tokens_desirable",
           "rewards_undesirable", "logprobs_undesirable", "tokens_undesirable")
 
 
@@ -376,12 +377,13 @@ def one_answer_each(items: list[list[Row]], seed: int) -> list[Row]:
 # -- the figures of a step and of the held-out rows -----------------------------------------------
 
 def means(totals, rows: list[Row]) -> dict:
-    """The logged figures of rows, from the sums of row_metrics' values over them [8]; None for an absent class."""
-    loss, right, *by_class = totals
-    n, desirable = len(rows), sum(r.desirable for r in rows)
-    figures = {"loss": loss / n, "accuracy": right / n, "margin": None, "share_desirable": desirable / n}
-    for side, m, sums in (("desirable", desirable, by_class[:3]), ("undesirable", n - desirable, by_class[3:])):
-        figures |= {f"{key}_{side}": s / m if m else None for key, s in zip(("rewards", "logprobs", "tokens"), sums)}
+    """The logged figures of rows, from the sums of VALUES over them [8]; None for an absent class."""
+    sums, n, desirable = dict(zip(VALUES, totals)), len(rows), sum(r.desirable for r in rows)
+    figures = {"loss": sums["loss"] / n, "accuracy": sums["right"] / n, "margin": None,
+               "share_desirable": desirable / n}
+    for key in VALUES[2:]:
+        m = n - desirable if key.endswith("_undesirable") else desirable
+        figures[key] = sums[key] / m if m else None
     if 0 < desirable < n:
         figures["margin"] = figures["rewards_desirable"] - figures["rewards_undesirable"]
     return figures

@@ -96,8 +96,8 @@ COMPACT_LEGEND = (
     "points against base, **bold** where p < 0.05 after Holm, `~` where the two scores, taken as unpaired, would not "
     "distinguish them. `°`: at chance; `–`: not measured. *plain*: the bare prompt; *chat*: the prompt inside the chat "
     "template. GPU minutes: the row's own training, without its parent's and the reward models'. Seeds: a row counts "
-    "those of both protocols, a test those that were evaluated in its own. Intervals, changes "
-    "against the own parent, controls, judges, and what each verdict means: [results]({}/README.md)."
+    "those of both protocols, a test those that were evaluated in its own. Intervals, changes against the own parent, "
+    "controls, judges, and what each verdict means: [results]({}/README.md)."
 )
 UNPAIRED = "±: no per-item scores (evaluate.py keeps them in scores/), so no paired test and no verdict."
 DETECTABLE = "smallest detectable"

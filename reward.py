@@ -370,8 +370,8 @@ def plot(scores: Tensor, lengths: Tensor, figures: dict, title: str, path: Path)
 # -- scoring a file -------------------------------------------------------------------------------
 
 def score_file(args: Args) -> None:
-    """Write the rows of --score with a "score" column: each completion's reward, computed in the
-    dtype and quantisation that the model was trained in."""
+    """Write the rows of --score with a "score" column: each completion's reward, computed in the dtype and quantisation
+    that the model was trained in."""
     out = Path(args.out if args.out != Args.out else f"{args.score}.scored.jsonl")
     if out.is_dir() or out.resolve() == Path(args.score).resolve():
         common.fail(f"--out {out} is {'a directory' if out.is_dir() else 'the file to score'}; name another file")
@@ -407,6 +407,7 @@ def score_file(args: Args) -> None:
     if common.rank() == 0:
         scored = [{**common.nulled(row), "score": score} for row, score in zip(rows, scores.tolist())]
         common.write_text(out, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in scored))
+    common.leave_ranks()
     common.say(f"{out}: {len(rows):,} scores of {run['name']} ({run['config_hash']}), mean {scores.mean():.4g}, "
                f"sd {scores.std(correction=0):.4g}")
 

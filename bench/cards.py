@@ -132,7 +132,8 @@ def write_tables(out: Path) -> None:
     explained = ("The most `--micro-tokens` with which a script trains under a limit of GPU memory, and its peak in GiB, "
                  "written by `python bench/cards.py` (its docstring says how): the base in NF4 for sft.py, reward.py and PPO's "
                  "reward models, in bfloat16 for the other scripts' policies; few rows for the measurements before and after "
-                 "training, other flags at their defaults. –: none of those tried fits; empty: not tried, because a smaller limit holds as much, or for another reason.")
+                 "training, other flags at their defaults. –: none of those tried fits; empty: not tried, because a smaller limit "
+                 "holds as much, or for another reason.")
     train.write_readme(out, "What fits", explained, table)
 
 
